@@ -1,0 +1,345 @@
+"""The DDPM++ noise-prediction network of the continuous VP-SDE, under its public parameter names.
+
+    eps_hat = DDPMpp(x_k, 999 t),      score = -eps_hat / sigma(t)
+
+A U-Net of BigGAN-style residual blocks without resampling filters, every residual sum divided by sqrt(2). The default
+configuration is `cifar10_ddpmpp_deep_continuous`: 106,632,579 parameters in 956 tensors. The labels reach the network
+only through one vector per residual block, `Dense_0(SiLU(temb))`; `time_projections` computes them, `denoise` is the
+rest, and an engine that knows its time grid calls the first once per grid.
+
+Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", arXiv:2011.13456.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SQRT_2 = math.sqrt(2.0)
+_GROUP_NORM_EPS = 1e-6
+# The published initialisation writes "scale 0" as 1e-10: these layers start as zero maps for every practical purpose.
+_ZERO_SCALE = 1e-10
+
+
+def _redraw(weight: Tensor, fan_in: int, fan_out: int, scale: float, generator: torch.Generator | None = None) -> None:
+    """Variance scaling, fan_avg, uniform: variance = scale / mean(fan_in, fan_out)."""
+    limit = math.sqrt(3.0 * scale / ((fan_in + fan_out) / 2))
+    with torch.no_grad():
+        if generator is None:
+            weight.uniform_(-limit, limit)
+        else:
+            # Drawn where the generator lives and in one dtype, so that a seed means the same weights everywhere.
+            draw = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
+            weight.copy_(draw.uniform_(-limit, limit, generator=generator))
+
+
+def _redraw_layer(layer: nn.Conv2d | nn.Linear | NIN, scale: float, generator: torch.Generator | None = None) -> None:
+    if isinstance(layer, NIN):
+        weight, (fan_in, fan_out) = layer.W, layer.W.shape
+    else:
+        weight = layer.weight
+        receptive = weight[0, 0].numel() if weight.ndim == 4 else 1
+        fan_out, fan_in = weight.shape[0] * receptive, weight.shape[1] * receptive
+    _redraw(weight, fan_in, fan_out, scale, generator)
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, *, scale: float = 1.0) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    _redraw_layer(conv, scale)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    _redraw_layer(linear, 1.0)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(channels // 4, 32), channels, eps=_GROUP_NORM_EPS)
+
+
+class NIN(nn.Module):
+    """A linear map of the last axis, its weight stored (in, out): the projections of `AttentionBlock`."""
+
+    def __init__(self, in_features: int, out_features: int, *, scale: float) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(in_features, out_features))
+        self.b = nn.Parameter(torch.zeros(out_features))
+        _redraw_layer(self, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.W + self.b
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice; the time enters between them. `resample` is None, "down" or "up"."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, time_channels: int, *, resample: str | None = None, dropout: float
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.dropout = dropout
+        # The order of these lines is the public registration order, which EMA checkpoints rely on.
+        self.GroupNorm_0 = _group_norm(in_channels)
+        self.Conv_0 = _conv(in_channels, out_channels, 3)
+        self.Dense_0 = _linear(time_channels, out_channels)
+        self.GroupNorm_1 = _group_norm(out_channels)
+        self.Conv_1 = _conv(out_channels, out_channels, 3, scale=_ZERO_SCALE)
+        self.Conv_2: nn.Conv2d | None = None
+        if resample is not None or in_channels != out_channels:
+            self.Conv_2 = _conv(in_channels, out_channels, 1)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+    def time_projection(self, temb: Tensor) -> Tensor:
+        """What this block adds to its features, `Dense_0(SiLU(temb))`: (batch, 4 nf) → (batch, out_channels)."""
+        return self.Dense_0(F.silu(temb))
+
+    def forward(self, x: Tensor, time_projection: Tensor) -> Tensor:
+        h = self._resampled(F.silu(self.GroupNorm_0(x)))
+        skip = self._resampled(x)
+        h = self.Conv_0(h) + time_projection[:, :, None, None]
+        h = F.silu(self.GroupNorm_1(h))
+        h = self.Conv_1(F.dropout(h, self.dropout, self.training))
+        if self.Conv_2 is not None:
+            skip = self.Conv_2(skip)
+        return (skip + h) / _SQRT_2
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels of a map.
+
+    The softmax is written out because the fused attention kernels have no second derivative.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.GroupNorm_0 = _group_norm(channels)
+        self.NIN_0 = NIN(channels, channels, scale=0.1)
+        self.NIN_1 = NIN(channels, channels, scale=0.1)
+        self.NIN_2 = NIN(channels, channels, scale=0.1)
+        self.NIN_3 = NIN(channels, channels, scale=_ZERO_SCALE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        h = self.GroupNorm_0(x).flatten(2).transpose(1, 2)  # [batch, pixels, channels]
+        q, k, v = self.NIN_0(h), self.NIN_1(h), self.NIN_2(h)
+        weights = torch.softmax((q @ k.transpose(1, 2)) * channels**-0.5, dim=-1)  # [batch, pixels, pixels]
+        h = self.NIN_3(weights @ v).transpose(1, 2).reshape(x.shape)
+        return (x + h) / _SQRT_2
+
+
+class DDPMpp(nn.Module):
+    """Noise-prediction U-Net of the VP-SDE.
+
+    Args:
+        nf: Channels of the first level; a multiple of 4, at least 4.
+        ch_mult: Channels of each level as a multiple of `nf`; each level after the first halves the resolution.
+        num_res_blocks: Residual blocks per level on the way down (one more on the way up), at least 1.
+        attn_resolutions: Map sizes in pixels after whose residual blocks attention is applied.
+        image_size: Height and width of the images in pixels; divisible by 2 ** (len(ch_mult) - 1).
+        channels: Image channels.
+        dropout: Probability in [0, 1) with which features are dropped in training mode; nothing in eval mode.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Attributes:
+        config: The arguments that fix the function (all but `dropout`), with `arch`, as JSON-ready values.
+        image_size, channels: As given.
+        plan: The order of the network between its first and last convolution, as (operation, index in `all_modules`):
+            ("res", i), ("attention", i), ("push", -1) stores the features, ("join", -1) appends the features stored last
+            along the channels. The output of the first convolution counts as pushed.
+
+    The parameter names and their order are those of the public checkpoints (`all_modules.{i}.…`). With the initial
+    weights eps_hat is about 1e-5: layers that start at zero stay silent until trained; see `redraw_small_layers`.
+    """
+
+    def __init__(
+        self,
+        nf: int = 128,
+        ch_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 8,
+        attn_resolutions: Sequence[int] = (16,),
+        image_size: int = 32,
+        channels: int = 3,
+        *,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        ch_mult, attn_resolutions = tuple(ch_mult), tuple(attn_resolutions)
+        if nf < 4 or nf % 4:
+            raise ValueError(f"`nf` must be a positive multiple of 4 (GroupNorm has nf // 4 groups), got {nf}")
+        if not ch_mult or any(int(m) != m or m < 1 for m in ch_mult):
+            raise ValueError(f"`ch_mult` must hold at least one positive integer, got {ch_mult}")
+        if num_res_blocks < 1:
+            raise ValueError(f"`num_res_blocks` must be at least 1, got {num_res_blocks}")
+        if channels < 1:
+            raise ValueError(f"`channels` must be at least 1, got {channels}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"`dropout` must lie in [0, 1), got {dropout}")
+        levels = len(ch_mult)
+        if image_size < 1 or image_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"`image_size` must be a positive multiple of {2 ** (levels - 1)} because {levels} levels halve it "
+                f"{levels - 1} times, got {image_size}"
+            )
+        resolutions = [image_size // 2**level for level in range(levels)]
+        unknown = sorted(set(attn_resolutions) - set(resolutions))
+        if unknown:
+            raise ValueError(f"`attn_resolutions` {unknown} do not occur: the maps have sizes {resolutions}")
+        for width in (nf * m for m in ch_mult):
+            groups = min(width // 4, 32)
+            if width % groups:
+                raise ValueError(f"{width} channels do not divide into {groups} GroupNorm groups; change `nf`/`ch_mult`")
+
+        self.nf, self.image_size, self.channels = nf, image_size, channels
+        self.config: dict[str, object] = {
+            "arch": "DDPMpp",
+            "nf": nf,
+            "ch_mult": list(ch_mult),
+            "num_res_blocks": num_res_blocks,
+            "attn_resolutions": list(attn_resolutions),
+            "image_size": image_size,
+            "channels": channels,
+        }
+
+        time_channels = 4 * nf
+        modules: list[nn.Module] = [_linear(nf, time_channels), _linear(time_channels, time_channels)]
+        modules.append(_conv(channels, nf, 3))
+        plan: list[tuple[str, int]] = []
+
+        def add(operation: str, module: nn.Module) -> None:
+            plan.append((operation, len(modules)))
+            modules.append(module)
+
+        def res(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(in_channels, out_channels, time_channels, resample=resample, dropout=dropout)
+
+        width = nf
+        pushed = [nf]
+        for level in range(levels):
+            for _ in range(num_res_blocks):
+                add("res", res(width, nf * ch_mult[level]))
+                width = nf * ch_mult[level]
+                if resolutions[level] in attn_resolutions:
+                    add("attention", AttentionBlock(width))
+                plan.append(("push", -1))
+                pushed.append(width)
+            if level < levels - 1:
+                add("res", res(width, width, "down"))
+                plan.append(("push", -1))
+                pushed.append(width)
+
+        add("res", res(width, width))
+        add("attention", AttentionBlock(width))
+        add("res", res(width, width))
+
+        for level in reversed(range(levels)):
+            for _ in range(num_res_blocks + 1):
+                joined = width + pushed.pop()
+                groups = min(joined // 4, 32)
+                if joined % groups:
+                    raise ValueError(f"{joined} joined channels do not divide into {groups} GroupNorm groups; change `nf`")
+                plan.append(("join", -1))
+                add("res", res(joined, nf * ch_mult[level]))
+                width = nf * ch_mult[level]
+            if resolutions[level] in attn_resolutions:
+                add("attention", AttentionBlock(width))
+            if level > 0:
+                add("res", res(width, width, "up"))
+
+        modules.append(_group_norm(width))
+        modules.append(_conv(width, channels, 3, scale=_ZERO_SCALE))
+        self.plan = tuple(plan)
+        self.all_modules = nn.ModuleList(modules)
+
+    def redraw_small_layers(self, generator: torch.Generator) -> DDPMpp:
+        """Redraw the weights that start near zero at ordinary scale, so that a random network has eps_hat of order one.
+
+        These are every Conv_1, every NIN and the output convolution. Biases and all other weights keep their values.
+        `generator` fixes the draw, whatever the network's device and dtype. Returns the network itself.
+        """
+        for module in self.all_modules:
+            if isinstance(module, ResBlock):
+                _redraw_layer(module.Conv_1, 1.0, generator)
+            elif isinstance(module, AttentionBlock):
+                for nin in (module.NIN_0, module.NIN_1, module.NIN_2, module.NIN_3):
+                    _redraw_layer(nin, 1.0, generator)
+        output = self.all_modules[-1]
+        assert isinstance(output, nn.Conv2d)
+        _redraw_layer(output, 1.0, generator)
+        return self
+
+    def time_embedding(self, labels: Tensor) -> Tensor:
+        """The embedding of labels = 999 t that all blocks share: (batch,) → (batch, 4 nf).
+
+        Sines and cosines are taken in float32 whatever the dtype of labels and weights, as the weights were trained;
+        the two linear layers then run in the dtype of the weights.
+        """
+        if labels.ndim != 1:
+            raise ValueError(f"`labels` must have shape (batch,), got {tuple(labels.shape)}")
+        half = self.nf // 2
+        k = torch.arange(half, dtype=torch.float32, device=labels.device)
+        frequencies = torch.exp(k * (-math.log(10000.0) / (half - 1)))
+        angles = labels.to(torch.float32)[:, None] * frequencies[None, :]  # [batch, nf / 2]
+        first, second = self.all_modules[0], self.all_modules[1]
+        temb = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).to(first.weight.dtype)  # type: ignore[arg-type]
+        return second(F.silu(first(temb)))
+
+    def time_projections(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """What each residual block adds to its features at labels = 999 t, in the order of `plan`.
+
+        Returns one (batch, out_channels) tensor per residual block; a batch of 1 serves any batch of images.
+        """
+        temb = self.time_embedding(labels)
+        blocks = (self.all_modules[i] for operation, i in self.plan if operation == "res")
+        return tuple(block.time_projection(temb) for block in blocks)  # type: ignore[operator]
+
+    def denoise(self, x: Tensor, time_projections: Sequence[Tensor]) -> Tensor:
+        """eps_hat of states x (batch, channels, image_size, image_size), given `time_projections(labels)`."""
+        expected = (self.channels, self.image_size, self.image_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"`x` must have shape (batch, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        projections = iter(time_projections)
+        h = self.all_modules[2](x)
+        stored = [h]
+        for operation, i in self.plan:
+            if operation == "res":
+                h = self.all_modules[i](h, next(projections))
+            elif operation == "attention":
+                h = self.all_modules[i](h)
+            elif operation == "push":
+                stored.append(h)
+            else:
+                h = torch.cat([h, stored.pop()], dim=1)
+        return self.all_modules[-1](F.silu(self.all_modules[-2](h)))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The predicted noise.
+
+        Args:
+            x: States in the [-1, 1] scale, (batch, channels, image_size, image_size), in the dtype of the weights.
+            labels: 999 t of every image, (batch,), or (1,) for one time for all.
+
+        Returns:
+            eps_hat, of the shape of `x`.
+        """
+        if labels.ndim != 1 or labels.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"`labels` must have shape ({x.shape[0]},), one 999 t for each image (or (1,)), got {tuple(labels.shape)}"
+            )
+        return self.denoise(x, self.time_projections(labels))
