@@ -39,7 +39,8 @@ def _redraw(weight: Tensor, fan_in: int, fan_out: int, scale: float, generator: 
 
 def _redraw_layer(layer: nn.Conv2d | nn.Linear | NIN, scale: float, generator: torch.Generator | None = None) -> None:
     if isinstance(layer, NIN):
-        weight, (fan_in, fan_out) = layer.W, layer.W.shape
+        weight: Tensor = layer.W
+        fan_in, fan_out = weight.shape
     else:
         weight = layer.weight
         receptive = weight[0, 0].numel() if weight.ndim == 4 else 1
@@ -161,8 +162,8 @@ class DDPMpp(nn.Module):
         config: The arguments that fix the function (all but `dropout`), with `arch`, as JSON-ready values.
         image_size, channels: As given.
         plan: The order of the network between its first and last convolution, as (operation, index in `all_modules`):
-            ("res", i), ("attention", i), ("push", -1) stores the features, ("join", -1) appends the features stored last
-            along the channels. The output of the first convolution counts as pushed.
+            ("res", i), ("attention", i), ("push", -1) stores the features, ("join", -1) appends those stored last along
+            the channels. The output of the first convolution counts as pushed.
 
     The parameter names and their order are those of the public checkpoints (`all_modules.{i}.…`). With the initial
     weights eps_hat is about 1e-5: layers that start at zero stay silent until trained; see `redraw_small_layers`.
@@ -204,7 +205,9 @@ class DDPMpp(nn.Module):
         for width in (nf * m for m in ch_mult):
             groups = min(width // 4, 32)
             if width % groups:
-                raise ValueError(f"{width} channels do not divide into {groups} GroupNorm groups; change `nf`/`ch_mult`")
+                raise ValueError(
+                    f"{width} channels do not divide into {groups} GroupNorm groups; change `nf`/`ch_mult`"
+                )
 
         self.nf, self.image_size, self.channels = nf, image_size, channels
         self.config: dict[str, object] = {
@@ -253,7 +256,9 @@ class DDPMpp(nn.Module):
                 joined = width + pushed.pop()
                 groups = min(joined // 4, 32)
                 if joined % groups:
-                    raise ValueError(f"{joined} joined channels do not divide into {groups} GroupNorm groups; change `nf`")
+                    raise ValueError(
+                        f"{joined} joined channels do not divide into {groups} GroupNorm groups; change `nf`"
+                    )
                 plan.append(("join", -1))
                 add("res", res(joined, nf * ch_mult[level]))
                 width = nf * ch_mult[level]
@@ -340,6 +345,6 @@ class DDPMpp(nn.Module):
         """
         if labels.ndim != 1 or labels.shape[0] not in (1, x.shape[0]):
             raise ValueError(
-                f"`labels` must have shape ({x.shape[0]},), one 999 t for each image (or (1,)), got {tuple(labels.shape)}"
+                f"`labels` must have shape ({x.shape[0]},), one 999 t per image (or (1,)), got {tuple(labels.shape)}"
             )
         return self.denoise(x, self.time_projections(labels))
