@@ -7,13 +7,13 @@
 # PYTHON names the interpreter that makes .venv (default python3).
 
 prepare() {
-    local extras=$1 python=${PYTHON:-python3} stamp wanted quiet=()
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        echo "error: coupfast needs Python 3.10 or newer; $python is: $("$python" --version 2>&1 || true)" >&2
-        echo "       Name another one, for example: PYTHON=python3.12 $0" >&2
-        return 1
-    fi
+    local extras=$1 python=${PYTHON:-python3} output=--quiet stamp wanted
     if ! .venv/bin/pip --version >/dev/null 2>&1; then
+        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "error: coupfast needs Python 3.10 or newer; $python is: $("$python" --version 2>&1 | head -n 1)" >&2
+            echo "       Name another one, for example: PYTHON=python3.12 $0" >&2
+            return 1
+        fi
         echo "Making .venv with $("$python" --version)" >&2
         "$python" -m venv --clear .venv
     fi
@@ -26,8 +26,8 @@ prepare() {
     )
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing coupfast[$extras] into .venv (minutes, once: the default torch is large)" >&2
-        [ -t 1 ] || quiet=(--quiet)
-        .venv/bin/python -m pip install "${quiet[@]}" --disable-pip-version-check -e ".[$extras]"
+        [ ! -t 1 ] || output=--progress-bar=on
+        .venv/bin/python -m pip install "$output" --disable-pip-version-check -e ".[$extras]"
         echo "$wanted" >"$stamp"
     fi
 }
