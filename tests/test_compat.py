@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from coupfast import compat
+from coupfast.models.dm_wide_resnet import DMWideResNet
+from coupfast.models.wide_resnet import WideResNet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -172,6 +174,28 @@ class TestRealRobustBench:
 
         model = model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]["Standard"]["model"]().eval()
         assert sum(parameter.numel() for parameter in model.parameters()) == 36_479_194
+
+    @pytest.mark.parametrize("family", ["wide_resnet", "dm_wide_resnet"])
+    def test_its_weights_fit_ours(self, family, robustbench):
+        from robustbench.model_zoo.architectures import dm_wide_resnet, wide_resnet
+
+        if family == "wide_resnet":
+            theirs, ours = wide_resnet.WideResNet(16, 10, 2), WideResNet(16, 2, 10)
+        else:
+            theirs = dm_wide_resnet.DMWideResNet(10, 16, 2, activation_fn=dm_wide_resnet.Swish)
+            ours = DMWideResNet(16, 2, 10, "silu")
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
+            if tensor.ndim == 1 and not name.endswith("num_batches_tracked"):  # freshly made, these are all 0 or 1
+                tensor.data.uniform_(0.5, 1.5, generator=generator)
+        assert list(theirs.state_dict()) == list(ours.state_dict())
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.rand(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            expected, found = theirs.double().eval()(x), ours.double().eval()(x)
+        # 20 layers that add the same terms, some in another order: a few roundings of the largest logit each.
+        tol = 20 * 4 * torch.finfo(torch.float64).eps * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=tol)
 
     def test_benchmark_runs(self, robustbench, monkeypatch):
         from robustbench import data
