@@ -205,9 +205,7 @@ class DDPMpp(nn.Module):
         for width in (nf * m for m in ch_mult):
             groups = min(width // 4, 32)
             if width % groups:
-                raise ValueError(
-                    f"{width} channels do not divide into {groups} GroupNorm groups; change `nf`/`ch_mult`"
-                )
+                raise ValueError(f"{width} channels do not divide into {groups} GroupNorm groups; change `nf`/`ch_mult`")
 
         self.nf, self.image_size, self.channels = nf, image_size, channels
         self.config: dict[str, object] = {
@@ -256,9 +254,7 @@ class DDPMpp(nn.Module):
                 joined = width + pushed.pop()
                 groups = min(joined // 4, 32)
                 if joined % groups:
-                    raise ValueError(
-                        f"{joined} joined channels do not divide into {groups} GroupNorm groups; change `nf`"
-                    )
+                    raise ValueError(f"{joined} joined channels do not divide into {groups} GroupNorm groups; change `nf`")
                 plan.append(("join", -1))
                 add("res", res(joined, nf * ch_mult[level]))
                 width = nf * ch_mult[level]

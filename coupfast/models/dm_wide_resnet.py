@@ -48,9 +48,7 @@ class Block(nn.Module):
 class BlockGroup(nn.Module):
     """The blocks of one resolution; only the first of them strides and widens."""
 
-    def __init__(
-        self, num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: type[nn.Module]
-    ) -> None:
+    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
         blocks = [Block(in_channels, out_channels, stride, activation)]
         blocks += [Block(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1)]

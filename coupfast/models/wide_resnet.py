@@ -97,9 +97,7 @@ class WideResNet(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != 3:
                 raise ValueError(f"`{name}` must hold 3 numbers, one per channel, got {values}")
-            self.register_buffer(
-                name, None if values is None else torch.tensor(values)[:, None, None], persistent=False
-            )
+            self.register_buffer(name, None if values is None else torch.tensor(values)[:, None, None], persistent=False)
         self.config: dict[str, object] = {
             "arch": "WideResNet",
             "depth": depth,
@@ -128,7 +126,7 @@ class WideResNet(nn.Module):
         """Logits (batch, num_classes) of images (batch, 3, height, width) in [0, 1]."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"`x` must have shape (batch, 3, height, width), got {tuple(x.shape)}")
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         h = self.conv1(x)  # [batch, 16, 32, 32]
         h = self.block1(h)  # [batch, 16 widen_factor, 32, 32]
