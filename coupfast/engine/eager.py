@@ -1,0 +1,165 @@
+"""The eager engine: one step as PyTorch runs it, operation by operation. The other engines are checked against it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from coupfast.engine import Keep, Noise, StepMemory
+from coupfast.engine.memory import AllocationAccount
+from coupfast.guidance import Guidance, Linearization
+from coupfast.solvers import CoefficientTable
+from coupfast_kernels.guided_step import guided_step_ref
+
+
+@dataclasses.dataclass
+class _Saved:
+    """What a step leaves for its transpose; `x`/`eps_hat` carry the score network's graph."""
+
+    linearization: Linearization | None = None
+    x: torch.Tensor | None = None
+    eps_hat: torch.Tensor | None = None
+
+
+class EagerProgram:
+    """Steps of one table, for any batch size; made by `prepare`."""
+
+    engine = "eager"
+
+    def __init__(
+        self,
+        score: nn.Module,
+        guidance: Guidance | None,
+        table: CoefficientTable,
+        example: torch.Tensor,
+        differentiate_guidance: bool,
+    ) -> None:
+        self.score, self.guidance, self.table = score, guidance, table
+        self.image_shape, self.dtype, self.device = example.shape[1:], example.dtype, example.device
+        self.differentiate_guidance = differentiate_guidance
+        # On the device once: a fill in the loop would be one more transfer a step on a GPU.
+        self.labels = torch.from_numpy(table.labels).to(device=self.device, dtype=self.dtype)  # [steps]
+        self._accounts: dict[int, StepMemory] = {}
+
+    def for_batch(self, batch: int) -> EagerProgram:
+        return self
+
+    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
+        row = self.table.row(k)
+        saved = _Saved()
+        if keep == "activations":
+            with torch.enable_grad():
+                saved.x = x_k.detach().requires_grad_()
+                saved.eps_hat = self.score(saved.x, self._label(k, x_k))
+            eps_hat = saved.eps_hat.detach()
+        else:
+            with torch.no_grad():
+                eps_hat = self.score(x_k, self._label(k, x_k))
+        g = None
+        if self.guidance is not None and row[2] != 0.0:
+            keep_slopes = keep != "nothing" and self.differentiate_guidance
+            g, linearization = self.guidance.gradient(x_k, keep_slopes=keep_slopes)
+            saved.linearization = linearization if keep_slopes else None
+        z = noise.z(k, x_k) if row[3] != 0.0 else None
+        with torch.no_grad():
+            return guided_step_ref(x_k, eps_hat, g, row, z), None if keep == "nothing" else saved
+
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
+        row = self.table.row(k)
+        saved = saved or _Saved()
+        w = None
+        if self.guidance is not None and row[2] != 0.0 and self.differentiate_guidance:
+            w = self.guidance.hvp(x_k, v, saved.linearization)
+        with torch.enable_grad():
+            x, eps_hat = saved.x, saved.eps_hat
+            if x is None or eps_hat is None:
+                x = x_k.detach().requires_grad_()
+                eps_hat = self.score(x, self._label(k, x_k))
+            (u,) = torch.autograd.grad(eps_hat, x, v)
+        with torch.no_grad():
+            return guided_step_ref(v, u, w, row)
+
+    def _label(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
+        return self.labels[k].expand(len(x_k))
+
+    def evaluations(self) -> dict[str, dict[str, int]]:
+        step = {"score forward": 1}
+        rebuild = {"score forward": 1, "score backward": 1}
+        if self.guidance is not None:
+            step |= {"classifier forward": 1, "classifier backward": 1}
+        kept_slopes, kept_activations = dict(rebuild), {"score backward": 1}
+        if self.guidance is not None and self.differentiate_guidance:
+            rebuild |= self.guidance.hvp_evaluations(slopes_kept=False)
+            kept_slopes |= self.guidance.hvp_evaluations(slopes_kept=True)
+            kept_activations |= self.guidance.hvp_evaluations(slopes_kept=True)
+        return {"step": step, "rebuild": rebuild, "slopes": kept_slopes, "activations": kept_activations}
+
+    def memory(self, batch: int) -> StepMemory:
+        """Affine in the batch: two accounts, of one and of two images, give all."""
+        for few in (1, 2):
+            if few not in self._accounts:
+                self._accounts[few] = self._account(few)
+        one, two = (dataclasses.astuple(self._accounts[few]) for few in (1, 2))
+        return StepMemory(*(first + (batch - 1) * (second - first) for first, second in zip(one, two, strict=True)))
+
+    def _account(self, batch: int) -> StepMemory:
+        """Runs each way of taking a step on fake tensors, which have shapes but no data, and adds up what lives."""
+        shape = (batch, *self.image_shape)
+        guided = int(np.argmax(self.table.c != 0.0))  # some step that guides, if any does
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            x, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            peak, live, saved = {}, {}, {}
+            keeps: tuple[Keep, ...] = ("nothing", "slopes", "activations")
+            for keep in keeps:
+                with AllocationAccount() as account:
+                    x_next, saved[keep] = self.step(guided, x, _FakeNoise(), keep)
+                    peak[keep] = account.peak
+                    del x_next
+                    live[keep] = account.live
+            with AllocationAccount() as rebuilding:
+                self.step_vjp(guided, x, None, v)
+            with AllocationAccount() as on_kept:
+                self.step_vjp(guided, x, saved["activations"], v)
+        return StepMemory(
+            forward=peak["nothing"],
+            forward_keeping=peak["activations"],
+            transpose=rebuilding.peak,
+            transpose_kept=on_kept.peak,
+            slopes=live["slopes"],
+            activations=live["activations"],
+        )
+
+
+class _FakeNoise:
+    """Noise for an account of memory: the shape only."""
+
+    def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like)
+
+    def images(self, piece: slice) -> _FakeNoise:
+        return self
+
+
+def prepare(
+    score: nn.Module,
+    classifier: nn.Module | None,
+    table: CoefficientTable,
+    example: torch.Tensor,
+    *,
+    differentiate_guidance: bool = True,
+) -> EagerProgram:
+    """Programs for states like `example`, of any batch size.
+
+    Args:
+        score, classifier: In eval mode with frozen parameters; `classifier` is needed where the table guides.
+        table: Coefficients of all steps.
+        example: A state; its image shape, dtype and device are those of all states to come.
+        differentiate_guidance: Whether `step_vjp` includes the Hessian of the guidance.
+    """
+    guidance = Guidance(classifier, example) if classifier is not None and table.guided else None
+    return EagerProgram(score, guidance, table, example, differentiate_guidance)

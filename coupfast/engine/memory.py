@@ -1,0 +1,68 @@
+"""Bytes alive: an account of every storage that is made while it is open."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class AllocationAccount(TorchDispatchMode):
+    """Counts the storages of operations' results while they live; works on real and on fake tensors.
+
+    What an operation allocates and frees inside itself is not seen.
+
+    Attributes:
+        live: Bytes alive now that were made inside.
+        peak: Most bytes alive at once so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def ignore(self, *tensors: torch.Tensor) -> None:
+        """Do not count these storages when an operation returns a view of them."""
+        for tensor in tensors:
+            self._known.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._known:
+                    self._known.add(storage)
+                    size = storage.nbytes()
+                    self.live += size
+                    weakref.finalize(storage, self._release, size)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a process could still take on `device`; on Linux within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        # No account of free memory here (macOS, Windows): take a quarter of what is built in.
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2 * 2**30
+    group = pathlib.Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - int(used)))

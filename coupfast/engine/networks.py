@@ -1,0 +1,62 @@
+"""Networks inside a purifier: in eval mode, frozen, and sharing their weights' memory with the caller's."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def check_eval(network: nn.Module, name: str) -> None:
+    """ValueError if any module that behaves differently in training is in training mode."""
+    for path, module in network.named_modules():
+        if module.training and (not list(module.children()) or _is_stochastic_or_batch_dependent(module)):
+            raise ValueError(
+                f"the {name} is in training mode (`{path or type(module).__name__}`): its dropout and batch statistics "
+                f"would make the purification irreproducible; call `{name.split()[0]}.eval()` first"
+            )
+
+
+def _is_stochastic_or_batch_dependent(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm))
+
+
+def frozen(network: Network) -> Network:
+    """A copy of the modules around the same weights, none of which requires a gradient.
+
+    The caller's network keeps its `requires_grad` flags. In-place changes of its weights are seen by the copy; weights
+    that are replaced (by `.to(device)`, say) are not: compare `weights_identity`.
+    """
+    memo: dict[int, object] = {}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer.detach()
+    try:
+        alias = copy.deepcopy(network, memo)
+    except Exception as error:
+        raise TypeError(
+            f"{type(network).__name__} cannot be copied ({type(error).__name__}: {error}); a purifier works on a frozen "
+            f"copy of a network's modules, so everything in them must survive `copy.deepcopy`"
+        ) from error
+    return alias.requires_grad_(False)
+
+
+def weights_identity(network: nn.Module | None) -> tuple[int, ...]:
+    """Where the weights lie: changes when any of them is replaced."""
+    if network is None:
+        return ()
+    tensors = [*network.parameters(), *network.buffers()]
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def dtype_and_device(network: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    """Those of the first floating-point weight; None for a network without one."""
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point():
+            return tensor.dtype, tensor.device
+    return None

@@ -1,0 +1,118 @@
+"""The variance-preserving SDE and the time grid of a purification.
+
+    β(t) = β_min + t (β_max − β_min)
+    ᾱ(t) = exp(−½ (β_max − β_min) t² − β_min t),     σ(t) = sqrt(1 − ᾱ(t))
+
+Song et al. 2021, arXiv:2011.13456, eqs. 11 and 32-33. Everything here is float64 on the
+host: a grid is computed once, before a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+T_END = 1e-5  # where the reference stops integrating
+DT_REFERENCE = 1e-3  # torchsde's default step, which DiffPure and COUP leave as it is
+NUM_LABELS = 999.0  # networks are trained on labels 999 t
+
+
+@dataclasses.dataclass(frozen=True)
+class VPSDE:
+    """Variance-preserving SDE with a linear β schedule on t in [0, 1].
+
+    Args:
+        beta_min: β(0), at least 0.
+        beta_max: β(1), at least `beta_min`.
+
+    Raises:
+        ValueError: if the schedule is not 0 <= beta_min <= beta_max with beta_max > 0.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.beta_min <= self.beta_max and 0.0 < self.beta_max < math.inf):
+            raise ValueError(
+                f"a VP-SDE needs 0 <= beta_min <= beta_max and beta_max > 0, got beta_min={self.beta_min}, "
+                f"beta_max={self.beta_max}; the published schedule is 0.1, 20"
+            )
+
+    def beta(self, t: np.ndarray | float) -> np.ndarray:
+        """β(t), for t in [0, 1]; float64."""
+        return self.beta_min + np.asarray(t, dtype=np.float64) * (self.beta_max - self.beta_min)
+
+    def log_alpha_bar(self, t: np.ndarray | float) -> np.ndarray:
+        """log ᾱ(t), for t in [0, 1]; float64."""
+        t = np.asarray(t, dtype=np.float64)
+        return -0.5 * (self.beta_max - self.beta_min) * t**2 - self.beta_min * t
+
+    def alpha_bar(self, t: np.ndarray | float) -> np.ndarray:
+        """ᾱ(t), the squared signal rate; float64."""
+        return np.exp(self.log_alpha_bar(t))
+
+    def sigma(self, t: np.ndarray | float) -> np.ndarray:
+        """σ(t) = sqrt(1 − ᾱ(t)), the noise rate; float64."""
+        # expm1: at t = 1e-5, 1 − ᾱ is 1e-6 and a plain difference would lose six digits.
+        return np.sqrt(-np.expm1(self.log_alpha_bar(t)))
+
+    def discrete_alpha_bar(self, t: float) -> float:
+        """ᾱ of the 1000-step discrete chain, Π (1 − β_i/1000), as DiffPure's forward noising uses it.
+
+        Exact at multiples of 1e-3 (0.897018 at t = 0.1); log-linear in between, so that any t is served.
+        """
+        beta_i = np.linspace(self.beta_min / 1000, self.beta_max / 1000, 1000, dtype=np.float64)
+        log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta_i))])
+        return float(np.exp(np.interp(1000.0 * t, np.arange(1001.0), log_alpha_bar)))
+
+
+def check_t(t: float) -> float:
+    """`t` as a float, or ValueError if it is not in (1e-5, 1]."""
+    if isinstance(t, bool) or not isinstance(t, (int, float, np.floating, np.integer)):
+        raise TypeError(f"`t` is a number, got {type(t).__name__}")
+    if not (T_END < t <= 1.0):
+        raise ValueError(f"`t` is continuous time in (1e-5, 1], got {t}; step 100 of 1000 is t=0.1")
+    return float(t)
+
+
+def check_num_steps(num_steps: int | None) -> int | None:
+    """`num_steps` as an int or None, or ValueError if it is below 1."""
+    if num_steps is None:
+        return None
+    if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
+        raise TypeError(f"`num_steps` is an int or None (the reference grid), got {num_steps!r}")
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}; None is the reference grid")
+    return int(num_steps)
+
+
+def time_grid(t: float, num_steps: int | None = None) -> np.ndarray:
+    """The times t_0 = t > t_1 > … > t_K = 1e-5 at which states live; float64, shape (K + 1,).
+
+    Args:
+        t: Purification time t*, in (1e-5, 1].
+        num_steps: K equal steps; None is the reference grid: steps of 1e-3, the last one shorter (100 steps at t = 0.1).
+    """
+    t, num_steps = check_t(t), check_num_steps(num_steps)
+    if num_steps is not None:
+        return np.linspace(t, T_END, num_steps + 1, dtype=np.float64)
+    # A whole number of steps plus rounding is that number: 1e-9 of a step is not a step.
+    count = max(1, math.ceil((t - T_END) / DT_REFERENCE - 1e-9))
+    return np.append(t - DT_REFERENCE * np.arange(count, dtype=np.float64), T_END)
+
+
+def parity_grid(t: float) -> np.ndarray:
+    """The reference grid as published: s = 1 − t accumulated in float32, returned as t in float64, shape (K + 1,).
+
+    For comparisons with the published code only: float32 accumulation moves the grid by up to about 1e-6 and, at
+    some t, changes the number of steps.
+    """
+    check_t(t)
+    start, end, dt = np.float32(1.0 - t), np.float32(1.0 - T_END), np.float32(DT_REFERENCE)
+    s = [start]
+    while s[-1] < end:
+        s.append(min(np.float32(s[-1] + dt), end))
+    return np.float64(1.0) - np.asarray(s, dtype=np.float32).astype(np.float64)
