@@ -18,7 +18,9 @@ import torch
 import training
 from torch import Tensor
 
+from coupfast.models.checkpoints import file_sha256, score_from_file
 from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.zoo import load_score
 from coupfast.sde import VPSDE
 
 
@@ -39,9 +41,9 @@ def network(config: dict[str, object], *, dropout: float) -> DDPMpp:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     if args.init is not None:
-        weights, config = training.read_weights(args.init)
-        model = network(config, dropout=args.dropout)
-        model.load_state_dict(weights)
+        initial = score_from_file(args.init)
+        model = network(initial.config, dropout=args.dropout)
+        model.load_state_dict(initial.state_dict())
     else:
         model = DDPMpp(
             args.nf,
@@ -75,10 +77,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    weights, config = training.read_weights(args.weights)
-    model = network(config, dropout=0.0)
-    model.load_state_dict(weights)
-    model = model.eval().requires_grad_(False).to(args.device)
+    model = load_score(args.weights, device=args.device)
     x, _ = training.read_images(args.data, train=False)
     x_0 = x[args.first : args.first + args.count].to(torch.float32) / 127.5 - 1.0
     if len(x_0) < args.count:
@@ -100,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
         results.append({"t": t, "eps_mse": mse.mean().item(), "standard_error": standard_error, "psnr_db": psnr})
     report = {
         "weights": args.weights.name,
-        "sha256": training.sha256(args.weights),
+        "sha256": file_sha256(args.weights),
         "images": [args.first, args.first + args.count],
         "seed": args.seed,
         "results": results,

@@ -1,9 +1,8 @@
-"""What both training scripts need: images, a learning-rate schedule, averaged weights, resumable state, safetensors."""
+"""What both training scripts need: images, a learning-rate schedule, averaged weights, a loop that resumes."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -12,14 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coupfast.data import load_images
+from coupfast.models.checkpoints import write_safetensors
 
 
 def read_images(path: Path, *, train: bool) -> tuple[Tensor, Tensor]:
@@ -74,31 +71,6 @@ class AveragedWeights:
                 self.weights[name].copy_(value)
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
-    """Write weights and their configuration as safetensors; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in weights.items()},
-        partial,
-        metadata={"config": json.dumps(config)},
-    )
-    os.replace(partial, path)
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and configuration of a file that `save_weights` wrote."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise SystemExit(f"{path} has no `config` in its metadata; it was not written by these scripts")
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["config"])
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def add_training_arguments(parser: argparse.ArgumentParser, *, lr: float, batch: int, ema: float) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="training images: npz (jpeg, offsets, labels) or torchvision root")
@@ -137,11 +109,12 @@ def train(
     """Run or resume the training that `args` describes; SIGINT and SIGTERM save and end it.
 
     Args:
-        loss_of_batch: (uint8 images, labels, generator) → scalar loss; the generator is the only source of randomness.
+        loss_of_batch: (uint8 images, labels, generator) → scalar loss.
     """
     if (args.images is None) == (args.minutes is None):
         raise SystemExit("give the length of the run as exactly one of --images and --minutes")
     device = torch.device(args.device)
+    on_cuda = device.type == "cuda"
     x, y = read_images(args.data, train=True)
     x, y = x.to(device), y.to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -158,6 +131,10 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         average.weights, average.updates = state["average"], state["average_updates"]
         generator.set_state(state["generator"].cpu())
+        # Dropout draws from torch's own generators.
+        torch.set_rng_state(state["torch_rng"][0].cpu())
+        if on_cuda:
+            torch.cuda.set_rng_state(state["torch_rng"][1].cpu(), device)
         position, step, seconds = state["position"], state["step"], state["seconds"]
 
     def save() -> None:
@@ -168,6 +145,7 @@ def train(
             "average": average.weights,
             "average_updates": average.updates,
             "generator": generator.get_state(),
+            "torch_rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_cuda else [])],
             "position": position,
             "step": step,
             "seconds": seconds,
@@ -175,7 +153,7 @@ def train(
         partial = state_path.with_name("state.pt.partial")
         torch.save(state, partial)
         os.replace(partial, state_path)
-        save_weights(args.run / "weights.safetensors", average.weights, config)
+        write_safetensors(args.run / "weights.safetensors", average.weights, config)
 
     stop = False
 
@@ -222,8 +200,4 @@ def train(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    print(
-        json.dumps(
-            {"done": not stop, "step": step, "images": position, "weights": str(args.run / "weights.safetensors")}
-        )
-    )
+    print(json.dumps({"done": not stop, "step": step, "images": position, "weights": str(args.run / "weights.safetensors")}))
