@@ -26,7 +26,6 @@ from tqdm import tqdm
 import coupfast
 from coupfast.data import CIFAR10_CLASSES, load_images
 from coupfast.models.checkpoints import state_dict_sha256
-from coupfast.sde import time_grid
 
 NETWORKS = "cifar10-tiny"
 METHODS = {"diffpure": "DiffPure", "reverse-sde": "reverse SDE", "coup": "COUP"}
@@ -45,10 +44,17 @@ def main() -> None:
     assert y is not None
     x, y = x.to(options.device), y.to(options.device)
 
-    num_steps = len(time_grid(options.t, options.num_steps)) - 1
+    purifiers = {
+        method: coupfast.Purifier(
+            score, classifier if method == "coup" else None, method=method, t=options.t, num_steps=options.num_steps
+        )
+        for method in options.methods
+    }
+    steps = {method: purifier.num_steps for method, purifier in purifiers.items()}
+    engines = sorted({purifier.engine for purifier in purifiers.values()})
     print(
-        f"{len(x)} CIFAR-10 test images, networks {NETWORKS}, t = {options.t:g} in {num_steps} steps, "
-        f"seed {options.seed}, {options.device}"
+        f"{len(x)} CIFAR-10 test images, networks {NETWORKS}, t = {options.t:g} in {max(steps.values())} steps, "
+        f"seed {options.seed}, engine {' '.join(engines)} on {options.device}"
     )
     print(f"Attacking the classifier: APGD-CE, Linf {options.eps:g}/255, {options.attack_iterations} iterations ...")
     attack_started = time.perf_counter()
@@ -58,7 +64,7 @@ def main() -> None:
     rows = [result("none", x, x_adv, y, classifier, seconds=None)]
     chunks = range(0, len(x), options.batch_size)
     with tqdm(total=2 * len(x) * len(options.methods), unit="image", disable=None) as progress:
-        for method in options.methods:
+        for method, purifier in purifiers.items():
             progress.set_description(METHODS[method])
             method_started = time.perf_counter()
             purified = []
@@ -66,16 +72,8 @@ def main() -> None:
                 parts = []
                 for start in chunks:
                     ids = torch.arange(start, min(start + options.batch_size, len(x)))
-                    part = coupfast.purify(
-                        images[start : start + options.batch_size],
-                        score,
-                        classifier if method == "coup" else None,
-                        method=method,
-                        t=options.t,
-                        num_steps=options.num_steps,
-                        seed=options.seed,
-                        ids=ids,  # the noise belongs to the image, so the batch size changes nothing
-                    )
+                    # The noise belongs to the image (its id), so the batch size changes nothing.
+                    part = purifier(images[start : start + options.batch_size], seed=options.seed, ids=ids)
                     parts.append(part)
                     progress.update(len(part))
                 purified.append(torch.cat(parts))
@@ -94,7 +92,8 @@ def main() -> None:
             "networks": NETWORKS,
             "methods": options.methods,
             "t": options.t,
-            "num_steps": num_steps,
+            "num_steps": steps,
+            "engines": engines,
             "seed": options.seed,
             "batch_size": options.batch_size,
             "device": str(options.device),
@@ -110,8 +109,8 @@ def main() -> None:
             "seconds": attack_seconds,
         },
         "weights_sha256": {
-            "score": state_dict_sha256(score.state_dict()),
-            "classifier": state_dict_sha256(classifier.state_dict()),
+            "score": state_dict_sha256(score),
+            "classifier": state_dict_sha256(classifier),
         },
         "versions": {
             "python": platform.python_version(),
