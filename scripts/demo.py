@@ -230,7 +230,7 @@ def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argpars
     grid += [(f"attacked,\nthen {METHODS[row['defence']]}", row["images"], row["attacked"]) for row in rows[1:]]
     # Inches. A cell is a square image with room to its right, and its caption below.
     cell, side, caption, left, top, bottom = 1.3, 1.2, 0.36, 1.75, 0.65, 0.6
-    width, height = left + columns * cell + 0.05, top + len(grid) * (side + caption) + bottom
+    width, height = max(8.0, left + columns * cell + 0.05), top + len(grid) * (side + caption) + bottom
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(
         0.15 / width,
@@ -250,15 +250,9 @@ def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argpars
             linespacing=1.4,
         )
         for j in range(columns):
-            axes = figure.add_axes(
-                (
-                    (left + j * cell + 0.04) / width,
-                    (from_bottom + caption) / height,
-                    (cell - 0.08) / width,
-                    cell / height,
-                )
-            )
-            axes.imshow(images[j].permute(1, 2, 0).cpu().numpy(), interpolation="nearest", aspect="auto")
+            place = ((left + j * cell) / width, (from_bottom + caption) / height, side / width, side / height)
+            axes = figure.add_axes(place)
+            axes.imshow(images[j].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             right = verdict["predicted"][j] == y[j].item()
