@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import training
 from torch import Tensor
 
@@ -31,6 +32,17 @@ def rates(t: Tensor) -> tuple[Tensor, Tensor]:
     signal = torch.from_numpy(sde.alpha_bar(host) ** 0.5).to(t)
     noise = torch.from_numpy(sde.sigma(host)).to(t)
     return signal[:, None, None, None], noise[:, None, None, None]
+
+
+def halved_mosaics(x: Tensor) -> Tensor:
+    """Each image becomes four of the batch at half size, side by side: (batch, channels, height, width), sizes even.
+
+    JPEG keeps colour at half resolution and little of the finest detail, which a network trained on such copies takes
+    for noise. Halving a copy brings detail back to the scale of the pixels.
+    """
+    half = F.avg_pool2d(x, 2)
+    top, bottom = torch.cat([half, half.roll(1, 0)], dim=3), torch.cat([half.roll(2, 0), half.roll(3, 0)], dim=3)
+    return torch.cat([top, bottom], dim=2)
 
 
 def network(config: dict[str, object], *, dropout: float) -> DDPMpp:
@@ -65,6 +77,9 @@ def train(args: argparse.Namespace) -> None:
         count = len(x)
         x_0 = x.to(torch.float32) / 127.5 - 1.0
         x_0 = torch.where(uniform(count, 1, 1, 1) < 0.5, x_0.flip(3), x_0)
+        if args.mosaics > 0:
+            # Drawn for every image: which are mosaics is independent of the times below.
+            x_0 = torch.where(uniform(count, 1, 1, 1) < args.mosaics, halved_mosaics(x_0), x_0)
         # Stratified over the batch: the same law for every image, less variance of the loss.
         position = (torch.arange(count, device=x.device) + uniform(count)) / count
         t = args.t_min + (args.t_max - args.t_min) * position
@@ -116,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     add = command.add_argument
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
     add("--dropout", type=float, default=0.0, help="in residual blocks, probability (default: %(default)s)")
+    add("--mosaics", type=float, default=0.0, help="share of images replaced by four at half size (default: %(default)s)")
     add("--t-min", type=float, default=0.001, help="smallest time, in (0, 1) (default: %(default)s)")
     add("--t-max", type=float, default=0.201, help="largest time, in (0, 1] (default: %(default)s)")
     add("--nf", type=int, default=32, help="channels of the first level (default: %(default)s)")

@@ -81,9 +81,9 @@ def by_hand(w, x, labels):
 
     def attention(i, h):
         def nin(n, a):
-            return torch.einsum("ij,ihw->jhw", w[f"all_modules.{i}.NIN_{n}.W"], a) + w[f"all_modules.{i}.NIN_{n}.b"][
-                :, None, None
-            ]
+            return (
+                torch.einsum("ij,ihw->jhw", w[f"all_modules.{i}.NIN_{n}.W"], a) + w[f"all_modules.{i}.NIN_{n}.b"][:, None, None]
+            )
 
         normed = norm(h, i, "GroupNorm_0.")
         q, k, v = (nin(n, normed) for n in range(3))

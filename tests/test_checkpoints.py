@@ -1,0 +1,377 @@
+import json
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from ddpmpp_table import deep_parameters
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from coupfast.models.checkpoints import (
+    CheckpointError,
+    classifier_config,
+    classifier_from_file,
+    convert_score_checkpoint,
+    file_sha256,
+    read_classifier_state,
+    read_safetensors,
+    read_score_checkpoint,
+    read_torch,
+    score_from_file,
+    state_dict_sha256,
+    write_safetensors,
+)
+from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.dm_wide_resnet import CIFAR10_MEAN, CIFAR10_STD, DMWideResNet
+from coupfast.models.wide_resnet import WideResNet
+
+CONFIG = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "image_size": 8}
+
+
+def score_sde_checkpoint(shadow, names=None):
+    """The layout of Song's checkpoints: weights three times over, and a numpy number in the optimizer."""
+    names = names or [f"all_modules.{i}.weight" for i in range(len(shadow))]
+    raw = {f"module.{name}": torch.full_like(value, -7.0) for name, value in zip(names, shadow, strict=True)}
+    raw["module.sigmas"] = torch.linspace(50, 0.01, 1000, dtype=torch.float64)
+    optimizer = {
+        "state": {0: {"step": 950_000, "exp_avg": torch.zeros(3)}},
+        "param_groups": [{"lr": np.float64(2e-4), "betas": (0.9, 0.999), "params": [0]}],
+    }
+    ema = {"decay": 0.9999, "num_updates": 950_000, "shadow_params": shadow}
+    return {"optimizer": optimizer, "model": OrderedDict(raw), "ema": ema, "step": 950_000}
+
+
+@pytest.fixture
+def small_score():
+    torch.manual_seed(0)
+    return DDPMpp(**CONFIG).eval()
+
+
+@pytest.fixture
+def small_checkpoint(small_score, tmp_path):
+    path = tmp_path / "checkpoint_8.pth"
+    torch.save(score_sde_checkpoint([p.detach().clone() for p in small_score.parameters()]), path)
+    return path
+
+
+def assert_same_weights(found, expected):
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+# --- score_sde checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_full_size_checkpoint_becomes_safetensors(tmp_path):
+    """All 956 tensors of the public network through both readers, each filled with a number of its own."""
+    table = deep_parameters()
+    source, converted = tmp_path / "checkpoint_8.pth", tmp_path / "score.safetensors"
+    checkpoint = score_sde_checkpoint([torch.full(shape, float(i)) for i, (_, shape) in enumerate(table)])
+    checkpoint["model"] = OrderedDict()  # 427 MB that the reader must not need
+    torch.save(checkpoint, source)
+    del checkpoint
+    convert_score_checkpoint(source, converted)
+
+    source.unlink()
+
+    model = score_from_file(converted)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in table]
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        # Extremes, not all elements: 427 MB of comparisons would test torch.
+        assert parameter.shape == table[i][1], name
+        assert parameter.min() == parameter.max() == i, name
+    assert converted.stat().st_size < 430e6
+    converted.unlink()
+
+
+def test_conversion_keeps_the_origin(small_score, small_checkpoint, tmp_path):
+    convert_score_checkpoint(small_checkpoint, tmp_path / "score.safetensors", config=CONFIG)
+    with safe_open(tmp_path / "score.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["source"] == "checkpoint_8.pth"
+    assert metadata["source_sha256"] == file_sha256(small_checkpoint)
+    assert json.loads(metadata["config"]) == small_score.config
+    assert_same_weights(score_from_file(tmp_path / "score.safetensors"), small_score)
+
+
+def test_averaged_weights_are_read_not_the_raw_ones(small_score, small_checkpoint):
+    state = read_score_checkpoint(small_checkpoint, config=CONFIG)
+    torch.testing.assert_close(state, dict(small_score.named_parameters()), rtol=0, atol=0, check_device=False)
+    assert_same_weights(score_from_file(small_checkpoint, config=CONFIG), small_score)
+
+
+def test_weights_outlive_the_file(small_score, small_checkpoint):
+    model = score_from_file(small_checkpoint, config=CONFIG)
+    with small_checkpoint.open("r+b") as file:
+        file.truncate(10)  # a memory-mapped tensor would now end the process
+    assert_same_weights(model, small_score)
+
+
+@pytest.mark.parametrize("home", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpy_scalars_of_both_numpy_generations(home, small_score, small_checkpoint, tmp_path):
+    path = tmp_path / "other.pth"
+    with zipfile.ZipFile(small_checkpoint) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.namelist():
+            content = old.read(entry)
+            if entry.endswith("data.pkl"):
+                assert b"core.multiarray\nscalar" in content
+                content = content.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+                content = content.replace(b"numpy.core.multiarray\n", home.encode() + b"\n")
+            new.writestr(entry, content)
+    assert read_torch(path)["optimizer"]["param_groups"][0]["lr"] == 2e-4
+    assert_same_weights(score_from_file(path, config=CONFIG), small_score)
+
+
+def test_old_torch_format(small_score, tmp_path):
+    path = tmp_path / "old.pth"
+    shadow = [p.detach() for p in small_score.parameters()]
+    torch.save(score_sde_checkpoint(shadow), path, _use_new_zipfile_serialization=False)
+    assert_same_weights(score_from_file(path, config=CONFIG), small_score)
+
+
+def test_reading_leaves_no_permission_behind(small_checkpoint):
+    before = torch.serialization.get_safe_globals()
+    read_torch(small_checkpoint)
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_count_is_checked(small_score, tmp_path):
+    shadow = [p.detach() for p in small_score.parameters()]
+    torch.save(score_sde_checkpoint(shadow[:-1]), tmp_path / "short.pth")
+    with pytest.raises(CheckpointError, match=f"has {len(shadow)} tensors, ema.shadow_params has {len(shadow) - 1}"):
+        read_score_checkpoint(tmp_path / "short.pth", config=CONFIG)
+
+
+def test_shapes_are_checked(small_score, tmp_path):
+    shadow = [p.detach() for p in small_score.parameters()]
+    shadow[4] = torch.zeros(8, 5, 3, 3)
+    torch.save(score_sde_checkpoint(shadow), tmp_path / "shape.pth")
+    with pytest.raises(CheckpointError, match=r"\[4\].*all_modules.2.weight.*\(8, 3, 3, 3\).*\(8, 5, 3, 3\)"):
+        read_score_checkpoint(tmp_path / "shape.pth", config=CONFIG)
+
+
+def test_entries_are_tensors(small_score, tmp_path):
+    shadow = [p.detach() for p in small_score.parameters()]
+    checkpoint = score_sde_checkpoint(shadow)
+    checkpoint["ema"]["shadow_params"] = ["weights"] * len(shadow)
+    torch.save(checkpoint, tmp_path / "text.pth")
+    with pytest.raises(CheckpointError, match="all_modules.0.weight.*found str"):
+        read_score_checkpoint(tmp_path / "text.pth", config=CONFIG)
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"ema": {"decay": 0.999}}, [1, 2]], ids=str)
+def test_other_files_are_no_score_checkpoints(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="shadow_params, found"):
+        read_score_checkpoint(tmp_path / "other.pth")
+
+
+def test_conversion_is_whole_or_nothing(small_checkpoint, tmp_path, monkeypatch):
+    target = tmp_path / "score.safetensors"
+    target.write_text("what was there before")
+
+    def full_disk(tensors, path, metadata):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("coupfast.models.checkpoints.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        convert_score_checkpoint(small_checkpoint, target, config=CONFIG)
+    assert target.read_text() == "what was there before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_8.pth", "score.safetensors"]
+
+
+def test_score_safetensors(small_score, tmp_path):
+    path = tmp_path / "score.safetensors"
+    # Files made from the raw state dict carry score_sde's unused buffer.
+    state = small_score.state_dict() | {"sigmas": torch.zeros(1000, dtype=torch.float64)}
+    write_safetensors(path, state, small_score.config)
+    assert_same_weights(score_from_file(path), small_score)
+    with pytest.raises(CheckpointError, match="does not fit DDPMpp: missing"):
+        score_from_file(path, config=CONFIG | {"num_res_blocks": 2})
+    save_file(dict(small_score.state_dict()), path)
+    with pytest.raises(CheckpointError, match="give `config`"):
+        score_from_file(path)
+    assert_same_weights(score_from_file(path, config=CONFIG), small_score)
+
+
+# --- damaged and hostile files ----------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+@pytest.mark.parametrize("wrap", [lambda h: h, lambda h: {"ema": {"shadow_params": [h]}}, lambda h: {"fc.weight": h}])
+@pytest.mark.parametrize("writer", ["zip", "old torch", "pickle"])
+def test_hostile_pickles_are_not_executed(writer, wrap, tmp_path):
+    path, canary = tmp_path / "weights.pt", tmp_path / "canary"
+    content = wrap(Hostile(canary))
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
+    for read in (read_torch, read_score_checkpoint, score_from_file, read_classifier_state, classifier_from_file):
+        with pytest.raises(CheckpointError, match=r"weights.pt.*Nothing in it was executed"):
+            read(path)
+    assert not canary.exists()
+    torch.load(path, weights_only=False) if writer != "pickle" else pickle.loads(path.read_bytes())
+    assert canary.exists()  # the file was dangerous
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["zip", "old torch", "safetensors"])
+def test_truncated_files(kind, share, small_score, tmp_path):
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        write_safetensors(path, small_score.state_dict(), small_score.config)
+    else:
+        shadow = [p.detach() for p in small_score.parameters()]
+        torch.save(score_sde_checkpoint(shadow), path, _use_new_zipfile_serialization=kind == "zip")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"weights\."):
+        score_from_file(path)
+
+
+def test_missing_files(tmp_path):
+    for read in (read_torch, read_safetensors, score_from_file, classifier_from_file):
+        with pytest.raises(FileNotFoundError, match=r"no\.pt"):
+            read(tmp_path / "no.pt")
+
+
+# --- classifiers ------------------------------------------------------------------------------------------------------
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(0)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+FORMATS = {
+    "plain": lambda s: s,
+    "RobustBench": lambda s: {"state_dict": s, "epoch": 200, "best_acc": 0.9},
+    "DataParallel": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+    "Gowal": lambda s: {"model_state_dict": {f"module.0.{k}": v for k, v in s.items()}, "epoch": 1},
+    "wrn-70-16-dropout": lambda s: OrderedDict((f"module.{k}", v) for k, v in s.items()),
+    "attribute": lambda s: {f"model.module.{k}": v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("wrap", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("family", ["WideResNet", "DMWideResNet"])
+def test_classifier_formats(family, wrap, tmp_path):
+    path = tmp_path / "weights.pt"
+    if family == "WideResNet":
+        model = randomised(WideResNet(16, 2, 7))
+    else:
+        model = randomised(DMWideResNet(10, 1, 100, "silu"))
+    torch.save(wrap(model.state_dict()), path)
+    loaded = classifier_from_file(path, activation=None if family == "WideResNet" else "silu")
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+
+
+def test_normalisation_is_given_not_guessed(tmp_path):
+    path = tmp_path / "weights.pt"
+    model = randomised(WideResNet(10, 1, 10, mean=CIFAR10_MEAN, std=CIFAR10_STD))
+    torch.save({f"module.{k}": v for k, v in model.state_dict().items()}, path)
+    assert classifier_from_file(path).mean is None
+    loaded = classifier_from_file(path, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(loaded.eval()(x), model(x), rtol=0, atol=0)
+
+
+def test_activation_is_given_not_guessed(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(DMWideResNet(10, 1).state_dict(), path)
+    with pytest.raises(CheckpointError, match="weights.pt.*activation='silu'"):
+        classifier_from_file(path)
+    assert classifier_from_file(path, activation="relu").config["activation"] == "relu"
+    torch.save(WideResNet(10, 1).state_dict(), path)
+    with pytest.raises(CheckpointError, match="ReLU"):
+        classifier_from_file(path, activation="silu")
+
+
+def test_classifier_safetensors(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    model = randomised(DMWideResNet(10, 1, 3, "relu", (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
+    write_safetensors(path, model.state_dict(), model.config)
+    loaded = classifier_from_file(path)
+    assert loaded.config == model.config
+    torch.testing.assert_close(loaded.mean, model.mean, rtol=0, atol=0)
+    assert_same_weights(loaded, model)
+
+
+def test_batch_norm_counters_may_be_missing(tmp_path):
+    path, model = tmp_path / "weights.pt", randomised(WideResNet(10, 1))
+    torch.save({k: v for k, v in model.state_dict().items() if "num_batches" not in k}, path)
+    assert_same_weights(classifier_from_file(path), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("block2.layer.0.bn1.weight"), "missing 'block2.layer.0.bn1.weight'"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected 'extra'"),
+        (lambda s: s.update({"bn1.bias": torch.zeros(3)}), r"bn1.bias has shape \(64,\), found \(3,\)"),
+        (lambda s: s.update({"bn1.bias": torch.zeros(64, dtype=torch.long)}), "bn1.bias has dtype.*int64"),
+        (lambda s: s.pop("fc.weight"), "unknown architecture"),
+        (lambda s: s.update({"fc.weight": torch.zeros(3)}), "not the shapes of a WideResNet"),
+        (lambda s: s.update({"fc.weight": "text"}), "no state dict"),
+        (lambda s: s.clear(), "no state dict"),
+    ],
+    ids=range(8),
+)
+def test_classifiers_that_do_not_fit(change, message, tmp_path):
+    path, state = tmp_path / "weights.pt", dict(WideResNet(10, 1).state_dict())
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=f"weights.pt.*{message}"):
+        classifier_from_file(path)
+
+
+def test_wrong_depth(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(WideResNet(16, 1).state_dict(), path)
+    with pytest.raises(CheckpointError, match="unexpected 'block1.layer.1"):
+        classifier_from_file(path, config={"arch": "WideResNet", "depth": 10, "widen_factor": 1})
+    with pytest.raises(CheckpointError, match="unknown architecture 'VGG'"):
+        classifier_from_file(path, config={"arch": "VGG"})
+    with pytest.raises(CheckpointError, match="does not take"):
+        classifier_from_file(path, config={"arch": "WideResNet", "width": 3})
+
+
+def test_large_architectures_are_inferred():
+    with torch.device("meta"):
+        for model in (WideResNet(28, 10), DMWideResNet(70, 16, 100, "silu"), WideResNet(70, 16)):
+            config = classifier_config(model.state_dict(), activation=model.config.get("activation"))
+            assert config == {k: v for k, v in model.config.items() if k not in ("mean", "std")}
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_hash_depends_on_values_only():
+    model = randomised(WideResNet(10, 1, 3))
+    digest = state_dict_sha256(model)
+    assert len(digest) == 64
+    model.bn1.num_batches_tracked += 5
+    assert state_dict_sha256(model.to(memory_format=torch.channels_last)) == digest
+    assert state_dict_sha256(randomised(WideResNet(10, 1, 3))) == digest
+    normalised = WideResNet(10, 1, 3, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    normalised.load_state_dict(model.state_dict())
+    assert state_dict_sha256(normalised) != digest  # another function of the image
+    with torch.no_grad():
+        model.fc.bias[0] = torch.nextafter(model.fc.bias[0], torch.tensor(9.0))
+    assert state_dict_sha256(model) != digest
+    assert len(state_dict_sha256(model.bfloat16())) == 64
