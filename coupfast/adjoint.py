@@ -168,19 +168,23 @@ def identity_gradient(image: torch.Tensor, purified: torch.Tensor) -> torch.Tens
     return _IdentityGradient.apply(image, purified.detach())
 
 
+def wanted(x_0: torch.Tensor, noise: Noise) -> bool:
+    """Whether autograd would ask for a gradient of a run from this state with this noise."""
+    rows_wanted = isinstance(noise, ReplayedNoise) and noise.rows.requires_grad
+    return torch.is_grad_enabled() and (x_0.requires_grad or rows_wanted)
+
+
 def integrate(x_0: torch.Tensor, run: Run, *, gradient: bool) -> torch.Tensor:
-    """x_K from x_0, differentiable with respect to x_0 and replayed noise if `gradient`; `run.states` is filled on demand.
+    """x_K from x_0, differentiable with respect to x_0 and replayed noise if `gradient`.
 
     Args:
         x_0: State in the [-1, 1] scale, shape (batch, channels, height, width).
-        run: How to run, what to keep.
+        run: How to run, what to keep; `run.states` is filled as far as the run keeps states.
         gradient: Whether a backward pass is to be possible (the run then keeps every state).
     """
-    rows = run.noise.rows if isinstance(run.noise, ReplayedNoise) else None
-    wanted = torch.is_grad_enabled() and (x_0.requires_grad or (rows is not None and rows.requires_grad))
     with strict_float32(x_0.device.type):
-        if gradient and wanted:
-            return _ExactGradient.apply(x_0, rows, run)
+        if gradient:
+            return _ExactGradient.apply(x_0, run.noise.rows if isinstance(run.noise, ReplayedNoise) else None, run)
         with torch.no_grad():
             run.states = _forward(run, x_0.detach(), for_gradient=False)
             return run.states[-1]

@@ -17,6 +17,7 @@ batch, never averaged). H v has three routes, in float64 equal to rounding on th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import operator
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ class Slope:
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """A bool tensor as bits, eight to a byte (uint8, one axis), last byte padded with zeros; row-major order."""
     flat = mask.reshape(-1)
-    if flat.device.type == "cpu" and not _is_fake(flat):
+    if flat.device.type == "cpu":
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
     return (flat << _bit_positions(flat.device)).sum(dim=1, dtype=torch.uint8)
@@ -114,7 +115,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
 
 def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The bool tensor that `pack_bits` packed."""
-    if bits.device.type == "cpu" and not _is_fake(bits):
+    if bits.device.type == "cpu":
         count = int(np.prod(shape))
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little")).view(torch.bool).view(shape)
     flat = (bits[:, None] >> _bit_positions(bits.device)) & 1
@@ -123,10 +124,6 @@ def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def _bit_positions(device: torch.device) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 # --- piecewise-linear classifiers -------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ class PiecewiseLinearGraph:
 
     @staticmethod
     def trace(classifier: nn.Module, example: torch.Tensor) -> PiecewiseLinearGraph | None:
-        """Trace f at the image shape of `example` (no arithmetic) and check every operation that x_k reaches."""
+        """Trace f at the image shape of `example` and check every operation that x_k reaches."""
         try:
             module, wider = (_trace(classifier, example.new_zeros(batch, *example.shape[1:])) for batch in (2, 3))
         except Exception as error:  # a classifier may do anything in `forward`; another route serves it
@@ -317,8 +314,7 @@ class PiecewiseLinearGraph:
 
 def _trace(classifier: nn.Module, x_k: torch.Tensor) -> fx.GraphModule:
     with torch.no_grad():
-        function = make_fx(lambda x: scaled_logits(classifier, x), tracing_mode="fake", _allow_non_fake_inputs=True)
-        module = function(x_k)
+        module = make_fx(lambda x: scaled_logits(classifier, x))(x_k)
     module.graph.eliminate_dead_code()  # outputs that nothing reads, such as a batch norm's saved statistics
     return module
 
@@ -428,23 +424,39 @@ class Guidance:
 
     def __init__(self, classifier: nn.Module, example: torch.Tensor, *, route: Route | None = None) -> None:
         self.classifier = classifier
-        self.graph: PiecewiseLinearGraph | None = None
-        if route in (None, "piecewise-linear"):
-            self.graph = PiecewiseLinearGraph.trace(classifier, example)
-            if self.graph is None and route is not None:
-                raise ValueError("the classifier is not piecewise linear (or cannot be traced): leave `route` open")
+        self._example = torch.zeros_like(example[:1])
+        self._wanted = route
+        if route is not None:
+            self.route  # noqa: B018  (finds out now whether it can serve)
+
+    @functools.cached_property
+    def graph(self) -> PiecewiseLinearGraph | None:
+        """The classifier's trace, where it is piecewise linear; made when a Hessian or slopes are first asked for."""
+        if self._wanted not in (None, "piecewise-linear"):
+            return None
+        graph = PiecewiseLinearGraph.trace(self.classifier, self._example)
+        if graph is None and self._wanted is not None:
+            raise ValueError("the classifier is not piecewise linear (or cannot be traced): leave `route` open")
+        return graph
+
+    @functools.cached_property
+    def route(self) -> Route:
+        """How Hessian-vector products are taken."""
         if self.graph is not None:
-            self.route: Route = "piecewise-linear"
-        elif route == "double-backward" or (route is None and not _has_forward_over_reverse(classifier, example)):
-            self.route = "double-backward"
-            if route is None:
-                logger.warning("the classifier has no forward-mode derivative: Hessian-vector products by double backward")
-        else:
-            self.route = "forward-over-reverse"
+            return "piecewise-linear"
+        if self._wanted is not None:
+            return self._wanted
+        if _has_forward_over_reverse(self.classifier, self._example):
+            return "forward-over-reverse"
+        logger.warning("the classifier has no forward-mode derivative: Hessian-vector products by double backward")
+        return "double-backward"
+
+    def __repr__(self) -> str:
+        return f"Guidance({self.classifier!r}, route={self.route!r})"
 
     def gradient(self, x_k: torch.Tensor, *, keep_slopes: bool = False) -> tuple[torch.Tensor, Linearization]:
         """g(x_k), and what the Hessian-vector product needs of this evaluation (slopes only if asked for)."""
-        if self.graph is None or not keep_slopes:
+        if not keep_slopes or self.graph is None:
             g, label = guidance_gradient(self.classifier, x_k)
             return g, Linearization(label)
         with torch.enable_grad():
@@ -509,9 +521,9 @@ def _double_backward(classifier: nn.Module, x_k: torch.Tensor, v: torch.Tensor, 
 
 def _has_forward_over_reverse(classifier: nn.Module, example: torch.Tensor) -> bool:
     """Whether PyTorch has forward-mode derivatives of everything in this classifier's backward pass; tried on one image."""
-    x = torch.zeros_like(example[:1])
+    label = torch.zeros(1, dtype=torch.int64, device=example.device)
     try:
-        _forward_over_reverse(classifier, x, torch.ones_like(x), torch.zeros(1, dtype=torch.int64, device=x.device))
+        _forward_over_reverse(classifier, example, torch.ones_like(example), label)
     except (NotImplementedError, RuntimeError) as error:
         logger.info("no forward-over-reverse: %s", error)
         return False

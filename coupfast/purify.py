@@ -192,7 +192,9 @@ class Purifier(nn.Module):
         return (purified, trajectory) if return_trajectory else purified
 
     def plan(self, batch: int, *, image_shape: tuple[int, int, int] | None = None) -> Plan:
-        """What a run of `batch` images with its gradient will store and evaluate; nothing runs.
+        """What a run of `batch` images with its gradient will store and evaluate, before it runs.
+
+        One image takes one step and back, once for an architecture, to see what that needs.
 
         Args:
             batch: Images.
@@ -285,14 +287,16 @@ class Purifier(nn.Module):
     def _steps(
         self, prepared: _Prepared, x_k: torch.Tensor, noise: Noise, return_trajectory: bool, progress: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        gradient = self.gradient in ("exact", "surrogate")
-        run = adjoint.Run(prepared.programs, noise, prepared.plan(len(x_k)).storage, keep_states=return_trajectory)
+        differentiable = self.gradient in ("exact", "surrogate") and adjoint.wanted(x_k, noise)
+        # Without a gradient a run holds two states and one layer's activations: there is nothing to plan.
+        storage = prepared.plan(len(x_k)).storage if differentiable else adjoint.Storage(piece=len(x_k))
+        run = adjoint.Run(prepared.programs, noise, storage, keep_states=return_trajectory)
         if self.gradient == "surrogate":
             run.surrogate = prepared.surrogate
         pieces = len(run.pieces(len(x_k)))
         with tqdm(total=pieces * self.num_steps, desc="purify", unit="step", disable=not progress, leave=False) as bar:
             run.progress = functools.partial(bar.update, 1)
-            x_k = adjoint.integrate(x_k, run, gradient=gradient)
+            x_k = adjoint.integrate(x_k, run, gradient=differentiable)
         run.progress = _no_progress
         return x_k, torch.stack([state.detach() for state in run.states]) if return_trajectory else None
 

@@ -112,7 +112,7 @@ class Programs(Protocol):
         ...
 
     def memory(self, batch: int) -> StepMemory:
-        """What a step of this many images needs, found without running the networks."""
+        """What a step of this many images needs."""
         ...
 
     def evaluations(self) -> dict[str, dict[str, int]]:

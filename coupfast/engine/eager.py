@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
-from coupfast.engine import Keep, Noise, StepMemory
+from coupfast.engine import Keep, Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.guidance import Guidance, Linearization
 from coupfast.solvers import CoefficientTable
@@ -44,7 +43,7 @@ class EagerProgram:
         self.differentiate_guidance = differentiate_guidance
         # On the device once: a fill in the loop would be one more transfer a step on a GPU.
         self.labels = torch.from_numpy(table.labels).to(device=self.device, dtype=self.dtype)  # [steps]
-        self._accounts: dict[int, StepMemory] = {}
+        self._one_image: StepMemory | None = None
 
     def for_batch(self, batch: int) -> EagerProgram:
         return self
@@ -100,49 +99,38 @@ class EagerProgram:
         return {"step": step, "rebuild": rebuild, "slopes": kept_slopes, "activations": kept_activations}
 
     def memory(self, batch: int) -> StepMemory:
-        """Affine in the batch: two accounts, of one and of two images, give all."""
-        for few in (1, 2):
-            if few not in self._accounts:
-                self._accounts[few] = self._account(few)
-        one, two = (dataclasses.astuple(self._accounts[few]) for few in (1, 2))
-        return StepMemory(*(first + (batch - 1) * (second - first) for first, second in zip(one, two, strict=True)))
+        """In proportion to one image, which takes one step and back with every result's storage counted."""
+        if self._one_image is None:
+            networks = repr(self.score), repr(self.guidance)
+            key = (*networks, self.image_shape, self.dtype, self.device, self.differentiate_guidance)
+            if key not in _ACCOUNTS:
+                _ACCOUNTS[key] = self._account()
+            self._one_image = _ACCOUNTS[key]
+        return StepMemory(*(batch * size for size in dataclasses.astuple(self._one_image)))
 
-    def _account(self, batch: int) -> StepMemory:
-        """Runs each way of taking a step on fake tensors, which have shapes but no data, and adds up what lives."""
-        shape = (batch, *self.image_shape)
-        guided = int(np.argmax(self.table.c != 0.0))  # some step that guides, if any does
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            x, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            peak, live, saved = {}, {}, {}
-            keeps: tuple[Keep, ...] = ("nothing", "slopes", "activations")
-            for keep in keeps:
-                with AllocationAccount() as account:
-                    x_next, saved[keep] = self.step(guided, x, _FakeNoise(), keep)
-                    peak[keep] = account.peak
-                    del x_next
-                    live[keep] = account.live
-            with AllocationAccount() as rebuilding:
-                self.step_vjp(guided, x, None, v)
+    def _account(self) -> StepMemory:
+        shape = (1, *self.image_shape)
+        k = int(np.argmax(self.table.c != 0.0))  # some step that guides, if any does
+        with torch.no_grad():
+            x = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            noise = ReplayedNoise(torch.zeros((self.table.num_steps, *shape), dtype=self.dtype, device=self.device))
+            with AllocationAccount() as forward:
+                self.step(k, x, noise)
+            with AllocationAccount() as keeping:
+                x_next, saved = self.step(k, x, noise, "activations")
+                del x_next
+                activations = keeping.live
+            slopes = sum(t.nbytes for t in saved.linearization.tensors()) if saved.linearization else 0
             with AllocationAccount() as on_kept:
-                self.step_vjp(guided, x, saved["activations"], v)
-        return StepMemory(
-            forward=peak["nothing"],
-            forward_keeping=peak["activations"],
-            transpose=rebuilding.peak,
-            transpose_kept=on_kept.peak,
-            slopes=live["slopes"],
-            activations=live["activations"],
-        )
+                self.step_vjp(k, x, saved, x)
+            del saved
+            with AllocationAccount() as rebuilding:
+                self.step_vjp(k, x, None, x)
+        return StepMemory(forward.peak, keeping.peak, rebuilding.peak, on_kept.peak, slopes, activations)
 
 
-class _FakeNoise:
-    """Noise for an account of memory: the shape only."""
-
-    def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(like)
-
-    def images(self, piece: slice) -> _FakeNoise:
-        return self
+#: Accounts by architecture: what a step needs does not depend on the weights.
+_ACCOUNTS: dict[tuple, StepMemory] = {}
 
 
 def prepare(
