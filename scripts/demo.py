@@ -5,6 +5,8 @@ shows what purification does; it does not measure how robust a defence is. Run i
 what it needs.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
@@ -15,17 +17,12 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from matplotlib.figure import Figure
-from pyautoattack.autopgd_base import APGDAttack
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import coupfast
-from coupfast.data import CIFAR10_CLASSES, load_images
-from coupfast.models.checkpoints import state_dict_sha256
+# Everything that has to be installed is imported where it is used: --help answers before there is anything.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
 
 NETWORKS = "cifar10-tiny"
 METHODS = {"diffpure": "DiffPure", "reverse-sde": "reverse SDE", "coup": "COUP"}
@@ -37,12 +34,21 @@ CAVEAT = (
 
 def main() -> None:
     options = parse_options()
+
+    import torch
+    from tqdm import tqdm
+
+    import coupfast
+    from coupfast.data import load_images
+    from coupfast.models.checkpoints import state_dict_sha256
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.perf_counter()
-    score = coupfast.load_score(NETWORKS).to(options.device)
-    classifier = coupfast.load_classifier(NETWORKS).to(options.device)
+    score = coupfast.load_score(NETWORKS).to(device)
+    classifier = coupfast.load_classifier(NETWORKS).to(device)
     x, y = load_images("cifar10-20", limit=options.images)
     assert y is not None
-    x, y = x.to(options.device), y.to(options.device)
+    x, y = x.to(device), y.to(device)
 
     purifiers = {
         method: coupfast.Purifier(
@@ -54,7 +60,7 @@ def main() -> None:
     engines = sorted({purifier.engine for purifier in purifiers.values()})
     print(
         f"{len(x)} CIFAR-10 test images, networks {NETWORKS}, t = {options.t:g} in {max(steps.values())} steps, "
-        f"seed {options.seed}, engine {' '.join(engines)} on {options.device}"
+        f"seed {options.seed}, engine {' '.join(engines)} on {device}"
     )
     print(f"Attacking the classifier: APGD-CE, Linf {options.eps:g}/255, {options.attack_iterations} iterations ...")
     attack_started = time.perf_counter()
@@ -96,7 +102,7 @@ def main() -> None:
             "engines": engines,
             "seed": options.seed,
             "batch_size": options.batch_size,
-            "device": str(options.device),
+            "device": str(device),
         },
         "attack": {
             "name": "APGD-CE on the undefended classifier",
@@ -121,7 +127,7 @@ def main() -> None:
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
         "labels": y.tolist(),
         "results": [{key: value for key, value in row.items() if key != "images"} for row in rows],
@@ -132,30 +138,42 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="scripts/demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=20, metavar="N", help="how many of the 20 images to take")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the defences to compare")
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument(
-        "--t", type=float, default=0.06, help="purification time, in (1e-5, 1]; the small networks learned t up to 0.2"
+        "--images", type=int, default=20, metavar="N", help="how many of the 20 images to take (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the defences to compare (default: all)"
+    )
+    parser.add_argument(
+        "--t",
+        type=float,
+        default=0.06,
+        help="purification time, in (1e-5, 1]; the small networks learned t up to 0.2 (default: %(default)s)",
     )
     parser.add_argument(
         "--num-steps", type=int, metavar="K", help="steps from t to 0 (default: one each 0.001 of t, as published)"
     )
     parser.add_argument(
-        "--eps", type=float, default=8, metavar="LEVELS", help="radius of the attack in 8-bit levels: 8 is 8/255 (Linf)"
+        "--eps",
+        type=float,
+        default=8,
+        metavar="LEVELS",
+        help="Linf radius of the attack in 8-bit levels: 8 is 8/255 (default: %(default)s)",
     )
-    parser.add_argument("--attack-iterations", type=int, default=100, metavar="K", help="iterations of APGD-CE")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the attack's start and the noise of purification")
-    parser.add_argument("--batch-size", type=int, default=10, metavar="B", help="images purified at once")
     parser.add_argument(
-        "--device",
-        type=torch.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute: cpu, cuda, cuda:1, ...",
+        "--attack-iterations", type=int, default=100, metavar="K", help="iterations of APGD-CE (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-results"), metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="fixes the attack's start and the noise of purification (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=10, metavar="B", help="images purified at once (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-results"), metavar="DIR", help="where to write (default: %(default)s)"
+    )
     options = parser.parse_args()
     if not 1 <= options.images <= 20:
         parser.error(f"--images is a number from 1 to 20, got {options.images}")
@@ -167,6 +185,8 @@ def parse_options() -> argparse.Namespace:
 
 def attack(classifier: nn.Module, x: Tensor, y: Tensor, *, eps: float, n_iter: int, seed: int) -> Tensor:
     """Images within Linf distance `eps` of `x` that the classifier gets wrong where APGD finds one, else `x` itself."""
+    from pyautoattack.autopgd_base import APGDAttack
+
     apgd = APGDAttack(
         classifier, n_iter=n_iter, norm="Linf", n_restarts=1, eps=eps, seed=seed, loss="ce", device=str(x.device)
     )
@@ -177,6 +197,8 @@ def result(
     name: str, clean: Tensor, attacked: Tensor, y: Tensor, classifier: nn.Module, *, seconds: float | None
 ) -> dict[str, Any]:
     """What the classifier says of the clean and the attacked images after the defence `name`."""
+    import torch
+
     row: dict[str, Any] = {"defence": name, "seconds": seconds, "images": attacked}
     for key, images in (("clean", clean), ("attacked", attacked)):
         with torch.no_grad():
@@ -221,6 +243,10 @@ def table(rows: list[dict], n: int) -> str:
 
 def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argparse.Namespace) -> Figure:
     """A grid: one column an image (the first ten), one row each for original, attacked and every defence."""
+    from matplotlib.figure import Figure
+
+    from coupfast.data import CIFAR10_CLASSES
+
     columns = min(10, len(y))
     undefended = rows[0]
     grid = [
