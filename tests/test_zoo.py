@@ -247,9 +247,16 @@ def test_real_diffusers_network():
     assert not torch.equal(found, score(x, torch.tensor([3.5, 50.0])))  # fractions of a step reach the network
 
 
-def test_robustbench_names(tmp_path):
-    pytest.importorskip("robustbench")
-    pytest.importorskip("torchvision")
+@pytest.fixture
+def robustbench():
+    # Not importorskip: as it installs, RobustBench does not import without help.
+    try:
+        return coupfast.compat.import_robustbench()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_robustbench_names(robustbench, tmp_path):
     theirs = load_classifier("Standard", weights="random", seed=4)
     assert_frozen(theirs)
     torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "Standard.pt")
@@ -266,10 +273,7 @@ def test_robustbench_names(tmp_path):
         load_classifier("Standard", threat_model="L3")
 
 
-def test_robustbench_dm_network_is_ours():
-    pytest.importorskip("robustbench")
-    pytest.importorskip("torchvision")
-    coupfast.compat.import_robustbench()
+def test_robustbench_dm_network_is_ours(robustbench):
     from robustbench.model_zoo.architectures.dm_wide_resnet import DMWideResNet as Theirs
     from robustbench.model_zoo.architectures.dm_wide_resnet import Swish
 
