@@ -254,6 +254,18 @@ class TestOperator:
             seed_tensor(-1, "cpu")
 
 
+def test_imports_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import coupfast_kernels.guided_step, coupfast_kernels.noise
+assert coupfast_kernels.noise.triton is None and coupfast_kernels.guided_step.triton is None
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def run_interpreted(file: str) -> None:
     """Runs the classes of a test file that need the interpreter, which must be chosen before a kernel is decorated."""
     pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested here")

@@ -1,0 +1,257 @@
+"""What Triton and ptxas make of the kernels, found without a GPU: python bench/kernel_report.py [--markdown]
+
+Compiles every kernel for sm_80, sm_90 and sm_100 exactly as its launcher would launch it, reads the machine code with the tools
+that come with Triton, and prints a table. Registers, spills and instructions are facts of compilation; speed is not among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from coupfast_kernels import guided_step, noise
+
+TARGETS = (80, 90, 100)  # A100; H100, H200; B200
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+
+#: Registers of one SM, and the threads it can hold: the same on all three (compute capabilities 8.0, 9.0, 10.0).
+REGISTERS, THREADS = 65536, 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: a kernel, its arguments by name (tensors, ints, None) and its options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One launch compiled for one architecture.
+
+    Attributes:
+        registers: Per thread.
+        spill_bytes: Stack and local memory per thread.
+        shared_bytes: Per program.
+        threads_per_sm: How many threads the registers let one SM hold.
+        wide_loads, wide_stores: 128-bit accesses to global memory in the machine code; `loads`, `stores` are all of them.
+        instructions: Machine instructions.
+        contracted: Machine instructions FFMA, FFMA2 and the like.
+        square_roots: `sqrt.rn.f32` in the PTX, which ptxas expands with FFMA.
+        arithmetic: All PTX instructions on f32 or f64 that compute.
+        ptx: The PTX.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads_per_sm: int
+    wide_loads: int
+    loads: int
+    wide_stores: int
+    stores: int
+    instructions: int
+    contracted: int
+    square_roots: int
+    arithmetic: frozenset[str]
+    ptx: str
+
+
+def guided_step_launch(
+    shape: tuple[int, ...],
+    *,
+    layout: torch.memory_format = torch.contiguous_format,
+    guided: bool = True,
+    noisy: bool = True,
+    classifier_input: bool = False,
+) -> Launch:
+    """The launch of `guided_step` for states of a shape."""
+    x = torch.empty(shape).contiguous(memory_format=layout)
+    words = torch.zeros(shape[0], dtype=torch.int64)
+    scalar = torch.zeros((), dtype=torch.int64)
+    return _record(
+        guided_step,
+        "_guided_step_kernel",
+        (
+            x,
+            x if classifier_input else None,
+            x,
+            x,
+            x if guided else None,
+            torch.empty(100, 4),
+            scalar,
+            *((scalar, words, words) if noisy else (None, None, None)),
+        ),
+    )
+
+
+def standard_normal_launch(shape: tuple[int, ...]) -> Launch:
+    """The launch of `standard_normal` for a shape."""
+    words, scalar = torch.zeros(shape[0], dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    return _record(noise, "_standard_normal_kernel", (list(shape), scalar, words, words, scalar))
+
+
+def cases() -> dict[str, Launch]:
+    """Every shape class that the engines use, the ragged ones too."""
+    cifar, last = (256, 3, 32, 32), torch.channels_last
+    return {
+        "forward": guided_step_launch(cifar),
+        "forward + classifier's input": guided_step_launch(cifar, classifier_input=True),
+        "forward, unguided": guided_step_launch(cifar, guided=False),
+        "adjoint": guided_step_launch(cifar, noisy=False),
+        "adjoint, no hvp": guided_step_launch(cifar, noisy=False, guided=False),
+        "noise alone": standard_normal_launch(cifar),
+        "channels-last: forward": guided_step_launch(cifar, layout=last),
+        "channels-last: forward + classifier's input": guided_step_launch(cifar, layout=last, classifier_input=True),
+        "channels-last: adjoint": guided_step_launch(cifar, layout=last, noisy=False),
+        "channels-last, 4 channels: forward": guided_step_launch((64, 4, 64, 64), layout=last),
+        "ragged: forward": guided_step_launch((5, 3, 17, 19)),
+        "ragged channels-last: forward": guided_step_launch((5, 3, 17, 19), layout=last),
+    }
+
+
+def compile_offline(launch: Launch, capability: int) -> Compiled:
+    """Compiles a launch as Triton's JIT would on a device of this compute capability (80: 8.0)."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if launch.kernel.params[index].is_constexpr or value is None or (not _is_tensor(value) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if _is_tensor(value):
+            signature[name] = {torch.float32: "*fp32", torch.int64: "*i64"}[value.dtype]
+            divisible = True  # the allocator's tensors start at multiples of 512 bytes
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+    ptx, machine_code = built.asm["ptx"], _tool("nvdisasm", built.asm["cubin"], "--print-code")
+    usage = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", machine_code)
+    names = Counter(operation.split(".")[0] for operation in operations)
+    threads = 32 * launch.options["num_warps"]
+    granted = -(-used["REG"] // 8) * 8 * threads  # registers are granted to warps in units of 256
+    return Compiled(
+        registers=used["REG"],
+        spill_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=built.metadata.shared,
+        threads_per_sm=min(THREADS, REGISTERS // granted * threads),
+        wide_loads=sum(operation.startswith("LDG") and ".128" in operation for operation in operations),
+        loads=names["LDG"],
+        wide_stores=sum(operation.startswith("STG") and ".128" in operation for operation in operations),
+        stores=names["STG"],
+        instructions=sum(count for name, count in names.items() if name != "NOP"),
+        contracted=sum(count for name, count in names.items() if re.fullmatch(r"[FD]FMA\w*", name)),
+        square_roots=len(re.findall(r"\bsqrt\.", ptx)),
+        arithmetic=frozenset(
+            operation
+            for operation in re.findall(r"^\s*(?:@%\w+ )?([a-z][a-z0-9_.]*\.f(?:32|64)\w*(?:\.\w+)*)\s", ptx, re.MULTILINE)
+            if not operation.startswith(("ld.", "st.", "mov."))
+        ),
+        ptx=ptx,
+    )
+
+
+@triton.jit
+def _square_roots_kernel(y_ptr, x_ptr, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        offsets = i * 128 + tl.arange(0, 128)
+        tl.store(y_ptr + offsets, tl.sqrt_rn(tl.load(x_ptr + offsets)))
+
+
+@functools.cache
+def contracted_in_square_roots(count: int, capability: int) -> int:
+    """How many FFMA ptxas needs for that many correctly rounded square roots (and a subroutine that they share)."""
+    x = torch.empty(128 * count)
+    launch = Launch(_square_roots_kernel, dict(y_ptr=x, x_ptr=x, COUNT=count), dict(num_warps=4, enable_fp_fusion=False))
+    return compile_offline(launch, capability).contracted
+
+
+def _record(module: Any, kernel_name: str, arguments: tuple[Any, ...]) -> Launch:
+    """What a module's launcher hands to its kernel."""
+    kernel = getattr(module, kernel_name)
+    with mock.patch.object(module, kernel_name, mock.MagicMock()) as stand_in:
+        module._launch(*arguments)
+    call = stand_in.__getitem__.return_value.call_args
+    named = dict(zip(kernel.arg_names, call.args, strict=False)) | call.kwargs
+    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+    return Launch(kernel, {name: named[name] for name in kernel.arg_names}, options)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([os.fspath(TOOLS / name), *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def rows() -> list[tuple[str, ...]]:
+    """One row a kernel and architecture, the header first."""
+    columns = "kernel, sm, registers, threads/SM, spilled, shared, 128-bit loads, 128-bit stores, FFMA (in sqrt), instructions"
+    table = [tuple(columns.split(", "))]
+    for name, launch in cases().items():
+        for capability in TARGETS:
+            built = compile_offline(launch, capability)
+            roots = contracted_in_square_roots(built.square_roots, capability) if built.square_roots else 0
+            table.append(
+                (
+                    name,
+                    str(capability),
+                    str(built.registers),
+                    str(built.threads_per_sm),
+                    f"{built.spill_bytes} B",
+                    f"{built.shared_bytes} B",
+                    f"{built.wide_loads} of {built.loads}",
+                    f"{built.wide_stores} of {built.stores}",
+                    f"{built.contracted} ({roots})",
+                    str(built.instructions),
+                )
+            )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    markdown = parser.parse_args().markdown
+    table = rows()
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    print(f"Compiled offline by Triton {triton.__version__}; no kernel has run.\n")
+    for number, row in enumerate(table):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
+        if markdown and number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+if __name__ == "__main__":
+    main()

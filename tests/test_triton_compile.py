@@ -1,0 +1,186 @@
+"""The kernels compile without a GPU, for A100, H100/H200 and B200, into what their docstrings and kernels/README.md say."""
+
+import os
+
+import ptx
+import pytest
+import torch
+from test_noise import assert_same_bits, random_words, with_ieee_sqrt
+
+from coupfast_kernels.guided_step import guided_step_ref
+from coupfast_kernels.noise import seed_tensor, standard_normal_ref
+
+pytest.importorskip("triton", reason="Triton is not installed: no kernel was compiled")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bench.kernel_report import (  # noqa: E402
+    TARGETS,
+    Compiled,
+    cases,
+    compile_offline,
+    contracted_in_square_roots,
+    guided_step_launch,
+    standard_normal_launch,
+)
+
+CASES = cases()
+# What the seven kinds of launches become elsewhere says little that these do not.
+ON_ALL_TARGETS = [
+    "forward + classifier's input",
+    "adjoint",
+    "noise alone",
+    "channels-last: forward + classifier's input",
+    "channels-last: adjoint",
+    "ragged channels-last: forward",
+]
+
+# Correctly rounded and exact operations, one rounding each; no fma, no mad, no approximation, no flush to zero, no f64.
+IEEE = {
+    "add.f32",
+    "add.rn.f32",
+    "add.rn.f32x2",
+    "cvt.rn.f32.s32",
+    "cvt.rn.f32.u32",
+    "mul.f32",
+    "mul.rn.f32",
+    "mul.rn.f32x2",
+    "neg.f32",
+    "selp.f32",
+    "sqrt.rn.f32",
+    "sub.f32",
+    "sub.rn.f32",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [(name, target) for name in CASES for target in TARGETS if target == 90 or name in ON_ALL_TARGETS],
+)
+def test_compiles_to_what_is_promised(name, capability):
+    launch = CASES[name]
+    built = compile_offline(launch, capability)
+    assert built.spill_bytes == 0
+
+    tensors = sum(launch.arguments.get(f"{image}_ptr") is not None for image in ("x", "eps_hat", "guidance"))
+    written = sum(launch.arguments.get(f"{image}_ptr") is not None for image in ("y", "classifier_input", "z"))
+    pieces = launch.arguments.get("INTERLEAVED", 1)
+    if name.startswith("ragged"):
+        assert (built.wide_loads, built.wide_stores) == (0, 0)  # images that do not start at multiples of 16 bytes
+    else:
+        # Every image in 128-bit accesses, each read and written once, and nothing moved between threads.
+        assert built.wide_loads == tensors * pieces
+        assert built.wide_stores == built.stores == written * pieces
+        assert built.loads - built.wide_loads <= 8  # coefficients, step, seed, id, draw
+        assert built.shared_bytes == 0
+    assert built.threads_per_sm >= {3: 896, 4: 640}.get(pieces, 1280)
+    assert_no_contraction(built, capability)
+    # One logarithm's root for two normals; 4 normals a Philox block.
+    noisy = launch.arguments.get("seed_ptr") is not None
+    assert built.square_roots == (2 * pieces if noisy else 0)
+
+
+def assert_no_contraction(built: Compiled, capability: int) -> None:
+    assert built.arithmetic <= IEEE, f"unexpected arithmetic: {sorted(built.arithmetic - IEEE)}"
+    assert ".f64" not in built.ptx
+    assert ".ftz" not in built.ptx
+    assert ".approx" not in built.ptx
+    # ptxas may contract what PTX leaves apart: the only FFMA are those of the square roots.
+    allowed = contracted_in_square_roots(built.square_roots, capability) if built.square_roots else 0
+    assert built.contracted == allowed
+
+
+def test_would_notice_contraction():
+    """The same launch with Triton's default options does contract."""
+    launch = guided_step_launch((4, 3, 8, 8))
+    launch.options["enable_fp_fusion"] = True
+    built = compile_offline(launch, 90)
+    with pytest.raises(AssertionError, match="unexpected arithmetic"):
+        assert_no_contraction(built, 90)
+    assert built.contracted > 20
+
+
+def test_a_batch_does_not_compile_again():
+    """Launches differ in what Triton specialises on, and a captured graph's neighbours should not."""
+    two, many = (guided_step_launch((batch, 3, 32, 32)).arguments for batch in (2, 256))
+    for name, value in two.items():
+        if not isinstance(value, torch.Tensor):
+            assert value == many[name], name
+
+
+# What `guided_step` and `standard_normal` compile to, run by the machine of tests/ptx.py: the interpreter shows that the
+# kernels say the right thing, this that LLVM has kept it to the last bit. Left to trust are ptxas, which may not contract
+# (`--fmad=false`, and no FFMA found above), and the hardware.
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize(
+    ("layout", "way"),
+    [
+        (torch.contiguous_format, "forward"),
+        (torch.contiguous_format, "adjoint"),
+        (torch.channels_last, "forward"),
+        (torch.channels_last, "adjoint"),
+    ],
+    ids=str,
+)
+def test_the_compiled_step_gives_the_bits_of_the_definition(layout, way, capability):
+    shape, steps, k = (2, 3, 12, 16), 4, 2
+    generator = torch.Generator().manual_seed(capability)
+    x, eps_hat, g = (torch.randn(shape, generator=generator).contiguous(memory_format=layout) for _ in range(3))
+    coefficients, step = torch.randn(steps, 4, generator=generator), torch.tensor(k)
+    seed, ids, draw = seed_tensor(2**64 - 9, "cpu"), random_words(2, 1), random_words(2, 2)
+    y, classifier_input = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    noisy = way == "forward"
+    given = {
+        "y": y,
+        "classifier_input": classifier_input if noisy else None,
+        "x": x,
+        "eps_hat": eps_hat,
+        "guidance": g,
+        "coefficients": coefficients,
+        "step": step,
+        "seed": seed if noisy else None,
+        "ids": ids if noisy else None,
+        "draw": draw if noisy else None,
+    }
+    launch = guided_step_launch(shape, layout=layout, noisy=noisy, classifier_input=noisy)
+    launch.arguments["rows"] = steps
+    found = run_ptx(launch, capability, given)
+
+    with with_ieee_sqrt():
+        z = standard_normal_ref(shape, seed=2**64 - 9, ids=ids, draw=draw, step=k) if noisy else None
+    wanted = guided_step_ref(x, eps_hat, g, tuple(coefficients[k].tolist()), z)
+    assert_same_bits(found["y"], wanted)
+    if noisy:
+        assert_same_bits(found["classifier_input"], (wanted + 1) / 2)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_the_compiled_noise_gives_the_bits_of_the_definition(capability):
+    shape, step = (3, 3, 32, 32), torch.tensor(2**32 - 1)
+    seed, ids, draw = seed_tensor(2**63 + 11, "cpu"), random_words(3, 1), random_words(3, 2)
+    given = {"z": torch.full(shape, float("nan")), "seed": seed, "ids": ids, "draw": draw, "step": step}
+    found = run_ptx(standard_normal_launch(shape), capability, given)
+    with with_ieee_sqrt():
+        assert_same_bits(found["z"], standard_normal_ref(shape, seed=2**63 + 11, ids=ids, draw=draw, step=2**32 - 1))
+
+
+def run_ptx(launch, capability, given):
+    """All programs of a launch in turn, with these tensors for its pointers; the tensors afterwards."""
+    built, memory = compile_offline(launch, capability), ptx.Memory()
+    addresses = {name: memory.put(tensor) for name, tensor in given.items() if tensor is not None}
+    arguments = []
+    for parameter, (name, value) in zip(launch.kernel.params, launch.arguments.items(), strict=True):
+        if parameter.is_constexpr or value is None or (not isinstance(value, torch.Tensor) and value == 1):
+            continue  # compiled in
+        arguments.append(addresses[name.removesuffix("_ptr")] if isinstance(value, torch.Tensor) else value)
+    programs = len(next(iter(given.values()))) * launch.arguments["tiles"]
+    for program in range(programs):
+        ptx.run(built.ptx, arguments, memory, program, threads=32 * launch.options["num_warps"])
+    return {name: memory.get(address, given[name]) for name, address in addresses.items()}
