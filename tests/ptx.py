@@ -118,10 +118,12 @@ def run(ptx: str, arguments: list[int], memory: Memory, program: int, threads: i
 def _compute(name: str, modifiers: list[str], sources: list[str], read: Any, registers: dict[str, np.ndarray]) -> np.ndarray:
     kind = modifiers[-1]
     if kind in ("f32", "f32x2") and name in ("add", "sub", "mul", "sqrt"):
-        if modifiers[0] != "rn" or len(modifiers) != 2:
+        if modifiers[0] != "rn" or modifiers[1:-1] not in ([], ["ftz"]):
             raise NotImplementedError(f"{name}.{'.'.join(modifiers)}: anything but one IEEE rounding")
         bits = 32 if kind == "f32" else 64
         values = [read(source, bits).view(np.float32) for source in sources]  # f32x2: both halves side by side
+        if "ftz" in modifiers and (name != "sqrt" or (abs(values[0]) < np.finfo(np.float32).tiny).any()):
+            raise NotImplementedError(f"{name}.{'.'.join(modifiers)}: of a number that is flushed to zero")
         with np.errstate(all="ignore"):
             result = {
                 "add": lambda a, b: a + b,

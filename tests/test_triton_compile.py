@@ -35,7 +35,8 @@ ON_ALL_TARGETS = [
     "ragged channels-last: forward",
 ]
 
-# Correctly rounded and exact operations, one rounding each; no fma, no mad, no approximation, no flush to zero, no f64.
+# Correctly rounded and exact operations, one rounding each; no fma, no mad, no approximation, no f64. Nothing is flushed to
+# zero, but in Triton 3.5's square root, which never sees a subnormal: −2 ln u is at least 2⁻²³.
 IEEE = {
     "add.f32",
     "add.rn.f32",
@@ -48,6 +49,7 @@ IEEE = {
     "neg.f32",
     "selp.f32",
     "sqrt.rn.f32",
+    "sqrt.rn.ftz.f32",
     "sub.f32",
     "sub.rn.f32",
 }
@@ -90,7 +92,7 @@ def test_compiles_to_what_is_promised(name, capability):
 def assert_no_contraction(built: Compiled, capability: int) -> None:
     assert built.arithmetic <= IEEE, f"unexpected arithmetic: {sorted(built.arithmetic - IEEE)}"
     assert ".f64" not in built.ptx
-    assert ".ftz" not in built.ptx
+    assert ".ftz" not in built.ptx.replace("sqrt.rn.ftz", "")
     assert ".approx" not in built.ptx
     # ptxas may contract what PTX leaves apart: the only FFMA are those of the square roots.
     allowed = contracted_in_square_roots(built.square_roots, capability) if built.square_roots else 0
