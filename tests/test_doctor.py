@@ -1,0 +1,185 @@
+import dataclasses
+import importlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from coupfast import doctor
+from coupfast.engine import eager
+from coupfast_kernels.guided_step import guided_step_ref
+
+# The module: the name `coupfast.purify` is the function.
+ENGINES = importlib.import_module("coupfast.purify").ENGINES
+
+
+@pytest.fixture(scope="module")
+def report():
+    return doctor.run(device="cpu")
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    monkeypatch.setattr(doctor, "_cases", lambda: iter([("reverse-sde", {"method": "reverse-sde"}, "silu")]))
+
+
+def test_everything_agrees_here(report):
+    assert report["problems"] == []
+    assert report["ok"]
+    eager_rows = [row for row in report["parity"] if row["engine"] == "eager"]
+    assert {row["status"] for row in eager_rows} == {"ok"}
+    assert {row["dtype"] for row in eager_rows} == {"float32", "float64"}
+    cases = {row["case"] for row in eager_rows}
+    for method in ("coup", "reverse-sde", "diffpure"):
+        for solver in ("euler-maruyama", "probability-flow"):
+            assert f"{method}, {solver}" in cases
+    assert {"coup, ReLU classifier", "coup, detached guidance"} <= cases
+    assert [row["problem"] for row in report["weights"]] == [None, None]
+
+
+def test_bounds_are_tight_enough_to_mean_something(report):
+    for row in report["parity"]:
+        if row["status"] == "ok":
+            eps = torch.finfo(getattr(torch, row["dtype"])).eps
+            assert row["forward_bound"] < 100 * eps
+            assert row["gradient_bound"] < 2000 * eps
+
+
+def test_guidance_shows_in_the_cases():
+    """Leaving out the guidance, or its Hessian, must exceed the float32 bounds a hundredfold."""
+    for activation in ("silu", "relu"):
+        networks = doctor._small_networks(activation, torch.device("cpu"))
+        x, direction = doctor._example(torch.device("cpu"))
+        full, detached, without = (
+            doctor._definition(networks, options, x.double(), direction)
+            for options in ({}, {"guidance_gradient": "detached"}, {"guidance_scale": 0.0})
+        )
+        assert doctor._relative_error(without[0], full[0]) > 1e-4
+        assert doctor._relative_error(detached[1], full[1]) > 1e-3
+
+
+def test_report_is_json_and_text(report):
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    text = doctor.text(report)
+    for part in ("torch", "Python", "C++ compiler", "engine eager on cpu, float64", "known answers", "All checks passed"):
+        assert part in text
+    features = {feature["feature"]: feature for feature in report["features"]}
+    assert features["image files in and out"]["installed"]
+    for feature in report["features"]:
+        assert feature["installed"] == (not feature["missing"])
+        assert feature["install"].startswith("pip install")
+
+
+def test_a_wrong_engine_is_found(monkeypatch, one_case):
+    def prepare(score, classifier, table, example, **options):
+        # One part in 10⁵ of the noise's coefficient: about 100 times the rounding of float32.
+        wrong = dataclasses.replace(table, d=table.d * (1 + 1e-5))
+        return eager.prepare(score, classifier, wrong, example, **options)
+
+    monkeypatch.setitem(ENGINES, "wrong", prepare)
+    found = doctor.run(device="cpu")
+    assert not found["ok"]
+    assert [problem.split(",")[0] for problem in found["problems"]] == ["engine wrong on cpu"] * 2
+    assert all("mismatch" in problem and "bounds" in problem for problem in found["problems"])
+    assert "2 problems found" in doctor.text(found)
+
+
+def test_a_wrong_transpose_is_found(monkeypatch, one_case):
+    class Program(eager.EagerProgram):
+        def step_vjp(self, k, x_k, saved, v):
+            return guided_step_ref(super().step_vjp(k, x_k, saved, v), 1e-4 * v, None, (1.0, 1.0, 0.0, 0.0))
+
+    def prepare(score, classifier, table, example, *, differentiate_guidance=True):
+        return Program(score, None, table, example, differentiate_guidance)
+
+    monkeypatch.setitem(ENGINES, "wrong", prepare)
+    rows = [row for row in doctor.run(device="cpu")["parity"] if row["engine"] == "wrong"]
+    assert [row["status"] for row in rows] == ["mismatch"] * 2
+    assert all(row["forward_error"] <= row["forward_bound"] for row in rows)
+
+
+def test_engines_that_refuse_break_or_give_nan(monkeypatch, one_case):
+    def refuse(*arguments, **options):
+        raise RuntimeError("needs a GPU of compute capability 8.0")
+
+    class Broken(eager.EagerProgram):
+        def step(self, k, x_k, noise, keep="nothing"):
+            if keep == "activations":  # not while memory is accounted
+                return super().step(k, x_k, noise, keep)
+            raise IndexError("no such tile")
+
+    def breaks(score, classifier, table, example, **options):
+        program = eager.prepare(score, classifier, table, example, **options)
+        memory = program.memory(1)
+        program.__class__ = Broken
+        program.memory = lambda batch: memory
+        program.step_vjp = None
+        return program
+
+    def nan(score, classifier, table, example, **options):
+        return eager.prepare(score, classifier, dataclasses.replace(table, d=table.d * np.nan), example, **options)
+
+    for name, prepare in (("refuses", refuse), ("breaks", breaks), ("nan", nan)):
+        monkeypatch.setitem(ENGINES, name, prepare)
+    found = doctor.run(device="cpu")
+    statuses = {row["engine"]: row["status"] for row in found["parity"]}
+    assert statuses == {"eager": "ok", "refuses": "refused"} | {name: "failed" for name in ("breaks", "nan")}
+    assert not found["ok"]
+    assert not any("refuses" in problem for problem in found["problems"])
+    assert "engine refuses on cpu, float64: does not run here (RuntimeError: needs a GPU" in doctor.text(found)
+
+
+def test_eager_must_run(monkeypatch, one_case):
+    def refuse(*arguments, **options):
+        raise RuntimeError("no")
+
+    monkeypatch.setitem(ENGINES, "eager", refuse)
+    assert not doctor.run(device="cpu")["ok"]
+
+
+def test_other_noise_is_found(monkeypatch, one_case):
+    assert doctor._check_noise(torch.device("cpu"))["problem"] is None
+    monkeypatch.setattr(doctor, "_normals", lambda device: torch.zeros(4))
+    assert "SHA-256" in doctor._check_noise(torch.device("cpu"))["problem"]
+    monkeypatch.setattr(doctor, "philox_4x32_10_ref", lambda counter, key: counter)
+    assert "Random123" in doctor._check_noise(torch.device("cpu"))["problem"]
+    assert not doctor.run(device="cpu")["ok"]
+
+
+def test_damaged_weights_are_found(monkeypatch, tmp_path):
+    shutil.copytree(doctor.files("coupfast.models") / "weights", tmp_path / "weights")
+    monkeypatch.setattr(doctor, "files", lambda package: tmp_path)
+    assert [row["problem"] for row in doctor._check_weights()] == [None, None]
+    classifier, score = sorted((tmp_path / "weights").glob("*.safetensors"))
+    content = bytearray(score.read_bytes())
+    content[-1] ^= 1
+    score.write_bytes(content)
+    classifier.rename(classifier.with_name("other.safetensors"))
+    assert {row["file"]: row["problem"].split(":")[0].split(";")[0] for row in doctor._check_weights()} == {
+        score.name: "damaged",
+        classifier.name: "missing",
+        "other.safetensors": "not in SHA256SUMS",
+    }
+    (tmp_path / "weights" / "SHA256SUMS").unlink()
+    assert "cannot be read" in doctor._check_weights()[0]["problem"]
+
+
+def test_features_that_are_missing():
+    feature = doctor._feature("nothing", ("no-such-package<3", "torch"), ("no_such_module", "torch"), "demo")
+    assert not feature["installed"]
+    assert feature["missing"] == ["no-such-package<3"]
+    assert feature["versions"]["no-such-package"] is None
+    assert feature["install"] == 'pip install "coupfast[demo]"'
+
+
+def test_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert doctor._compiler() is None
+    own = tmp_path / "mycc"
+    own.write_text("#!/bin/sh\necho mycc 1.0\n")
+    own.chmod(0o755)
+    monkeypatch.setenv("CXX", str(own))
+    assert doctor._compiler() == {"path": str(own), "version": "mycc 1.0"}
