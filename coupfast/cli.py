@@ -1,0 +1,502 @@
+"""The command line: parse, call, print. Everything that is computed is computed elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import coupfast
+from coupfast import doctor
+from coupfast.certificate import check_gradient
+from coupfast.data import image_files, load_images, save_images
+from coupfast.defenses import METHODS
+from coupfast.models.checkpoints import convert_score_checkpoint, file_sha256, state_dict_sha256
+from coupfast.models.zoo import classifier_names, load_classifier, load_score, score_names
+from coupfast.purify import ENGINES, GRADIENTS, GUIDANCE_GRADIENTS, PRECISIONS, PurifiedClassifier, Purifier
+from coupfast.solvers import SOLVERS
+
+REPORT = "purify.json"
+ARCHIVE = "purified.npz"
+
+# What a caller can put right: a wrong argument, file, installation or size. Anything else is a bug and keeps its traceback.
+_EXPECTED = (ValueError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0; 1 where `doctor --strict` finds a problem; 2 for a wrong argument, file or setting, after one line on
+        stderr; 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(argv)
+    options.argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return options.run(options)
+    except _EXPECTED as error:
+        if options.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"coupfast {options.command}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"coupfast {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+# --- purify -----------------------------------------------------------------------------------------------------------
+
+
+def _purify(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    if options.batch < 1:
+        raise ValueError(f"`--batch` is a number of images, at least 1, got {options.batch}")
+    if len(set(options.draw)) != len(options.draw):
+        raise ValueError(f"`--draw` has an index twice: {' '.join(map(str, options.draw))}")
+    images = _load(options.inputs, options.limit)
+    ids = torch.arange(options.first_id, options.first_id + len(images.x))
+    if options.first_id < 0 or int(ids[-1]) >= 2**32:
+        raise ValueError(f"`--first-id` and the ids after it are in [0, 2**32), got {options.first_id}")
+    names = []  # [draws][images]
+    for draw in options.draw:
+        suffix = f"-draw{draw}" if len(options.draw) > 1 else ""
+        names.append([f"{i:05d}-{stem}{suffix}" for i, stem in zip(ids.tolist(), images.stems, strict=True)])
+    out = Path(options.out)
+    targets = [out / REPORT]
+    if "png" in options.format:
+        targets += [out / f"{name}.png" for row in names for name in row]
+    if "npz" in options.format:
+        targets.append(out / ARCHIVE)
+    _refuse_existing(targets, options.force)
+
+    purifier, networks = _purifier(options)
+    x = images.x.to(options.device)
+    bar = tqdm(total=len(x) * len(options.draw), desc="purify", unit="image", disable=None)
+    purified: list[Tensor] = []
+    with torch.no_grad(), bar:
+        for draw, draw_names in zip(options.draw, names, strict=True):
+            for start in range(0, len(x), options.batch):
+                part = slice(start, start + options.batch)
+                result = purifier(x[part], seed=options.seed, ids=ids[part], draw=draw, progress=sys.stderr.isatty())
+                assert isinstance(result, Tensor)
+                # With --no-clamp the last step may leave the range by a little: an image file cannot.
+                purified.append(result.cpu())
+                if "png" in options.format:
+                    save_images(result.clamp(0.0, 1.0), out, draw_names[part], overwrite=options.force)
+                bar.update(len(result))
+    everything = torch.cat(purified)
+    out.mkdir(parents=True, exist_ok=True)
+    if "npz" in options.format:
+        fields: dict[str, Any] = {"images": everything.numpy(), "names": np.array([name for row in names for name in row])}
+        if images.labels is not None:
+            fields["labels"] = np.tile(images.labels, len(options.draw))
+        np.savez_compressed(out / ARCHIVE, **fields)
+    rows = [
+        {
+            "id": int(ids[i]),
+            "draw": draw,
+            "source": images.sources[i],
+            "label": None if images.labels is None else int(images.labels[i]),
+            "input_sha256": _tensor_sha256(images.x[i]),
+            "file": f"{names[d][i]}.png" if "png" in options.format else None,
+            "output_sha256": _tensor_sha256(everything[d * len(x) + i]),
+        }
+        for d, draw in enumerate(options.draw)
+        for i in range(len(x))
+    ]
+    report = {
+        "command": shlex.join(["coupfast", *options.argv]),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - started,
+        "settings": _settings(purifier) | {"seed": options.seed, "draws": options.draw, "batch": options.batch},
+        "networks": networks,
+        "inputs": options.inputs,
+        "limit": options.limit,
+        "archive": ARCHIVE if "npz" in options.format else None,
+        "hashes": "input_sha256 and output_sha256 are of the float32 values, little-endian, (channel, row, column)",
+        "images": rows,
+        "environment": _environment(options.device),
+    }
+    _write_json(report, out / REPORT)
+    print(
+        f"Purified {len(x)} images"
+        + (f", {len(options.draw)} draws each," if len(options.draw) > 1 else "")
+        + f" by {purifier.method}, t = {purifier.t:g} in {purifier.num_steps} steps, engine {purifier.engine} on "
+        f"{options.device}, in {report['seconds']:.1f} s: {out}"
+    )
+    return 0
+
+
+def _purifier(options: argparse.Namespace) -> tuple[Purifier, dict[str, Any]]:
+    """The purifier that the options describe, and what identifies its networks."""
+    score = load_score(options.score, weights=options.score_weights, device=options.device)
+    networks = {"score": _identity(options.score, options.score_weights, score)}
+    classifier = None
+    if METHODS[options.method].guidance:
+        classifier = load_classifier(options.classifier, weights=options.classifier_weights, device=options.device)
+        networks["classifier"] = _identity(options.classifier, options.classifier_weights, classifier)
+    purifier = Purifier(
+        score,
+        classifier,
+        method=options.method,
+        t=options.t,
+        guidance_scale=options.guidance_scale,
+        num_steps=options.steps,
+        solver=options.solver,
+        engine=options.engine,
+        precision=options.precision,
+        gradient=getattr(options, "gradient", "none"),
+        guidance_gradient=getattr(options, "guidance_gradient", "exact"),
+        clamp=not options.no_clamp,
+    )
+    return purifier, networks
+
+
+def _settings(purifier: Purifier) -> dict[str, Any]:
+    return {
+        "method": purifier.method,
+        "t": purifier.t,
+        "num_steps": purifier.num_steps,
+        "guidance_scale": purifier.guidance_scale,
+        "solver": purifier.solver,
+        "beta_min": purifier.sde.beta_min,
+        "beta_max": purifier.sde.beta_max,
+        "clamp": purifier.clamp,
+        "engine": purifier.engine,
+        "precision": purifier.precision,
+    }
+
+
+def _identity(source: str, weights: str | None, network: nn.Module) -> dict[str, Any]:
+    return {"source": source, "weights": weights, "sha256": state_dict_sha256(network)}
+
+
+class _Images:
+    """Images of all inputs, in order."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.stems: list[str] = []
+        self.sources: list[str] = []
+        self.label_parts: list[np.ndarray] = []
+
+    @property
+    def x(self) -> Tensor:
+        return torch.cat(self.parts)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Labels, if every input has them."""
+        return np.concatenate(self.label_parts) if len(self.label_parts) == len(self.parts) else None
+
+
+def _load(inputs: Sequence[str], limit: int | None) -> _Images:
+    images = _Images()
+    for source in inputs:
+        x, y = load_images(source, limit=limit)
+        if images.parts and x.shape[1:] != images.parts[0].shape[1:]:
+            found, first = ("x".join(map(str, shape[1:])) for shape in (x.shape, images.parts[0].shape))
+            raise ValueError(f"the images of {source} are {found}, those of {inputs[0]} {first}; purify them separately")
+        path = Path(source).expanduser()
+        if path.is_dir():
+            files = image_files(path)[: len(x)]
+            images.stems += [file.stem for file in files]
+            images.sources += list(map(str, files))
+        elif path.is_file() and path.suffix.lower() != ".npz":
+            images.stems.append(path.stem)
+            images.sources.append(str(path))
+        else:
+            images.stems += [path.stem] * len(x)
+            images.sources += [f"{source}[{i}]" for i in range(len(x))]
+        images.parts.append(x)
+        if y is not None:
+            images.label_parts.append(y.numpy())
+    return images
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if options.json not in (None, "-"):
+        _refuse_existing([Path(options.json)], options.force)
+    report = doctor.run(device=options.device, progress=sys.stderr.isatty())
+    if options.json == "-":
+        print(json.dumps(report, indent=2))
+    else:
+        print(doctor.text(report))
+        if options.json is not None:
+            _write_json(report, Path(options.json))
+    return 1 if options.strict and not report["ok"] else 0
+
+
+def _check_gradient(options: argparse.Namespace) -> int:
+    if options.json not in (None, "-"):
+        _refuse_existing([Path(options.json)], options.force)
+    images = _load([options.input], options.images)
+    purifier, networks = _purifier(options)
+    classifier = purifier.classifier
+    if classifier is None:
+        classifier = load_classifier(options.classifier, weights=options.classifier_weights, device=options.device)
+        networks["classifier"] = _identity(options.classifier, options.classifier_weights, classifier)
+    certificate = check_gradient(
+        PurifiedClassifier(purifier, classifier, seed=options.seed),
+        images.x.to(options.device),
+        None if images.labels is None else torch.from_numpy(images.labels),
+        images=options.images,
+        draws=options.draws,
+        directions=options.directions,
+        memory_limit=None if options.memory_limit is None else int(options.memory_limit * 2**30),
+        progress=sys.stderr.isatty(),
+    )
+    report = {
+        "command": shlex.join(["coupfast", *options.argv]),
+        "certificate": certificate.to_dict(),
+        "networks": networks,
+        "images": images.sources[: options.images],
+        "environment": _environment(options.device),
+    }
+    if options.json == "-":
+        print(json.dumps(report, indent=2))
+    else:
+        print(certificate)
+        if options.json is not None:
+            _write_json(report, Path(options.json))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    source, target = Path(options.source), Path(options.target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} is written as safetensors: give it that suffix, so that it is read as such")
+    _refuse_existing([target], options.force)
+    config = None if options.config is None else json.loads(Path(options.config).read_text())
+    convert_score_checkpoint(source, target, config=config)
+    print(
+        f"{file_sha256(target)}  {target}\n"
+        f"{target.stat().st_size / 1e6:.0f} MB of averaged weights, of {source.stat().st_size / 1e6:.0f} MB in {source}"
+    )
+    return 0
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_existing(paths: Sequence[Path], force: bool) -> None:
+    """Before any work: what would be lost, and what could not be written."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a file that could be written")
+        if not force and path.exists():
+            others = sum(other.exists() for other in paths) - 1
+            more = f" (and {others} more)" if others else ""
+            raise FileExistsError(f"{path} exists{more}; choose another place, or --force to replace")
+
+
+def _write_json(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _tensor_sha256(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    return {
+        "coupfast": coupfast.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numpy", "torchsde", "safetensors")},
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; say cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in every help line that has one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.required:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coupfast", description="Diffusion-based adversarial purification: fast, exact, reproducible."
+    )
+    parser.add_argument("--version", action="version", version=f"coupfast {coupfast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=f"{summary}. {more}".strip(), formatter_class=_Formatter)
+        added.set_defaults(run=run)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return added
+
+    purify = command(
+        "purify",
+        _purify,
+        "Purify images and write them as files",
+        f"Writes one PNG an image (ID-NAME.png) and {REPORT}, which holds all that is needed to repeat the run: settings, "
+        "seed, SHA-256 of weights, inputs and outputs, versions. An image's noise depends on the seed, its id and the draw, "
+        "not on the batch it stands in. Existing files are not replaced without --force.",
+    )
+    purify.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IN",
+        help="image files (PNG, JPEG), folders of them, .npz archives, or the names cifar10-20, cifar10-512, cifar10",
+    )
+    purify.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if it does not exist")
+    purify.add_argument(
+        "--format",
+        nargs="+",
+        choices=("png", "npz"),
+        default=["png"],
+        help=f"png: 8 bits, to look at; npz: the exact float32 values, all in {ARCHIVE}; or both",
+    )
+    purify.add_argument("--force", action="store_true", help="replace files that exist")
+    purify.add_argument("--limit", type=int, metavar="N", help="take at most the first N images of each input")
+    purify.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; changes speed and memory only")
+    purify.add_argument("--first-id", type=int, default=0, metavar="ID", help="id of the first image; the others count on")
+    purify.add_argument(
+        "--draw", type=int, nargs="+", default=[0], metavar="D", help="noise draws, in [0, 2**32): one purified image for each"
+    )
+    _add_defense(purify)
+
+    check = command(
+        "check-gradient",
+        _check_gradient,
+        "Compare the gradient through a purification with float64 back-propagation and finite differences",
+        "Float64 passes of whole purifications are slow on a CPU: --steps 20 or fewer serves for a first look.",
+    )
+    check.add_argument("input", nargs="?", default="cifar10-20", metavar="IN", help="images, as for `coupfast purify`")
+    check.add_argument("--images", type=int, default=2, metavar="N", help="how many images to use, the first ones")
+    check.add_argument(
+        "--draws", type=int, default=8, metavar="M", help="noise draws of the signal-to-noise ratio, from 2; 0: leave it out"
+    )
+    check.add_argument(
+        "--directions",
+        type=int,
+        default=2,
+        metavar="D",
+        help="random directions of the finite differences besides the gradient's sign; 0: leave both out",
+    )
+    check.add_argument("--gradient", choices=GRADIENTS, default="exact", help="which gradient to check")
+    check.add_argument(
+        "--guidance-gradient", choices=GUIDANCE_GRADIENTS, default="exact", help="detached: the guidance taken as a constant"
+    )
+    check.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="GiB that float64 back-propagation may take; half of what is free"
+    )
+    check.add_argument("--json", metavar="FILE", help="also write everything as JSON; -: to stdout, instead of the text")
+    check.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    _add_defense(check)
+
+    doctor_ = command(
+        "doctor",
+        _doctor,
+        "Say what is installed, which engines run here, and whether they compute what they should",
+        "Takes 10 to 20 seconds on two cores.",
+    )
+    doctor_.add_argument("--strict", action="store_true", help="exit with status 1 if there is any problem")
+    doctor_.add_argument("--json", metavar="FILE", help="also write the report as JSON; -: to stdout, instead of the text")
+    doctor_.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    doctor_.add_argument(
+        "--device", type=_device, metavar="DEVICE", help="where to try the engines; the CPU and, if there is one, the GPU"
+    )
+
+    convert = command(
+        "convert",
+        _convert,
+        "Convert a score_sde checkpoint (checkpoint_8.pth) to safetensors with the averaged weights only",
+    )
+    convert.add_argument("source", metavar="SRC", help="the checkpoint; nothing in it is executed")
+    convert.add_argument("target", metavar="DST", help="the .safetensors file to write")
+    convert.add_argument(
+        "--config", metavar="FILE", help="JSON with the arguments of DDPMpp; without it cifar10_ddpmpp_deep_continuous"
+    )
+    convert.add_argument("--force", action="store_true", help="replace DST if it exists")
+    return parser
+
+
+def _add_defense(parser: argparse.ArgumentParser) -> None:
+    """Options of the purifier, as `coupfast.purify` has them."""
+    group = parser.add_argument_group("the purification")
+    group.add_argument(
+        "--method", choices=METHODS, default="coup", help="reverse-sde is COUP without guidance, diffpure adds noise first"
+    )
+    group.add_argument(
+        "--t", type=float, default=0.1, metavar="T", help="purification time in (1e-5, 1]; step 100 of 1000 is 0.1"
+    )
+    group.add_argument(
+        "--steps", type=int, metavar="K", help="K equal steps; without it one step each 1e-3 of t, the last one shorter"
+    )
+    group.add_argument("--guidance-scale", type=float, default=1.0, metavar="L", help="the paper's lambda, at least 0")
+    group.add_argument("--solver", choices=SOLVERS, default="euler-maruyama", help="how the SDE is integrated")
+    group.add_argument("--no-clamp", action="store_true", help="do not clip the state to [-1, 1] (DiffPure's code does not)")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="fixes the noise; in [0, 2**64)")
+    group.add_argument(
+        "--score",
+        default="cifar10-tiny",
+        metavar="NAME|FILE",
+        help=f"score network: {', '.join(score_names())}, or a weight file",
+    )
+    group.add_argument("--score-weights", metavar="FILE", help="weights for a NAME that does not ship with the package")
+    group.add_argument(
+        "--classifier",
+        default="cifar10-tiny",
+        metavar="NAME|FILE",
+        help=f"classifier: {', '.join(classifier_names())}, a RobustBench name, or a weight file",
+    )
+    group.add_argument("--classifier-weights", metavar="FILE", help="weights for a NAME that does not ship with the package")
+    group.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="what runs the steps")
+    group.add_argument("--precision", choices=PRECISIONS, default="strict", help="strict: float32 as IEEE 754 has it")
+    group.add_argument("--device", type=_device, default=_default_device(), metavar="DEVICE", help="cpu, cuda, cuda:1, ...")

@@ -1,0 +1,330 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import coupfast
+from coupfast import cli, doctor
+from coupfast.data import load_images
+from coupfast.models.checkpoints import state_dict_sha256, write_safetensors
+from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.wide_resnet import WideResNet
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weight files of a score network and a classifier of 8 x 8 images, and options that name them."""
+    folder = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        score = DDPMpp(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
+        score.redraw_small_layers(torch.Generator().manual_seed(4))
+        classifier = WideResNet(10, 1)
+    write_safetensors(folder / "score.safetensors", score.state_dict(), score.config)
+    write_safetensors(folder / "classifier.safetensors", classifier.state_dict(), classifier.config)
+    return folder
+
+
+@pytest.fixture
+def networks(weights):
+    score, classifier = weights / "score.safetensors", weights / "classifier.safetensors"
+    return ["--score", str(score), "--classifier", str(classifier), "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five photos in a folder."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    for name, image in zip("abcde", pixels, strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")
+    return folder
+
+
+def run(*arguments):
+    return cli.main(list(map(str, arguments)))
+
+
+def expected(weights, x, **options):
+    score = coupfast.load_score(weights / "score.safetensors")
+    classifier = coupfast.load_classifier(weights / "classifier.safetensors")
+    with torch.no_grad():
+        return coupfast.purify(x, score, classifier, num_steps=2, **options)
+
+
+def test_purify_writes_images_and_a_report(photos, networks, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("purify", photos, "--out", out, "--t", "0.05", "--seed", 7, *networks) == 0
+    names = [f"{i:05d}-{name}.png" for i, name in enumerate("abcde")]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "purify.json"]
+    x, _ = load_images(photos)
+    purified = expected(weights, x, t=0.05, seed=7)
+    written, _ = load_images(out)
+    # Half a level of 8 bits, and a hundredth for a value that lies on its edge.
+    torch.testing.assert_close(written, purified, rtol=0.0, atol=0.51 / 255)
+
+    report = json.loads((out / "purify.json").read_text())
+    assert report["settings"] == {
+        "method": "coup",
+        "t": 0.05,
+        "num_steps": 2,
+        "guidance_scale": 1.0,
+        "solver": "euler-maruyama",
+        "beta_min": 0.1,
+        "beta_max": 20.0,
+        "clamp": True,
+        "engine": report["settings"]["engine"],  # "auto" is resolved
+        "precision": "strict",
+        "seed": 7,
+        "draws": [0],
+        "batch": 20,
+    }
+    assert report["settings"]["engine"] != "auto"
+    score = coupfast.load_score(weights / "score.safetensors")
+    assert report["networks"]["score"]["sha256"] == state_dict_sha256(score)
+    assert report["networks"]["classifier"]["source"] == str(weights / "classifier.safetensors")
+    assert [(row["id"], row["file"]) for row in report["images"]] == list(enumerate(names))
+    assert [row["source"] for row in report["images"]] == [str(photos / f"{name}.png") for name in "abcde"]
+    assert all(len(row["input_sha256"]) == len(row["output_sha256"]) == 64 for row in report["images"])
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["command"].startswith("coupfast purify ")
+    assert "Purified 5 images" in capsys.readouterr().out
+
+
+def test_the_reported_command_repeats_the_run(photos, networks, tmp_path):
+    def images(out):
+        return json.loads((out / "purify.json").read_text())["images"]
+
+    for name in ("first", "second"):
+        assert run("purify", photos, "--out", tmp_path / name, *networks) == 0
+    assert images(tmp_path / "first") == images(tmp_path / "second")
+    assert run("purify", photos, "--out", tmp_path / "third", "--seed", 1, *networks) == 0
+    first, third = images(tmp_path / "first"), images(tmp_path / "third")
+    assert [row["input_sha256"] for row in first] == [row["input_sha256"] for row in third]
+    assert not {row["output_sha256"] for row in first} & {row["output_sha256"] for row in third}
+
+
+def test_batches_and_ids_do_not_matter(photos, networks, weights, tmp_path):
+    exact = ["--format", "npz", *networks]
+    assert run("purify", photos, "--out", tmp_path / "all", *exact) == 0
+    assert run("purify", photos, "--out", tmp_path / "twos", "--batch", 2, *exact) == 0
+    assert run("purify", photos / "d.png", "--out", tmp_path / "one", "--first-id", 3, *exact) == 0
+    assert not list((tmp_path / "all").glob("*.png"))
+    together, _ = load_images(tmp_path / "all" / "purified.npz")
+    # Convolution libraries may round differently at another batch size; the noise is the same bits.
+    tol = 64 * EPS32
+    torch.testing.assert_close(load_images(tmp_path / "twos" / "purified.npz")[0], together, rtol=0.0, atol=tol)
+    torch.testing.assert_close(load_images(tmp_path / "one" / "purified.npz")[0], together[3:4], rtol=0.0, atol=tol)
+    torch.testing.assert_close(together, expected(weights, load_images(photos)[0], seed=0), rtol=0.0, atol=0.0)
+
+
+def test_draws_formats_and_several_inputs(photos, networks, weights, tmp_path):
+    x, _ = load_images(photos)
+    archive = tmp_path / "more.npz"
+    np.savez(archive, x=x[:2].numpy(), y=np.array([3, 4]))
+    out = tmp_path / "out"
+    inputs = [photos, archive, photos / "a.png"]
+    assert run("purify", *inputs, "--limit", 2, "--draw", 0, 5, "--format", "png", "npz", "--out", out, *networks) == 0
+    report = json.loads((out / "purify.json").read_text())
+    assert [(row["id"], row["draw"]) for row in report["images"]] == [(i, draw) for draw in (0, 5) for i in range(5)]
+    assert report["images"][2]["source"] == f"{archive}[0]"
+    assert {row["label"] for row in report["images"]} == {None}  # some inputs have none
+    assert len(list(out.glob("*-draw5.png"))) == 5
+    images, _ = load_images(out / "purified.npz")
+    both = torch.cat([x[:2], x[:2], x[:1]])
+    for draw, part in ((0, images[:5]), (5, images[5:])):
+        torch.testing.assert_close(part, expected(weights, both, seed=0, draw=draw), rtol=0.0, atol=0.0)
+
+    assert run("purify", archive, "--format", "npz", "--out", tmp_path / "labelled", *networks) == 0
+    assert load_images(tmp_path / "labelled" / "purified.npz")[1].tolist() == [3, 4]
+
+
+def test_unguided_methods_load_no_classifier(photos, networks, tmp_path):
+    arguments = networks[:2] + ["--classifier", "no-such-classifier", "--steps", "2", "--no-clamp"]
+    assert run("purify", photos, "--method", "diffpure", "--out", tmp_path / "out", *arguments) == 0
+    report = json.loads((tmp_path / "out" / "purify.json").read_text())
+    assert list(report["networks"]) == ["score"]
+    assert report["settings"]["clamp"] is False
+
+
+def test_never_overwrites(photos, networks, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "00002-c.png").write_bytes(b"precious")
+    assert run("purify", photos, "--out", out, *networks) == 2
+    assert "00002-c.png exists" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["00002-c.png"]  # nothing was done
+    assert (out / "00002-c.png").read_bytes() == b"precious"
+    assert run("purify", photos, "--out", out, "--force", *networks) == 0
+    assert (out / "00002-c.png").read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["purify", "cifar10-2O", "--out", "{tmp}"], "no file or folder of that name"),
+        (["purify", "{photos}", "--out", "{tmp}", "--t", "3"], "`t` is continuous time in (1e-5, 1], got 3.0"),
+        (["purify", "{photos}", "--out", "{tmp}", "--batch", "0"], "`--batch` is a number of images"),
+        (["purify", "{photos}", "--out", "{tmp}", "--limit", "0"], "`limit` is a number of images"),
+        (["purify", "{photos}", "--out", "{tmp}", "--draw", "1", "1"], "twice"),
+        (["purify", "{photos}", "--out", "{tmp}", "--draw", "-1"], "[0, 2**32)"),
+        (["purify", "{photos}", "--out", "{tmp}", "--first-id", "4294967295"], "`--first-id`"),
+        (["purify", "{photos}", "--out", "{tmp}", "--seed", "-1"], "`seed` is an integer in [0, 2**64), got -1"),
+        (["purify", "{photos}", "--out", "{photos}/a.png/x"], "a.png"),
+        (["purify", "{photos}", "{large}", "--out", "{tmp}"], "are 3x9x9, those of"),
+        (["purify", "{large}", "--out", "{tmp}"], "the score net is made for 8 x 8"),
+        (["purify", "{photos}", "--out", "{tmp}", "--score", "{photos}/a.png"], "a.png"),
+        (["check-gradient", "{photos}", "--draws", "1"], "`draws` is at least 2"),
+        (["check-gradient", "{photos}", "--memory-limit", "1e-6"], "MiB, the limit is"),
+        (["convert", "{photos}/a.png", "{tmp}/x.bin"], "safetensors: give it that suffix"),
+        (["convert", "{photos}/a.png", "{tmp}/x.safetensors"], "is not a torch file"),
+        (["convert", "{photos}/none.pth", "{tmp}/x.safetensors"], "no weight file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_a_caller_can_put_right_is_one_line(arguments, message, photos, networks, tmp_path, capsys):
+    large = tmp_path / "large.png"
+    Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(large)
+    filled = [a.format(photos=photos, large=large, tmp=tmp_path / "out") for a in arguments]
+    extra = [] if filled[0] == "convert" else [a for a in networks if not (a == "--score" and "--score" in filled)]
+    if "--score" in filled:
+        extra = ["--device", "cpu"]
+    assert run(*filled, *extra) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"coupfast {filled[0]}: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_debug_shows_the_traceback(photos, networks, tmp_path):
+    with pytest.raises(ValueError, match="continuous time"):
+        run("purify", photos, "--out", tmp_path / "out", "--t", "3", "--debug", *networks)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["purify", "x"], ["puriify"], ["purify", "x", "--out", "y", "--method", "cuop"]], ids=str
+)
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(*arguments)
+    assert exit_.value.code == 2
+    assert "usage: coupfast" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(photos, capsys):
+    for device in ["warp"] + ([] if torch.cuda.is_available() else ["cuda"]):
+        with pytest.raises(SystemExit):
+            run("purify", photos, "--out", "x", "--device", device)
+        assert f"'{device}'" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupt)
+    assert run("doctor") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_doctor(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor, "_cases", lambda: iter([("reverse-sde", {"method": "reverse-sde"}, "silu")]))
+    target = tmp_path / "new" / "doctor.json"
+    assert run("doctor", "--strict", "--json", target) == 0
+    assert "All checks passed" in capsys.readouterr().out
+    assert json.loads(target.read_text())["ok"]
+    assert run("doctor", "--json", target) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run("doctor", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+
+    monkeypatch.setattr(doctor, "NORMALS_SHA256", "0" * 64)
+    assert run("doctor") == 0
+    assert "PROBLEM  noise on cpu" in capsys.readouterr().out
+    assert run("doctor", "--strict") == 1
+
+
+def test_check_gradient(photos, networks, tmp_path, capsys):
+    target = tmp_path / "certificate.json"
+    small, none = ["--images", 1, "--draws", 2, "--directions", 1], ["--draws", 0, "--directions", 0]
+    assert run("check-gradient", photos, "--gradient", "bpda", *small, "--json", target, *networks) == 0
+    text = capsys.readouterr().out
+    report = json.loads(target.read_text())
+    certificate = report["certificate"]
+    assert "gradient='bpda'" in text
+    assert certificate["gradient"] == "bpda"
+    assert certificate["overall"]["relative_error"] > 1e-2
+    assert report["images"] == [str(photos / "a.png")]
+    assert set(report["networks"]) == {"score", "classifier"}
+    assert run("check-gradient", photos, "--method", "reverse-sde", *small[:2], *none, "--json", "-", *networks) == 0
+    certificate = json.loads(capsys.readouterr().out)["certificate"]
+    assert certificate["gradient"] == "exact"
+    assert certificate["overall"]["relative_error"] < 1e-4
+    assert "cross-entropy" in certificate["loss"]
+
+
+def test_convert(tmp_path, capsys):
+    config = {"nf": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "image_size": 8}
+    network = DDPMpp(**config)
+    checkpoint = {
+        "optimizer": {},
+        "model": {f"module.{name}": torch.zeros_like(p) for name, p in network.named_parameters()},
+        "ema": {"decay": 0.999, "num_updates": 5, "shadow_params": [p.detach() for p in network.parameters()]},
+        "step": 5,
+    }
+    source, target, arguments = tmp_path / "checkpoint_8.pth", tmp_path / "score.safetensors", tmp_path / "config.json"
+    torch.save(checkpoint, source)
+    arguments.write_text(json.dumps(config))
+    assert run("convert", source, target, "--config", arguments) == 0
+    digest = capsys.readouterr().out.split()[0]
+    assert digest == cli.file_sha256(target)
+    loaded = coupfast.load_score(target)
+    assert state_dict_sha256(loaded) == state_dict_sha256(network)
+    assert run("convert", source, target, "--config", arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run("convert", source, target, "--config", arguments, "--force") == 0
+    arguments.write_text("{")
+    assert run("convert", source, tmp_path / "other.safetensors", "--config", arguments) == 2
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["purify", "check-gradient", "doctor", "convert"])
+def test_every_option_is_explained(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(command, "--help")
+    assert exit_.value.code == 0
+    assert "usage: coupfast" in capsys.readouterr().out
+    parser = cli._parser()
+    subparser = parser._subparsers._group_actions[0].choices[command]
+    for action in subparser._actions:
+        assert action.help, action.option_strings
+
+
+def test_defaults_are_those_of_the_function():
+    options = cli._parser().parse_args(["purify", "x", "--out", "y"])
+    signature = inspect.signature(coupfast.purify).parameters
+    for option, parameter in (
+        ("method", "method"),
+        ("t", "t"),
+        ("guidance_scale", "guidance_scale"),
+        ("steps", "num_steps"),
+        ("solver", "solver"),
+        ("engine", "engine"),
+        ("precision", "precision"),
+    ):
+        assert getattr(options, option) == signature[parameter].default
+    assert options.draw == [0]
+    assert options.no_clamp is not signature["clamp"].default
+
+
+def test_python_m_coupfast():
+    found = subprocess.run([sys.executable, "-m", "coupfast", "--version"], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout.strip()) == (0, f"coupfast {coupfast.__version__}")
