@@ -92,6 +92,8 @@ if triton is not None:
 
         INTERLEAVED = 1: a group is one Philox block, 4 elements that lie side by side (STRIDED: as channels-last has them).
         INTERLEAVED = channels: channels-last, a group is 4 pixels, hence one Philox block of each channel.
+
+        No spills; registers leave an SM at least 1280 threads, 896 with 3 channels interleaved, 640 with 4 (sm_80 … sm_100).
         """
         image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
         first_group = tile.to(tl.int64) * BLOCK
