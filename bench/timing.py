@@ -1,0 +1,168 @@
+"""How the benchmarks measure: interleaved repeats on one clock, medians with spread, peak memory, and the machine.
+
+Two timings are comparable only if they were taken in one run, turn by turn: the speed of a machine drifts by more than most
+differences that are worth measuring. So contenders take turns, each repeat starts with another one, and a ratio is the
+median of the repeats' ratios.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.autograd.profiler import profile
+from tqdm import tqdm
+
+Result = TypeVar("Result")
+
+
+def timed(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds that one call takes (on CUDA between two events, so without the host's launch-ahead), and its result."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        result = function()
+        return time.perf_counter() - start, result
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    first.record()
+    result = function()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3, result
+
+
+def interleave(contenders: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
+    """Every contender's results, `repeats` of each, taken in turns; the order rotates. Contenders warm up before."""
+    names = list(contenders)
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    with tqdm(total=repeats * len(names), unit="run", leave=False, disable=None) as progress:
+        for repeat in range(repeats):
+            turn = repeat % len(names) if names else 0
+            for name in names[turn:] + names[:turn]:
+                progress.set_description(name)
+                results[name].append(contenders[name]())
+                progress.update()
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Repeated timings: their median and their interquartile range, in the same unit."""
+
+    median: float
+    spread: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Summary:
+        low, median, high = np.percentile(np.asarray(samples, dtype=np.float64), [25, 50, 75])
+        return Summary(float(median), float(high - low))
+
+
+def times_faster(baseline: Sequence[float] | None, samples: Sequence[float] | None) -> float | None:
+    """How many times faster than the baseline: the median of the repeats' ratios; None if either was not timed."""
+    if not baseline or not samples:
+        return None
+    return float(np.median(np.asarray(baseline, dtype=np.float64) / np.asarray(samples, dtype=np.float64)))
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that PyTorch's allocator had handed out at once during a call, above what it had handed out before.
+
+    On the CPU from the profiler's record of every allocation, which costs time and memory of its own: take times elsewhere,
+    and few steps.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and end otherwise
+    record = profile(use_cpu=True, profile_memory=True, acc_events=True)
+    # Its table of operations is not wanted, and takes ten times as long to make as the record itself.
+    record._parse_kineto_results = lambda *_, **__: []  # type: ignore[method-assign]
+    with record:
+        function()
+    assert record.kineto_results is not None
+    changes = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    running = np.cumsum([event.nbytes() for event in changes if event.device_type() == torch.autograd.DeviceType.CPU])
+    return int(running.max(initial=0))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a timing, and nothing that names the machine or a place on it."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "torchsde": _version("torchsde"),
+        "numpy": np.__version__,
+        "coupfast": _version("coupfast"),
+        "commit": commit,
+        "uncommitted_changes": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def finite_or_none(value: Any) -> Any:
+    """`value` for JSON, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def copy_bandwidth(device: torch.device, *, megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes per second, read and written, of copying a tensor larger than the caches: what a memory-bound kernel can reach."""
+    source = torch.zeros(megabytes * 2**18, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    timed(lambda: target.copy_(source), device)
+    best = min(timed(lambda: target.copy_(source), device)[0] for _ in range(repeats))
+    return 2 * source.numel() * source.element_size() / best
+
+
+def _git(*command: str) -> str | None:
+    root = pathlib.Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,247 @@
+"""The benchmarks run, say what they promise to say, and print no time for an engine that computes something else."""
+
+import copy
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+from coupfast.purify import ENGINES
+from coupfast.reference import purify_published, purify_ref
+
+BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
+ULP = torch.finfo(torch.float32).eps
+
+SPEED_FIELDS = {
+    *("method", "engine", "precision", "network", "t", "num_steps", "steps_timed", "scaled", "batch", "seconds_per_image"),
+    *("spread", "ratio_to_reference", "ratio_to_eager", "parity_max_abs", "error_float64", "device", "torch", "threads"),
+}
+GRADIENT_FIELDS = {
+    *("mode", "engine", "network", "t", "num_steps", "steps_timed", "scaled", "batch", "seconds_per_image", "peak_bytes"),
+    *("rel_error", "cosine", "sign_agreement", "ratio_to_published", "ratio_to_frozen", "ratio_to_eager"),
+}
+SMALL = ["--network", "tiny", "--images", "random", "--repeats", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script_sees_it(monkeypatch):
+    """`python bench/speed.py` has bench/ as its first place to import from."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(BENCH)
+    yield
+    for name in ("speed", "gradient", "cases", "timing"):
+        sys.modules.pop(name, None)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run a benchmark's command line: (exit code, rows by name, environment, what it printed)."""
+
+    def run(script, *arguments):
+        module = __import__(script)
+        file = tmp_path / "results.json"
+        code = module.main([*SMALL, "--json", str(file), *map(str, arguments)])
+        document = json.loads(file.read_text())
+        names = {"speed": ("method", "engine"), "gradient": ("mode", "engine")}[script]
+        rows = {tuple(row[name] for name in names): row for row in document["rows"]}
+        return code, rows, document["environment"], capsys.readouterr().out
+
+    return run
+
+
+def off_by(error):
+    """An engine like eager whose steps are wrong by `error`."""
+
+    def prepare(*args, **kwargs):
+        programs = ENGINES["eager"](*args, **kwargs)
+        step, step_vjp = programs.step, programs.step_vjp
+
+        def wrong_step(k, x_k, noise, keep="nothing"):
+            x_next, saved = step(k, x_k, noise, keep)
+            return x_next + error, saved
+
+        programs.step = wrong_step
+        programs.step_vjp = lambda k, x_k, saved, v: step_vjp(k, x_k, saved, v) * (1 + error)
+        return programs
+
+    return prepare
+
+
+class TestSpeed:
+    def test_every_row_says_what_it_is(self, run):
+        code, rows, environment, printed = run("speed", "--t", 0, 0.1, "--steps-timed", 2, "--methods", "coup", "diffpure")
+        assert code == 0
+        assert set(rows) == {
+            ("classifier alone", "eager"),
+            *((method, engine) for method in ("coup", "diffpure") for engine in ("reference", *ENGINES)),
+        }
+        for row in rows.values():
+            assert set(row) >= SPEED_FIELDS
+            assert row["seconds_per_image"] > 0
+        for (method, engine), row in rows.items():
+            if method != "classifier alone":
+                assert (row["num_steps"], row["steps_timed"], row["scaled"]) == (100, 2, True)
+                # Two steps round a state of order one a few times each: increments, times and labels are the same.
+                assert row["parity_max_abs"] < 16 * ULP, (method, engine)
+                assert row["error_float64"] <= 4 * row["error_float64_eager"] or engine == "reference"
+        assert "scaled from 2 of 100 steps" in printed
+        assert environment["commit"] is None or len(environment["commit"]) == 40
+        text = json.dumps(environment)
+        assert str(pathlib.Path.home()) not in text
+        assert BENCH not in text
+
+    def test_ratios_are_of_the_times_stated(self, run):
+        _, rows, _, _ = run("speed", "--steps-timed", 1, "--methods", "reverse-sde", "--engines", "reference", "eager")
+        reference, eager = rows["reverse-sde", "reference"], rows["reverse-sde", "eager"]
+        stated = reference["seconds_per_image"] / eager["seconds_per_image"]  # one repeat: its ratio is the median
+        assert eager["ratio_to_reference"] == pytest.approx(stated)
+        assert reference["ratio_to_eager"] == pytest.approx(1 / stated)
+
+    def test_all_steps_are_not_scaled(self, run):
+        _, rows, _, printed = run("speed", "--t", 0.002, "--methods", "reverse-sde", "--engines", "eager")
+        (row,) = rows.values()
+        assert (row["num_steps"], row["steps_timed"], row["scaled"]) == (2, 2, False)
+        assert row["ratio_to_reference"] is None
+        assert "scaled" not in printed
+
+    @pytest.mark.parametrize("error", [1e-4, float("nan")])
+    def test_a_wrong_engine_gets_no_time(self, run, monkeypatch, error):
+        monkeypatch.setitem(ENGINES, "wrong", off_by(error))
+        code, rows, _, printed = run("speed", "--steps-timed", 1, "--methods", "reverse-sde", "--engines", "eager", "wrong")
+        assert code == 1
+        wrong, eager = rows["reverse-sde", "wrong"], rows["reverse-sde", "eager"]
+        assert not wrong["within_contract"]
+        assert [wrong[key] for key in ("seconds_per_image", "spread", "ratio_to_eager", "ratio_to_reference")] == [None] * 4
+        assert eager["seconds_per_image"] > 0
+        (line,) = [line for line in printed.splitlines() if "wrong" in line]
+        assert "no times" in line
+        assert "s/image" not in line
+
+    def test_an_engine_that_cannot_run_is_named_and_left_out(self, run, monkeypatch):
+        def absent(*args, **kwargs):
+            raise RuntimeError("no such accelerator")
+
+        monkeypatch.setitem(ENGINES, "absent", absent)
+        code, rows, environment, _ = run("speed", "--t", 0.001, "--methods", "reverse-sde")
+        assert code == 0
+        assert ("reverse-sde", "absent") not in rows
+        assert environment["engines_that_do_not_run_here"] == [
+            {"engine": "absent", "reason": "RuntimeError: no such accelerator"}
+        ]
+
+
+class TestGradient:
+    def test_every_row_says_what_it_is(self, run):
+        code, rows, _, _ = run("gradient", "--steps-timed", 2)
+        assert code == 0
+        modes = __import__("gradient").MODES
+        assert {mode for mode, _ in rows} == set(modes)
+        for row in rows.values():
+            assert set(row) >= GRADIENT_FIELDS
+            assert row["seconds_per_image"] > 0
+            assert row["peak_bytes"] > 0
+            assert row["scaled"]
+        exact, published = rows["exact", "eager"], rows["published", "torchsde"]
+        assert exact["rel_error"] < 1e-5 < published["rel_error"]
+        assert exact["cosine"] > 1 - 1e-9
+        assert rows["detached", "eager"]["rounding"] < 1e-5 < rows["detached", "eager"]["rel_error"]
+        # All steps in memory at once against one at a time.
+        assert rows["back-propagation", "torchsde"]["peak_bytes"] > 10 * exact["peak_bytes"]
+        assert published["ratio_to_published"] == 1.0
+
+    def test_a_wrong_engine_gets_no_time(self, run, monkeypatch):
+        monkeypatch.setitem(ENGINES, "wrong", off_by(1e-2))
+        code, rows, _, printed = run("gradient", "--steps-timed", 2, "--modes", "exact", "--engines", "eager", "wrong")
+        assert code == 1
+        assert rows["exact", "wrong"]["seconds_per_image"] is None
+        assert rows["exact", "wrong"]["peak_bytes"] is None
+        assert rows["exact", "eager"]["seconds_per_image"] > 0
+        assert "no times" in printed
+
+
+class TestCases:
+    @pytest.fixture
+    def networks(self):
+        cases = __import__("cases")
+        return cases.load_networks("tiny", device=torch.device("cpu"), score=None, classifier=None, seed=0)
+
+    @pytest.mark.parametrize("forward_noising", [False, True])
+    def test_path_is_the_published_runs(self, networks, forward_noising):
+        cases = __import__("cases")
+        x_0 = 2 * cases.benchmark_images("random", 2, device=torch.device("cpu"), seed=1) - 1
+        path = cases.published_path(x_0, t=0.1, steps=3, forward_noising=forward_noising, entropy=5)
+        with path.seeded(), torch.no_grad():
+            published = purify_published(
+                x_0, networks.score, None, t=0.1, t_end=path.t_end, forward_noising=forward_noising, entropy=5
+            )
+        replayed = purify_ref(
+            x_0.double(), networks.score64, None, path.noise.double(), grid=path.grid, forward_noising=forward_noising
+        )
+        # Each step rounds a state of up to 4 a few times; another path would differ by 0.06.
+        torch.testing.assert_close(published.double(), replayed, rtol=0, atol=3 * 4 * 4 * ULP)
+
+    def test_truth_is_back_propagation_through_the_definition(self, networks):
+        cases, gradient = __import__("cases"), __import__("gradient")
+        x = cases.benchmark_images("random", 1, device=torch.device("cpu"), seed=1).double().requires_grad_()
+        path = cases.published_path(2 * x.detach().float() - 1, t=0.1, steps=2, forward_noising=False, entropy=5)
+        purified = gradient.discrete_adjoint(x, networks.score64, networks.classifier64, path)
+        w = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        (v,) = torch.autograd.grad(purified, x, w)
+        x_k = purify_ref(2 * x - 1, networks.score64, networks.classifier64, path.noise.double(), grid=path.grid)
+        (v_ref,) = torch.autograd.grad((x_k + 1) / 2, x, w)
+        # Two steps through some hundred operations, each with sums of up to some thousand terms.
+        torch.testing.assert_close(v, v_ref, rtol=0, atol=1e-12 * float(v_ref.abs().max()))
+
+    def test_random_classifiers_guide_with_order_one_and_flip_no_relu(self):
+        cases = __import__("cases")
+        from coupfast.guidance import guidance_gradient
+        from coupfast.models.wide_resnet import WideResNet
+
+        torch.manual_seed(0)
+        classifier = WideResNet(10, 1).eval()
+        cases.scale_random_classifier(classifier, seed=3)
+        assert not any(module.training for module in classifier.modules())
+        x_k = 2 * torch.rand(8, 3, 32, 32) - 1
+        g, _ = guidance_gradient(classifier, x_k)
+        norms = g.flatten(1).norm(dim=1)
+        assert 0.1 < float(norms.min())
+        assert float(norms.max()) < 10
+        g64, _ = guidance_gradient(copy.deepcopy(classifier).double(), x_k.double())
+        # A dozen layers of sums whose terms are some ten times as large as what remains of them; a flip would be 1e-3 or more.
+        assert float(((g - g64).flatten(1).norm(dim=1) / norms).max()) < 2e-4
+
+    def test_too_few_images_are_refused(self):
+        pytest.importorskip("foolbox")
+        with pytest.raises(ValueError, match="20 images"):
+            __import__("cases").benchmark_images("cifar10-20", 21, device=torch.device("cpu"), seed=0)
+
+
+class TestTiming:
+    def test_contenders_take_turns(self):
+        order = []
+        contenders = {name: lambda name=name: order.append(name) for name in "abc"}
+        results = __import__("timing").interleave(contenders, 3)
+        assert "".join(order) == "abc" "bca" "cab"
+        assert {name: len(found) for name, found in results.items()} == {"a": 3, "b": 3, "c": 3}
+
+    def test_ratio_is_the_median_of_paired_ratios(self):
+        timing = __import__("timing")
+        assert timing.times_faster([2.0, 20.0, 6.0], [1.0, 5.0, 1.0]) == 4.0
+        assert timing.times_faster(None, [1.0]) is None
+        assert timing.Summary.of([1.0, 2.0, 3.0, 4.0, 5.0]) == timing.Summary(3.0, 2.0)
+
+    def test_peak_counts_what_lives_at_once(self):
+        def allocate():
+            torch.ones(2**20)
+            a = torch.ones(2**20)
+            b = torch.ones(2**20)
+            return a, b
+
+        peak = __import__("timing").peak_bytes(allocate, torch.device("cpu"))
+        assert 2 * 2**22 <= peak < 2 * 2**22 + 2**16
+
+    def test_json_has_no_nan(self):
+        assert __import__("timing").finite_or_none({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
