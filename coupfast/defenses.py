@@ -55,7 +55,7 @@ def recipe(
     guidance_scale: float = 1.0,
 ) -> Recipe:
     """Coefficients of `method` from time `t` (or on a whole grid, if `t` is an array of times) to 1e-5."""
-    grid = time_grid(t, num_steps) if np.ndim(t) == 0 else np.asarray(t, dtype=np.float64)
+    grid = np.asarray(t, dtype=np.float64) if isinstance(t, np.ndarray) else time_grid(t, num_steps)
     table = SOLVERS[solver](sde, grid, guidance_scale if method.guidance else 0.0)
     if not method.forward_noising:
         return Recipe(table, None)

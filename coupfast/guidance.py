@@ -314,7 +314,8 @@ class PiecewiseLinearGraph:
 
 def _trace(classifier: nn.Module, x_k: torch.Tensor) -> fx.GraphModule:
     with torch.no_grad():
-        module = make_fx(lambda x: scaled_logits(classifier, x))(x_k)
+        # In-place operations, which many networks use, have no place in a trace that is evaluated out of order.
+        module = make_fx(torch.func.functionalize(lambda x: scaled_logits(classifier, x)))(x_k)
     module.graph.eliminate_dead_code()  # outputs that nothing reads, such as a batch norm's saved statistics
     return module
 
@@ -387,7 +388,7 @@ def _slope(node: fx.Node, args: tuple, value: Any) -> Slope:
     if target is aten.max_pool2d_with_indices.default:
         return Slope(value[1], x.shape)
     if target is aten.hardtanh.default:
-        low, high = (*args[1:], *(-1.0, 1.0)[len(args) - 1 :])
+        low, high = args[1] if len(args) > 1 else -1.0, args[2] if len(args) > 2 else 1.0
         return Slope.of_mask((x > low) & (x < high))
     threshold = args[1] if target in (aten.clamp_min.default, aten.threshold.default) else 0.0
     # What back-propagation takes at the kink itself: clamp passes the gradient there, the others do not.
@@ -489,7 +490,7 @@ class Guidance:
         if kept is None or kept.slopes is None or kept.p is None:
             with torch.no_grad():
                 logits, slopes = self.graph.evaluate(x_k, keep_slopes=True)
-                p = torch.softmax(logits, dim=1)
+                p = torch.log_softmax(logits, dim=1).exp()  # as `gradient` takes it, to the bit
         else:
             slopes, p = kept.slopes, kept.p
         with torch.enable_grad():
@@ -507,8 +508,7 @@ def _forward_over_reverse(classifier: nn.Module, x_k: torch.Tensor, v: torch.Ten
 
     # Fused attention has no second derivative; the plain formula has.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        _, w = torch.func.jvp(gradient, (x_k.detach(),), (v.detach(),))
-    return w
+        return torch.func.jvp(gradient, (x_k.detach(),), (v.detach(),))[1]
 
 
 def _double_backward(classifier: nn.Module, x_k: torch.Tensor, v: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,7 @@ class Purifier(nn.Module):
         purified, trajectory = self._integrate(prepared, x, source, return_trajectory, progress)
         if self.gradient == "bpda":
             purified = adjoint.identity_gradient(x, purified)
-        return (purified, trajectory) if return_trajectory else purified
+        return purified if trajectory is None else (purified, trajectory)
 
     def plan(self, batch: int, *, image_shape: tuple[int, int, int] | None = None) -> Plan:
         """What a run of `batch` images with its gradient will store and evaluate, before it runs.
@@ -313,7 +313,7 @@ class Purifier(nn.Module):
                 classifier,
                 rows,
                 grid=self.recipe.table.t,
-                dynamics="probability-flow" if self.solver == "probability-flow" else "euler-maruyama",
+                dynamics=self.solver,  # the definition names its dynamics as the solvers are named, and refuses others
                 guidance_scale=self.guidance_scale,
                 sde=self.sde,
                 detached=self.guidance_gradient == "detached",

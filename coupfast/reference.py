@@ -13,7 +13,7 @@ States are in the [-1, 1] scale here; neither function clips.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class _StepIndexedSDE(nn.Module):
         *,
         shape: torch.Size,
         grid: np.ndarray,
-        dynamics: Dynamics,
+        dynamics: str,
         guidance_scale: float,
         sde: VPSDE,
         detached: bool,
@@ -95,7 +95,7 @@ class _StepIndexedSDE(nn.Module):
         k = round(float(index))
         # torchsde's adjoint walks the steps backwards, starting each at its end, and is the only caller that evaluates
         # with gradients on.
-        first = k - 1 if self.continuous_adjoint and torch.is_grad_enabled() else k
+        first = max(k - 1, 0) if self.continuous_adjoint and torch.is_grad_enabled() else k
         return float(self.grid[k]), float(self.grid[first] - self.grid[first + 1])
 
     def f(self, index: Any, y: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def purify_ref(
     *,
     grid: np.ndarray,
     forward_noising: bool = False,
-    dynamics: Dynamics = "euler-maruyama",
+    dynamics: str = "euler-maruyama",
     guidance_scale: float = 1.0,
     sde: VPSDE | None = None,
     detached: bool = False,
@@ -136,6 +136,7 @@ def purify_ref(
         noise: Standard normal, shape (steps, *x_0.shape), plus one last row if `forward_noising`.
         grid: Times t_0 > … > t_K, float64, shape (K + 1,).
         forward_noising: First move x_0 to t_0 with the discrete chain's ᾱ (DiffPure).
+        dynamics: `"euler-maruyama"` on the reverse SDE or `"probability-flow"`, Euler on the ODE.
         detached: Take the guidance as a constant in gradients, as COUP's code does.
         adjoint: `"none"`: back-propagation goes through every step and gives the exact discrete gradient. `"frozen"`,
             `"parameters"`: torchsde's stochastic adjoint (Li et al. 2020) on the same noise, without and with the
@@ -144,6 +145,8 @@ def purify_ref(
     Returns:
         x_K, the same shape.
     """
+    if dynamics not in get_args(Dynamics):
+        raise ValueError(f"`dynamics` is one of {get_args(Dynamics)}, got {dynamics!r}")
     sde = sde or VPSDE()
     steps = len(grid) - 1
     x = x_0

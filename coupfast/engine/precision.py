@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 # `autocast(enabled=False)` leaves TF32 as it is: cuDNN's convolutions use it by default, and
 # `set_float32_matmul_precision` may have lowered matmuls on the GPU and, to bfloat16, on the CPU.
-_FLAGS = tuple(
-    (owner, "fp32_precision")
-    for owner in (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,
-        torch.backends.mkldnn.conv,
-    )
-)
+_SETTINGS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+_OWNERS = tuple(operator.attrgetter(setting)(torch.backends) for setting in _SETTINGS)
 
 
 @contextlib.contextmanager
 def strict_float32(device_type: str) -> Iterator[None]:
     """fp32 as IEEE 754 has it in everything that runs inside; the caller's settings are back afterwards."""
-    before: list[tuple[Any, str, str]] = [(owner, name, getattr(owner, name)) for owner, name in _FLAGS]
+    before = [(owner, owner.fp32_precision) for owner in _OWNERS]
     with torch.autocast(device_type, enabled=False), contextlib.ExitStack() as restore:
-        for owner, name, value in before:
-            restore.callback(setattr, owner, name, value)
-            setattr(owner, name, "ieee")
+        for owner, value in before:
+            restore.callback(setattr, owner, "fp32_precision", value)
+            owner.fp32_precision = "ieee"
         yield

@@ -1,0 +1,84 @@
+"""Small random networks that every test can afford."""
+
+import pytest
+import torch
+from torch import nn
+
+from coupfast.models.ddpmpp import DDPMpp
+
+# Networks of this size lose more to threads than they gain, the more so where another process wants the cores.
+torch.set_num_threads(1)
+
+
+def randomize_batch_norms(network: nn.Module, generator: torch.Generator) -> None:
+    """Statistics and affine parts as after training: an untouched batch norm is almost the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            shape = module.running_mean.shape
+            module.running_mean.copy_(0.2 * torch.randn(shape, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(shape, generator=generator))
+            module.weight.data.copy_(0.7 + 0.6 * torch.rand(shape, generator=generator))
+            module.bias.data.copy_(0.2 * torch.randn(shape, generator=generator))
+
+
+def small_score(dtype: torch.dtype = torch.float64) -> DDPMpp:
+    """DDPM++ on 3 x 8 x 8 images with attention, a down- and an upsampling level; eps_hat of order one."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        score = DDPMpp(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
+    return score.redraw_small_layers(generator).eval().to(dtype)
+
+
+def relu_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A wide residual network on 3 x 8 x 8 images (its last pool takes what is there)."""
+    generator = torch.Generator().manual_seed(8)
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        network = SmallResidual(nn.ReLU)
+        randomize_batch_norms(network, generator)
+    return network.eval().to(dtype)
+
+
+def silu_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The same with a smooth activation."""
+    network = SmallResidual(nn.SiLU)
+    network.load_state_dict(relu_classifier().state_dict())
+    return network.eval().to(dtype)
+
+
+class SmallResidual(nn.Module):
+    """Conv, two pre-activation residual blocks (one strided with a shortcut), pool, linear."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.activation = activation()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(8, 16, 1, stride=2, bias=False)
+        self.linear = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(x)
+        h = h + self.conv1(self.activation(self.bn1(h)))
+        h = self.conv2(self.activation(self.bn2(h))) + self.shortcut(h)
+        return 4.0 * self.linear(self.activation(h).mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def score() -> nn.Module:
+    return small_score()
+
+
+@pytest.fixture
+def classifier() -> nn.Module:
+    return relu_classifier()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Five random images, 3 x 8 x 8, float64."""
+    return torch.rand(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
