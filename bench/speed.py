@@ -102,7 +102,7 @@ class _Contender:
         call: One purification of the batch, the timed steps only.
         result: What it makes of the common path, as images.
         factor: What its time is multiplied by to state that of all steps.
-        coarse_error, coarse_allowance: See `error_coarse`.
+        coarse_error: See `error_coarse`.
     """
 
     engine: str
@@ -112,11 +112,19 @@ class _Contender:
     result: torch.Tensor
     factor: float
     coarse_error: float | None = None
-    coarse_allowance: float | None = None
 
     @property
     def name(self) -> str:
         return f"{self.engine} ({self.precision})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Coarse:
+    """The whole way in a few steps, the definition's result in float64, and what flipped ReLUs may move it by."""
+
+    grid: np.ndarray
+    truth: torch.Tensor
+    allowance: float
 
 
 def _purifications(
@@ -128,9 +136,15 @@ def _purifications(
     steps = steps_to_time(options, num_steps)
     path = published_path(2.0 * x - 1.0, t=t, steps=steps, forward_noising=noising, entropy=options.seed)
     truth, allowance = _definition(networks, method, x, path.noise, path.grid)
+    coarse: _Coarse | None = None
+    if steps < num_steps:
+        grid = time_grid(t, steps)
+        coarse = _Coarse(grid, *_definition(networks, method, x, path.noise, grid))
     # The eager engine's errors are the measure of all others', whether it is timed or not.
     eager, *others = (
-        _engine_contender(case, method, t, name, path) for name in dict.fromkeys(["eager", *engines]) if name != REFERENCE
+        _engine_contender(case, method, t, name, path, coarse)
+        for name in dict.fromkeys(["eager", *engines])
+        if name != REFERENCE
     )
     contenders = [contender for contender in (eager, *others) if contender.engine in engines]
     references = []
@@ -147,8 +161,8 @@ def _purifications(
         error = largest_difference(contender.result, truth)
         # Written so that NaN does not pass.
         sound = is_reference or error <= CONTRACT * eager_error + allowance
-        if contender.coarse_error is not None:
-            sound = sound and contender.coarse_error <= CONTRACT * eager.coarse_error + eager.coarse_allowance
+        if coarse is not None and not is_reference:
+            sound = sound and contender.coarse_error <= CONTRACT * eager.coarse_error + coarse.allowance
         rows[contender.name] = {
             "method": method,
             "engine": contender.engine,
@@ -169,7 +183,7 @@ def _purifications(
             "error_coarse": contender.coarse_error,
             "error_coarse_eager": eager.coarse_error,
             "allowance": allowance,
-            "allowance_coarse": eager.coarse_allowance,
+            "allowance_coarse": coarse.allowance if coarse else None,
             "within_contract": sound,
             **case.machine_fields(),
         }
@@ -206,22 +220,22 @@ def _reference_contender(case: Case, method: str, t: float, path: Path, *, stric
     return _Contender(REFERENCE, precision, num_steps, call, call(), (num_steps + 1) / (steps + 1))
 
 
-def _engine_contender(case: Case, method: str, t: float, engine: str, path: Path) -> _Contender:
+def _engine_contender(
+    case: Case, method: str, t: float, engine: str, path: Path, coarse: _Coarse | None
+) -> _Contender:
     purifier = purifier_on(path.grid, case.networks, method, engine=engine, precision="strict")
 
     def call() -> torch.Tensor:
         with torch.no_grad():
             return purifier(case.x, seed=0)  # with its own noise, as users call it
 
-    num_steps, steps = len(time_grid(t)) - 1, len(path.grid) - 1
-    coarse_error = allowance = None
-    if steps < len(parity_grid(t)) - 1:
-        grid = time_grid(t, steps)
-        coarse = purifier_on(grid, case.networks, method, engine=engine, precision="strict")
-        truth, allowance = _definition(case.networks, method, case.x, path.noise, grid)
-        coarse_error = largest_difference(_replay(coarse, case.x, path), truth)
-    factor = num_steps / steps
-    return _Contender(engine, "strict", num_steps, call, _replay(purifier, case.x, path), factor, coarse_error, allowance)
+    coarse_error = None
+    if coarse is not None:
+        on_coarse = purifier_on(coarse.grid, case.networks, method, engine=engine, precision="strict")
+        coarse_error = largest_difference(_replay(on_coarse, case.x, path), coarse.truth)
+    num_steps = len(time_grid(t)) - 1
+    factor = num_steps / (len(path.grid) - 1)
+    return _Contender(engine, "strict", num_steps, call, _replay(purifier, case.x, path), factor, coarse_error)
 
 
 def _replay(purifier: coupfast.Purifier, x: torch.Tensor, path: Path) -> torch.Tensor:

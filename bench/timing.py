@@ -79,7 +79,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """Most bytes that PyTorch's allocator had handed out at once during a call, above what it had handed out before.
 
     On the CPU from the profiler's record of every allocation, which costs time and memory of its own: take times elsewhere,
-    and few steps.
+    and few steps. What NumPy or an extension allocates for itself is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
