@@ -108,7 +108,10 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """A bool tensor as bits, eight to a byte (uint8, one axis), last byte padded with zeros; row-major order."""
     flat = mask.reshape(-1)
     if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+        # Into PyTorch's own memory, so that its accounts know of it.
+        bits = torch.empty((flat.numel() + 7) // 8, dtype=torch.uint8)
+        bits.numpy()[:] = np.packbits(flat.numpy(), bitorder="little")
+        return bits
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8)
     return (flat << _bit_positions(flat.device)).sum(dim=1, dtype=torch.uint8)
 
@@ -451,9 +454,6 @@ class Guidance:
             return "forward-over-reverse"
         logger.warning("the classifier has no forward-mode derivative: Hessian-vector products by double backward")
         return "double-backward"
-
-    def __repr__(self) -> str:
-        return f"Guidance({self.classifier!r}, route={self.route!r})"
 
     def gradient(self, x_k: torch.Tensor, *, keep_slopes: bool = False) -> tuple[torch.Tensor, Linearization]:
         """g(x_k), and what the Hessian-vector product needs of this evaluation (slopes only if asked for)."""

@@ -194,7 +194,7 @@ class Purifier(nn.Module):
     def plan(self, batch: int, *, image_shape: tuple[int, int, int] | None = None) -> Plan:
         """What a run of `batch` images with its gradient will store and evaluate, before it runs.
 
-        One image takes one step and back, once for an architecture, to see what that needs.
+        One image takes one step and back, once for a purifier, to see what that needs.
 
         Args:
             batch: Images.

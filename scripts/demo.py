@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shlex
@@ -199,6 +198,8 @@ def result(
     """What the classifier says of the clean and the attacked images after the defence `name`."""
     import torch
 
+    from coupfast.evaluation.protocols import wilson_interval
+
     row: dict[str, Any] = {"defence": name, "seconds": seconds, "images": attacked}
     for key, images in (("clean", clean), ("attacked", attacked)):
         with torch.no_grad():
@@ -215,14 +216,6 @@ def result(
             "confidence": p.amax(dim=1).tolist(),
         }
     return row
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion; z standard deviations, 95 % by default."""
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def table(rows: list[dict], n: int) -> str:

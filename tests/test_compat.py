@@ -45,9 +45,7 @@ AUTOATTACK = {
     "autoattack/state.py": "class EvaluationState: pass\n",
 }
 TORCHVISION = {"torchvision/__init__.py": ""}
-PKG_RESOURCES = {
-    "pkg_resources.py": 'import warnings; warnings.warn("pkg_resources is deprecated as an API", UserWarning)\n'
-}
+PKG_RESOURCES = {"pkg_resources.py": 'import warnings; warnings.warn("pkg_resources is deprecated as an API", UserWarning)\n'}
 
 
 @pytest.fixture

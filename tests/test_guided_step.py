@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_noise import assert_same_bits, random_words, run_interpreted, with_ieee_sqrt
+from test_noise import assert_same_bits, random_words, run_interpreted
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -196,11 +196,10 @@ if INTERPRETED:
             g = None if way in ("forward, unguided", "no hvp") else g
             noise = device_noise(shape[0]) if way.startswith("forward") else (None, None, None)
             row = tuple(table()[4].tolist())
-            with with_ieee_sqrt():
-                z = None
-                if noise[0] is not None:
-                    z = standard_normal_ref(shape, seed=2**64 - 5, ids=noise[1], draw=noise[2], step=4)
-                wanted = guided_step_ref(x, eps_hat, g, row, z)
+            z = None
+            if noise[0] is not None:
+                z = standard_normal_ref(shape, seed=2**64 - 5, ids=noise[1], draw=noise[2], step=4)
+            wanted = guided_step_ref(x, eps_hat, g, row, z)
 
             buffer, y = poisoned(x)
             input_buffer, classifier_input = poisoned(x) if way.endswith("input") else (None, None)
@@ -220,14 +219,12 @@ if INTERPRETED:
             x, eps_hat, g = images((3, 515), 3)
             y = torch.full_like(x, float("nan"))
             module._launch(y, None, x, eps_hat, g, table(), torch.tensor(0), *device_noise(3))
-            with with_ieee_sqrt():
-                assert_same_bits(y, guided_step(x, eps_hat, g, table(), torch.tensor(0), noise=device_noise(3)))
+            assert_same_bits(y, guided_step(x, eps_hat, g, table(), torch.tensor(0), noise=device_noise(3)))
 
         @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
         def test_in_place(self, layout):
             x, eps_hat, g = images((2, 3, 8, 8), 3, layout)
-            with with_ieee_sqrt():
-                wanted = guided_step(x, eps_hat, g, table(), torch.tensor(3), noise=device_noise(2))
+            wanted = guided_step(x, eps_hat, g, table(), torch.tensor(3), noise=device_noise(2))
             module._launch(x, None, x, eps_hat, g, table(), torch.tensor(3), *device_noise(2))
             assert_same_bits(x, wanted)
 
@@ -235,8 +232,7 @@ if INTERPRETED:
             x, eps_hat = images((2, 3, 8, 8), 2)
             step, y = torch.tensor(FORWARD_NOISING_STEP), torch.full_like(x, float("nan"))
             module._launch(y, None, x, eps_hat, None, table()[2], step, *device_noise(2))
-            with with_ieee_sqrt():
-                assert_same_bits(y, guided_step(x, eps_hat, None, table()[2], step, noise=device_noise(2)))
+            assert_same_bits(y, guided_step(x, eps_hat, None, table()[2], step, noise=device_noise(2)))
 
         @pytest.mark.parametrize("step", [6, -1, FORWARD_NOISING_STEP])
         def test_a_step_outside_of_the_table_gives_nan(self, step):
@@ -284,8 +280,7 @@ if INTERPRETED:
             number = first % channels * (elements // channels) + first // channels  # channel, row, column
             key = ((2**64 - 5) % 2**32, (2**64 - 5) >> 32)
             w = torch.stack(philox_4x32_10_ref((number // 4, 4, draw[1], ids[1]), key))
-            with with_ieee_sqrt():
-                z = torch.stack([*box_muller_ref(w[0], w[1]), *box_muller_ref(w[2], w[3])])
+            z = torch.stack([*box_muller_ref(w[0], w[1]), *box_muller_ref(w[2], w[3])])
             z = z.gather(0, number[None] % 4)[0]
             assert_same_bits(y[-left:], guided_step_ref(x[-left:], x[-left:], None, tuple(table()[4].tolist()), z))
             assert not bool(y[-left - 4096 : -left].any())

@@ -5,7 +5,7 @@ import os
 import ptx
 import pytest
 import torch
-from test_noise import assert_same_bits, random_words, with_ieee_sqrt
+from test_noise import assert_same_bits, random_words
 
 from coupfast_kernels.guided_step import guided_step_ref
 from coupfast_kernels.noise import seed_tensor, standard_normal_ref
@@ -155,8 +155,7 @@ def test_the_compiled_step_gives_the_bits_of_the_definition(layout, way, capabil
     launch.arguments["rows"] = steps
     found = run_ptx(launch, capability, given)
 
-    with with_ieee_sqrt():
-        z = standard_normal_ref(shape, seed=2**64 - 9, ids=ids, draw=draw, step=k) if noisy else None
+    z = standard_normal_ref(shape, seed=2**64 - 9, ids=ids, draw=draw, step=k) if noisy else None
     wanted = guided_step_ref(x, eps_hat, g, tuple(coefficients[k].tolist()), z)
     assert_same_bits(found["y"], wanted)
     if noisy:
@@ -169,8 +168,7 @@ def test_the_compiled_noise_gives_the_bits_of_the_definition(capability):
     seed, ids, draw = seed_tensor(2**63 + 11, "cpu"), random_words(3, 1), random_words(3, 2)
     given = {"z": torch.full(shape, float("nan")), "seed": seed, "ids": ids, "draw": draw, "step": step}
     found = run_ptx(standard_normal_launch(shape), capability, given)
-    with with_ieee_sqrt():
-        assert_same_bits(found["z"], standard_normal_ref(shape, seed=2**63 + 11, ids=ids, draw=draw, step=2**32 - 1))
+    assert_same_bits(found["z"], standard_normal_ref(shape, seed=2**63 + 11, ids=ids, draw=draw, step=2**32 - 1))
 
 
 def run_ptx(launch, capability, given):

@@ -101,11 +101,7 @@ class EagerProgram:
     def memory(self, batch: int) -> StepMemory:
         """In proportion to one image, which takes one step and back with every result's storage counted."""
         if self._one_image is None:
-            networks = repr(self.score), repr(self.guidance)
-            key = (*networks, self.image_shape, self.dtype, self.device, self.differentiate_guidance)
-            if key not in _ACCOUNTS:
-                _ACCOUNTS[key] = self._account()
-            self._one_image = _ACCOUNTS[key]
+            self._one_image = self._account()
         return StepMemory(*(batch * size for size in dataclasses.astuple(self._one_image)))
 
     def _account(self) -> StepMemory:
@@ -114,23 +110,26 @@ class EagerProgram:
         with torch.no_grad():
             x = torch.zeros(shape, dtype=self.dtype, device=self.device)
             noise = ReplayedNoise(torch.zeros((self.table.num_steps, *shape), dtype=self.dtype, device=self.device))
-            with AllocationAccount() as forward:
+            outside = [x, noise.rows, self.labels, *_weights(self.score)]
+            if self.guidance is not None:
+                outside += _weights(self.guidance.classifier)
+            with AllocationAccount(outside) as forward:
                 self.step(k, x, noise)
-            with AllocationAccount() as keeping:
+            with AllocationAccount(outside) as keeping:
                 x_next, saved = self.step(k, x, noise, "activations")
                 del x_next
                 activations = keeping.live
             slopes = sum(t.nbytes for t in saved.linearization.tensors()) if saved.linearization else 0
-            with AllocationAccount() as on_kept:
+            with AllocationAccount(outside) as on_kept:
                 self.step_vjp(k, x, saved, x)
             del saved
-            with AllocationAccount() as rebuilding:
+            with AllocationAccount(outside) as rebuilding:
                 self.step_vjp(k, x, None, x)
         return StepMemory(forward.peak, keeping.peak, rebuilding.peak, on_kept.peak, slopes, activations)
 
 
-#: Accounts by architecture: what a step needs does not depend on the weights.
-_ACCOUNTS: dict[tuple, StepMemory] = {}
+def _weights(network: nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def prepare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,36 +18,39 @@ class AllocationAccount(TorchDispatchMode):
 
     What an operation allocates and frees inside itself is not seen.
 
+    Args:
+        outside: Tensors that were there before: an operation's view of one of them is no new storage.
+
     Attributes:
         live: Bytes alive now that were made inside.
         peak: Most bytes alive at once so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outside: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def ignore(self, *tensors: torch.Tensor) -> None:
-        """Do not count these storages when an operation returns a view of them."""
-        for tensor in tensors:
-            self._known.add(tensor.untyped_storage())
+        self._outside = {tensor.untyped_storage()._cdata for tensor in outside}
+        self._storages: dict[int, weakref.ref] = {}  # by address, which is theirs while they live
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self._known:
-                    self._known.add(storage)
-                    size = storage.nbytes()
-                    self.live += size
-                    weakref.finalize(storage, self._release, size)
-        self.peak = max(self.peak, self.live)
+                self._count(tensor.untyped_storage())
         return result
 
-    def _release(self, size: int) -> None:
-        self.live -= size
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages or address in self._outside:
+            return
+
+        def release(_: weakref.ref) -> None:
+            del self._storages[address]
+            self.live -= size
+
+        self._storages[address] = weakref.ref(storage, release)
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
 def available_bytes(device: torch.device) -> int:

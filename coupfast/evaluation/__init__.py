@@ -1,0 +1,1 @@
+"""Evaluating defenses: verdicts and how sure they are."""
