@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from coupfast.engine import Noise, Program, Programs, ReplayedNoise
 from coupfast.engine.precision import strict_float32
@@ -93,11 +92,32 @@ class _ExactGradient(torch.autograd.Function):
         ctx.noise_shape = None if noise is None else noise.shape
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         grad_noise = grad.new_zeros(ctx.noise_shape) if ctx.needs_input_grad[1] else None
-        with strict_float32(grad.device.type):
-            return _backward(ctx.run, grad, grad_noise), grad_noise, None
+        with torch.no_grad(), strict_float32(grad.device.type):
+            grad_x = _backward(ctx.run, grad, grad_noise)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_x = _FirstOrderOnly.apply(grad_x, torch.zeros((), requires_grad=True))
+        return grad_x, grad_noise, None
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity, until somebody differentiates it. (`once_differentiable` is silent where the loss is linear.)"""
+
+    @staticmethod
+    def forward(grad: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "a purification has first derivatives only: its gradient cannot be differentiated again; a loss that contains "
+            "the gradient needs plain back-propagation (`coupfast.reference.purify_ref`)"
+        )
 
 
 def _backward(run: Run, grad: torch.Tensor, grad_noise: torch.Tensor | None) -> torch.Tensor:

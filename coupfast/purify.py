@@ -184,6 +184,18 @@ class Purifier(nn.Module):
         progress: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Purified images; see `purify`."""
+        if torch.is_inference_mode_enabled():
+            # Guidance is a gradient, which inference mode would not record even where gradients are enabled again.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(
+                    x.clone() if isinstance(x, torch.Tensor) else x,
+                    seed=seed,
+                    ids=ids,
+                    draw=draw,
+                    noise=noise,
+                    return_trajectory=return_trajectory,
+                    progress=progress,
+                )
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)
         purified, trajectory = self._integrate(prepared, x, source, return_trajectory, progress)
