@@ -91,7 +91,7 @@ def attack(
     start = time.perf_counter()
     x_adv = apgd.perturb(x, y)
     seconds = time.perf_counter() - start
-    assert float((x_adv - x).abs().max()) <= options.eps / 255 + 1e-6
+    assert float((x_adv.detach() - x).abs().max()) <= options.eps / 255 + 1e-6
     clean, robust = (verdicts(defense, images, y, options.draws) for images in (x, x_adv))
     one = int(robust[0].sum())
     return {

@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.engines is None:
         options.engines, skipped = engines_here(case)
     print(case)
-    rows = [row for t in options.t for row in _rows(case, t, options)]
+    rows_of = _rows if options.truth == "float64" else _rows_against_exact
+    rows = [row for t in options.t for row in rows_of(case, t, options)]
     if options.json:
         write_results(options.json, rows, case, options, engines_that_do_not_run_here=skipped)
     broken = sum(not row["within_contract"] for row in rows)
@@ -276,6 +277,69 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
     return list(rows.values())
 
 
+def _rows_against_exact(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Errors against eager's `exact` in float32, whose own error is a few 1e-6; times, but no memory.
+
+    A whole run is timed by its one pass, a scaled one by repeats after that pass.
+    """
+    num_steps = len(parity_grid(t)) - 1
+    steps = steps_to_time(options, num_steps)
+    path = published_path(2.0 * case.x - 1.0, t=t, steps=steps, forward_noising=False, entropy=options.seed)
+    modes = {mode.key: mode for mode in _modes(case, path, t, options)}
+    if "exact (eager)" not in modes:
+        raise SystemExit("--truth exact needs `exact` among the modes and `eager` among the engines")
+    classifier = frozen(case.networks.classifier)
+    with torch.no_grad():
+        purified, label = modes["exact (eager)"].purify(case.x), classifier(case.x).argmax(dim=1)
+    purified.requires_grad_()
+    (w,) = torch.autograd.grad(nn.functional.cross_entropy(classifier(purified), label, reduction="sum"), purified)
+    w = w / w.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+    gradients: dict[str, torch.Tensor] = {}
+
+    def measure(mode: _Mode) -> float:
+        seconds, gradients[mode.key] = timed(lambda: _pass_through(mode, case.x, w), case.x.device)
+        return seconds * num_steps / steps / len(case.x)
+
+    times = {key: [measure(mode)] for key, mode in modes.items()}
+    if steps < num_steps:
+        times = interleave({key: lambda mode=mode: measure(mode) for key, mode in modes.items()}, options.repeats)
+    rows = []
+    for key, mode in modes.items():
+        v, v64 = gradients[key].double().flatten(1), gradients["exact (eager)"].double().flatten(1)
+        total = Summary.of(times[key])
+        row = {
+            "mode": mode.name,
+            "engine": mode.engine,
+            "network": case.networks.name,
+            "t": t,
+            "num_steps": num_steps,
+            "steps_timed": steps,
+            "scaled": steps < num_steps,
+            "batch": len(case.x),
+            "seconds_per_image": total.median,
+            "spread": total.spread,
+            "truth": "exact, eager, float32",
+            "rel_error": _relative_error(v, v64),
+            "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
+            "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+            "within_contract": True,
+            **{
+                field: times_faster(next((times[k] for k in modes if modes[k].name == name), None), times[key])
+                for field, name in BASELINES.items()
+            },
+            **case.machine_fields(),
+        }
+        rows.append(row)
+        print(
+            f"{mode.name:24} {mode.engine:9} t={t:g} B={len(case.x)}  {total.median:.4g} s/image  {steps}/{num_steps} steps; "
+            f"against {row['truth']}: rel. error {row['rel_error']:.2e}, cosine {row['cosine']:.6f}, "
+            f"signs {row['sign_agreement']:.2%}",
+            flush=True,
+        )
+    return rows
+
+
 def _peaks(
     case: Case, t: float, num_steps: int, w: torch.Tensor, keys: set[str], options: argparse.Namespace
 ) -> dict[str, tuple[int, list[int]]]:
@@ -362,6 +426,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=["slopes", "least", "auto"],
         default="slopes",
         help="what exact and detached keep: every state and every ReLU's slope as a bit (default), states only, or what fits",
+    )
+    parser.add_argument(
+        "--truth",
+        choices=["float64", "exact"],
+        default="float64",
+        help="what errors are measured against; exact: eager's own float32 gradient, without memory, for whole runs and large "
+        "batches of large networks, whose float64 gradient takes hours (default: float64)",
     )
     return parser.parse_args(arguments)
 
