@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from coupfast.engine import Noise, Program, Programs, ReplayedNoise
+from coupfast.engine import Keep, Noise, Program, Programs, ReplayedNoise
 from coupfast.engine.precision import strict_float32
 
 
@@ -53,29 +53,39 @@ class Run:
 
 
 def _forward(run: Run, x_0: torch.Tensor, *, for_gradient: bool) -> list[torch.Tensor]:
-    """States, one list entry per step and one for x_K (only x_K, if none is needed); `run.saved` is filled."""
+    """States x_0 … x_K (only x_K, if the others are not needed); `run.saved` is filled."""
     run.saved = []
-    pieces: list[list[torch.Tensor]] = []
-    for piece in run.pieces(len(x_0)):
+    pieces = run.pieces(len(x_0))
+    steps = run.programs.for_batch(len(x_0[pieces[0]])).table.num_steps
+    keep_states = for_gradient or run.keep_states
+    whole: list[torch.Tensor] = []
+    if len(pieces) > 1:  # the pieces' states go where they belong at once: together and apart would be twice the memory
+        whole = [torch.empty_like(x_0) for _ in range(steps + 1 if keep_states else 1)]
+    for piece in pieces:
         x_k, noise = x_0[piece], run.noise.images(piece)
         program = run.programs.for_batch(len(x_k))
-        steps = program.table.num_steps
-        states, saved = [], []
+        states, saved = [x_k], []
         for k in range(steps):
-            keep: Any = "nothing"
+            keep: Keep = "nothing"
             if for_gradient and run.surrogate is None:
                 if k >= steps - run.storage.kept_steps:
                     keep = "activations"
                 elif run.storage.slopes:
                     keep = "slopes"
-            if for_gradient or run.keep_states:
-                states.append(x_k)
             x_k, kept = program.step(k, x_k, noise, keep)
             saved.append(kept)
+            if not keep_states:
+                states.clear()
+            states.append(x_k)
+            if whole:
+                if keep_states:
+                    whole[k][piece] = states[0]
+                    states = [x_k]
+                if k == steps - 1:
+                    whole[-1][piece] = x_k
             run.progress()
-        pieces.append([*states, x_k])
         run.saved.append(saved)
-    return pieces[0] if len(pieces) == 1 else [torch.cat(column) for column in zip(*pieces, strict=True)]
+    return whole or states
 
 
 class _ExactGradient(torch.autograd.Function):
@@ -97,7 +107,9 @@ class _ExactGradient(torch.autograd.Function):
         with torch.no_grad(), strict_float32(grad.device.type):
             grad_x = _backward(ctx.run, grad, grad_noise)
         if torch.is_grad_enabled():  # create_graph=True
-            grad_x = _FirstOrderOnly.apply(grad_x, torch.zeros((), requires_grad=True))
+            anchor = torch.zeros((), requires_grad=True)
+            grad_x = _FirstOrderOnly.apply(grad_x, anchor)
+            grad_noise = None if grad_noise is None else _FirstOrderOnly.apply(grad_noise, anchor)
         return grad_x, grad_noise, None
 
 
@@ -138,7 +150,6 @@ def _backward(run: Run, grad: torch.Tensor, grad_noise: torch.Tensor | None) -> 
             if grad_noise is not None:
                 grad_noise[k, piece] = program.table.row(k)[3] * v
             v = program.step_vjp(k, states[k][piece], saved, v)
-            run.progress()
         if not _all_finite(v):
             _raise_not_finite(program, [state[piece] for state in states], grad[piece])
         grad_x[piece] = v
@@ -208,3 +219,36 @@ def integrate(x_0: torch.Tensor, run: Run, *, gradient: bool) -> torch.Tensor:
         with torch.no_grad():
             run.states = _forward(run, x_0.detach(), for_gradient=False)
             return run.states[-1]
+
+
+class _Strict(torch.autograd.Function):
+    """x → function(x) whose backward pass, too, runs in strict fp32: autograd would run it in the caller's settings."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], graph: list) -> torch.Tensor:
+        with torch.enable_grad(), strict_float32(x.device.type):
+            start = x.detach().requires_grad_()
+            end = function(start)
+        graph[:] = [start, end]
+        return end.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.graph = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        start, end = ctx.graph
+        with torch.no_grad(), strict_float32(grad.device.type):
+            (grad_x,) = torch.autograd.grad(end, start, grad, retain_graph=True)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_x = _FirstOrderOnly.apply(grad_x, torch.zeros((), requires_grad=True))
+        return grad_x, None, None
+
+
+def strictly(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """function(x) in strict fp32, forwards and backwards; first derivatives only."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Strict.apply(x, function, [])
+    with strict_float32(x.device.type):
+        return function(x)

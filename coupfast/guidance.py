@@ -120,7 +120,9 @@ def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The bool tensor that `pack_bits` packed."""
     if bits.device.type == "cpu":
         count = int(np.prod(shape))
-        return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little")).view(torch.bool).view(shape)
+        mask = torch.empty(count, dtype=torch.uint8)
+        mask.numpy()[:] = np.unpackbits(bits.numpy(), count=count, bitorder="little")
+        return mask.view(torch.bool).view(shape)
     flat = (bits[:, None] >> _bit_positions(bits.device)) & 1
     return flat.view(-1)[: shape.numel()].view(shape).to(torch.bool)
 
@@ -242,7 +244,27 @@ class PiecewiseLinearGraph:
         if operations is None:
             logger.info("the classifier does different things at different batch sizes")
             return None
-        return PiecewiseLinearGraph(module, active, operations)
+        graph = PiecewiseLinearGraph(module, active, operations)
+        if not graph._is_that_of(classifier, example):
+            logger.info("the classifier does not do what its trace does (detached parts, hooks, state or randomness?)")
+            return None
+        return graph
+
+    def _is_that_of(self, classifier: nn.Module, example: torch.Tensor) -> bool:
+        """Whether logits and Jᵀw of a random image are the classifier's own: a trace shows operations, not their gradients."""
+        generator = torch.Generator().manual_seed(0)
+        image = 2.0 * torch.rand(1, *example.shape[1:], generator=generator) - 1.0
+        x = image.to(example).requires_grad_()
+        with torch.enable_grad():
+            logits = scaled_logits(classifier, x)
+            w = torch.randn(logits.shape, generator=generator).to(logits)
+            (gradient,) = torch.autograd.grad(logits, x, w)
+            found, slopes = self.evaluate(x.detach(), keep_slopes=True)
+            tangent = torch.zeros_like(x).requires_grad_()
+            (found_gradient,) = torch.autograd.grad(self.linear(tangent, slopes), tangent, w)
+        tolerance = 1e3 * torch.finfo(x.dtype).eps
+        pairs = ((found.detach(), logits.detach()), (found_gradient, gradient))
+        return all(bool((a - b).norm() <= tolerance * b.norm()) for a, b in pairs)
 
     def evaluate(self, x_k: torch.Tensor, *, keep_slopes: bool) -> tuple[torch.Tensor, list[Slope]]:
         """f(x_k), differentiable like the classifier itself, and (if asked for) every kinked operation's slope."""
@@ -293,7 +315,7 @@ class PiecewiseLinearGraph:
             if len(is_active) > 1 and all(is_active):
                 return target(*args, **kwargs)
             if target is aten.rsub.Scalar:
-                return -args[0]
+                return -args[0] * (args[2] if len(args) > 2 else 1)
             # The constant becomes zero, not nothing: it may broadcast the sum to a larger shape than its active term's.
             args = tuple(
                 arg if active else torch.zeros_like(arg) if isinstance(arg, torch.Tensor) else 0
@@ -371,6 +393,8 @@ def _why_not_piecewise_linear(node: fx.Node, active: set[fx.Node]) -> str | None
     if target is aten.addmm.default:
         return None if is_active == [False, True, False] else f"{target} with a computed weight or bias"
     if target in _BATCH_NORMS:
+        if not only_first:
+            return f"{target} with computed parameters"
         return "a batch norm in training mode" if _training_flag(node) else None
     if target in _KINKED:
         return None if only_first else f"{target} with a computed argument"
@@ -403,7 +427,7 @@ def _apply_slope(node: fx.Node, args: tuple, slope: Slope) -> Any:
     tangent = args[0]
     if target is aten.max_pool2d_with_indices.default:
         indices = slope.data
-        pooled = tangent.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+        pooled = tangent.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
         return (pooled,)
     if target is aten.leaky_relu.default:
         negative_slope = args[1] if len(args) > 1 else 0.01

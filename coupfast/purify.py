@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import logging
 import secrets
 from collections import OrderedDict
@@ -220,8 +219,11 @@ class Purifier(nn.Module):
             if size is None or channels is None:
                 raise ValueError("this score net does not say its image size; give `image_shape=(channels, height, width)`")
             image_shape = (int(channels), int(size), int(size))
+        if self.gradient in ("adjoint", "adjoint-parameters"):
+            raise ValueError("the memory of a continuous adjoint is torchsde's and cannot be planned here")
         dtype, device = dtype_and_device(self.score) or (torch.float32, torch.device("cpu"))
-        return self._prepare(torch.zeros(batch, *image_shape, dtype=dtype, device=device)).plan(batch)
+        with torch.inference_mode(False):
+            return self._prepare(torch.zeros(batch, *image_shape, dtype=dtype, device=device)).plan(batch)
 
     def _prepare(self, x: torch.Tensor) -> _Prepared:
         """Programs for images like `x`, after all checks; kept until the weights, the shape or the device change."""
@@ -257,6 +259,8 @@ class Purifier(nn.Module):
                 raise ValueError(f"`noise` is {noise.dtype} on {noise.device}, the images are {x.dtype} on {x.device}")
             if not bool(torch.isfinite(noise).all()):
                 raise ValueError("`noise` has values that are not finite")
+            if noise.requires_grad and torch.is_grad_enabled() and self.gradient not in ("exact", "none"):
+                raise ValueError(f"the gradient of `noise` exists with gradient='exact' only, not with {self.gradient!r}")
             self.last_seed = None
             return ReplayedNoise(noise)
         if seed is None:
@@ -268,7 +272,7 @@ class Purifier(nn.Module):
         return CounterNoise(
             self.last_seed,
             _words("ids", ids, len(x), x.device),
-            _words("draw", [draw] * len(x) if isinstance(draw, int) else draw, len(x), x.device),
+            _words("draw", [draw] * len(x) if isinstance(draw, (int, np.integer)) else draw, len(x), x.device),
         )
 
     def _integrate(
@@ -284,6 +288,8 @@ class Purifier(nn.Module):
                     a, d = self.recipe.noising
                     x_k = guided_step_ref(x_k, torch.zeros_like(x_k), None, (a, 0.0, 0.0, d), noise.z(-1, x_k))
             if self.gradient in ("adjoint", "adjoint-parameters") and torch.is_grad_enabled() and x_k.requires_grad:
+                if return_trajectory:
+                    raise ValueError("`return_trajectory` and torchsde's adjoint do not go together: it keeps no states")
                 x_k = self._continuous_adjoint(prepared, x_k, noise)
                 states = None
             else:
@@ -292,8 +298,6 @@ class Purifier(nn.Module):
                 if self.clamp:
                     x_k = x_k.clamp(-1.0, 1.0)
                 purified = (x_k + 1.0) * 0.5
-        if return_trajectory and states is None:
-            raise ValueError("`return_trajectory` and a continuous adjoint do not go together: torchsde keeps no states")
         return purified, states
 
     def _steps(
@@ -307,20 +311,22 @@ class Purifier(nn.Module):
             run.surrogate = prepared.surrogate
         pieces = len(run.pieces(len(x_k)))
         with tqdm(total=pieces * self.num_steps, desc="purify", unit="step", disable=not progress, leave=False) as bar:
-            run.progress = functools.partial(bar.update, 1)
+            run.progress = bar.update
             x_k = adjoint.integrate(x_k, run, gradient=differentiable)
-        run.progress = _no_progress
         return x_k, torch.stack([state.detach() for state in run.states]) if return_trajectory else None
 
     def _continuous_adjoint(self, prepared: _Prepared, x_k: torch.Tensor, noise: Noise) -> torch.Tensor:
         """The same steps through torchsde, whose backward pass solves the adjoint SDE (Li et al. 2020)."""
         with torch.no_grad():
             rows = torch.stack([noise.z(k, x_k) for k in range(self.num_steps)])
-        parameters = self.gradient == "adjoint-parameters"
-        score, classifier = (self.score, self.classifier) if parameters else (prepared.score, prepared.classifier)
-        with strict_float32(x_k.device.type):
-            return reference.purify_ref(
-                x_k,
+        score, classifier = prepared.score, prepared.classifier
+        if self.gradient == "adjoint-parameters":
+            # Copies once more, so that the integrals of their gradients end here and not in the caller's networks.
+            score = frozen(score).requires_grad_(True)
+            classifier = None if classifier is None else frozen(classifier).requires_grad_(True)
+        return adjoint.strictly(
+            lambda x: reference.purify_ref(
+                x,
                 score,
                 classifier,
                 rows,
@@ -329,8 +335,10 @@ class Purifier(nn.Module):
                 guidance_scale=self.guidance_scale,
                 sde=self.sde,
                 detached=self.guidance_gradient == "detached",
-                adjoint="parameters" if parameters else "frozen",
-            )
+                adjoint="parameters" if self.gradient == "adjoint-parameters" else "frozen",
+            ),
+            x_k,
+        )
 
 
 class _Prepared:
@@ -363,20 +371,22 @@ class _Prepared:
 
     def plan(self, batch: int) -> Plan:
         if batch not in self._plans:
-            with strict_float32("cpu"):
+            with strict_float32(self.purifier_device.type):
                 self._plans[batch] = self._make_plan(batch)
         return self._plans[batch]
 
     def _make_plan(self, batch: int) -> Plan:
         steps = self.purifier.num_steps
         image = int(np.prod(self.image_shape)) * self.dtype.itemsize
-        states = (steps + EXTRA_IMAGES) * batch * image
+        differentiable, exact = self.purifier.gradient in ("exact", "surrogate"), self.purifier.gradient == "exact"
+        stored_states = steps + 1 if differentiable else 1
+        states = (stored_states - 1 + EXTRA_IMAGES) * batch * image
 
         def peak(piece: int, slopes: bool, kept_steps: int) -> int:
             step = self.programs.memory(piece)
             kept = steps * (self.programs.memory(batch).slopes if slopes else 0)
             activations = kept_steps * (step.activations - (step.slopes if slopes else 0))
-            at_once = [step.forward, step.transpose if kept_steps < steps else 0]
+            at_once = [step.forward, step.transpose if differentiable and kept_steps < steps else 0]
             if kept_steps:
                 at_once += [activations + step.transpose_kept, activations - step.activations + step.forward_keeping]
             return states + kept + max(at_once)
@@ -404,9 +414,9 @@ class _Prepared:
             )
         if piece < batch and budget == "auto":
             logger.info("%d images do not fit at once: purifying %d at a time", batch, piece)
-        slopes = self.programs.memory(1).slopes > 0 and peak(piece, True, 0) <= allowed
+        slopes = exact and self.programs.memory(1).slopes > 0 and peak(piece, True, 0) <= allowed
         kept_steps = 0
-        if piece == batch and budget != "least" and self.purifier.gradient == "exact":
+        if piece == batch and budget != "least" and exact:
             while kept_steps < steps and peak(piece, slopes, kept_steps + 1) <= allowed:
                 kept_steps += 1
         storage = adjoint.Storage(piece, slopes, kept_steps)
@@ -416,7 +426,7 @@ class _Prepared:
             num_steps=steps,
             storage=storage,
             step=self.programs.memory(piece),
-            states_bytes=(steps + 1) * batch * image,
+            states_bytes=stored_states * batch * image,
             slopes_bytes=steps * self.programs.memory(batch).slopes if slopes else 0,
             activations_bytes=kept_steps * self.programs.memory(piece).activations,
             peak_bytes=peak(piece, slopes, kept_steps),
@@ -433,7 +443,8 @@ class _Prepared:
     def _evaluations(self, batch: int, storage: adjoint.Storage) -> dict[str, int]:
         pieces, steps = -(-batch // storage.piece), self.purifier.num_steps
         kinds = self.programs.evaluations()
-        rebuilt = steps - storage.kept_steps
+        backward = {"exact": steps, "surrogate": self.purifier.surrogate_steps}.get(self.purifier.gradient, 0)
+        rebuilt = backward - storage.kept_steps
         counts: dict[str, int] = {}
         parts = [("step", steps), ("slopes" if storage.slopes else "rebuild", rebuilt), ("activations", storage.kept_steps)]
         for kind, times in parts:
@@ -506,8 +517,7 @@ class PurifiedClassifier(nn.Module):
         identity = weights_identity(self.classifier)
         if self._frozen is None or self._frozen[0] != identity:
             self._frozen = (identity, frozen(self.classifier))
-        with strict_float32(x.device.type):
-            return self._frozen[1](purified)
+        return adjoint.strictly(self._frozen[1], purified)
 
 
 def purify(
@@ -601,10 +611,6 @@ def purify(
     )
 
 
-def _no_progress() -> None:
-    """A finished run's progress bar."""
-
-
 def _check_name(option: str, value: Any, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
@@ -653,8 +659,8 @@ def _check_against(network: nn.Module, name: str, x: torch.Tensor) -> None:
 
 def _try_networks(score: nn.Module, classifier: nn.Module | None, example: torch.Tensor) -> None:
     """One image through each network, so that one that cannot serve says so before any work."""
-    with torch.no_grad():
-        eps_hat = score(2.0 * example - 1.0, torch.zeros(1, dtype=example.dtype, device=example.device))
+    x, label = 2.0 * example - 1.0, torch.full((1,), 1.0, dtype=example.dtype, device=example.device)
+    eps_hat = _twice("score net", score, x, label)
     if not isinstance(eps_hat, torch.Tensor) or eps_hat.shape != example.shape:
         found = tuple(eps_hat.shape) if isinstance(eps_hat, torch.Tensor) else type(eps_hat).__name__
         raise ValueError(f"the score net must return eps_hat of shape {tuple(example.shape)}, got {found}")
@@ -662,6 +668,7 @@ def _try_networks(score: nn.Module, classifier: nn.Module | None, example: torch
         raise ValueError(f"the score net must return {example.dtype}, got {eps_hat.dtype}")
     if classifier is None:
         return
+    _twice("classifier", classifier, example)
     with torch.enable_grad():
         image = example.clone().requires_grad_()
         logits = classifier(image)
@@ -676,6 +683,22 @@ def _try_networks(score: nn.Module, classifier: nn.Module | None, example: torch
             "the classifier's output does not depend on its input as far as autograd can see (a `no_grad` or a `detach` inside "
             "it?); guidance needs its gradient"
         )
+
+
+def _twice(name: str, network: nn.Module, *inputs: torch.Tensor) -> Any:
+    """The network's result; ValueError if it writes into its inputs or gives another result the second time."""
+    inputs = tuple(tensor.clone() for tensor in inputs)
+    versions = [tensor._version for tensor in inputs]
+    with torch.no_grad():
+        first, second = network(*inputs), network(*inputs)
+    if versions != [tensor._version for tensor in inputs]:
+        raise ValueError(f"the {name} writes into its input; a purifier needs the state again: work on a copy in `forward`")
+    if isinstance(first, torch.Tensor) and not bool((second - first).abs().max() <= 1e-3 * first.abs().max()):
+        raise ValueError(
+            f"the {name} gives different results for the same input, or none that is finite: it keeps state, draws "
+            f"random numbers or overflows, and the steps that ran could not be rebuilt from it"
+        )
+    return first
 
 
 def _words(name: str, values: Any, batch: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The exact discrete gradient: against autograd through the definition, in the memory it promises."""
 
-import copy
 import gc
 
 import pytest
@@ -435,12 +434,108 @@ def test_an_incoming_gradient_that_is_not_finite(images, score, classifier):
         (out.sum() * float("nan")).backward()
 
 
-def test_no_state_across_calls(images, score, classifier):
-    """A score net that changes itself in `forward` would make the rebuilt step another one; ours must not notice a copy."""
+def test_networks_that_cannot_be_rebuilt_are_refused(images, classifier):
+    class Writing(nn.Module):
+        def forward(self, x, labels):
+            return x.clamp_(-1, 1) * 0.5
+
+    class Relabelling(nn.Module):
+        def forward(self, x, labels):
+            return x * labels.mul_(0.5)[:, None, None, None]
+
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x, labels):
+            self.calls += 1
+            return x / self.calls
+
+    class Dropping(nn.Module):
+        def forward(self, x, labels):
+            return torch.nn.functional.dropout(x, 0.5, training=True)
+
+    for network, message in (
+        (Writing(), "writes into its input"),
+        (Relabelling(), "writes into its input"),
+        (Counting(), "gives different results for the same input"),
+        (Dropping(), "gives different results for the same input"),
+    ):
+        with pytest.raises(ValueError, match=f"the score net {message}"):
+            purify(images, network.eval(), method="reverse-sde", num_steps=2)
+
+
+def test_a_constant_score_net_has_a_gradient(images):
+    class Constant(nn.Module):
+        def forward(self, x, labels):
+            return torch.zeros_like(x)
+
+    purifier = Purifier(Constant().eval(), method="reverse-sde", num_steps=3, clamp=False)
+    x = images.clone().requires_grad_()
+    (g,) = torch.autograd.grad(purifier(x, seed=0).sum(), x)
+    expected = float(purifier.recipe.table.a.prod())
+    torch.testing.assert_close(g, torch.full_like(g, expected), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["surrogate", "adjoint", "bpda"])
+def test_no_gradient_of_the_noise_but_the_exact_one(images, score, classifier, mode):
+    purifier = Purifier(score, classifier, num_steps=3, gradient=mode, surrogate_steps=2)
+    noise = rows(purifier, images).requires_grad_()
+    with pytest.raises(ValueError, match="exists with gradient='exact' only"):
+        purifier(images, noise=noise)
+
+
+def test_second_derivatives_by_the_noise_are_refused_too(images, score, classifier):
     purifier = Purifier(score, classifier, num_steps=2)
-    first = gradient(purifier, images, rows(purifier, images))
-    again = gradient(copy.deepcopy(purifier), images, rows(purifier, images))
-    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    noise = rows(purifier, images).requires_grad_()
+    (first,) = torch.autograd.grad((purifier(images, noise=noise) ** 2).sum(), noise, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["exact", "adjoint", "adjoint-parameters"])
+def test_strict_in_the_backward_pass_of_the_whole_defense(mode):
+    score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
+    score.requires_grad_(True)
+    classifier.requires_grad_(True)
+    defense = PurifiedClassifier(Purifier(score, classifier, num_steps=2, gradient=mode), classifier, seed=1)
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    defense(x, draw=0).square().sum().backward()
+    expected = x.grad.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(defense(x, draw=0).square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(p.grad is None for network in (score, classifier) for p in network.parameters())
+
+
+def test_memory_of_a_split_batch():
+    """The pieces' states go to one place: a peak as planned, and not the states twice."""
+    score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
+    x = torch.rand(16, 3, 8, 8)
+    whole = Purifier(score, classifier, num_steps=200, memory_budget="least")
+    split = Purifier(score, classifier, num_steps=200, memory_budget=whole.plan(16).least_bytes)
+    plan = split.plan(16)
+    assert plan.storage.piece == 1
+    noise, image = torch.randn(200, *x.shape), x.clone().requires_grad_()
+    with AllocationAccount([image, noise, *score.parameters(), *classifier.parameters()]) as account:
+        split(image, noise=noise).sum().backward()
+    assert account.peak == pytest.approx(plan.peak_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [({"gradient": "surrogate", "surrogate_steps": 2}, 6 + 2, 2), ({"gradient": "bpda"}, 6, 0), ({"gradient": "none"}, 6, 0)],
+    ids=str,
+)
+def test_plan_follows_the_gradient_mode(score, classifier, options, forward, backward):
+    plan = Purifier(score, classifier, num_steps=6, **options).plan(3)
+    assert plan.evaluations["score forward"] == forward
+    assert plan.evaluations.get("score backward", 0) == backward
+    assert not plan.storage.slopes and plan.storage.kept_steps == 0
+
+
+def test_no_plan_of_torchsdes_memory(score, classifier):
+    with pytest.raises(ValueError, match="cannot be planned"):
+        Purifier(score, classifier, num_steps=2, gradient="adjoint").plan(1)
 
 
 def test_attack_through_the_defense(images, score, classifier):

@@ -197,6 +197,38 @@ def test_other_operations_are_refused(forward):
     assert PiecewiseLinearGraph.trace(frozen(network.eval().double()), states(1)) is None
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.linear(torch.relu(x.flatten(1) + x.data.flatten(1))),
+        lambda self, x: self.linear(x.flatten(1)) * torch.tensor(float(len(x)), dtype=x.dtype),
+        lambda self, x: self.linear(x.flatten(1)) * (len(x) // 2 + 1),
+        lambda self, x: self.linear(torch.nn.functional.dropout(x.flatten(1), 0.5, True)),
+        lambda self, x: self.linear(x.flatten(1) + torch.randn(x.flatten(1).shape, dtype=x.dtype)),
+    ],
+)
+def test_traces_that_are_not_the_network_are_refused(forward):
+    """Every operation is known, and still J is another: detached parts, numbers baked in at the traced batch, randomness."""
+    network = type("Odd", (nn.Module,), {"forward": forward})()
+    network.linear = nn.Linear(192, 4)
+    assert PiecewiseLinearGraph.trace(frozen(network.eval().double()), states(1)) is None
+
+
+def test_reversed_subtraction_keeps_its_factor():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(192, 4)
+
+        def forward(self, x):
+            return 5 * self.linear(torch.relu(torch.rsub(x, 0.6, alpha=3)).flatten(1))
+
+    network, x, v = frozen(Reversed().eval().double()), states(2), states(2, seed=1)
+    guidance = Guidance(network, x)
+    assert guidance.route == "piecewise-linear"
+    assert_equal_to_rounding(guidance.hvp(x, v), by_double_backward(network, x, v), 2000)
+
+
 def test_batch_norm_in_training_mode_is_refused():
     assert PiecewiseLinearGraph.trace(frozen(relu_classifier().train()), states(1)) is None
 

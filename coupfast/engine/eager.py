@@ -79,7 +79,8 @@ class EagerProgram:
             if x is None or eps_hat is None:
                 x = x_k.detach().requires_grad_()
                 eps_hat = self.score(x, self._label(k, x_k))
-            (u,) = torch.autograd.grad(eps_hat, x, v)
+            # A score net may be constant in x at some label: its transpose is zero then.
+            u = torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
         with torch.no_grad():
             return guided_step_ref(v, u, w, row)
 
