@@ -101,6 +101,7 @@ class _Contender:
     Attributes:
         call: One purification of the batch, the timed steps only.
         result: What it makes of the common path, as images.
+        own: What `call` makes of its own noise, which is every engine's; None for the reference.
         factor: What its time is multiplied by to state that of all steps.
         coarse_error: See `error_coarse`.
     """
@@ -112,6 +113,7 @@ class _Contender:
     result: torch.Tensor
     factor: float
     coarse_error: float | None = None
+    own: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -161,6 +163,9 @@ def _purifications(
         error = largest_difference(contender.result, truth)
         # Written so that NaN does not pass.
         sound = is_reference or error <= CONTRACT * eager_error + allowance
+        if contender.own is not None and eager.own is not None:
+            # Both within their contracts of the truth, hence of each other.
+            sound = sound and largest_difference(contender.own, eager.own) <= (CONTRACT + 1) * eager_error + allowance
         if coarse is not None and not is_reference:
             sound = sound and contender.coarse_error <= CONTRACT * eager.coarse_error + coarse.allowance
         rows[contender.name] = {
@@ -229,13 +234,16 @@ def _engine_contender(
         with torch.no_grad():
             return purifier(case.x, seed=0)  # with its own noise, as users call it
 
+    # Also the warm-up of what is timed: with counter noise, where `_replay` has the published path's.
+    own = call()
+
     coarse_error = None
     if coarse is not None:
         on_coarse = purifier_on(coarse.grid, case.networks, method, engine=engine, precision="strict")
         coarse_error = largest_difference(_replay(on_coarse, case.x, path), coarse.truth)
     num_steps = len(time_grid(t)) - 1
     factor = num_steps / (len(path.grid) - 1)
-    return _Contender(engine, "strict", num_steps, call, _replay(purifier, case.x, path), factor, coarse_error)
+    return _Contender(engine, "strict", num_steps, call, _replay(purifier, case.x, path), factor, coarse_error, own)
 
 
 def _replay(purifier: coupfast.Purifier, x: torch.Tensor, path: Path) -> torch.Tensor:

@@ -110,13 +110,14 @@ def _purify(options: argparse.Namespace) -> int:
         if images.labels is not None:
             fields["labels"] = np.tile(images.labels, len(options.draw))
         np.savez_compressed(out / ARCHIVE, **fields)
+    inputs, labels = images.x, images.labels
     rows = [
         {
             "id": int(ids[i]),
             "draw": draw,
             "source": images.sources[i],
-            "label": None if images.labels is None else int(images.labels[i]),
-            "input_sha256": _tensor_sha256(images.x[i]),
+            "label": None if labels is None else int(labels[i]),
+            "input_sha256": _tensor_sha256(inputs[i]),
             "file": f"{names[d][i]}.png" if "png" in options.format else None,
             "output_sha256": _tensor_sha256(everything[d * len(x) + i]),
         }
@@ -404,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     purify.add_argument("--force", action="store_true", help="replace files that exist")
     purify.add_argument("--limit", type=int, metavar="N", help="take at most the first N images of each input")
-    purify.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; changes speed and memory only")
+    purify.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; leaves the noise as it is, rounding may differ by about 1e-6")
     purify.add_argument("--first-id", type=int, default=0, metavar="ID", help="id of the first image; the others count on")
     purify.add_argument(
         "--draw", type=int, nargs="+", default=[0], metavar="D", help="noise draws, in [0, 2**32): one purified image for each"

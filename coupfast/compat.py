@@ -49,7 +49,7 @@ def import_robustbench() -> types.ModuleType:
             warnings.filterwarnings("ignore", message=".*pkg_resources", category=UserWarning)
             warnings.filterwarnings("ignore", message=".*pkg_resources", category=DeprecationWarning)
             return import_module("robustbench")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         # What the failed import left behind would make the next try end elsewhere, with a stranger message.
         for name in [name for name in sys.modules if name.partition(".")[0] == "robustbench"]:
             del sys.modules[name]

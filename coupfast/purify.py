@@ -127,7 +127,7 @@ class Purifier(nn.Module):
         _check_name("precision", precision, PRECISIONS)
         _check_name("gradient", gradient, GRADIENTS)
         _check_name("guidance_gradient", guidance_gradient, GUIDANCE_GRADIENTS)
-        if not isinstance(guidance_scale, (int, float)) or not 0.0 <= guidance_scale < float("inf"):
+        if not isinstance(guidance_scale, (int, float, np.floating, np.integer)) or not 0.0 <= guidance_scale < float("inf"):
             raise ValueError(f"`guidance_scale` is a finite number >= 0, got {guidance_scale!r}; the paper uses 1.0")
         if METHODS[method].guidance and classifier is None:
             raise ValueError(
@@ -148,6 +148,8 @@ class Purifier(nn.Module):
         self.memory_budget, self.clamp = memory_budget, bool(clamp)
         self.recipe: Recipe = self._recipe(check_num_steps(num_steps))
         self.num_steps = self.recipe.table.num_steps
+        if isinstance(surrogate_steps, bool) or not isinstance(surrogate_steps, (int, np.integer)):
+            raise TypeError(f"`surrogate_steps` is an int, got {surrogate_steps!r}")
         if gradient == "surrogate" and not 1 <= surrogate_steps <= self.num_steps:
             raise ValueError(f"`surrogate_steps` is between 1 and the run's {self.num_steps} steps, got {surrogate_steps}")
         self.surrogate_steps = surrogate_steps
@@ -294,6 +296,11 @@ class Purifier(nn.Module):
                 states = None
             else:
                 x_k, states = self._steps(prepared, x_k, noise, return_trajectory, progress)
+            if not bool(torch.isfinite(x_k).all()):
+                raise FloatingPointError(
+                    f"{int((~torch.isfinite(x_k)).sum())} of {x_k.numel()} purified values are not finite: look at the networks' "
+                    f"weights and at their outputs on these images (`return_trajectory=True` on a shorter run)"
+                )
             with strict_float32(x.device.type):
                 if self.clamp:
                     x_k = x_k.clamp(-1.0, 1.0)
@@ -509,7 +516,9 @@ class PurifiedClassifier(nn.Module):
             ids: Image ids, which with `draw` name the noise; None means 0 … batch − 1.
             draw: An int or (batch,) ints; None takes the counter's next.
         """
+        _check_images(x)
         check_eval(self.classifier, "classifier")
+        _check_against(self.classifier, "classifier", x)
         if draw is None:
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
@@ -584,7 +593,8 @@ def purify(
     Raises:
         ValueError: for images outside [0, 1] or not finite, shapes or dtypes that do not fit, networks in training mode,
             options that do not exist; each message says what was found.
-        FloatingPointError: in the backward pass, if the gradient stops being finite; the message names the step.
+        FloatingPointError: if the purified images are not finite, or, in the backward pass, if the gradient stops being
+            finite; that message names the step.
 
     Memory of a backward pass: 12 KiB per CIFAR-10 image and step, and one step's activations; see `Purifier.plan`.
     Reference: Zhang et al. 2024, arXiv:2408.05900; Nie et al. 2022, arXiv:2205.07460.
@@ -703,7 +713,10 @@ def _twice(name: str, network: nn.Module, *inputs: torch.Tensor) -> Any:
 
 def _words(name: str, values: Any, batch: int, device: torch.device) -> torch.Tensor:
     """(batch,) int64 with values in [0, 2³²)."""
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"`{name}` are integers in [0, 2**32), got {values!r} ({error})") from error
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise TypeError(f"`{name}` are integers, got {tensor.dtype}")
     if tuple(tensor.shape) != (batch,):

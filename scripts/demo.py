@@ -77,7 +77,7 @@ def main() -> None:
                 parts = []
                 for start in chunks:
                     ids = torch.arange(start, min(start + options.batch_size, len(x)))
-                    # The noise belongs to the image (its id), so the batch size changes nothing.
+                    # The noise belongs to the image (its id): the batch size changes rounding at most.
                     part = purifier(images[start : start + options.batch_size], seed=options.seed, ids=ids)
                     parts.append(part)
                     progress.update(len(part))
@@ -248,7 +248,7 @@ def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argpars
     ]
     grid += [(f"attacked,\nthen {METHODS[row['defence']]}", row["images"], row["attacked"]) for row in rows[1:]]
     # Inches. A cell is a square image with room to its right, and its caption below.
-    cell, side, caption, left, top, bottom = 1.3, 1.2, 0.36, 1.75, 0.65, 0.6
+    cell, side, caption, left, top, bottom = 1.3, 1.2, 0.36, 1.75, 0.85, 0.6
     width, height = max(8.0, left + columns * cell + 0.05), top + len(grid) * (side + caption) + bottom
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(
@@ -278,6 +278,8 @@ def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argpars
             colour = "#1b6e3c" if right else "#b3261e"
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=2)
+            if i == 0:  # what it is
+                axes.set_title(CIFAR10_CLASSES[y[j].item()], fontsize=8.5, color="#444444", pad=3)
             axes.set_xlabel(
                 f"{'' if right else '✗ '}{CIFAR10_CLASSES[verdict['predicted'][j]]} {verdict['confidence'][j]:.2f}",
                 fontsize=8.5,

@@ -1,6 +1,7 @@
 """Purification: parity with the definition, whose noise it is, what it refuses."""
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -98,7 +99,7 @@ from coupfast import purify
 from coupfast.purify import purify as same, Purifier
 assert callable(coupfast.purify) and coupfast.purify is purify is same and coupfast.Purifier is Purifier
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_importing_changes_no_setting():
@@ -109,7 +110,7 @@ import coupfast
 after = torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.conv.fp32_precision
 assert torch.equal(state[0], after[0]) and state[1:] == after[1:]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 @pytest.mark.parametrize("clamp", [True, False])
@@ -356,6 +357,7 @@ def test_bad_images(score, classifier, images, change, message):
         ({"seed": 0.5}, "integer in"),
         ({"ids": [0, 1]}, r"must have shape \(5,\), one per image, got \(2,\)"),
         ({"ids": [0, 1, 2, 3, -4]}, r"in \[0, 2\*\*32\), got \[-4, 3\]"),
+        ({"draw": 2**64}, r"`draw` are integers in \[0, 2\*\*32\)"),
         ({"draw": 2**32}, r"`draw` are in \[0, 2\*\*32\)"),
         ({"noise": torch.zeros(3, 5, 3, 8, 8, dtype=torch.float64), "num_steps": 2}, r"must have shape \(2, 5, 3, 8, 8\)"),
         ({"noise": torch.zeros(2, 5, 3, 8, 8), "num_steps": 2}, "`noise` is torch.float32"),
@@ -387,6 +389,26 @@ def test_bad_networks(score, classifier, images):
         purify(np.zeros((1, 3, 8, 8)), score, classifier)
     with pytest.raises(ValueError, match="the classifier is torch.float32"):
         purify(images, score, classifier.float())
+
+
+def test_a_network_that_is_not_finite(score, images):
+    with torch.no_grad():
+        score.all_modules[0].bias.fill_(float("inf"))
+    with pytest.raises((ValueError, FloatingPointError), match="finite"):
+        purify(images, score, method="reverse-sde", num_steps=2)
+
+
+def test_an_outer_classifier_that_does_not_fit(score, classifier, images):
+    defense = PurifiedClassifier(Purifier(score, classifier, num_steps=2), relu_classifier(torch.float32))
+    with pytest.raises(ValueError, match="the classifier is torch.float32"):
+        defense(images)
+    assert defense.next_draw == 0
+
+
+def test_numpy_integers_are_integers(score, images):
+    purifier = Purifier(score, method="reverse-sde", num_steps=2, guidance_scale=np.float32(1))
+    found = purifier(images, seed=np.int64(3), draw=np.int64(2))
+    torch.testing.assert_close(found, purifier(images, seed=3, draw=2), rtol=0, atol=0)
 
 
 def test_a_network_put_back_into_training_is_refused(score, classifier, images):

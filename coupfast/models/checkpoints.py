@@ -72,7 +72,9 @@ def read_torch(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
         # The unpickler raises whatever the bytes lead it to: UnpicklingError, EOFError, KeyError, RuntimeError, …
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Torch's own text goes on to advise loading the file without the safety that refused it: leave that out.
+        text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error).strip()
+        reason = text.splitlines()[0] if text and "weights_only" not in text.splitlines()[0] else type(error).__name__
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is not a torch file of tensors and plain values: {reason} "
             "Nothing in it was executed. If it is damaged, fetch it again; other kinds of pickles are not read."
@@ -242,7 +244,9 @@ def read_classifier_state(path: str | Path) -> tuple[StateDict, dict[str, Any] |
             if isinstance(content, dict) and isinstance(content.get(container), dict):
                 content = content[container]
                 break
-        if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        if not isinstance(content, dict) or not content or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+        ):
             found = f"keys {_some(list(content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
             raise CheckpointError(f"{path} holds no state dict: expected names of tensors, found {found}")
         state = content
