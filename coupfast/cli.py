@@ -405,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     purify.add_argument("--force", action="store_true", help="replace files that exist")
     purify.add_argument("--limit", type=int, metavar="N", help="take at most the first N images of each input")
-    purify.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; leaves the noise as it is, rounding may differ by about 1e-6")
+    purify.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; same noise, another rounding")
     purify.add_argument("--first-id", type=int, default=0, metavar="ID", help="id of the first image; the others count on")
     purify.add_argument(
         "--draw", type=int, nargs="+", default=[0], metavar="D", help="noise draws, in [0, 2**32): one purified image for each"

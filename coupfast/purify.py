@@ -298,8 +298,8 @@ class Purifier(nn.Module):
                 x_k, states = self._steps(prepared, x_k, noise, return_trajectory, progress)
             if not bool(torch.isfinite(x_k).all()):
                 raise FloatingPointError(
-                    f"{int((~torch.isfinite(x_k)).sum())} of {x_k.numel()} purified values are not finite: look at the networks' "
-                    f"weights and at their outputs on these images (`return_trajectory=True` on a shorter run)"
+                    f"{int((~torch.isfinite(x_k)).sum())} of {x_k.numel()} purified values are not finite: look at the "
+                    f"networks' weights and at their outputs on these images (`return_trajectory=True` on a shorter run)"
                 )
             with strict_float32(x.device.type):
                 if self.clamp:

@@ -22,7 +22,8 @@ def check_eval(network: nn.Module, name: str) -> None:
 
 
 def _is_stochastic_or_batch_dependent(module: nn.Module) -> bool:
-    if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:  # by `F.dropout(..., self.training)`
+    rate = getattr(module, "dropout", None)
+    if isinstance(rate, float) and rate > 0:  # by `F.dropout(..., self.training)`
         return True
     return isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm))
 
