@@ -5,7 +5,6 @@ Nothing is unpickled. Pillow, torchvision and foolbox are imported only where a 
 
 import importlib.util
 import io
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from coupfast.cache import cache_directory
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -218,7 +219,7 @@ def _torchvision_cifar10(root: str | Path | None) -> tuple[np.ndarray, np.ndarra
             "install the torchvision that belongs to it"
         ) from error
     if root is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "coupfast" / "data"
+        root = cache_directory("data")
     dataset = CIFAR10(str(Path(root).expanduser()), train=False, download=True)
     images, labels = dataset.data, np.asarray(dataset.targets, dtype=np.int64)
     if images.shape != (10000, 32, 32, 3) or images.dtype != np.uint8 or labels.shape != (10000,):

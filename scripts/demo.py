@@ -119,7 +119,8 @@ def main() -> None:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("coupfast", "torch", "numpy", "pyautoattack", "foolbox")},
+            "coupfast": coupfast.__version__,
+            **{name: version(name) for name in ("torch", "numpy", "pyautoattack", "foolbox")},
         },
         "machine": {
             "system": platform.platform(),

@@ -3,6 +3,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -375,3 +376,16 @@ def test_hash_depends_on_values_only():
         model.fc.bias[0] = torch.nextafter(model.fc.bias[0], torch.tensor(9.0))
     assert state_dict_sha256(model) != digest
     assert len(state_dict_sha256(model.bfloat16())) == 64
+
+
+def test_a_dictionary_without_names_is_no_state_dict(tmp_path):
+    torch.save({0: torch.zeros(3)}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError):
+        read_classifier_state(tmp_path / "odd.pt")
+
+
+def test_a_refused_pickle_is_not_recommended_for_unsafe_loading(tmp_path):
+    torch.save({"a": PurePosixPath("x")}, tmp_path / "path.pt")
+    with pytest.raises(CheckpointError) as caught:
+        read_classifier_state(tmp_path / "path.pt")
+    assert "weights_only" not in str(caught.value)

@@ -64,8 +64,17 @@ def available_bytes(device: torch.device) -> int:
         # No account of free memory here (macOS, Windows): take a quarter of what is built in.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2 * 2**30
     group = pathlib.Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
+    # Control groups of version 2, then 1; what they count as used includes cached files, which give way.
+    for folder, limit_file, used_file, cached in (
+        (group, "memory.max", "memory.current", "inactive_file"),
+        (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        if limit == "max":
+            return available
+        return min(available, max(0, int(limit) - used + int(statistics.get(cached, 0))))
+    return available

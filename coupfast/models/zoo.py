@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coupfast.cache import cache_directory
 from coupfast.models.checkpoints import (
     CheckpointError,
     build,
@@ -167,9 +168,10 @@ def load_classifier(
         The network in eval mode, no parameter requiring a gradient.
 
     Raises:
-        ValueError: if a name is unknown (the message gives the nearest ones), or needs `weights`.
+        ValueError: if a name is unknown (the message gives the nearest ones, and why RobustBench's are not available
+            where it is missing), or needs `weights`.
         FileNotFoundError: if `weights` is no file.
-        ImportError: if the package behind a name is missing.
+        ImportError: if pyautoattack is missing for its own network.
         CheckpointError: if a file is damaged or does not fit.
         TypeError: if a module cannot be called with images alone.
     """
@@ -261,7 +263,9 @@ def _robustbench(name: str, threat_model: str, weights: str | Path | None, seed:
     if name not in models:
         raise ValueError(_unknown(f"classifier ({threat_model})", name, [*classifier_names(), *models]))
     if weights is None:
-        return importlib.import_module("robustbench.utils").load_model(name, dataset="cifar10", threat_model=threat_model)
+        load_model = importlib.import_module("robustbench.utils").load_model
+        folder = str(cache_directory("robustbench"))  # its own default is ./models of the current folder
+        return load_model(name, model_dir=folder, dataset="cifar10", threat_model=threat_model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = models[name]["model"]()
