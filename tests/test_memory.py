@@ -1,5 +1,10 @@
 """The account of storages, on cases that can be counted by hand."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from coupfast.engine.memory import AllocationAccount, available_bytes
@@ -48,3 +53,25 @@ def test_a_new_storage_at_an_old_address_is_counted():
 
 def test_available_memory_is_some_and_not_more_than_there_is():
     assert 2**20 < available_bytes(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count ru_maxrss in other units")
+def test_resident_memory_of_a_large_case():
+    """What the operating system gives to a process of its own, beside the plan: some hundred MiB of kept activations."""
+    code = """
+import resource, torch, coupfast
+torch.set_num_threads(1)
+score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+purifier = coupfast.Purifier(score, classifier, num_steps=3, memory_budget=2**40)
+noise, x = torch.zeros(3, 12, 3, 32, 32), torch.rand(12, 3, 32, 32)
+purifier(x[:1].clone().requires_grad_(), noise=noise[:, :1]).sum().backward()  # code and libraries
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+before = peak()
+purifier(x.requires_grad_(), noise=noise).sum().backward()
+print(purifier.plan(12).peak_bytes, peak() - before)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    predicted, measured = map(int, done.stdout.split())
+    # The first image's memory is used again, and the libraries' own buffers come on top.
+    assert measured == pytest.approx(predicted, rel=0.2)
