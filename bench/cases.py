@@ -244,6 +244,8 @@ def _positive(text: str) -> int:
 
 def load_case(options: argparse.Namespace) -> Case:
     """Networks and images as the options say; sets the number of threads."""
+    if options.json and not pathlib.Path(options.json).resolve().parent.is_dir():
+        raise SystemExit(f"--json {options.json}: there is no such folder; make it first")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)

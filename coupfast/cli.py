@@ -153,7 +153,7 @@ def _purifier(options: argparse.Namespace) -> tuple[Purifier, dict[str, Any]]:
     networks = {"score": _identity(options.score, options.score_weights, score)}
     classifier = None
     if METHODS[options.method].guidance:
-        classifier = load_classifier(options.classifier, weights=options.classifier_weights, device=options.device)
+        classifier = _classifier(options)
         networks["classifier"] = _identity(options.classifier, options.classifier_weights, classifier)
     purifier = Purifier(
         score,
@@ -170,6 +170,12 @@ def _purifier(options: argparse.Namespace) -> tuple[Purifier, dict[str, Any]]:
         clamp=not options.no_clamp,
     )
     return purifier, networks
+
+
+def _classifier(options: argparse.Namespace) -> nn.Module:
+    return load_classifier(
+        options.classifier, weights=options.classifier_weights, device=options.device, activation=options.activation
+    )
 
 
 def _settings(purifier: Purifier) -> dict[str, Any]:
@@ -257,7 +263,7 @@ def _check_gradient(options: argparse.Namespace) -> int:
     purifier, networks = _purifier(options)
     classifier = purifier.classifier
     if classifier is None:
-        classifier = load_classifier(options.classifier, weights=options.classifier_weights, device=options.device)
+        classifier = _classifier(options)
         networks["classifier"] = _identity(options.classifier, options.classifier_weights, classifier)
     certificate = check_gradient(
         PurifiedClassifier(purifier, classifier, seed=options.seed),
@@ -491,6 +497,11 @@ def _add_defense(parser: argparse.ArgumentParser) -> None:
         help=f"score network: {', '.join(score_names())}, or a weight file",
     )
     group.add_argument("--score-weights", metavar="FILE", help="weights for a NAME that does not ship with the package")
+    group.add_argument(
+        "--activation",
+        choices=["relu", "silu"],
+        help="of a DMWideResNet file, which does not tell it",
+    )
     group.add_argument(
         "--classifier",
         default="cifar10-tiny",

@@ -510,12 +510,12 @@ def test_strict_in_the_backward_pass_of_the_whole_defense(mode):
 def test_memory_of_a_split_batch():
     """The pieces' states go to one place: a peak as planned, and not the states twice."""
     score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
-    x = torch.rand(16, 3, 8, 8)
-    whole = Purifier(score, classifier, num_steps=200, memory_budget="least")
-    split = Purifier(score, classifier, num_steps=200, memory_budget=whole.plan(16).least_bytes)
-    plan = split.plan(16)
+    x = torch.rand(4, 3, 8, 8)
+    whole = Purifier(score, classifier, num_steps=40, memory_budget="least")
+    split = Purifier(score, classifier, num_steps=40, memory_budget=whole.plan(4).least_bytes)
+    plan = split.plan(4)
     assert plan.storage.piece == 1
-    noise, image = torch.randn(200, *x.shape), x.clone().requires_grad_()
+    noise, image = torch.randn(40, *x.shape), x.clone().requires_grad_()
     with AllocationAccount([image, noise, *score.parameters(), *classifier.parameters()]) as account:
         split(image, noise=noise).sum().backward()
     assert account.peak == pytest.approx(plan.peak_bytes, rel=0.15)
