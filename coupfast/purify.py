@@ -715,7 +715,7 @@ def _words(name: str, values: Any, batch: int, device: torch.device) -> torch.Te
     """(batch,) int64 with values in [0, 2³²)."""
     try:
         tensor = torch.as_tensor(values)
-    except (RuntimeError, OverflowError, TypeError) as error:
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"`{name}` are integers in [0, 2**32), got {values!r} ({error})") from error
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise TypeError(f"`{name}` are integers, got {tensor.dtype}")
