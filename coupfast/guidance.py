@@ -26,8 +26,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from coupfast.tracing import Trace, trace
 
 logger = logging.getLogger(__name__)
 
@@ -189,45 +189,26 @@ def _training_flag(node: fx.Node) -> bool:
     return False
 
 
-class _PerImage(int):
-    """An integer argument that is this many times the batch size."""
-
-
-@dataclasses.dataclass
-class _Operation:
-    """One node of the trace, its arguments flattened: leaves are nodes, `_PerImage`s or constants."""
-
-    node: fx.Node
-    leaves: list[Any]
-    spec: Any
-    dead: list[fx.Node]  # values that nothing needs after this operation
-
-    def arguments(self, values: dict[fx.Node, Any], batch: int) -> tuple[tuple, dict]:
-        leaves = [
-            values[leaf] if isinstance(leaf, fx.Node) else leaf * batch if isinstance(leaf, _PerImage) else leaf
-            for leaf in self.leaves
-        ]
-        return tree_unflatten(leaves, self.spec)
-
-
 class PiecewiseLinearGraph:
     """A classifier's trace f, with two evaluations: the ordinary one, which keeps slopes, and its linear part J v.
 
     Built by `trace`, which returns None where f is not piecewise linear. Serves every batch size.
     """
 
-    def __init__(self, module: fx.GraphModule, active: set[fx.Node], operations: list[_Operation]) -> None:
-        self.module, self.active, self.operations = module, active, operations
+    def __init__(self, traced: Trace, active: set[fx.Node]) -> None:
+        self.traced, self.active = traced, active
 
     @staticmethod
     def trace(classifier: nn.Module, example: torch.Tensor) -> PiecewiseLinearGraph | None:
         """Trace f at the image shape of `example` and check every operation that x_k reaches."""
         try:
-            module, wider = (_trace(classifier, example.new_zeros(batch, *example.shape[1:])) for batch in (2, 3))
+            traced = trace(
+                lambda x: scaled_logits(classifier, x), lambda batch: (example.new_zeros(batch, *example.shape[1:]),)
+            )
         except Exception as error:  # a classifier may do anything in `forward`; another route serves it
             logger.info("the classifier cannot be traced (%s: %s)", type(error).__name__, error)
             return None
-        nodes = list(module.graph.nodes)
+        nodes = list(traced.module.graph.nodes)
         active: set[fx.Node] = set()
         for node in nodes:
             if node.op == "placeholder":
@@ -240,11 +221,7 @@ class PiecewiseLinearGraph:
                 active.add(node)
         if not any(node in active for node in nodes[-1].all_input_nodes):
             return None
-        operations = _for_any_batch(nodes, list(wider.graph.nodes))
-        if operations is None:
-            logger.info("the classifier does different things at different batch sizes")
-            return None
-        graph = PiecewiseLinearGraph(module, active, operations)
+        graph = PiecewiseLinearGraph(traced, active)
         if not graph._is_that_of(classifier, example):
             logger.info("the classifier does not do what its trace does (detached parts, hooks, state or randomness?)")
             return None
@@ -291,12 +268,12 @@ class PiecewiseLinearGraph:
 
     def _interpret(self, x: torch.Tensor, run: Callable[[fx.Node, tuple, dict], Any]) -> torch.Tensor:
         values: dict[fx.Node, Any] = {}
-        for operation in self.operations:
+        for operation in self.traced.operations:
             node = operation.node
             if node.op == "placeholder":
                 values[node] = x
             elif node.op == "get_attr":
-                values[node] = operator.attrgetter(str(node.target))(self.module)
+                values[node] = self.traced.constant(node)
             elif node.op == "output":
                 return values[node.all_input_nodes[0]]
             else:
@@ -335,39 +312,6 @@ class PiecewiseLinearGraph:
         if target is aten.constant_pad_nd.default:
             return target(args[0], args[1], 0.0)
         return target(*args, **kwargs)
-
-
-def _trace(classifier: nn.Module, x_k: torch.Tensor) -> fx.GraphModule:
-    with torch.no_grad():
-        # In-place operations, which many networks use, have no place in a trace that is evaluated out of order.
-        module = make_fx(torch.func.functionalize(lambda x: scaled_logits(classifier, x)))(x_k)
-    module.graph.eliminate_dead_code()  # outputs that nothing reads, such as a batch norm's saved statistics
-    return module
-
-
-def _for_any_batch(nodes: list[fx.Node], wider: list[fx.Node]) -> list[_Operation] | None:
-    """The trace at two images with every argument that grows with the batch found by the trace at three; None if unlike."""
-    if len(nodes) != len(wider):
-        return None
-    last_use = {used: node for node in nodes for used in node.all_input_nodes}
-    operations = []
-    for node, other in zip(nodes, wider, strict=True):
-        if (node.op, node.target) != (other.op, other.target):
-            return None
-        leaves, spec = tree_flatten((node.args, node.kwargs))
-        other_leaves, other_spec = tree_flatten((other.args, other.kwargs))
-        if spec != other_spec:
-            return None
-        for index, (leaf, other_leaf) in enumerate(zip(leaves, other_leaves, strict=True)):
-            if isinstance(leaf, fx.Node):
-                if leaf.name != other_leaf.name:
-                    return None
-            elif leaf != other_leaf:
-                if not isinstance(leaf, int) or 3 * leaf != 2 * other_leaf:
-                    return None
-                leaves[index] = _PerImage(leaf // 2)
-        operations.append(_Operation(node, leaves, spec, [used for used, user in last_use.items() if user is node]))
-    return operations
 
 
 def _why_not_piecewise_linear(node: fx.Node, active: set[fx.Node]) -> str | None:
