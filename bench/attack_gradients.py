@@ -66,9 +66,10 @@ def main() -> None:
     print(f"{options.iterations} iterations, EOT {options.eot_iter}; 95 % Wilson intervals over images")
     for row in results["rows"]:
         low, high = row["wilson_95"]
+        seconds = "not timed" if row["seconds"] is None else f"{row['seconds']:.0f} s"
         print(
             f"{row['mode']:28s} clean {row['clean_mean']:.3f}   robust, one draw {row['robust_one_draw']:2d}/{len(x)} "
-            f"[{low:.2f}, {high:.2f}]   mean of {options.draws} draws {row['robust_mean']:.3f}   {row['seconds']:.0f} s"
+            f"[{low:.2f}, {high:.2f}]   mean of {options.draws} draws {row['robust_mean']:.3f}   {seconds}"
         )
 
 
