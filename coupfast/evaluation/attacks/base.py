@@ -1,0 +1,51 @@
+"""What an attack is."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+
+from coupfast.evaluation.defense import Defense
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Images through the defense, at most: without a gradient, and with one."""
+
+    forward: int
+    gradient: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an attack leaves.
+
+    Attributes:
+        x_adv: Its best images, in [0, 1].
+        curve: Images that the attack had not yet seen misclassified, before it and after each iteration; empty if it does
+            not tell.
+    """
+
+    x_adv: torch.Tensor
+    curve: tuple[int, ...] = ()
+
+
+class Attack(abc.ABC):
+    """One stage of an evaluation: a frozen dataclass of its settings, with a `run`."""
+
+    @abc.abstractmethod
+    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+        """Attack a batch.
+
+        Args:
+            defense: Its noise is set by the caller.
+            x: Images in [0, 1], float32.
+            y: Their labels.
+            seed: All randomness of the attack follows from it.
+        """
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Of one image that survives everything."""

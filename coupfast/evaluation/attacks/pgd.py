@@ -1,0 +1,103 @@
+"""Projected gradient ascent on the expectation over a defense's noise, images and draws in one batch.
+
+With the purifier's gradient "bpda" this is BPDA + EOT (Athalye et al. 2018; Hill et al. 2021; Nie et al. 2022).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from coupfast.evaluation.attacks.base import Attack, Cost, Result
+from coupfast.evaluation.defense import Defense
+
+
+@dataclasses.dataclass(frozen=True)
+class PGD(Attack):
+    """PGD with EOT.
+
+    Args:
+        norm: "Linf" (sign steps) or "L2" (normalized steps).
+        eps: Radius.
+        iterations: Steps.
+        eot_iter: Draws of the noise at every step.
+        step_size: 0 is 2/255 in Linf, eps/5 in L2.
+        mean: The loss is the mean of the draws' cross-entropies, or the cross-entropy of their mean logits.
+        drop: When an image leaves the batch, its present form kept: "never"; once "any" of its draws is misclassified, which
+            decides it where the worst of several draws counts; or once the "mean" logits are. An image that never leaves is
+            returned where its expected loss was highest.
+        random_start: Start anywhere in the ball.
+    """
+
+    norm: str
+    eps: float
+    iterations: int = 40
+    eot_iter: int = 15
+    step_size: float = 0.0
+    mean: Literal["losses", "logits"] = "losses"
+    drop: Literal["never", "any", "mean"] = "never"
+    random_start: bool = False
+
+    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+        x_k = x.clone()
+        if self.random_start:
+            generator = torch.Generator().manual_seed(seed)
+            start = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
+            if self.norm == "L2":
+                start /= start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            x_k = self._project(x + self.eps * start.to(x.device), x)
+        best, best_loss = x_k.clone(), torch.full((len(x),), -float("inf"), dtype=x.dtype, device=x.device)
+        active, curve = torch.arange(len(x), device=x.device), []
+        for k in range(self.iterations + 1):
+            logits, loss, gradient = self._expectation(defense, x_k[active], y[active], active, k)
+            higher = loss > best_loss[active]
+            best[active[higher]], best_loss[active[higher]] = x_k[active[higher]], loss[higher]
+            wrong = (logits.argmax(dim=2) != y[active]).any(dim=0)
+            mean_wrong = logits.mean(dim=0).argmax(dim=1) != y[active]
+            leaving = {"never": torch.zeros_like(wrong), "any": wrong, "mean": mean_wrong}[self.drop]
+            best[active[leaving]] = x_k[active[leaving]]
+            curve.append(len(active) - int(leaving.sum()) if self.drop != "never" else int((~mean_wrong).sum()))
+            active = active[~leaving]
+            if gradient is None or len(active) == 0:
+                break
+            x_k[active] = self._step(x_k[active], x[active], gradient[~leaving])
+        return Result(best, tuple(curve))
+
+    def _expectation(
+        self, defense: Defense, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Logits (draws, batch, classes), expected losses (batch,) and, except after the last step, their gradient."""
+        n, last = len(x), k == self.iterations
+        # Noise by image and step, so that an image's path does not depend on which others are still here.
+        draws = (k * self.eot_iter + torch.arange(self.eot_iter, device=x.device)).repeat_interleave(n)
+        with torch.set_grad_enabled(not last):
+            x = x.detach().requires_grad_(not last)
+            logits = defense(x.repeat(self.eot_iter, 1, 1, 1), ids=ids.repeat(self.eot_iter), draw=draws)
+            logits = logits.view(self.eot_iter, n, -1)
+            if self.mean == "logits":
+                loss = functional.cross_entropy(logits.mean(dim=0), y, reduction="none")
+            else:
+                loss = functional.cross_entropy(logits.flatten(0, 1), y.repeat(self.eot_iter), reduction="none")
+                loss = loss.view(self.eot_iter, n).mean(dim=0)
+            gradient = None if last else torch.autograd.grad(loss.sum(), x)[0]
+        return logits.detach(), loss.detach(), gradient
+
+    def _step(self, x_k: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        if self.norm == "Linf":
+            return self._project(x_k + (self.step_size or 2 / 255) * gradient.sign(), x)
+        length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp_min(1e-12)
+        return self._project(x_k + (self.step_size or self.eps / 5) * gradient / length, x)
+
+    def _project(self, x_k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        delta = x_k - x
+        if self.norm == "Linf":
+            delta = delta.clamp(-self.eps, self.eps)
+        else:
+            delta = delta * (self.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).view(-1, 1, 1, 1)
+        return (x + delta).clamp(0.0, 1.0)
+
+    def cost(self) -> Cost:
+        return Cost(self.eot_iter, self.iterations * self.eot_iter)

@@ -1,0 +1,52 @@
+"""A classifier under evaluation: its noise can be set, its work is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from coupfast.purify import PurifiedClassifier
+
+
+class Defense(nn.Module):
+    """Images in [0, 1] → logits, through a `PurifiedClassifier` or any other classifier.
+
+    Attributes:
+        forward_images: Images that went through without a gradient being recorded, since `reset`.
+        gradient_images: Images that went through with one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_images = self.gradient_images = 0
+        self.eval()
+
+    @property
+    def purified(self) -> PurifiedClassifier | None:
+        return self.model if isinstance(self.model, PurifiedClassifier) else None
+
+    def reseed(self, seed: int) -> None:
+        """From here on all noise follows from `seed`, in [0, 2**63)."""
+        if self.purified is not None:
+            self.purified.seed, self.purified.next_draw = seed, 0
+        torch.manual_seed(seed)  # a classifier with noise of its own takes it from there
+
+    def reset(self) -> None:
+        self.forward_images = self.gradient_images = 0
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        ids: Sequence[int] | torch.Tensor | None = None,
+        draw: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits; `ids` and `draw` name the noise, as in `PurifiedClassifier`, and mean nothing to other classifiers."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.gradient_images += len(x)
+        else:
+            self.forward_images += len(x)
+        return self.model(x) if self.purified is None else self.model(x, ids=ids, draw=draw)

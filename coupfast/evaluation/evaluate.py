@@ -1,0 +1,121 @@
+"""Start or continue a run: all checks first, then the work."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from coupfast.evaluation import runner
+from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.ledger import Ledger, LedgerError
+from coupfast.evaluation.pools import InProcess, Pool, Processes
+from coupfast.evaluation.spec import Spec, configuration
+from coupfast.evaluation.worker import Worker, difference
+
+logger = logging.getLogger(__name__)
+
+CLUSTERS = ("none", "ray")
+
+
+def evaluate(
+    spec: Spec,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    cluster: str = "none",
+    build: Callable[[str], Defense] | None = None,
+    images: tuple[torch.Tensor, torch.Tensor] | None = None,
+    command: str = "",
+    progress: bool = False,
+) -> Ledger:
+    """Run an evaluation to its end. Killed at any moment, it loses the units in flight and nothing else.
+
+    Args:
+        spec: What to evaluate.
+        folder: The run's folder.
+        resume: Continue the run that is there; its configuration must be this one.
+        workers: How many units at a time. Their number changes no bit of the result.
+        cluster: "none": one worker is this process, several are processes of this machine; "ray": workers on a Ray cluster.
+        build: Makes the defense on a device, instead of what `spec` names; a function that can be pickled, if there are
+            several workers.
+        images: (x, y) instead of what `spec` names.
+        command: What a reader has to type to repeat the run.
+        progress: Show a bar.
+
+    Returns:
+        The ledger, open for reading.
+
+    Raises:
+        ValueError: if the images, labels and networks do not fit, or the configuration is not the run's; the message
+            shows the difference. Before any work.
+        LedgerError: if the ledger cannot be read or written, is another version's or is in use.
+        UnitFailed: if a unit cannot be done.
+    """
+    if workers < 1:
+        raise ValueError(f"`workers` is at least 1, got {workers}")
+    if cluster not in CLUSTERS:
+        raise ValueError(f"`cluster` is one of {', '.join(CLUSTERS)}, got {cluster!r}")
+    build = build or spec.build
+    x, y = images or spec.load()
+    defense = build(_devices(spec.device, 1)[0])
+    check_images(defense, x, y, torch.device(spec.device))
+    found = configuration(spec, defense, x, y)
+    if resume:
+        ledger = Ledger(folder)
+    else:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        ledger = Ledger.create(folder, found, command=command, started=now)
+    with ledger:
+        if changed := difference(ledger.configuration, found):
+            raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+        make = functools.partial(Worker, spec.rules(), build)
+        pool: Pool
+        if cluster == "ray":
+            from coupfast.evaluation.cluster import RayWorkers
+
+            pool = RayWorkers(make, workers, gpus=spec.device == "cuda", threads=spec.threads)
+        elif workers == 1:
+            # The defense that was checked is the one that runs.
+            pool = InProcess(functools.partial(Worker, spec.rules(), lambda device: defense), _devices(spec.device, 1)[0])
+        else:
+            pool = Processes(make, _devices(spec.device, workers))
+        try:
+            runner.run(ledger, spec.schedule(len(x)), x.numpy(), y.numpy(), pool, cost=spec.cost(), progress=progress)
+        finally:
+            pool.close()
+    return Ledger(folder, read_only=True)
+
+
+def check_images(defense: Defense, x: torch.Tensor, y: torch.Tensor, device: torch.device) -> None:
+    """ValueError if these are no images in [0, 1] with labels that the defense knows."""
+    if x.dtype != torch.float32 or x.dim() != 4 or len(x) == 0:
+        raise ValueError(f"images are float32 of shape (n, channels, height, width), got {x.dtype} of {tuple(x.shape)}")
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"images have values in [0, 1], got [{low:.6g}, {high:.6g}]")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(f"labels are int64, one per image: {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}")
+    model = defense.model if defense.purified is None else defense.purified.classifier
+    with torch.no_grad():
+        classes = model(x[:1].to(device)).shape[1]
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise ValueError(f"labels are in [0, {classes}), the classes of the classifier, got [{int(y.min())}, {int(y.max())}]")
+
+
+def _devices(device: str, workers: int) -> list[str]:
+    """One device a worker: GPUs are not shared."""
+    if device == "cpu":
+        return ["cpu"] * workers
+    count = torch.cuda.device_count()
+    if workers > count:
+        raise ValueError(f"{workers} workers need a GPU each, and there are {count}; use fewer --workers")
+    return [f"cuda:{i}" for i in range(workers)]
+
+
+__all__ = ["CLUSTERS", "LedgerError", "check_images", "evaluate"]

@@ -1,0 +1,350 @@
+"""What is done, on disk: one SQLite file for a run, and one safetensors file for each unit's images and logits.
+
+A unit's file is written under a temporary name, synced and renamed before the transaction that calls the unit done, and the
+transaction holds its SHA-256. So whatever moment a process dies at, the ledger names no file that is not whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from coupfast.evaluation.units import Unit
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+DATABASE, LOCK, FILES = "ledger.sqlite", "lock", "units"
+
+_TABLES = """
+CREATE TABLE run (version INTEGER NOT NULL, configuration TEXT NOT NULL, command TEXT NOT NULL, started TEXT NOT NULL);
+CREATE TABLE units (
+    name TEXT PRIMARY KEY, stage TEXT NOT NULL, images TEXT NOT NULL, state TEXT NOT NULL, worker TEXT,
+    result TEXT, file TEXT, sha256 TEXT, forward_images INTEGER, gradient_images INTEGER, seconds REAL, error TEXT
+);
+CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class LedgerError(OSError):
+    """A ledger that cannot be read or written, or that is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a unit gave.
+
+    Attributes:
+        name: The unit's.
+        result: Verdicts, as JSON has them.
+        arrays: Images and logits, for the unit's file.
+        forward_images, gradient_images: Images through the defense, without and with a gradient.
+        seconds: Time that the unit took, by a clock that does not jump.
+    """
+
+    name: str
+    result: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    forward_images: int
+    gradient_images: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A unit that is done, as the ledger has it; see `Unit` and `Outcome`."""
+
+    unit: Unit
+    result: dict[str, Any]
+    file: str
+    sha256: str
+    forward_images: int
+    gradient_images: int
+    seconds: float
+    worker: str
+
+
+class Ledger:
+    """A run's ledger. One process at a time may have it open for writing; any number may read.
+
+    Args:
+        folder: The run's folder.
+        read_only: Open for reading, whatever the folder's rights.
+
+    Attributes:
+        configuration: What the run was started with.
+        command: The command that started it.
+        started: When, by the clock on the wall.
+
+    Raises:
+        LedgerError: if there is no ledger, it is of another version, or another process is writing to it.
+    """
+
+    def __init__(self, folder: str | Path, *, read_only: bool = False) -> None:
+        self.folder, self.read_only = Path(folder), read_only
+        path = self.folder / DATABASE
+        if not path.is_file():
+            raise LedgerError(f"{self.folder} holds no run: there is no {DATABASE} in it")
+        self._lock = None if read_only else _lock(self.folder)
+        try:
+            with _explained(self.folder):
+                self._database = _connect(path, read_only)
+                self._read_run()
+                if not read_only:
+                    # Before any work: is this a place that can be written to? Units in flight died with their process.
+                    with self._database:
+                        self._database.execute("DELETE FROM units WHERE state != 'done'")
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, folder: str | Path, configuration: Mapping[str, Any], *, command: str, started: str) -> Ledger:
+        """Start a run's ledger, which must not exist, and open it.
+
+        Args:
+            folder: The run's folder; made if it does not exist.
+            configuration: All that its results depend on, as JSON has it.
+            command: The command that starts it.
+            started: The time.
+        """
+        folder = Path(folder)
+        try:
+            (folder / FILES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"{folder} cannot be made a run's folder: {error.strerror or error}") from error
+        lock = _lock(folder)
+        try:
+            with _explained(folder), contextlib.closing(_connect(folder / DATABASE, read_only=False)) as database:
+                if database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    raise LedgerError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another")
+                # One transaction: a process that dies in here leaves no ledger at all.
+                database.executescript(
+                    f"BEGIN EXCLUSIVE;{_TABLES}INSERT INTO run VALUES ({VERSION}, {_quoted(json.dumps(configuration))}, "
+                    f"{_quoted(command)}, {_quoted(started)});COMMIT;"
+                )
+        finally:
+            _unlock(lock)
+        return cls(folder)
+
+    def _read_run(self) -> None:
+        tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master")}
+        if "run" not in tables:
+            raise LedgerError(f"the run in {self.folder} was stopped before it began; start it again without --resume")
+        (version,) = self._database.execute("SELECT version FROM run").fetchone()
+        if version != VERSION:
+            raise LedgerError(
+                f"the ledger in {self.folder} is of version {version}, this coupfast reads version {VERSION}; "
+                f"use the coupfast that wrote it, or start another run"
+            )
+        row = self._database.execute("SELECT configuration, command, started FROM run").fetchone()
+        self.configuration: dict[str, Any] = json.loads(row[0])
+        self.command, self.started = str(row[1]), str(row[2])
+
+    def start(self, unit: Unit) -> None:
+        """A unit is in flight."""
+        with _explained(self.folder), self._database as database:
+            database.execute(
+                "INSERT OR REPLACE INTO units (name, stage, images, state) VALUES (?, ?, ?, 'running')",
+                (unit.name, unit.stage, json.dumps(unit.images)),
+            )
+
+    def fail(self, name: str, error: str) -> None:
+        """A unit could not be done; a resumed run tries again."""
+        with _explained(self.folder), self._database as database:
+            database.execute("UPDATE units SET state = 'failed', error = ? WHERE name = ?", (error, name))
+
+    def finish(self, outcome: Outcome, worker: str) -> None:
+        """A unit is done: its file first, then its row."""
+        content = save(outcome.arrays)
+        file = f"{FILES}/{outcome.name}.safetensors"
+        with _explained(self.folder):
+            _write(self.folder / file, content)
+            with self._database as database:
+                database.execute(
+                    "UPDATE units SET state = 'done', worker = ?, result = ?, file = ?, sha256 = ?, forward_images = ?, "
+                    "gradient_images = ?, seconds = ? WHERE name = ? AND state = 'running'",
+                    (
+                        worker,
+                        json.dumps(outcome.result),
+                        file,
+                        hashlib.sha256(content).hexdigest(),
+                        outcome.forward_images,
+                        outcome.gradient_images,
+                        outcome.seconds,
+                        outcome.name,
+                    ),
+                )
+
+    def done(self) -> dict[str, Record]:
+        """All units that are done, by name."""
+        with _explained(self.folder):
+            rows = self._database.execute(
+                "SELECT name, stage, images, result, file, sha256, forward_images, gradient_images, seconds, worker "
+                "FROM units WHERE state = 'done' ORDER BY name"
+            ).fetchall()
+        return {
+            row[0]: Record(
+                unit=Unit(row[1], int(row[0].rpartition("-")[2]), tuple(json.loads(row[2]))),
+                result=json.loads(row[3]),
+                file=row[4],
+                sha256=row[5],
+                forward_images=row[6],
+                gradient_images=row[7],
+                seconds=row[8],
+                worker=row[9],
+            )
+            for row in rows
+        }
+
+    def arrays(self, record: Record) -> dict[str, np.ndarray]:
+        """A unit's images and logits.
+
+        Raises:
+            LedgerError: if the file is gone or is not the one that was written.
+        """
+        path = self.folder / record.file
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == record.sha256:
+                return load(content)
+            problem = "does not have the SHA-256 that it was written with"
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read ({error})"
+        raise LedgerError(f"{path} {problem}; `coupfast evaluate --resume {self.folder}` makes it again, with the same bits")
+
+    def forget_damaged(self) -> list[str]:
+        """Units whose file is gone or damaged are not done any more; their names."""
+        damaged = []
+        for name, record in self.done().items():
+            try:
+                self.arrays(record)
+            except LedgerError as error:
+                logger.warning("%s", error)
+                damaged.append(name)
+        with _explained(self.folder), self._database as database:
+            database.executemany("DELETE FROM units WHERE name = ?", [(name,) for name in damaged])
+        return damaged
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something beside the results: what was predicted, a certificate."""
+        with _explained(self.folder), self._database as database:
+            database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
+
+    def notes(self) -> dict[str, Any]:
+        """All that `note` kept."""
+        with _explained(self.folder):
+            return {name: json.loads(value) for name, value in self._database.execute("SELECT name, value FROM notes")}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all results and files: equal for runs that are equal bit for bit, however long they took."""
+        digest = hashlib.sha256()
+        for name, record in self.done().items():
+            digest.update(json.dumps([name, record.unit.images, record.result, record.sha256], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        if hasattr(self, "_database"):
+            self._database.close()
+        _unlock(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+    # quote() by as_uri: a folder may have any name. Autocommit outside `with connection`, transactions inside.
+    uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
+    database = sqlite3.connect(uri, uri=True, timeout=30)
+    if not read_only:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+    return database
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing, and on the disk when this returns."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What went wrong with the run's files, in words; nothing that was recorded before is lost by it."""
+    try:
+        yield
+    except LedgerError:
+        raise
+    except (sqlite3.Error, OSError) as error:
+        raise LedgerError(
+            f"the ledger in {folder} cannot be read or written ({error}): is the disk full, or the folder read-only? What is "
+            f"recorded is safe; put that right and continue with --resume {folder}"
+        ) from error
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock that the kernel gives back when its process dies, however it dies."""
+    if fcntl is None:
+        raise LedgerError("a run needs POSIX file locks, which this system does not have")
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise LedgerError(f"{folder} cannot be written to: {error.strerror or error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise LedgerError(
+            f"another process (pid {owner}) is working on the run in {folder}; wait for it, or use --workers there"
+        ) from error
+    try:
+        os.truncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+    except OSError:
+        pass  # The number is for a message only.
+    return lock
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

@@ -1,0 +1,132 @@
+"""Hands units to workers and their outcomes to the ledger, until nothing is left to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from coupfast.evaluation.ledger import Ledger, Record
+from coupfast.evaluation.pools import Pool, UnitFailed
+from coupfast.evaluation.units import CLEAN, JUDGE, Schedule, Unit
+from coupfast.evaluation.worker import Task
+
+
+def run(
+    ledger: Ledger,
+    schedule: Schedule,
+    x: np.ndarray,
+    y: np.ndarray,
+    pool: Pool,
+    *,
+    cost: Mapping[str, int],
+    progress: bool = False,
+) -> None:
+    """Do what the ledger does not have yet.
+
+    Args:
+        ledger: Open for writing.
+        schedule: The run's units.
+        x: Images in [0, 1], float32, shape (images, channels, height, width).
+        y: Labels, int64.
+        pool: Workers; closed by the caller.
+        cost: Images through the defense that one image takes at each stage, at most: for the time that is left.
+        progress: Show a bar.
+
+    Raises:
+        UnitFailed: if a unit cannot be done; the others in flight are lost, those recorded are not.
+        LedgerError: if a result cannot be written.
+    """
+    ledger.forget_damaged()
+    records = ledger.done()
+    standing = {name: _standing(record) for name, record in records.items()}
+    in_flight: dict[str, Unit] = {}
+    with _Progress(schedule, cost, records.values(), disable=not progress) as bar:
+        while True:
+            for unit in schedule.ready(standing):
+                if len(in_flight) < pool.size and unit.name not in in_flight:
+                    task = Task(unit, _inputs(ledger, schedule, records, unit, x, y))
+                    ledger.start(unit)
+                    in_flight[unit.name] = unit
+                    pool.submit(task)
+            if not in_flight:
+                return
+            try:
+                outcome, worker = pool.next()
+            except UnitFailed as failure:
+                ledger.fail(failure.name, str(failure))
+                raise
+            unit = in_flight.pop(outcome.name)
+            ledger.finish(outcome, worker)
+            records = ledger.done()
+            standing[unit.name] = _standing(records[unit.name])
+            bar.finished(records[unit.name])
+
+
+def attacked_images(
+    ledger: Ledger, attacks: Sequence[str], records: Mapping[str, Record], images: Sequence[int], x: np.ndarray
+) -> np.ndarray:
+    """What each image has become: what fooled the defense; else what the last stage that changed the image left."""
+    result = {image: x[image] for image in images}
+    for stage in attacks:  # an image is in no stage after the one that fooled it
+        for record in records.values():
+            if record.unit.stage != stage or not set(record.unit.images) & set(result):
+                continue
+            x_adv = ledger.arrays(record)["x_adv"]
+            fallen = set(record.unit.images) - set(_standing(record))
+            for position, image in enumerate(record.unit.images):
+                if image in result and (image in fallen or not np.array_equal(x_adv[position], x[image])):
+                    result[image] = x_adv[position]
+    return np.stack([result[image] for image in images])
+
+
+def _inputs(
+    ledger: Ledger, schedule: Schedule, records: Mapping[str, Record], unit: Unit, x: np.ndarray, y: np.ndarray
+) -> dict[str, np.ndarray]:
+    chosen = list(unit.images)
+    arrays = {"x": x[chosen], "y": y[chosen]}
+    if unit.stage == JUDGE and schedule.attacks:
+        arrays["x_adv"] = attacked_images(ledger, schedule.attacks, records, unit.images, x)
+    return arrays
+
+
+def _standing(record: Record) -> tuple[int, ...]:
+    return tuple(record.result.get("standing", ()))
+
+
+class _Progress:
+    """A bar over images at stages, an image that falls counting for all stages that it is spared."""
+
+    def __init__(self, schedule: Schedule, cost: Mapping[str, int], done: Iterable[Record], disable: bool) -> None:
+        self._stages = [CLEAN, *schedule.attacks]
+        self._cost, self._fooled, self._units, self._purified = cost, 0, 0, 0
+        self._started = time.monotonic()
+        before = sum(self._count(record) for record in done)
+        total = schedule.images * sum(cost.values())
+        self._bar = tqdm(total=total, initial=before, desc="evaluate", unit="image", unit_scale=True, disable=disable)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def finished(self, record: Record) -> None:
+        self._purified += record.forward_images + record.gradient_images
+        self._bar.update(self._count(record))
+        rate = self._purified / max(time.monotonic() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{self._fooled} fooled, {self._units} units done, {rate:.3g} purifications/s")
+
+    def _count(self, record: Record) -> int:
+        """What a unit that is done takes off the work, at most."""
+        unit = record.unit
+        done = len(unit.images) * self._cost[unit.stage]
+        if unit.stage != JUDGE:
+            fallen = len(unit.images) - len(_standing(record))
+            self._fooled += fallen
+            done += fallen * sum(self._cost[stage] for stage in self._stages[self._stages.index(unit.stage) + 1 :])
+        self._units += 1
+        return done

@@ -1,0 +1,201 @@
+"""What to evaluate, as a value: from it follow the defense, the units and the configuration that a ledger keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from coupfast.data import load_images
+from coupfast.defenses import METHODS
+from coupfast.evaluation.attacks import Attack, attack_to_dict, suite, suite_gradient
+from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.units import CLEAN, JUDGE, Schedule
+from coupfast.evaluation.worker import Rules, environment
+from coupfast.models.checkpoints import state_dict_sha256
+from coupfast.models.zoo import load_classifier, load_score
+from coupfast.purify import PurifiedClassifier, Purifier
+
+SEEDINGS = ("unit", "autoattack")
+NO_DEFENSE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """An evaluation. The first fields are the options of `load_images`, `load_score`, `load_classifier` and `Purifier`.
+
+    Attributes:
+        method: The purifier's, or "none": the classifier alone.
+        gradient: The purifier's; None takes the one that the attack is made for.
+        memory_gib: GiB above the weights that a purification may take; None takes the least, which never splits a batch.
+        attack: A suite of `coupfast.evaluation.attacks`.
+        norm, eps: Of the attack, for images in [0, 1].
+        iterations, eot_iter, queries, target_classes, step_size, drop, amount: Of the suite's stages; None as published.
+        seed: All randomness follows from it.
+        seeding: "unit": every unit has randomness of its own. "autoattack": every attack takes the run's seed and the images
+            that still stand are batched anew before each stage, as AutoAttack does it.
+        shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
+        draws: Fresh draws that judge every image, clean and attacked.
+        paths: How many images, the first ones, keep their way through the purification for the report.
+        threads: CPU threads of a worker.
+        device: "cpu" or "cuda"; with several workers each "cuda" worker has a GPU of its own.
+    """
+
+    images: str = "cifar10-20"
+    limit: int | None = None
+    score: str = "cifar10-tiny"
+    score_weights: str | None = None
+    classifier: str = "cifar10-tiny"
+    classifier_weights: str | None = None
+    activation: str | None = None
+    method: str = "coup"
+    t: float = 0.1
+    num_steps: int | None = None
+    guidance_scale: float = 1.0
+    solver: str = "euler-maruyama"
+    clamp: bool = True
+    engine: str = "auto"
+    precision: str = "strict"
+    gradient: str | None = None
+    guidance_gradient: str = "exact"
+    memory_gib: float | None = None
+    attack: str = "autoattack-rand"
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    iterations: int | None = None
+    eot_iter: int | None = None
+    queries: int | None = None
+    target_classes: int | None = None
+    step_size: float | None = None
+    drop: str | None = None
+    amount: float | None = None
+    seed: int = 121
+    seeding: str = "unit"
+    shard: int = 16
+    draws: int = 10
+    paths: int = 4
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.method not in (NO_DEFENSE, *METHODS):
+            raise ValueError(f"`method` is one of {', '.join((NO_DEFENSE, *METHODS))}, got {self.method!r}")
+        if self.seeding not in SEEDINGS:
+            raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
+        for name, least in (("shard", 1), ("draws", 1), ("paths", 0), ("threads", 1), ("iterations", 1), ("eot_iter", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is at least {least}, got {value!r}")
+        self.stages()
+
+    def stages(self) -> dict[str, Attack]:
+        """The attack's stages by name."""
+        names = ("iterations", "eot_iter", "queries", "target_classes", "step_size", "drop", "amount")
+        return suite(self.attack, self.norm, self.eps, {name: getattr(self, name) for name in names})
+
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels.
+
+        Raises:
+            ValueError: if there are no labels, or fewer images than `limit`.
+        """
+        x, y = load_images(self.images, limit=self.limit)
+        if y is None:
+            raise ValueError(f"{self.images} has no labels, and an accuracy needs them: use subfolders, or an .npz with `y`")
+        if self.limit is not None and len(x) < self.limit:
+            raise ValueError(f"`limit` asks for {self.limit} images, and {self.images} has {len(x)}")
+        return x, y
+
+    def build(self, device: str) -> Defense:
+        """The defense on a device."""
+        classifier = load_classifier(
+            self.classifier, weights=self.classifier_weights, device=device, activation=self.activation
+        )
+        if self.method == NO_DEFENSE:
+            return Defense(classifier)
+        score = load_score(self.score, weights=self.score_weights, device=device)
+        purifier = Purifier(
+            score,
+            classifier,
+            method=self.method,
+            t=self.t,
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            solver=self.solver,
+            clamp=self.clamp,
+            engine=self.engine,
+            precision=self.precision,
+            gradient=self.gradient or suite_gradient(self.attack),
+            guidance_gradient=self.guidance_gradient,  # type: ignore[arg-type]
+            memory_budget="least" if self.memory_gib is None else int(self.memory_gib * 2**30),
+        )
+        return Defense(PurifiedClassifier(purifier, classifier))
+
+    def schedule(self, images: int) -> Schedule:
+        """The units of a run on that many images."""
+        return Schedule(images, self.shard, tuple(self.stages()), regroup=self.seeding == "autoattack")
+
+    def rules(self) -> Rules:
+        """What a worker needs."""
+        return Rules(
+            attacks=self.stages(),
+            seed=self.seed,
+            attack_seed=self.seeding == "autoattack",
+            draws=self.draws,
+            paths=self.paths,
+            threads=self.threads,
+            environment=environment(torch.device(self.device)),
+        )
+
+    def cost(self) -> dict[str, int]:
+        """Images through the defense for one image at each stage, at most."""
+        stages = self.stages()
+        attacks = {stage: attack.cost().forward + attack.cost().gradient + 1 for stage, attack in stages.items()}
+        return {CLEAN: 1, **attacks, JUDGE: self.draws * (2 if stages else 1)}
+
+
+def configuration(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
+    """All that a run's results depend on, as JSON has it."""
+    return {
+        "spec": dataclasses.asdict(spec),
+        "stages": {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()},
+        "defense": describe_defense(defense),
+        "images": {"count": len(x), "shape": list(x.shape[1:]), "x_sha256": _sha256(x), "y_sha256": _sha256(y)},
+        "environment": environment(torch.device(spec.device)),
+    }
+
+
+def describe_defense(defense: Defense) -> dict[str, Any]:
+    """Settings and SHA-256 of the weights."""
+    purified = defense.purified
+    if purified is None:
+        return {"method": NO_DEFENSE, "classifier_sha256": state_dict_sha256(defense.model)}
+    purifier = purified.purifier
+    return {
+        "method": purifier.method,
+        "t": purifier.t,
+        "num_steps": purifier.num_steps,
+        "guidance_scale": purifier.guidance_scale,
+        "solver": purifier.solver,
+        "clamp": purifier.clamp,
+        "beta_min": purifier.sde.beta_min,
+        "beta_max": purifier.sde.beta_max,
+        "engine": purifier.engine,
+        "precision": purifier.precision,
+        "gradient": purifier.gradient,
+        "guidance_gradient": purifier.guidance_gradient,
+        "memory_budget": purifier.memory_budget,
+        "score_sha256": state_dict_sha256(purifier.score),
+        "guidance_sha256": None if purifier.classifier is None else state_dict_sha256(purifier.classifier),
+        "classifier_sha256": state_dict_sha256(purified.classifier),
+    }
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    array = np.ascontiguousarray(tensor.cpu().numpy())
+    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()

@@ -1,0 +1,183 @@
+"""Does one unit: attack, verdict, judgement. All its randomness follows from the run's seed and the unit's name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+import coupfast
+from coupfast.evaluation.attacks import Attack, Result
+from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.ledger import Outcome
+from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A unit and its images: `x` and `y`, and for the judge `x_adv` where there was an attack."""
+
+    unit: Unit
+    arrays: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a worker has to know of a run.
+
+    Attributes:
+        attacks: Stages by name.
+        seed: The run's.
+        attack_seed: Every attack takes the run's seed as it is, as AutoAttack does, and not one of its unit.
+        draws: Fresh draws that judge each image.
+        paths: How many images, the first of the run, keep their way through the purification.
+        threads: Of a worker.
+        environment: Where the run was started; see `environment`.
+    """
+
+    attacks: Mapping[str, Attack]
+    seed: int
+    attack_seed: bool
+    draws: int
+    paths: int
+    threads: int
+    environment: Mapping[str, Any]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What can change the bits of a result besides what a user chooses."""
+    packages = {}
+    for name in ("torch", "numpy", "pyautoattack"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    return {
+        "coupfast": coupfast.__version__,
+        **packages,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def difference(wanted: Any, found: Any, name: str = "") -> str:
+    """In words, what two configurations do not have in common; empty if they are equal."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        parts = [
+            difference(wanted.get(key), found.get(key), f"{name}.{key}" if name else str(key))
+            for key in sorted({*wanted, *found}, key=str)
+        ]
+        return "; ".join(part for part in parts if part)
+    return "" if wanted == found else f"{name} was {json.dumps(wanted)} and is {json.dumps(found)}"
+
+
+class Worker:
+    """Builds its defense once, then does units.
+
+    Args:
+        rules: The run's.
+        build: Makes the defense on a device; every worker calls it for itself.
+        device: Where.
+    """
+
+    def __init__(self, rules: Rules, build: Callable[[str], Defense], device: str) -> None:
+        self.rules, self.device = rules, torch.device(device)
+        found = environment(self.device)
+        if found != dict(rules.environment):
+            raise ValueError(
+                f"this worker would not give the same bits: {difference(dict(rules.environment), found)}; all workers of a run "
+                f"need equal software and processors of one kind"
+            )
+        with self._settings():
+            self.defense = build(device)
+
+    def execute(self, task: Task) -> Outcome:
+        """The same task gives the same bits on every worker."""
+        started = time.monotonic()
+        self.defense.reset()
+        with self._settings():
+            inputs = {name: torch.from_numpy(array).to(self.device) for name, array in task.arrays.items()}
+            do = self._judge if task.unit.stage == JUDGE else self._attack
+            result, tensors = do(task.unit, inputs)
+        return Outcome(
+            name=task.unit.name,
+            result=result,
+            arrays={name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()},
+            forward_images=self.defense.forward_images,
+            gradient_images=self.defense.gradient_images,
+            seconds=time.monotonic() - started,
+        )
+
+    def _attack(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        x, y, seed = inputs["x"], inputs["y"], self.rules.seed
+        found = Result(x)
+        if unit.stage != CLEAN:
+            self.defense.reseed(derive_seed(seed, unit.name, "defense"))
+            attack_seed = seed if self.rules.attack_seed else derive_seed(seed, unit.name, "attack")
+            found = self.rules.attacks[unit.stage].run(self.defense, x, y, seed=attack_seed)
+        # One draw that the attack has not seen.
+        self.defense.reseed(derive_seed(seed, unit.name, "verdict"))
+        with torch.no_grad():
+            logits = self.defense(found.x_adv)
+        predictions = logits.argmax(dim=1)
+        right = (predictions == y).tolist()
+        result = {
+            "predictions": predictions.tolist(),
+            "standing": [image for image, stands in zip(unit.images, right, strict=True) if stands],
+            "curve": list(found.curve),
+        }
+        return result, {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
+
+    def _judge(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        # By image and draw and nothing else: two defenses in runs of equal seeds meet the same noise.
+        seed = derive_seed(self.rules.seed, "judge")
+        ids = torch.tensor(unit.images)
+        result: dict[str, Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for kind, name in (("clean", "x"), ("attacked", "x_adv")):
+            if name not in inputs:
+                continue
+            rows = []
+            for draw in range(self.rules.draws):
+                self.defense.reseed(seed)
+                with torch.no_grad():
+                    if self.defense.purified is None:
+                        torch.manual_seed(derive_seed(seed, kind, str(draw)))
+                    rows.append(self.defense(inputs[name], ids=ids, draw=draw))
+            logits = torch.stack(rows)  # [draws, images, classes]
+            tensors[f"{kind}_logits"] = logits
+            result[kind] = logits.argmax(dim=2).tolist()
+            shown = [i for i, image in enumerate(unit.images) if image < self.rules.paths]
+            if shown:
+                tensors |= {
+                    f"{kind}_{name}": tensor for name, tensor in self._path(inputs[name][shown], ids[shown], seed).items()
+                }
+        return result, tensors
+
+    def _path(self, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+        """Images through the purification at draw 0: what comes out, and the classifier's confidences on the way."""
+        purified = self.defense.purified
+        if purified is None:
+            return {"images": x}
+        with torch.no_grad():
+            x_pure, states = purified.purifier(x, seed=seed, ids=ids, draw=0, return_trajectory=True)
+            on_the_way = [purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]
+        return {"images": x, "purified": x_pure, "confidences": torch.stack(on_the_way)}  # [steps + 1, images, classes]
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """The run's threads, and torch's global generators left as they were found."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.rules.threads)
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,51 @@
+"""Defenses and images small enough to attack many times, for the tests of the evaluation."""
+
+import functools
+
+import torch
+from conftest import small_score
+from torch import nn
+
+from coupfast import PurifiedClassifier, Purifier
+from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.evaluate import evaluate
+from coupfast.evaluation.spec import Spec
+
+
+def pixel_classifier():
+    """A random network on 3 x 8 x 8 images that looks at single pixels: its margins are a few of 255."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    network[3].weight.data *= 8.0
+    return network.eval()
+
+
+def plain(device):
+    return Defense(pixel_classifier().to(device))
+
+
+def purified(device, gradient="exact"):
+    classifier = pixel_classifier()
+    # A short time: the random score network knows nothing of images, and most are still to be classified correctly.
+    purifier = Purifier(small_score(torch.float32), classifier, t=0.003, num_steps=2, gradient=gradient)
+    return Defense(PurifiedClassifier(purifier, classifier))
+
+
+purified_bpda = functools.partial(purified, gradient="bpda")
+
+
+def labelled(count, *, wrong=()):
+    """Random 8 x 8 images with the labels that the plain classifier gives them, except for those that are to be wrong."""
+    x = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = pixel_classifier()(x).argmax(dim=1)
+    y[list(wrong)] = (y[list(wrong)] + 1) % 10
+    return x, y
+
+
+SMALL = Spec(attack="autoattack-rand", iterations=3, eot_iter=2, shard=2, draws=3, paths=1, eps=0.5 / 255)
+
+
+def run(folder, spec=SMALL, build=purified, count=5, **options):
+    return evaluate(spec, folder, build=build, images=labelled(count, wrong=[1]), **options)

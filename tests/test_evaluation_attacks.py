@@ -1,0 +1,208 @@
+"""The attacks: equal to pyautoattack's own, within their budgets, and honest about what they cost."""
+
+import dataclasses
+
+import pytest
+import torch
+from evaluation_cases import labelled, plain, purified, purified_bpda
+
+from coupfast.evaluation.attacks import SUITES, attack_from_dict, attack_to_dict, suite
+from coupfast.evaluation.evaluate import evaluate
+from coupfast.evaluation.runner import attacked_images
+from coupfast.evaluation.spec import Spec
+
+CUTS = {"iterations": 4, "queries": 12, "target_classes": 3}
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+@pytest.mark.parametrize("norm, eps", [("Linf", 1 / 255), ("L2", 0.1)])
+@pytest.mark.parametrize("shard", [12, 5])  # one batch; three, cut anew before every stage
+def test_equals_run_standard_evaluation(version, norm, eps, shard, tmp_path):
+    autoattack = pytest.importorskip("pyautoattack").AutoAttack
+    x, y = labelled(12, wrong=[3])
+    # pyautoattack on its own, cut in the same way. Everything else as its `version` sets it.
+    reference = autoattack(plain("cpu"), norm=norm, eps=eps, seed=121, version=version)
+    reference.verbose = False
+    for attack in (reference.apgd, reference.apgd_targeted):
+        # Its constructor derives checkpoints from the number of iterations.
+        fixed = {"norm": norm, "eps": eps, "eot_iter": attack.eot_iter, "device": "cpu", "logger": reference.logger}
+        attack.__init__(plain("cpu"), n_restarts=1, n_iter=4, **fixed)
+    reference.fab.n_iter, reference.square.n_queries = 4, 12
+    reference.apgd_targeted.n_target_classes = reference.fab.n_target_classes = 3
+    with torch.random.fork_rng():
+        x_adv, y_adv = reference.run_standard_evaluation(x, y, batch_size=shard)
+
+    name = f"autoattack-{version}"
+    cuts = {field: CUTS[field] for field in CUTS if version == "standard" or field == "iterations"}
+    spec = Spec(attack=name, norm=norm, eps=eps, seeding="autoattack", shard=shard, draws=1, **cuts)
+    with evaluate(spec, tmp_path / "run", build=plain, images=(x, y)) as ledger:
+        records = ledger.done()
+        ours = torch.from_numpy(attacked_images(ledger, list(spec.stages()), records, range(12), x.numpy()))
+        standing = set(range(12))
+        predictions = y.clone()
+        for stage in ("clean", *spec.stages()):
+            for record in (record for record in records.values() if record.unit.stage == stage):
+                for image, prediction in zip(record.unit.images, record.result["predictions"], strict=True):
+                    predictions[image] = prediction
+                standing &= (standing - set(record.unit.images)) | set(record.result["standing"])
+    fallen = [image for image in range(12) if image not in standing]
+    assert standing == set(torch.nonzero(y_adv == y).flatten().tolist())
+    assert 1 < len(fallen) < 12  # some by the attack, not all: otherwise nothing is compared
+    assert torch.equal(predictions, y_adv)
+    assert torch.equal(ours[fallen], x_adv[fallen])
+
+
+def test_every_stage_is_compared(tmp_path):
+    """The radii above let every attack of the standard suite have images to work on."""
+    spec = Spec(attack="autoattack-standard", eps=1 / 255, seeding="autoattack", shard=12, draws=1, **CUTS)
+    with evaluate(spec, tmp_path / "run", build=plain, images=labelled(12, wrong=[3])) as ledger:
+        assert {record.unit.stage for record in ledger.done().values()} == {"clean", *spec.stages(), "judge"}
+
+
+SETTINGS = {"eot_iter": 2, "iterations": 3, "queries": 6, "target_classes": 2}
+
+
+def small_suite(name, norm="Linf", eps=8 / 255):
+    stages = suite(name, norm, eps)
+    fields = {field.name for attack in stages.values() for field in dataclasses.fields(attack)}
+    return suite(name, norm, eps, {key: value for key, value in SETTINGS.items() if key in fields})
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "none"])
+@pytest.mark.parametrize("norm, eps", [("Linf", 8 / 255), ("L2", 0.5)])
+def test_stays_within_its_radius_and_counts_at_most_its_cost(name, norm, eps):
+    x, y = labelled(3)
+    for attack in small_suite(name, norm, eps).values():
+        defense = (purified_bpda if "bpda" in name else purified)("cpu")
+        with torch.random.fork_rng():
+            defense.reseed(3)
+            x_adv = attack.run(defense, x, y, seed=5).x_adv
+        assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
+        assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
+        delta = (x_adv - x).flatten(1)
+        size = delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
+        # FAB minimizes its distance and may leave an image beyond eps, which its own verdict does not count; none here.
+        if name != "salt-and-pepper":
+            assert float(size.max()) <= eps * (1 + 1e-5) + 1e-6
+        assert defense.forward_images <= 3 * attack.cost().forward
+        assert defense.gradient_images <= 3 * attack.cost().gradient
+
+
+@pytest.mark.parametrize("name", ["autoattack-rand", "autoattack-standard"])
+def test_cost_is_what_an_image_that_survives_takes(name):
+    """A constant classifier is never fooled."""
+    x, _ = labelled(1)
+
+    class Robust(torch.nn.Module):
+        def forward(self, x):
+            slopes = torch.arange(10, dtype=x.dtype) * 1e-3
+            return torch.eye(10)[:1] * 9 + x.mean(dim=(1, 2, 3), keepdim=False)[:, None] * slopes
+
+    for stage, attack in small_suite(name).items():
+        defense = plain("cpu")
+        defense.model = Robust()
+        with torch.random.fork_rng():
+            attack.run(defense, x, torch.zeros(1, dtype=torch.int64), seed=0)
+        assert (defense.forward_images, defense.gradient_images) == dataclasses.astuple(attack.cost()), stage
+
+
+def test_apgd_tells_its_curve():
+    x, y = labelled(8, wrong=[0])
+    (attack,) = suite("apgd-ce", "Linf", 1 / 255, {"iterations": 6}).values()
+    defense = plain("cpu")
+    with torch.random.fork_rng():
+        result = attack.run(defense, x, y, seed=0)
+    with torch.no_grad():
+        standing = defense(result.x_adv).argmax(dim=1) == y
+    assert len(result.curve) == 8 and result.curve[0] == 7
+    assert list(result.curve) == sorted(result.curve, reverse=True)
+    assert result.curve[-1] == int(standing.sum()) < 7  # deterministic: what the attack saw is what a fresh call sees
+
+
+def test_pgd_raises_the_expected_loss():
+    x, y = labelled(4)
+    (attack,) = suite("pgd-eot", "Linf", 4 / 255, {"iterations": 6, "eot_iter": 4}).values()
+    defense = purified("cpu")
+
+    def losses(images):
+        defense.reseed(99)
+        draws = [defense(images, draw=draw) for draw in range(20)]
+        return torch.stack([torch.nn.functional.cross_entropy(logits, y, reduction="none") for logits in draws]).mean(dim=0)
+
+    with torch.random.fork_rng():
+        defense.reseed(1)
+        x_adv = attack.run(defense, x, y, seed=1).x_adv
+        with torch.no_grad():
+            assert bool((losses(x_adv) > losses(x)).all())
+
+
+def test_pgd_noise_does_not_depend_on_who_is_still_attacked():
+    x, y = labelled(6)
+    (attack,) = suite("pgd-eot", "Linf", 1 / 255, {"iterations": 3, "eot_iter": 2, "drop": "any"}).values()
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x, *, ids=None, draw=None):
+            seen.append((ids.tolist(), draw.tolist()))
+            return plain("cpu").model(x)
+
+    defense = purified("cpu")
+    spy = Spy()
+    defense.forward = spy.forward
+    attack.run(defense, x, y, seed=1)
+    assert len(seen[-1][0]) < len(seen[0][0])  # somebody left
+    for k, (ids, draws) in enumerate(seen):
+        n = len(ids) // 2
+        assert ids[:n] == ids[n:] and draws == [2 * k] * n + [2 * k + 1] * n
+
+
+def test_drop_keeps_the_image_that_was_wrong():
+    x, y = labelled(6)
+    (attack,) = suite("pgd-eot", "Linf", 4 / 255, {"iterations": 5, "eot_iter": 1, "drop": "any"}).values()
+    defense = plain("cpu")
+    result = attack.run(defense, x, y, seed=1)
+    with torch.no_grad():
+        wrong = int((defense(result.x_adv).argmax(dim=1) != y).sum())
+    assert wrong == 6 - result.curve[-1] > 0
+
+
+def test_salt_and_pepper_changes_as_many_pixels_as_it_says():
+    x = torch.full((4, 3, 32, 32), 0.5)
+    (attack,) = suite("salt-and-pepper", "Linf", 0.1, {"amount": 0.2}).values()
+    x_adv = attack.run(plain("cpu"), x, torch.zeros(4, dtype=torch.int64), seed=1).x_adv
+    changed = (x_adv != x).any(dim=1).float().mean()
+    assert set(x_adv.unique().tolist()) == {0.0, 0.5, 1.0}
+    # Binomial, 4096 pixels at 0.2: five standard deviations.
+    assert abs(float(changed) - 0.2) < 5 * (0.2 * 0.8 / 4096) ** 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != "none"])
+def test_attacks_survive_json(name):
+    for attack in suite(name, "L2", 0.5).values():
+        assert attack_from_dict(attack_to_dict(attack)) == attack
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("autoatack-rand", "Linf", 0.03), "did you mean 'autoattack-rand'"),
+        (("apgd-ce", "L1", 0.03), "`norm` is 'Linf' or 'L2', got 'L1'"),
+        (("apgd-ce", "Linf", 0.0), "above 0"),
+        (("apgd-ce", "Linf", -0.1), "above 0"),
+        (("apgd-ce", "Linf", float("nan")), "above 0"),
+        (("apgd-ce", "Linf", 8.0), "8/255 is 0.031"),
+        (("apgd-ce", "Linf", 0.03, {"queries": 5}), "'apgd-ce' has no queries to set; it has eot_iter, iterations, loss"),
+    ],
+)
+def test_says_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        suite(*arguments)
+
+
+def test_published_sizes():
+    """Of one image that survives everything: twice 20 x 101 gradients; APGD, 9 targets of it, FAB, 5000 queries."""
+    rand = [attack.cost() for attack in suite("autoattack-rand", "Linf", 8 / 255).values()]
+    standard = [attack.cost() for attack in suite("autoattack-standard", "Linf", 8 / 255).values()]
+    assert sum(cost.gradient for cost in rand) == 4040
+    assert sum(cost.gradient for cost in standard) == 1910
+    assert 5900 < sum(cost.forward for cost in standard) < 6000

@@ -1,0 +1,369 @@
+"""Whole runs: the same bits however they are cut up, interrupted, resumed or spread over workers."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sqlite3
+import time
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import SMALL, labelled, plain, purified, run
+
+from coupfast.evaluation import ledger as ledger_module
+from coupfast.evaluation import pools
+from coupfast.evaluation import worker as worker_module
+from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.evaluate import evaluate
+from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError
+from coupfast.evaluation.pools import UnitFailed
+from coupfast.evaluation.spec import Spec
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    with run(folder) as ledger:
+        assert {record.unit.stage for record in ledger.done().values()} == {"clean", "apgd-ce", "apgd-dlr", "judge"}
+        return ledger.fingerprint()
+
+
+def test_is_deterministic_and_leaves_torch_alone(reference, tmp_path):
+    torch.manual_seed(1)
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    with run(tmp_path / "run") as ledger:
+        assert ledger.fingerprint() == reference
+    assert torch.equal(torch.random.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+def test_several_processes_give_the_same_bits(reference, tmp_path):
+    with run(tmp_path / "run", workers=2) as ledger:
+        assert ledger.fingerprint() == reference
+        assert {record.worker for record in ledger.done().values()} == {"0", "1"}
+
+
+def test_units_hold_what_protocols_need(tmp_path):
+    with run(tmp_path / "run") as ledger:
+        records = ledger.done()
+        clean, judged = records["clean-00000"], records["judge-00000"]
+        assert clean.unit.images == (0, 1) and clean.result["standing"] == [0]  # image 1 has a wrong label
+        assert np.shape(judged.result["clean"]) == np.shape(judged.result["attacked"]) == (3, 2)
+        arrays = ledger.arrays(judged)
+        assert arrays["clean_logits"].shape == (3, 2, 10)
+        np.testing.assert_array_equal(arrays["clean_logits"].argmax(axis=2), judged.result["clean"])
+        assert arrays["attacked_confidences"].shape == (3, 1, 10)  # two steps, one image to show
+        assert "clean_confidences" not in ledger.arrays(records["judge-00001"])
+        attack = ledger.arrays(records["apgd-ce-00001"])
+        x, _ = labelled(5)
+        assert np.abs(attack["x_adv"] - x[[2, 3]].numpy()).max() <= SMALL.eps + 1e-6
+        forward = sum(record.forward_images for record in records.values())
+        assert forward > 0 and sum(record.gradient_images for record in records.values()) > forward
+
+
+def test_judging_noise_is_common_to_defenses_and_shards(tmp_path):
+    """An image's noise depends on the run's seed, the image and the draw: not on its shard, nor on the attack."""
+    logits = []
+    for number, (shard, attack) in enumerate([(2, "autoattack-rand"), (5, "none")]):
+        cut = {} if attack == "none" else {"iterations": 1, "eot_iter": 1}
+        spec = Spec(attack=attack, shard=shard, eps=SMALL.eps, draws=3, **cut)
+        with run(tmp_path / str(number), spec) as ledger:
+            judged = [record for record in ledger.done().values() if record.unit.stage == "judge"]
+            logits.append(np.concatenate([ledger.arrays(record)["clean_logits"] for record in judged], axis=1))
+    # Batches of other sizes round convolutions otherwise; another noise would differ by far more.
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+    assert np.abs(logits[0][0] - logits[0][1]).max() > 0.01
+
+
+# --- killed -------------------------------------------------------------------------------------------------------------
+
+
+def work(folder, resume, workers):
+    with run(folder, resume=resume, workers=workers):
+        pass
+
+
+def start(folder, workers=1):
+    """A process that runs or continues a run, in a session of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["evaluation_cases"])
+    resume = (folder / DATABASE).is_file()
+    process = context.Process(target=work, args=(folder, resume, workers))
+    process.start()
+    return process
+
+
+def done(folder):
+    if not (folder / DATABASE).is_file():
+        return 0
+    try:
+        with Ledger(folder, read_only=True) as ledger:
+            return len(ledger.done())
+    except LedgerError:  # stopped before it began
+        return 0
+
+
+def test_killed_at_random_many_times(reference, tmp_path):
+    folder, rng, kills = tmp_path / "run", np.random.default_rng(0), 0
+    begun = time.monotonic()
+    while time.monotonic() - begun < 120:
+        before = done(folder)
+        process = start(folder)
+        # Let it come to life now and then: it takes a while to load, and then to do a unit.
+        while process.is_alive() and kills % 3 == 0 and done(folder) == before:
+            time.sleep(0.05)
+        process.join(float(rng.uniform(0, 1.5)))
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        assert done(folder) >= before
+    assert process.exitcode == 0
+    assert kills >= 4
+    with Ledger(folder, read_only=True) as ledger:
+        assert ledger.fingerprint() == reference
+
+
+def descendants(pid):
+    children = [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def test_a_killed_worker_is_replaced(reference, tmp_path):
+    if not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
+        pytest.skip("needs Linux's /proc to find the worker")
+    folder = tmp_path / "run"
+    process = start(folder, workers=2)
+    while done(folder) < 2:
+        assert process.is_alive()
+        time.sleep(0.02)
+    # The last child that started is a worker (the first is the resource tracker).
+    victim = next(p for p in descendants(process.pid) if b"spawn_main" in open(f"/proc/{p}/cmdline", "rb").read())
+    os.kill(victim, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == 0
+    with Ledger(folder, read_only=True) as ledger:
+        assert ledger.fingerprint() == reference
+
+
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    if not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
+        pytest.skip("needs Linux's /proc to find the worker")
+    process = start(tmp_path / "run", workers=2)
+    while done(tmp_path / "run") < 1:
+        assert process.is_alive()
+        time.sleep(0.02)
+    orphans = descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in orphans):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+
+def test_a_unit_that_kills_its_workers_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pools, "ATTEMPTS", 2)
+    with pytest.raises(UnitFailed, match="worker of unit clean-0000. died 2 times .last exit code -9.*fewer --workers"):
+        run(tmp_path / "run", build=deadly_elsewhere, workers=2)
+    with Ledger(tmp_path / "run") as ledger:
+        assert ledger.done() == {}
+
+
+def deadly_elsewhere(device):
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(device)
+
+
+class Broken(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = plain("cpu").model
+
+    def forward(self, x):
+        if len(x) > 1:
+            raise RuntimeError("no such thing")
+        return self.model(x)
+
+
+def broken(device):
+    return Defense(Broken())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_unit_that_raises_is_named_and_tried_again(tmp_path, workers):
+    with pytest.raises(UnitFailed, match="unit clean-0000. failed: .*no such thing"):
+        run(tmp_path / "run", build=broken, workers=workers)
+    with sqlite3.connect(tmp_path / "run" / DATABASE) as database:
+        assert ("failed",) in database.execute("SELECT state FROM units").fetchall()
+    database.close()
+    with pytest.raises(UnitFailed, match="no such thing"):
+        run(tmp_path / "run", build=broken, resume=True)
+
+
+# --- what can happen to the files -------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_is_made_again(reference, tmp_path):
+    run(tmp_path / "run").close()
+    for name in ("apgd-ce-00000", "judge-00001"):
+        path = tmp_path / "run" / "units" / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-3] + b"abc")
+    with run(tmp_path / "run", resume=True) as ledger:
+        assert ledger.fingerprint() == reference
+        for record in ledger.done().values():
+            ledger.arrays(record)
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(reference, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1700, limit[1]))  # a judge's file is larger, those before are not
+    try:
+        with pytest.raises(LedgerError, match="cannot be (read or )?written|cannot be made"):
+            run(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    resume = (tmp_path / "run" / DATABASE).stat().st_size > 0
+    with run(tmp_path / "run", resume=resume) as ledger:
+        assert ledger.fingerprint() == reference
+
+
+def test_a_disk_that_fills_up_on_the_way(reference, tmp_path, monkeypatch):
+    write, count = ledger_module._write, 0
+
+    def full(path, content):
+        nonlocal count
+        count += 1
+        if count == 4:
+            path.with_suffix(".partial").write_bytes(content[:10])
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(ledger_module, "_write", full)
+    with pytest.raises(LedgerError, match="No space left on device.*is the disk full"):
+        run(tmp_path / "run")
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        assert len(ledger.done()) == 3
+    with run(tmp_path / "run", resume=True) as ledger:
+        assert ledger.fingerprint() == reference
+
+
+def test_a_clock_that_jumps(reference, tmp_path, monkeypatch):
+    clock = iter([1e9 * (-1) ** i for i in range(10**6)])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    with run(tmp_path / "run") as ledger:
+        assert ledger.fingerprint() == reference
+        assert all(0 < record.seconds < 60 for record in ledger.done().values())
+
+
+def test_two_runs_on_one_ledger(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder)
+    while done(folder) < 1:
+        assert process.is_alive()
+        time.sleep(0.02)
+    with pytest.raises(LedgerError, match=rf"another process \(pid {process.pid}\) is working"):
+        run(folder, resume=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    run(folder, resume=True).close()  # the lock died with its owner
+
+
+# --- the configuration -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"eps": 4 / 255}, r"spec.eps was 0.00196\d+ and is 0.01568\d+; stages.apgd-ce.eps was"),
+        ({"seed": 5}, "spec.seed was 121 and is 5$"),
+        ({"shard": 3}, "spec.shard was 2 and is 3$"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, change, message):
+    run(tmp_path / "run", count=2).close()
+    with pytest.raises(ValueError, match="started with another configuration: .*" + message):
+        run(tmp_path / "run", dataclasses.replace(SMALL, **change), count=2, resume=True)
+
+
+def test_other_weights_images_or_software_are_refused(tmp_path, monkeypatch):
+    def other(device):
+        defense = purified(device)
+        defense.model.classifier[3].bias.data += 1e-6
+        return defense
+
+    run(tmp_path / "run", count=2).close()
+    with pytest.raises(ValueError, match="configuration: defense.classifier_sha256 was .* and is"):
+        run(tmp_path / "run", build=other, count=2, resume=True)
+    x, y = labelled(2, wrong=[1])
+    with pytest.raises(ValueError, match="configuration: images.x_sha256 was"):
+        evaluate(SMALL, tmp_path / "run", build=purified, images=(x.flip(0), y), resume=True)
+    monkeypatch.setattr(worker_module.coupfast, "__version__", "99")
+    with pytest.raises(ValueError, match='configuration: environment.coupfast was ".*" and is "99"'):
+        run(tmp_path / "run", count=2, resume=True)
+
+
+def test_a_worker_with_other_software_refuses(tmp_path):
+    rules = dataclasses.replace(SMALL.rules(), environment={**SMALL.rules().environment, "torch": "0.4"})
+    with pytest.raises(ValueError, match='would not give the same bits: torch was "0.4" and is'):
+        worker_module.Worker(rules, plain, "cpu")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, y: (x * 2, y), r"values in \[0, 1\], got \[.*, 1.9"),
+        (lambda x, y: (x.double(), y), "float32"),
+        (lambda x, y: (x, y + 5), r"labels are in \[0, 10\), the classes of the classifier, got \["),
+        (lambda x, y: (x, y[:1]), "one per image: 5 images"),
+        (lambda x, y: (x[:0], y[:0]), "float32 of shape"),
+    ],
+)
+def test_bad_images_are_refused_before_any_work(tmp_path, change, message):
+    x, y = labelled(5)
+    y[0] = 9
+    with pytest.raises(ValueError, match=message):
+        evaluate(SMALL, tmp_path / "run", build=plain, images=change(x, y))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attack": "apgd"}, "did you mean 'apgd-ce'"),
+        ({"eps": 8.0}, "8/255 is"),
+        ({"eps": 0.0}, "above 0"),
+        ({"method": "cop"}, "`method` is one of"),
+        ({"seeding": "time"}, "`seeding` is one of unit, autoattack"),
+        ({"shard": 0}, "`shard` is at least 1"),
+        ({"seed": -1}, "`seed` is an integer"),
+    ],
+)
+def test_bad_specs(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_more_images_than_exist():
+    with pytest.raises(ValueError, match="asks for 21 images, and cifar10-20 has 20"):
+        dataclasses.replace(SMALL, limit=21).load()
+
+
+def test_spec_is_json(tmp_path):
+    with run(tmp_path / "run", count=2) as ledger:
+        spec = json.loads(json.dumps(ledger.configuration["spec"]))
+        assert type(SMALL)(**spec) == SMALL
