@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -11,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ from coupfast import doctor
 from coupfast.certificate import check_gradient
 from coupfast.data import image_files, load_images, save_images
 from coupfast.defenses import METHODS
+from coupfast.evaluation import attacks, protocols
+from coupfast.evaluation.evaluate import CLUSTERS, evaluate
+from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.pools import UnitFailed
+from coupfast.evaluation.spec import NO_DEFENSE, SEEDINGS, Spec, paper
 from coupfast.models.checkpoints import convert_score_checkpoint, file_sha256, state_dict_sha256
 from coupfast.models.zoo import classifier_names, load_classifier, load_score, score_names
 from coupfast.purify import ENGINES, GRADIENTS, GUIDANCE_GRADIENTS, PRECISIONS, PurifiedClassifier, Purifier
@@ -35,7 +41,7 @@ REPORT = "purify.json"
 ARCHIVE = "purified.npz"
 
 # What a caller can put right: a wrong argument, file, installation or size. Anything else is a bug and keeps its traceback.
-_EXPECTED = (ValueError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError, OSError)
+_EXPECTED = (ValueError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError, OSError, UnitFailed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,6 +246,51 @@ def _load(inputs: Sequence[str], limit: int | None) -> _Images:
     return images
 
 
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if (options.out is None) == (options.resume is None):
+        raise ValueError("say where the run is kept: --out RUN starts one, --resume RUN continues one")
+    folder = options.resume or options.out
+    spec = _spec(options)
+    command = shlex.join(["coupfast", *options.argv])
+    with evaluate(
+        spec,
+        folder,
+        resume=options.resume is not None,
+        workers=options.workers,
+        cluster=options.cluster,
+        command=command,
+        progress=sys.stderr.isatty(),
+    ) as ledger:
+        count = ledger.configuration["images"]["count"]
+        print(f"{spec.method} under {spec.attack}, {spec.norm} {spec.eps:.6g}, {count} images; 95 % intervals")
+        print(protocols.table(protocols.judged(ledger)))
+        print(f"everything is in {folder}: coupfast report {folder}; fingerprint of the results {ledger.fingerprint()[:16]}")
+    return 0
+
+
+def _spec(options: argparse.Namespace) -> Spec:
+    """What the options describe; where they say nothing, what the run to resume or the paper has."""
+    stored: dict[str, Any] | None = None
+    if getattr(options, "resume", None):
+        with Ledger(options.resume, read_only=True) as ledger:
+            stored = ledger.configuration["spec"]
+    elif options.paper:
+        stored = paper(options.norm)
+    if stored is not None:
+        renamed = {"num_steps": "steps", "images": "input"}
+        defaults = {renamed.get(name, name): value for name, value in stored.items() if name not in ("clamp", "device")}
+        defaults["no_clamp"] = not stored.get("clamp", True)
+        if "device" in stored:
+            defaults["device"] = _device(stored["device"])
+        options = _parser({options.command: defaults}).parse_args(options.argv)
+    values = vars(options) | {"num_steps": options.steps, "images": options.input, "clamp": not options.no_clamp}
+    values["device"] = options.device.type
+    return Spec(**{field.name: values[field.name] for field in dataclasses.fields(Spec) if values[field.name] is not None})
+
+
 # --- the other commands -----------------------------------------------------------------------------------------------
 
 
@@ -374,7 +425,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse.ArgumentParser:
+    """The commands; `defaults` replace those of a command's options."""
     parser = argparse.ArgumentParser(
         prog="coupfast", description="Diffusion-based adversarial purification: fast, exact, reproducible."
     )
@@ -447,6 +499,19 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--force", action="store_true", help="replace FILE if it exists")
     _add_defense(check)
 
+    evaluate_ = command(
+        "evaluate",
+        _evaluate,
+        "Attack a defense and say how sure the result is; can be killed and continued at any moment",
+        "The run's folder holds a ledger and the attacked images. The result depends on the options here, not on the number of "
+        "workers or on interruptions.",
+    )
+    evaluate_.add_argument("--out", metavar="RUN", help="folder of a new run")
+    evaluate_.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own options")
+    evaluate_.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
+    evaluate_.add_argument("--cluster", choices=CLUSTERS, default="none", help="none: processes here; ray: on a Ray cluster")
+    _add_evaluation(evaluate_)
+
     doctor_ = command(
         "doctor",
         _doctor,
@@ -471,14 +536,63 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="JSON with the arguments of DDPMpp; without it cifar10_ddpmpp_deep_continuous"
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
+    for name, values in (defaults or {}).items():
+        commands.choices[name].set_defaults(**values)
     return parser
 
 
-def _add_defense(parser: argparse.ArgumentParser) -> None:
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Options that a `Spec` has."""
+    spec = Spec()
+    parser.add_argument("input", nargs="?", default=spec.images, metavar="IN", help="labelled images, as for `coupfast purify`")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N images, which must exist")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's images, networks, times and radii (for --norm) unless given; they need the weights: --score-weights, "
+        "--classifier-weights",
+    )
+    group = parser.add_argument_group("the attack (settings left out are the published ones)")
+    group.add_argument("--attack", choices=attacks.SUITES, default=spec.attack, help="what attacks")
+    group.add_argument("--norm", choices=("Linf", "L2"), default=spec.norm, help="of the attack")
+    group.add_argument("--eps", type=_fraction, default=spec.eps, metavar="E", help="radius in [0, 1], such as 8/255")
+    group.add_argument("--iterations", type=int, metavar="N", help="of APGD, FAB and PGD")
+    group.add_argument("--eot-iter", type=int, metavar="N", help="draws of the noise that a gradient is averaged over")
+    group.add_argument("--queries", type=int, metavar="N", help="of Square")
+    group.add_argument("--target-classes", type=int, metavar="N", help="of APGD-T and FAB-T")
+    group.add_argument("--step-size", type=_fraction, metavar="A", help="of PGD")
+    group.add_argument("--drop", choices=("never", "any", "mean"), help="when PGD leaves an image: once any draw is wrong, ...")
+    group.add_argument("--amount", type=float, metavar="P", help="share of pixels that salt and pepper changes")
+    group = parser.add_argument_group("the evaluation")
+    group.add_argument("--seeding", choices=SEEDINGS, default=spec.seeding, help="a seed for each unit, or AutoAttack's one")
+    group.add_argument("--shard", type=int, default=spec.shard, metavar="N", help="images of a unit of work, which is a batch")
+    group.add_argument("--draws", type=int, default=spec.draws, metavar="N", help="fresh draws that judge each image")
+    group.add_argument("--paths", type=int, default=spec.paths, metavar="N", help="images whose purification the report shows")
+    group.add_argument("--threads", type=int, default=spec.threads, metavar="N", help="CPU threads of a worker")
+    group.add_argument(
+        "--memory-gib", type=float, metavar="GIB", help="that a purification may take above the weights; without it the least"
+    )
+    group.add_argument("--gradient", choices=GRADIENTS, help="that the attack follows; without it the one that it is made for")
+    group.add_argument(
+        "--guidance-gradient", choices=GUIDANCE_GRADIENTS, default="exact", help="detached: as COUP's published code has it"
+    )
+    _add_defense(parser, [*METHODS, NO_DEFENSE])
+    parser.set_defaults(seed=spec.seed)
+
+
+def _fraction(text: str) -> float:
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; say 0.5 or 8/255") from error
+
+
+def _add_defense(parser: argparse.ArgumentParser, methods: Sequence[str] = tuple(METHODS)) -> None:
     """Options of the purifier, as `coupfast.purify` has them."""
     group = parser.add_argument_group("the purification")
     group.add_argument(
-        "--method", choices=METHODS, default="coup", help="reverse-sde is COUP without guidance, diffpure adds noise first"
+        "--method", choices=methods, default="coup", help="reverse-sde is COUP without guidance, diffpure adds noise first"
     )
     group.add_argument(
         "--t", type=float, default=0.1, metavar="T", help="purification time in (1e-5, 1]; step 100 of 1000 is 0.1"

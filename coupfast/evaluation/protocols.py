@@ -1,12 +1,28 @@
-"""Verdicts over images and draws, with intervals."""
+"""Verdicts over images and draws, with intervals.
+
+A randomized defense has no single accuracy. `PROTOCOLS` are the ways of counting that people use, each a function from what
+the judge saw to one number per image; they can disagree, and `contradictions` says where they do.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.units import CLEAN, JUDGE
+
+RESAMPLES = 2000
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927), 95 % for the default `z`, as fractions in [0, 1].
+
+    `successes` may be a sum of numbers in [0, 1]: they vary less than successes and failures would, so it is too wide then.
 
     Raises:
         ValueError: if not 0 <= successes <= trials and trials > 0.
@@ -18,3 +34,256 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     half = z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
     # At 0 and at all successes one end is exactly 0 or 1; rounding would put it a little beside.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What a run knows of its images, clean or attacked.
+
+    Attributes:
+        official: Right at the evaluation's own verdicts, bool (images,): clean, one fresh draw; attacked, one fresh draw
+            after each stage, and right at all of them, as AutoAttack counts.
+        logits: Of the judge's fresh draws, (draws, images, classes).
+        labels: (images,).
+    """
+
+    official: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """(draws, images) bool."""
+        return self.logits.argmax(axis=2) == self.labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A share of images, with two intervals of 95 %, all as fractions in [0, 1].
+
+    Attributes:
+        value: The share.
+        images: Of how many.
+        wilson: Over images, the draws as they fell. For an average over draws it is wider than it has to be.
+        bootstrap: Percentiles over resampled images and draws ("worst": images only); None for the official verdict, which has
+            one draw.
+    """
+
+    value: float
+    images: int
+    wilson: tuple[float, float]
+    bootstrap: tuple[float, float] | None
+
+
+def single(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first of the judge's draws."""
+    return (logits[0].argmax(axis=1) == labels).astype(float)
+
+
+def worst(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Right in every draw."""
+    return (logits.argmax(axis=2) == labels).all(axis=0).astype(float)
+
+
+def majority(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """More draws vote for the label than for any other class; a tie is wrong."""
+    votes = (logits.argmax(axis=2)[:, :, None] == np.arange(logits.shape[2])).sum(axis=0)  # [images, classes]
+    ours = np.take_along_axis(votes, labels[:, None], axis=1)[:, 0]
+    np.put_along_axis(votes, labels[:, None], -1, axis=1)
+    return (ours > votes.max(axis=1)).astype(float)
+
+
+def mean_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The draws' mean logits are right, as in BPDA + EOT."""
+    return (logits.mean(axis=0).argmax(axis=1) == labels).astype(float)
+
+
+def average(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Share of draws that are right: what one draw gives on average."""
+    return (logits.argmax(axis=2) == labels).mean(axis=0)
+
+
+#: How the judge's draws become one number per image.
+PROTOCOLS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "single": single,
+    "worst": worst,
+    "majority": majority,
+    "mean logits": mean_logits,
+    "average": average,
+}
+OFFICIAL = "official"
+
+
+def describe(protocol: str, draws: int) -> str:
+    """A protocol's name with its number of draws."""
+    names = {OFFICIAL: "official, one fresh draw a stage", "single": "one fresh draw", "worst": f"worst of {draws} draws"}
+    names |= {"majority": f"majority of {draws} draws", "average": f"average over {draws} draws"}
+    return names.get(protocol, f"{protocol} of {draws} draws")
+
+
+def judged(ledger: Ledger) -> dict[str, Judged]:
+    """Clean and, where there was an attack, attacked verdicts of a run.
+
+    Raises:
+        ValueError: if the run is not finished; the message says how far it is.
+    """
+    count = int(ledger.configuration["images"]["count"])
+    records = list(ledger.done().values())
+    official = {"clean": np.ones(count, dtype=bool), "attacked": np.ones(count, dtype=bool)}
+    logits: dict[str, dict[int, np.ndarray]] = {"clean": {}, "attacked": {}}
+    for record in records:
+        if record.unit.stage == JUDGE:
+            arrays = ledger.arrays(record)
+            for kind in logits:
+                if f"{kind}_logits" in arrays:
+                    columns = arrays[f"{kind}_logits"].swapaxes(0, 1)
+                    logits[kind] |= dict(zip(record.unit.images, columns, strict=True))
+        else:
+            fallen = sorted(set(record.unit.images) - set(record.result["standing"]))
+            official["attacked"][fallen] = False
+            if record.unit.stage == CLEAN:
+                official["clean"][fallen] = False
+    if len(logits["clean"]) != count:
+        raise ValueError(
+            f"the run in {ledger.folder} is not finished: {len(logits['clean'])} of {count} images are judged; "
+            f"continue it with: coupfast evaluate --resume {ledger.folder}"
+        )
+    labels = np.array(ledger.configuration["images"]["labels"])
+    return {
+        kind: Judged(official[kind], np.stack([rows[image] for image in range(count)], axis=1), labels)
+        for kind, rows in logits.items()
+        if rows
+    }
+
+
+def table(verdicts: Mapping[str, Judged]) -> str:
+    """Accuracies of a run by every protocol, in text."""
+    draws = len(verdicts["clean"].logits)
+    lines = [f"{'':34s}" + "".join(f"{kind:34s}" for kind in verdicts)]
+    for protocol in (OFFICIAL, *PROTOCOLS):
+        cells = []
+        for found in (accuracy(kind, protocol) for kind in verdicts.values()):
+            low, high = found.wilson
+            count = f"{found.value * found.images:g}/{found.images}"
+            cells.append(f"{100 * found.value:5.1f} % {f'({count})':11s} [{100 * low:5.1f}, {100 * high:5.1f}]")
+        lines.append(f"{describe(protocol, draws):34s}" + "".join(f"{cell:34s}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def scores(verdicts: Judged, protocol: str) -> np.ndarray:
+    """(images,) numbers in [0, 1]."""
+    if protocol == OFFICIAL:
+        return verdicts.official.astype(float)
+    return PROTOCOLS[protocol](verdicts.logits, verdicts.labels)
+
+
+def accuracy(verdicts: Judged, protocol: str) -> Accuracy:
+    """A protocol's accuracy and how sure it is."""
+    each = scores(verdicts, protocol)
+    bootstrap = None
+    if protocol != OFFICIAL:
+        resampled = [
+            PROTOCOLS[protocol](verdicts.logits[draws][:, images], verdicts.labels[images]).mean()
+            for images, draws in _resamples(protocol, len(each), len(verdicts.logits))
+        ]
+        bootstrap = _percentiles(resampled)
+    return Accuracy(
+        value=float(each.mean()),
+        images=len(each),
+        wilson=wilson_interval(min(float(each.sum()), len(each)), len(each)),
+        bootstrap=bootstrap,
+    )
+
+
+# --- two defenses -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two defenses on the same images (and, in the judge's draws, the same noise) by one protocol.
+
+    Attributes:
+        difference: Accuracy of the first minus that of the second.
+        interval: 95 %, from resampled images and draws, the same for both.
+        only_first, only_second: Images that only one of them classifies correctly; None for "average".
+        p: Of McNemar's exact test of equal accuracy; None for "average".
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    only_first: int | None
+    only_second: int | None
+    p: float | None
+
+    @property
+    def conclusion(self) -> int:
+        """1: the first is better, −1: the second is, 0: undecided at 5 %."""
+        decided = self.p < 0.05 if self.p is not None else not self.interval[0] <= 0 <= self.interval[1]
+        return int(math.copysign(1, self.difference)) if decided and self.difference else 0
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of equal accuracies, given the images that only one of two classifies correctly (McNemar 1947)."""
+    discordant, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(discordant, i) for i in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def compare(first: Judged, second: Judged, protocol: str) -> Comparison:
+    """Paired comparison by one protocol.
+
+    Raises:
+        ValueError: if the two are not of the same images and, for the judge's draws, as many draws.
+    """
+    if not np.array_equal(first.labels, second.labels) or len(first.logits) != len(second.logits):
+        raise ValueError(
+            f"a paired comparison needs the same images and as many draws: {len(first.labels)} images and {len(first.logits)} "
+            f"draws against {len(second.labels)} and {len(second.logits)}"
+        )
+    a, b = scores(first, protocol), scores(second, protocol)
+    differences = []
+    for images, draws in _resamples(protocol, len(a), len(first.logits)):
+        if protocol == OFFICIAL:
+            differences.append((a - b)[images].mean())
+        else:
+            pair = (PROTOCOLS[protocol](v.logits[draws][:, images], v.labels[images]).mean() for v in (first, second))
+            differences.append(next(pair) - next(pair))
+    whole = protocol != "average"
+    only = (int((a > b).sum()), int((a < b).sum())) if whole else (None, None)
+    return Comparison(
+        difference=float((a - b).mean()),
+        interval=_percentiles(differences),
+        only_first=only[0],
+        only_second=only[1],
+        p=mcnemar(*only) if only[0] is not None and only[1] is not None else None,
+    )
+
+
+def contradictions(names: tuple[str, str], comparisons: Mapping[str, Comparison]) -> list[str]:
+    """In words, conclusions of one protocol that another does not bear out."""
+    decided = {protocol: c.conclusion for protocol, c in comparisons.items() if c.conclusion}
+    warnings = []
+    for (one, sign), (other, opposite) in itertools.combinations(decided.items(), 2):
+        if sign != opposite:
+            better, contrary = (names[0] if s > 0 else names[1] for s in (sign, opposite))
+            warnings.append(f"{better} is better by {one!r}, {contrary} by {other!r}")
+    undecided = [protocol for protocol in comparisons if protocol not in decided]
+    if decided and undecided and not warnings:
+        better = names[0] if next(iter(decided.values())) > 0 else names[1]
+        warnings.append(
+            f"{better} is better by {', '.join(map(repr, decided))}, which {', '.join(map(repr, undecided))} cannot confirm"
+        )
+    return warnings
+
+
+def _resamples(protocol: str, images: int, draws: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images and draws with repetition: the same ones at every call."""
+    rng = np.random.Generator(np.random.Philox(0))
+    chosen = [(rng.integers(images, size=images), rng.integers(draws, size=draws)) for _ in range(RESAMPLES)]
+    # The worst of fewer distinct draws is another quantity, and a better one: its N stays as it is.
+    return [(image, np.arange(draws)) for image, _ in chosen] if protocol == "worst" else chosen
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(np.asarray(values), [2.5, 97.5])
+    return float(low), float(high)

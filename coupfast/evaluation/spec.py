@@ -159,13 +159,20 @@ class Spec:
         return {CLEAN: 1, **attacks, JUDGE: self.draws * (2 if stages else 1)}
 
 
+def paper(norm: str) -> dict[str, Any]:
+    """The fields of a `Spec` that the paper has otherwise: its images, networks, radius and time. Weights are the reader's."""
+    networks = {"score": "cifar10-ddpmpp-deep", "classifier": "wrn-28-10"}
+    radius = {"eps": 8 / 255, "t": 0.1} if norm == "Linf" else {"eps": 0.5, "t": 0.075}
+    return {"images": "cifar10-512", **networks, "norm": norm, **radius}
+
+
 def configuration(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
     """All that a run's results depend on, as JSON has it."""
     return {
         "spec": dataclasses.asdict(spec),
         "stages": {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()},
         "defense": describe_defense(defense),
-        "images": {"count": len(x), "shape": list(x.shape[1:]), "x_sha256": _sha256(x), "y_sha256": _sha256(y)},
+        "images": {"count": len(x), "shape": list(x.shape[1:]), "x_sha256": _sha256(x), "labels": y.tolist()},
         "environment": environment(torch.device(spec.device)),
     }
 

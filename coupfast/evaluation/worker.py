@@ -75,7 +75,10 @@ def difference(wanted: Any, found: Any, name: str = "") -> str:
             for key in sorted({*wanted, *found}, key=str)
         ]
         return "; ".join(part for part in parts if part)
-    return "" if wanted == found else f"{name} was {json.dumps(wanted)} and is {json.dumps(found)}"
+    if wanted == found:
+        return ""
+    was, now = (text if len(text := json.dumps(value)) <= 80 else f"{text[:77]}..." for value in (wanted, found))
+    return f"{name} was {was} and is {now}"
 
 
 class Worker:

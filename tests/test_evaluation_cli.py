@@ -1,0 +1,92 @@
+"""`coupfast evaluate`, `plan` and `report` from the command line."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_score
+
+from coupfast import cli
+from coupfast.evaluation.ledger import Ledger
+from coupfast.models.checkpoints import write_safetensors
+from coupfast.models.wide_resnet import WideResNet
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Options that name a small defense and labelled 8 x 8 images."""
+    folder = tmp_path_factory.mktemp("networks")
+    score = small_score(torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        classifier = WideResNet(10, 1).eval()
+    write_safetensors(folder / "score.safetensors", score.state_dict(), score.config)
+    write_safetensors(folder / "classifier.safetensors", classifier.state_dict(), classifier.config)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        np.savez(folder / "images.npz", x=x.numpy(), y=classifier(x).argmax(dim=1).numpy())
+    paths = [folder / "images.npz", "--score", folder / "score.safetensors", "--classifier", folder / "classifier.safetensors"]
+    return [*map(str, paths), "--device", "cpu"]
+
+
+SMALL = ["--steps", "2", "--t", "0.01", "--attack", "apgd-ce", "--iterations", "2", "--shard", "2", "--draws", "3"]
+
+
+def run(*arguments):
+    return cli.main(list(map(str, arguments)))
+
+
+def test_evaluate_and_resume(networks, tmp_path, capsys):
+    assert run("evaluate", *networks, *SMALL, "--no-clamp", "--norm", "L2", "--eps", "1/4", "--out", tmp_path / "run") == 0
+    first = capsys.readouterr().out
+    assert "coup under apgd-ce, L2 0.25, 4 images; 95 % intervals" in first
+    assert "official, one fresh draw a stage" in first and "worst of 3 draws" in first
+    # Its own options, without naming them again, also those that are not the defaults.
+    assert run("evaluate", "--resume", tmp_path / "run") == 0
+    assert capsys.readouterr().out == first
+    assert run("evaluate", "--resume", tmp_path / "run", "--workers", "2", "--eps", "0.25") == 0
+    assert capsys.readouterr().out == first
+    assert run("evaluate", "--resume", tmp_path / "run", "--eps", "8/255", "--method", "diffpure") == 2
+    error = capsys.readouterr().err
+    assert "another configuration" in error and "spec.eps was 0.25 and is 0.0313" in error and "spec.method was" in error
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        assert shlex.split(ledger.command)[:2] == ["coupfast", "evaluate"]
+        assert ledger.configuration["spec"]["clamp"] is False
+        json.dumps(ledger.configuration)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "say where the run is kept"),
+        (("--out", "run", "--resume", "run"), "say where the run is kept"),
+        (("--resume", "nowhere"), "nowhere holds no run"),
+        (("--out", "run", "--eps", "8"), "8/255 is 0.0313"),
+        (("--out", "run", "--eps", "0"), "above 0"),
+        (("--out", "run", "--limit", "5"), "asks for 5 images, and .* has 4"),
+        (("--out", "run", "--attack", "apgd-ce", "--queries", "5"), "'apgd-ce' has no queries"),
+        (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
+    ],
+)
+def test_says_what_is_wrong_before_any_work(networks, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("evaluate", *networks, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_attack(capsys):
+    with pytest.raises(SystemExit):
+        run("evaluate", "--attack", "autoatack", "--out", "run")
+    assert "invalid choice: 'autoatack'" in capsys.readouterr().err
+
+
+def test_the_papers_options():
+    options = cli._parser().parse_args(["evaluate", "--paper", "--norm", "L2", "--out", "run", "--score-weights", "random"])
+    options.argv = ["evaluate", "--paper", "--norm", "L2", "--out", "run", "--score-weights", "random"]
+    spec = cli._spec(options)
+    assert (spec.images, spec.t, spec.eps, spec.norm, spec.seed) == ("cifar10-512", 0.075, 0.5, "L2", 121)
+    assert (spec.score, spec.classifier, spec.score_weights) == ("cifar10-ddpmpp-deep", "wrn-28-10", "random")

@@ -1,0 +1,170 @@
+"""Ways of counting, on verdicts that can be counted by hand; intervals and tests against their definitions."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from evaluation_cases import SMALL, run
+
+from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.protocols import (
+    OFFICIAL,
+    PROTOCOLS,
+    Comparison,
+    Judged,
+    accuracy,
+    compare,
+    contradictions,
+    describe,
+    judged,
+    mcnemar,
+    scores,
+    wilson_interval,
+)
+
+# Predictions of three images in five draws; all labels are 0, of three classes.
+PREDICTIONS = np.array([[0, 0, 1], [0, 1, 2], [0, 1, 0], [0, 0, 0], [0, 2, 1]])
+
+
+def of(predictions, official=None, classes=3):
+    predictions = np.asarray(predictions)
+    images = predictions.shape[1]
+    official = np.ones(images, bool) if official is None else np.asarray(official)
+    return Judged(official, np.eye(classes)[predictions], np.zeros(images, int))
+
+
+@pytest.mark.parametrize(
+    "protocol, expected",
+    [
+        ("official", [1, 0, 1]),
+        ("single", [1, 1, 0]),
+        ("worst", [1, 0, 0]),
+        ("majority", [1, 0, 0]),  # 2:2:1 and 2:2:1: ties are wrong
+        ("average", [1, 0.4, 0.4]),
+    ],
+)
+def test_counted_by_hand(protocol, expected):
+    np.testing.assert_allclose(scores(of(PREDICTIONS, [True, False, True]), protocol), expected)
+
+
+def test_majority_is_a_plurality():
+    np.testing.assert_array_equal(PROTOCOLS["majority"](np.eye(3)[[[0], [0], [1], [2], [0]]], np.array([0])), [1])
+    np.testing.assert_array_equal(PROTOCOLS["majority"](np.eye(4)[[[0], [0], [1], [2], [3]]], np.array([0])), [1])
+
+
+def test_mean_logits_can_be_right_where_the_majority_is_wrong():
+    logits = np.array([[[9.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])
+    assert PROTOCOLS["mean logits"](logits, np.array([0])) == [1]
+    assert PROTOCOLS["majority"](logits, np.array([0])) == [0]
+
+
+def test_accuracy_has_the_intervals_that_it_says():
+    verdicts = of(PREDICTIONS, [True, False, True])
+    assert accuracy(verdicts, OFFICIAL).wilson == wilson_interval(2, 3)
+    assert accuracy(verdicts, OFFICIAL).bootstrap is None
+    assert accuracy(verdicts, "average").wilson == wilson_interval(1.8, 3)
+    assert accuracy(verdicts, "average").value == pytest.approx(0.6)
+    assert describe("worst", 10) == "worst of 10 draws" and describe("mean logits", 3) == "mean logits of 3 draws"
+
+
+def test_bootstrap_of_the_mean_has_its_spread():
+    """Independent images and draws: the variance of the mean is p(1 − p)/(images draws) and the bootstrap's is known."""
+    rng = np.random.default_rng(0)
+    images, draws = 300, 20
+    low, high = accuracy(of((rng.random((draws, images)) > 0.7).astype(int)), "average").bootstrap
+    assert low < 0.7 < high
+    # Resampling images and draws of independent cells counts each cell's variance three times (once a way, once for both).
+    expected = 2 * 1.96 * np.sqrt(3 * 0.7 * 0.3 / (images * draws))
+    assert (high - low) == pytest.approx(expected, rel=0.15)
+
+
+def test_draws_that_agree_widen_nothing_and_draws_that_differ_do():
+    rng = np.random.default_rng(1)
+    by_image = np.tile((rng.random(200) > 0.7).astype(int), (10, 1))
+    by_draw = np.tile((np.arange(10) % 2)[:, None], (1, 200))
+    agree, differ = accuracy(of(by_image), "average"), accuracy(of(by_draw), "average")
+    assert agree.bootstrap[1] - agree.bootstrap[0] == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 200), rel=0.15)
+    assert differ.bootstrap[1] - differ.bootstrap[0] == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 10), rel=0.15)
+
+
+def test_worst_of_n_lies_in_its_interval():
+    rng = np.random.default_rng(2)
+    found = accuracy(of((rng.random((10, 100)) > 0.9).astype(int)), "worst")
+    assert found.bootstrap[0] <= found.value <= found.bootstrap[1] < 0.6
+
+
+def test_intervals_repeat():
+    assert accuracy(of(PREDICTIONS), "average") == accuracy(of(PREDICTIONS), "average")
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (5, 5), (10, 2), (3, 17), (40, 61)])
+def test_mcnemar_is_a_binomial_test(counts):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(counts[0], sum(counts), 0.5).pvalue if sum(counts) else 1.0
+    assert mcnemar(*counts) == pytest.approx(expected, rel=1e-12)
+
+
+def test_paired_comparison():
+    better = of(np.zeros((5, 20), int))
+    worse = of(np.tile(np.repeat([0, 1], 10), (5, 1)))
+    found = compare(better, worse, "single")
+    assert (found.difference, found.only_first, found.only_second) == (0.5, 10, 0)
+    assert found.p == pytest.approx(2 / 2**10) and found.conclusion == 1
+    assert compare(worse, better, "single").conclusion == -1
+    assert compare(better, better, "single").conclusion == 0
+    assert compare(better, worse, "average").p is None and compare(better, worse, "average").conclusion == 1
+    with pytest.raises(ValueError, match="20 images and 5 draws against 3 and 5"):
+        compare(better, of(PREDICTIONS), "single")
+
+
+def test_pairing_removes_what_is_common():
+    """Two defenses that differ on few images: the interval of the difference is narrower than that of either."""
+    rng = np.random.default_rng(3)
+    first = (rng.random((4, 200)) > 0.6).astype(int)
+    second = first.copy()
+    second[:, :4] = 1
+    found, alone = compare(of(first), of(second), "average"), accuracy(of(first), "average")
+    assert found.interval[1] - found.interval[0] < (alone.bootstrap[1] - alone.bootstrap[0]) / 2
+
+
+def conclusion(sign):
+    return Comparison(0.1 * (sign or 1), (0, 1), None, None, 0.01 if sign else 0.5)
+
+
+def test_contradictions():
+    names = ("A", "B")
+    assert contradictions(names, {"single": conclusion(1), "worst": conclusion(1)}) == []
+    assert contradictions(names, {"single": conclusion(0), "worst": conclusion(0)}) == []
+    assert contradictions(names, {"single": conclusion(1), "worst": conclusion(-1)}) == [
+        "A is better by 'single', B by 'worst'"
+    ]
+    assert contradictions(names, {"single": conclusion(-1), "worst": conclusion(0)}) == [
+        "B is better by 'single', which 'worst' cannot confirm"
+    ]
+
+
+def test_reads_a_run(tmp_path):
+    with run(tmp_path / "run") as ledger:
+        found = judged(ledger)
+        standing = {image for name, r in ledger.done().items() if name.startswith("clean") for image in r.result["standing"]}
+    assert set(found) == {"clean", "attacked"}
+    assert found["clean"].logits.shape == (3, 5, 10)
+    assert set(np.flatnonzero(found["clean"].official)) == standing
+    assert found["attacked"].official.sum() < found["clean"].official.sum()
+    assert not (found["attacked"].official & ~found["clean"].official).any()
+    assert scores(found["attacked"], "average").mean() < scores(found["clean"], "average").mean()
+
+
+def test_without_an_attack_there_is_nothing_attacked(tmp_path):
+    spec = dataclasses.replace(SMALL, attack="none", iterations=None, eot_iter=None)
+    with run(tmp_path / "run", spec) as ledger:
+        assert set(judged(ledger)) == {"clean"}
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    run(tmp_path / "run").close()
+    (tmp_path / "run" / "units" / "judge-00001.safetensors").unlink()
+    with Ledger(tmp_path / "run") as ledger:
+        ledger.forget_damaged()
+        with pytest.raises(ValueError, match="not finished: 3 of 5 images are judged; .*coupfast evaluate --resume"):
+            judged(ledger)
