@@ -28,6 +28,7 @@ from coupfast.certificate import check_gradient
 from coupfast.data import image_files, load_images, save_images
 from coupfast.defenses import METHODS
 from coupfast.evaluation import attacks, protocols
+from coupfast.evaluation import plan as planning
 from coupfast.evaluation.evaluate import CLUSTERS, evaluate
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import UnitFailed
@@ -255,6 +256,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     folder = options.resume or options.out
     spec = _spec(options)
     command = shlex.join(["coupfast", *options.argv])
+    notes = {}
+    if options.plan:
+        predicted = planning.plan(spec, workers=options.workers)
+        print(predicted)
+        notes["plan"] = predicted.to_dict()
     with evaluate(
         spec,
         folder,
@@ -262,12 +268,33 @@ def _evaluate(options: argparse.Namespace) -> int:
         workers=options.workers,
         cluster=options.cluster,
         command=command,
+        notes=notes,
         progress=sys.stderr.isatty(),
     ) as ledger:
         count = ledger.configuration["images"]["count"]
         print(f"{spec.method} under {spec.attack}, {spec.norm} {spec.eps:.6g}, {count} images; 95 % intervals")
         print(protocols.table(protocols.judged(ledger)))
         print(f"everything is in {folder}: coupfast report {folder}; fingerprint of the results {ledger.fingerprint()[:16]}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.run_ is not None:
+        with Ledger(options.run_, read_only=True) as ledger:
+            notes, found = ledger.notes(), planning.happened(ledger)
+        if "plan" not in notes:
+            raise ValueError(f"the run in {options.run_} was started without a plan: coupfast evaluate --plan makes one first")
+        print(planning.beside(planning.Plan.from_dict(notes["plan"]), found))
+        return 0
+    print(
+        planning.plan(
+            _spec(options),
+            workers=options.workers,
+            probe_images=options.probe_images,
+            probe_steps=options.probe_steps,
+            price=options.price,
+        )
+    )
     return 0
 
 
@@ -509,8 +536,22 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     evaluate_.add_argument("--out", metavar="RUN", help="folder of a new run")
     evaluate_.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own options")
     evaluate_.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
+    evaluate_.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run")
     evaluate_.add_argument("--cluster", choices=CLUSTERS, default="none", help="none: processes here; ray: on a Ray cluster")
     _add_evaluation(evaluate_)
+
+    plan = command(
+        "plan",
+        _plan,
+        "Say what an evaluation would take, from a short probe on this machine; or, of a run, the plan beside what happened",
+        "Networks without weights take as long: --score-weights random --classifier-weights random.",
+    )
+    plan.add_argument("--run", dest="run_", metavar="RUN", help="compare this run with the plan that it was started with")
+    plan.add_argument("--workers", type=int, default=1, metavar="N", help="that share the work")
+    plan.add_argument("--probe-images", type=int, default=1, metavar="N", help="batch of the probe; a run has --shard of them")
+    plan.add_argument("--probe-steps", type=int, default=2, metavar="K", help="steps of the probe's purification")
+    plan.add_argument("--price", type=float, metavar="P", help="of a worker and hour, in any currency")
+    _add_evaluation(plan)
 
     doctor_ = command(
         "doctor",

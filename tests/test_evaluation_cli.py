@@ -90,3 +90,15 @@ def test_the_papers_options():
     spec = cli._spec(options)
     assert (spec.images, spec.t, spec.eps, spec.norm, spec.seed) == ("cifar10-512", 0.075, 0.5, "L2", 121)
     assert (spec.score, spec.classifier, spec.score_weights) == ("cifar10-ddpmpp-deep", "wrn-28-10", "random")
+
+
+def test_plan_before_and_after(networks, tmp_path, capsys):
+    assert run("plan", *networks, *SMALL, "--probe-steps", "1", "--workers", "3", "--price", "2") == 0
+    assert re.search(r"apgd-ce +4 +8 +12 ", capsys.readouterr().out)
+    assert run("evaluate", *networks, *SMALL, "--plan", "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run("plan", "--run", tmp_path / "run") == 0
+    assert "what happened, at the probe's speed" in capsys.readouterr().out
+    assert run("evaluate", *networks, *SMALL, "--out", tmp_path / "other") == 0
+    assert run("plan", "--run", tmp_path / "other") == 2
+    assert "started without a plan" in capsys.readouterr().err

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ def evaluate(
     build: Callable[[str], Defense] | None = None,
     images: tuple[torch.Tensor, torch.Tensor] | None = None,
     command: str = "",
+    notes: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Ledger:
     """Run an evaluation to its end. Killed at any moment, it loses the units in flight and nothing else.
@@ -46,6 +48,7 @@ def evaluate(
             several workers.
         images: (x, y) instead of what `spec` names.
         command: What a reader has to type to repeat the run.
+        notes: To keep beside the results, as JSON has it: a plan, a certificate.
         progress: Show a bar.
 
     Returns:
@@ -74,6 +77,8 @@ def evaluate(
     with ledger:
         if changed := difference(ledger.configuration, found):
             raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+        for name, value in (notes or {}).items():
+            ledger.note(name, value)
         make = functools.partial(Worker, spec.rules(), build)
         pool: Pool
         if cluster == "ray":

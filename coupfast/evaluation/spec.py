@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from coupfast.data import load_images
 from coupfast.defenses import METHODS
@@ -119,7 +120,11 @@ class Spec:
         if self.method == NO_DEFENSE:
             return Defense(classifier)
         score = load_score(self.score, weights=self.score_weights, device=device)
-        purifier = Purifier(
+        return Defense(PurifiedClassifier(self.purifier(score, classifier), classifier))
+
+    def purifier(self, score: nn.Module, classifier: nn.Module) -> Purifier:
+        """The purifier around networks that are there."""
+        return Purifier(
             score,
             classifier,
             method=self.method,
@@ -134,7 +139,6 @@ class Spec:
             guidance_gradient=self.guidance_gradient,  # type: ignore[arg-type]
             memory_budget="least" if self.memory_gib is None else int(self.memory_gib * 2**30),
         )
-        return Defense(PurifiedClassifier(purifier, classifier))
 
     def schedule(self, images: int) -> Schedule:
         """The units of a run on that many images."""

@@ -1,0 +1,236 @@
+"""What a run will take, from a short probe of the very networks on this machine; and afterwards, what it took.
+
+Counts are of the worst case, that no image falls: AutoAttack never needs more. Times are scaled from a probe of a few steps of
+one batch, so they assume that every step takes as long, and that larger batches take proportionally longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.spec import Spec
+from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast.purify import PurifiedClassifier, Purifier
+
+#: Named sets of images and how many they are.
+IMAGES = {"cifar10-20": 20, "cifar10-512": 512, "cifar10": 10_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Seconds that one image takes through the whole defense.
+
+    Attributes:
+        forward: Without a gradient.
+        gradient: With one, forwards and backwards.
+        images: Of the batch that was probed.
+        steps, of_steps: How many steps of a purification the probe ran, and how many there are.
+        memory: Predicted peak bytes of a unit's purification and its gradient, weights included; None if it cannot be told.
+    """
+
+    forward: float
+    gradient: float
+    images: int
+    steps: int
+    of_steps: int
+    memory: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a plan, or of what happened.
+
+    Attributes:
+        name: The stage's.
+        images: That enter it.
+        forward, gradient: Images through the defense.
+        seconds: Of work, all workers together.
+    """
+
+    name: str
+    images: int
+    forward: int
+    gradient: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run takes at most.
+
+    Attributes:
+        stages: In order.
+        workers: That share the work.
+        probe: What the times come from.
+        price: Of a worker and hour; None if not given.
+    """
+
+    stages: tuple[Stage, ...]
+    workers: int
+    probe: Probe
+    price: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of wall-clock, with all workers busy."""
+        return sum(stage.seconds for stage in self.stages) / self.workers
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> Plan:
+        stages = tuple(Stage(**stage) for stage in fields["stages"])
+        return Plan(stages, fields["workers"], Probe(**fields["probe"]), fields["price"])
+
+    def __str__(self) -> str:
+        probe = self.probe
+        lines = [
+            f"probe: {probe.images} image{'s' * (probe.images > 1)}, {probe.forward:.3g} s an image without and "
+            f"{probe.gradient:.3g} s with a gradient"
+            + (f", scaled from {probe.steps} of {probe.of_steps} steps" if probe.steps < probe.of_steps else ""),
+            f"{'at most, no image falling:':28s}{'images':>8s}{'forward':>12s}{'gradient':>12s}{'time':>12s}",
+        ]
+        for stage in self.stages:
+            lines.append(f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}")
+        forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
+        work = sum(stage.seconds for stage in self.stages)
+        lines.append(f"{'all purifications':36s}{forward:12d}{gradient:12d}{duration(work):>12s}")
+        lines.append(f"{self.workers} worker{'s' * (self.workers > 1)}: {duration(self.seconds)}")
+        if probe.memory is not None:
+            lines.append(f"memory of a worker: {probe.memory / 2**20:.0f} MiB and what Python and torch take")
+        if self.price is not None:
+            lines.append(f"cost: {self.price * work / 3600:.2f}, at {self.price:g} a worker and hour")
+        return "\n".join(lines)
+
+
+def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: int = 2, price: float | None = None) -> Plan:
+    """Probe and count.
+
+    Args:
+        spec: What would be evaluated. Networks without weights ("random") take as long as those with; of a named set of images
+            that is not here, the size is known, and its images are not read.
+        workers: That would share it.
+        probe_images: Batch of the probe.
+        probe_steps: Steps of the probe's purification, of the steps that a purification has.
+        price: Of a worker and hour.
+    """
+    if workers < 1 or probe_images < 1 or probe_steps < 1:
+        raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
+    if spec.images in IMAGES:
+        count, shape = spec.limit or IMAGES[spec.images], torch.Size((3, 32, 32))
+        if count > IMAGES[spec.images]:
+            raise ValueError(f"`limit` asks for {count} images, and {spec.images} has {IMAGES[spec.images]}")
+    else:
+        x, _ = spec.load()
+        count, shape = len(x), x.shape[1:]
+    measured = probe(spec, shape, images=probe_images, steps=probe_steps)
+    stages = []
+    for name, forward, gradient in _costs(spec):
+        seconds = count * (forward * measured.forward + gradient * measured.gradient)
+        stages.append(Stage(name, count, count * forward, count * gradient, seconds))
+    return Plan(tuple(stages), workers, measured, price)
+
+
+def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:
+    """Time a few steps on random images of a shape, and scale them."""
+    device, threads = "cuda:0" if spec.device == "cuda" else "cpu", torch.get_num_threads()
+    torch.set_num_threads(spec.threads)
+    try:
+        x = torch.rand(images, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        defense = spec.build(device)
+        purified = defense.purified
+        if purified is None:
+            return Probe(_seconds(defense, x, False) / images, _seconds(defense, x, True) / images, images, 1, 1, None)
+        purifier, classifier = purified.purifier, purified.classifier
+        memory = _memory(purifier, classifier, spec.shard, shape)
+        # The backward pass of a surrogate has another number of steps than the forward pass: nothing to scale by.
+        ran = purifier.num_steps if purifier.gradient == "surrogate" else min(steps, purifier.num_steps)
+        if ran < purifier.num_steps:
+            purifier = dataclasses.replace(spec, num_steps=ran).purifier(purifier.score, classifier)
+        seconds = []
+        for gradient in (False, True):
+            after = _seconds(Defense(classifier), x, gradient)
+            all_of_it = _seconds(Defense(PurifiedClassifier(purifier, classifier)), x, gradient)
+            seconds.append((max(all_of_it - after, 0.0) * purified.purifier.num_steps / ran + after) / images)
+        return Probe(seconds[0], seconds[1], images, ran, purified.purifier.num_steps, memory)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _memory(purifier: Purifier, classifier: nn.Module, batch: int, shape: torch.Size) -> int | None:
+    if purifier.gradient in ("adjoint", "adjoint-parameters"):
+        return None  # torchsde's
+    networks = {network for network in (purifier.score, purifier.classifier, classifier) if network is not None}
+    weights = sum(t.numel() * t.element_size() for network in networks for t in (*network.parameters(), *network.buffers()))
+    return weights + purifier.plan(batch, image_shape=(shape[0], shape[1], shape[2])).peak_bytes
+
+
+def happened(ledger: Ledger) -> list[Stage]:
+    """What each stage of a run took, as far as it is done."""
+    stages: dict[str, Stage] = {}
+    for record in ledger.done().values():
+        before = stages.get(record.unit.stage, Stage(record.unit.stage, 0, 0, 0, 0.0))
+        stages[record.unit.stage] = Stage(
+            record.unit.stage,
+            before.images + len(record.unit.images),
+            before.forward + record.forward_images,
+            before.gradient + record.gradient_images,
+            before.seconds + record.seconds,
+        )
+    order = [CLEAN, *ledger.configuration["stages"], JUDGE]
+    return [stages[name] for name in order if name in stages]
+
+
+def beside(predicted: Plan, found: list[Stage]) -> str:
+    """A plan and what happened, stage by stage."""
+    by_name = {stage.name: stage for stage in found}
+    lines = [f"{'':28s}{'predicted at most':>36s}{'happened':>36s}"]
+    lines.append(f"{'':28s}" + 2 * f"{'forward':>12s}{'gradient':>12s}{'time':>12s}")
+    for stage in predicted.stages:
+        pair = (stage, by_name.get(stage.name, Stage(stage.name, 0, 0, 0, 0.0)))
+        cells = [f"{entry.forward:12d}{entry.gradient:12d}{duration(entry.seconds):>12s}" for entry in pair]
+        lines.append(f"{stage.name:28s}{''.join(cells)}")
+    forward, gradient = sum(stage.forward for stage in found), sum(stage.gradient for stage in found)
+    expected = forward * predicted.probe.forward + gradient * predicted.probe.gradient
+    seconds = sum(stage.seconds for stage in found)
+    lines.append(f"what happened, at the probe's speed: {duration(expected)}; it took {duration(seconds)}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a reader would use."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _costs(spec: Spec) -> list[tuple[str, int, int]]:
+    """Stage, images without and with a gradient, for each image."""
+    stages = spec.stages()
+    # A verdict on one fresh draw follows each attack.
+    attacks = [(name, attack.cost().forward + 1, attack.cost().gradient) for name, attack in stages.items()]
+    return [(CLEAN, 1, 0), *attacks, (JUDGE, spec.draws * (2 if stages else 1), 0)]
+
+
+def _seconds(defense: Defense, x: torch.Tensor, gradient: bool) -> float:
+    """The second of two calls: the first one builds and warms up."""
+    for _ in range(2):
+        started = time.perf_counter()
+        x = x.detach().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            logits = defense(x, draw=0)
+            if gradient:
+                torch.autograd.grad(logits.sum(), x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,89 @@
+"""Plans: counts that a run does not exceed, times that scale, and the plan beside what happened."""
+
+import dataclasses
+
+import pytest
+from evaluation_cases import SMALL, run
+
+from coupfast.evaluation import plan as planning
+from coupfast.evaluation.plan import Plan, Probe, Stage, beside, duration, happened, plan
+from coupfast.evaluation.spec import Spec, paper
+
+TINY = Spec(attack="apgd-ce", iterations=2, t=0.06, num_steps=4, score_weights="random", classifier_weights="random", limit=3)
+
+
+def test_plans_networks_without_weights():
+    found = plan(TINY, workers=2, price=3.0, probe_steps=1)
+    assert [(stage.name, stage.forward, stage.gradient) for stage in found.stages] == [
+        ("clean", 3, 0),
+        ("apgd-ce", 6, 9),
+        ("judge", 60, 0),
+    ]
+    assert (found.probe.steps, found.probe.of_steps) == (1, 4)
+    assert found.probe.gradient > found.probe.forward > 0
+    assert found.seconds == pytest.approx((69 * found.probe.forward + 9 * found.probe.gradient) / 2)
+    assert found.probe.memory > 5 * 2**20  # the networks alone are 1.3 and 0.7 million weights
+    text = str(found)
+    assert "scaled from 1 of 4 steps" in text and "2 workers" in text and "cost: " in text
+    assert Plan.from_dict(found.to_dict()) == found
+
+
+def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 100, None))
+    found = plan(Spec(**paper("Linf"), score_weights="random", classifier_weights="random"), workers=8)
+    assert sum(stage.gradient for stage in found.stages) == 512 * 4040
+    assert "1 " not in str(found).splitlines()[-1] and str(found).endswith("8 workers: 9.0 days")
+
+
+def test_scaling_of_a_probe_is_that_of_its_steps(monkeypatch):
+    """A clock that counts steps: a classifier takes 1 s, a step 10 s; with gradients three times that."""
+
+    def seconds(defense, x, gradient):
+        steps = 0 if defense.purified is None else defense.purified.purifier.num_steps
+        return (1 + 10 * steps) * (3 if gradient else 1)
+
+    monkeypatch.setattr(planning, "_seconds", seconds)
+    found = planning.probe(TINY, (3, 32, 32), images=2, steps=2)
+    assert (found.forward, found.gradient) == (41 / 2, 123 / 2)
+
+
+def test_a_run_takes_at_most_what_was_planned(tmp_path):
+    x_costs = {name: (forward, gradient) for name, forward, gradient in planning._costs(SMALL)}
+    with run(tmp_path / "run") as ledger:
+        found = happened(ledger)
+    assert [stage.name for stage in found] == ["clean", "apgd-ce", "apgd-dlr", "judge"]
+    for stage in found:
+        forward, gradient = x_costs[stage.name]
+        assert stage.forward <= stage.images * forward and stage.gradient <= stage.images * gradient
+        assert stage.seconds > 0
+    assert found[0].images == found[-1].images == 5 > found[1].images
+    # Every image that entered the first attack was right on the attack's own first look, or was spared its gradients.
+    assert found[1].gradient == found[1].images * x_costs["apgd-ce"][1]
+
+
+def test_beside():
+    predicted = Plan((Stage("clean", 4, 4, 0, 4.0), Stage("a", 4, 8, 40, 88.0)), 1, Probe(1.0, 2.0, 1, 1, 1, None))
+    text = beside(predicted, [Stage("clean", 4, 4, 0, 5.0), Stage("a", 2, 4, 20, 50.0)])
+    assert "what happened, at the probe's speed: 48.0 s; it took 55.0 s" in text
+    assert text.splitlines()[3].split() == ["a", "8", "40", "88.0", "s", "4", "20", "50.0", "s"]
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"probe_images": 0}, {"probe_steps": 0}])
+def test_impossible_plans(options):
+    with pytest.raises(ValueError, match="at least 1"):
+        plan(TINY, **options)
+
+
+def test_more_images_than_exist():
+    with pytest.raises(ValueError, match="asks for 21 images, and cifar10-20 has 20"):
+        plan(dataclasses.replace(TINY, limit=21))
+
+
+def test_no_memory_is_claimed_for_what_cannot_be_told():
+    assert plan(dataclasses.replace(TINY, gradient="adjoint"), probe_steps=1).probe.memory is None
+    assert plan(dataclasses.replace(TINY, method="none")).probe.of_steps == 1
+
+
+@pytest.mark.parametrize("seconds, text", [(119, "119.0 s"), (120, "2.0 min"), (7200, "2.0 h"), (172800, "2.0 days")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
