@@ -29,6 +29,7 @@ from coupfast.data import image_files, load_images, save_images
 from coupfast.defenses import METHODS
 from coupfast.evaluation import attacks, protocols
 from coupfast.evaluation import plan as planning
+from coupfast.evaluation import report as reporting
 from coupfast.evaluation.evaluate import CLUSTERS, evaluate
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import UnitFailed
@@ -261,6 +262,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         predicted = planning.plan(spec, workers=options.workers)
         print(predicted)
         notes["plan"] = predicted.to_dict()
+    if options.certify:
+        notes["certificate"] = _certificate(spec, options.certify)
     with evaluate(
         spec,
         folder,
@@ -276,6 +279,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(protocols.table(protocols.judged(ledger)))
         print(f"everything is in {folder}: coupfast report {folder}; fingerprint of the results {ledger.fingerprint()[:16]}")
     return 0
+
+
+def _certificate(spec: Spec, images: int) -> dict[str, Any]:
+    defense = spec.build(str(torch.device(spec.device)))
+    if defense.purified is None:
+        raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
+    x, y = spec.load()
+    return check_gradient(defense.purified, x[:images].to(spec.device), y[:images], images=images).to_dict()
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -295,6 +306,16 @@ def _plan(options: argparse.Namespace) -> int:
             price=options.price,
         )
     )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    target = Path(options.out) if options.out else Path(options.runs[0]) / "report.html"
+    if target.suffix != ".html":
+        raise ValueError(f"{target} is written as HTML: give it that suffix; its tables go beside it, as Markdown")
+    _refuse_existing([target, target.with_suffix(".md")], options.force)
+    page, tables = reporting.write(options.runs, target)
+    print(f"{page}\n{tables}")
     return 0
 
 
@@ -537,6 +558,9 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     evaluate_.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own options")
     evaluate_.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
     evaluate_.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run")
+    evaluate_.add_argument(
+        "--certify", type=int, default=0, metavar="N", help="keep a certificate of the gradient, from N images, with the run"
+    )
     evaluate_.add_argument("--cluster", choices=CLUSTERS, default="none", help="none: processes here; ray: on a Ray cluster")
     _add_evaluation(evaluate_)
 
@@ -552,6 +576,15 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     plan.add_argument("--probe-steps", type=int, default=2, metavar="K", help="steps of the probe's purification")
     plan.add_argument("--price", type=float, metavar="P", help="of a worker and hour, in any currency")
     _add_evaluation(plan)
+
+    report_ = command(
+        "report",
+        _report,
+        "Report on finished evaluations, side by side: an HTML file that needs nothing else, and its tables as Markdown",
+    )
+    report_.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    report_.add_argument("--out", metavar="FILE", help="the .html file to write; without it RUN/report.html")
+    report_.add_argument("--force", action="store_true", help="replace what exists")
 
     doctor_ = command(
         "doctor",

@@ -114,7 +114,7 @@ def test_apgd_tells_its_curve():
         result = attack.run(defense, x, y, seed=0)
     with torch.no_grad():
         standing = defense(result.x_adv).argmax(dim=1) == y
-    assert len(result.curve) == 8 and result.curve[0] == 7
+    assert len(result.curve) == 7 and result.curve[0] <= 7
     assert list(result.curve) == sorted(result.curve, reverse=True)
     assert result.curve[-1] == int(standing.sum()) < 7  # deterministic: what the attack saw is what a fresh call sees
 

@@ -102,3 +102,15 @@ def test_plan_before_and_after(networks, tmp_path, capsys):
     assert run("evaluate", *networks, *SMALL, "--out", tmp_path / "other") == 0
     assert run("plan", "--run", tmp_path / "other") == 2
     assert "started without a plan" in capsys.readouterr().err
+
+
+def test_report(networks, tmp_path, capsys):
+    assert run("evaluate", *networks, *SMALL, "--certify", "1", "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run("report", tmp_path / "run") == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "run" / f"report.{suffix}") for suffix in ("html", "md")]
+    assert "| overall.cosine |" in (tmp_path / "run" / "report.md").read_text()
+    assert run("report", tmp_path / "run") == 2
+    assert "--force" in capsys.readouterr().err
+    assert run("report", tmp_path / "run", "--out", "report.pdf") == 2
+    assert "written as HTML" in capsys.readouterr().err

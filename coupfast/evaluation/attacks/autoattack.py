@@ -48,7 +48,7 @@ class APGD(Attack):
         # APGD looks once at all images, then attacks those that are right; the last EOT sample of an iteration is its verdict.
         attacked = seen.plain[0] == y
         standing = torch.ones(int(attacked.sum()), dtype=torch.bool, device=y.device)
-        curve = [len(standing)]
+        curve = []
         for predictions in seen.with_gradient[self.eot_iter - 1 :: self.eot_iter]:
             standing &= predictions == y[attacked]
             curve.append(int(standing.sum()))

@@ -24,8 +24,8 @@ class Result:
 
     Attributes:
         x_adv: Its best images, in [0, 1].
-        curve: Images that the attack had not yet seen misclassified, before it and after each iteration; empty if it does
-            not tell.
+        curve: Images that the attack had not yet seen misclassified, at its starting point and after each iteration; empty if
+            it does not tell.
     """
 
     x_adv: torch.Tensor

@@ -1,0 +1,89 @@
+"""Reports: they say what the ledger says, and need nothing else to be read."""
+
+import base64
+import dataclasses
+import io
+import re
+
+import numpy as np
+import pytest
+from evaluation_cases import SMALL, plain, run
+from PIL import Image
+
+from coupfast.evaluation import report
+from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.protocols import judged
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A purified and a plain defense under the same attack."""
+    folder = tmp_path_factory.mktemp("runs")
+    spec = dataclasses.replace(SMALL, paths=3)
+    run(folder / "purified", spec, command="coupfast evaluate --out 'a b' < & >").close()
+    run(folder / "plain", spec, build=plain).close()
+    return folder
+
+
+def test_a_page_that_needs_nothing_else(runs, tmp_path):
+    page, tables = report.write([runs / "purified", runs / "plain"], tmp_path / "out" / "report.html")
+    text = page.read_text()
+    assert "http" not in text and "<script" not in text and "src=" in text
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert len(pictures) == 4  # curves, one path, two galleries
+    for picture in pictures:
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+        assert pixels.shape[1] > 400 and pixels.std() > 10
+    assert "coupfast evaluate --out &#x27;a b&#x27; &lt; &amp; &gt;" in text
+    markdown = tables.read_text()
+    for title in ("purified: accuracy", "purified against plain, attacked", "plain: by class", "plain: the command to repeat it"):
+        assert f"<h2>{title}</h2>" in text and f"## {title}" in markdown
+    assert "<img" not in markdown
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_numbers_are_those_of_the_ledger(runs):
+    with Ledger(runs / "purified", read_only=True) as ledger:
+        found, fingerprint = judged(ledger), ledger.fingerprint()
+    parts = report.sections([report.read(runs / "purified")])
+    accuracy = next(part for part in parts if part.title == "purified: accuracy")
+    clean, attacked = (int(found[kind].official.sum()) for kind in ("clean", "attacked"))
+    assert accuracy.rows[0][1].startswith(f"{20 * clean}.0 % ({clean}/5), ")
+    assert accuracy.rows[0][2].startswith(f"{20 * attacked}.0 % ({attacked}/5), ")
+    configuration = next(part for part in parts if "hashes" in part.title)
+    assert ("fingerprint of the results", fingerprint) in list(configuration.rows)
+    assert any(name == "defense.score_sha256" and len(value) == 64 for name, value in configuration.rows)
+    classes = next(part for part in parts if part.title == "purified: by class")
+    assert sum(int(row[1]) for row in classes.rows) == 5
+
+
+def test_curves_are_of_all_images(runs):
+    found = report.read(runs / "purified")
+    curves = report._curves(found)
+    assert list(curves)[0] == "apgd-ce" and len(curves["apgd-ce"]) == SMALL.iterations + 1
+    for curve in curves.values():
+        assert 0 <= curve[-1] <= curve[0] <= 1 and (np.diff(curve) <= 0).all()
+    assert curves["apgd-ce"][0] <= 0.8  # one label is wrong: that image is never attacked
+
+
+def test_shown_images_are_in_order_over_shards(runs):
+    shown = report.read(runs / "purified").shown
+    assert shown["images"].tolist() == [0, 1, 2]  # shards are of two
+    assert shown["clean_images"].shape == (3, 3, 8, 8) and shown["clean_confidences"].shape == (3, 3, 10)
+    assert shown["clean_logits"].shape == (3, 3, 10)
+
+
+def test_runs_that_cannot_be_compared_say_why(runs, tmp_path):
+    run(tmp_path / "fewer", dataclasses.replace(SMALL, draws=2), count=3).close()
+    parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "fewer")])
+    (text,) = [part for part in parts if part.title == "plain against fewer"]
+    assert "the same images" in text.lines
+
+
+def test_attacks_that_differ_are_pointed_out(runs, tmp_path):
+    run(tmp_path / "weaker", dataclasses.replace(SMALL, iterations=1), build=plain).close()
+    parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "weaker")])
+    (table,) = [part for part in parts if part.title == "plain against weaker, attacked"]
+    assert "Warning: they were not attacked in the same way" in table.note
