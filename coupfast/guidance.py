@@ -208,7 +208,7 @@ class PiecewiseLinearGraph:
         except Exception as error:  # a classifier may do anything in `forward`; another route serves it
             logger.info("the classifier cannot be traced (%s: %s)", type(error).__name__, error)
             return None
-        nodes = list(traced.module.graph.nodes)
+        nodes = [operation.node for operation in traced.operations]
         active: set[fx.Node] = set()
         for node in nodes:
             if node.op == "placeholder":
@@ -262,7 +262,7 @@ class PiecewiseLinearGraph:
         def run(node: fx.Node, args: tuple, kwargs: dict) -> Any:
             if node not in self.active:
                 return node.target(*args, **kwargs)  # type: ignore[operator]
-            return self._tangent(node, args, kwargs, remaining)
+            return self.tangent(node, args, kwargs, remaining)
 
         return self._interpret(v, run)
 
@@ -273,7 +273,7 @@ class PiecewiseLinearGraph:
             if node.op == "placeholder":
                 values[node] = x
             elif node.op == "get_attr":
-                values[node] = self.traced.constant(node)
+                values[node] = self.traced.constants[node]
             elif node.op == "output":
                 return values[node.all_input_nodes[0]]
             else:
@@ -282,7 +282,12 @@ class PiecewiseLinearGraph:
                 del values[dead]
         raise AssertionError("a graph has an output")
 
-    def _tangent(self, node: fx.Node, args: tuple, kwargs: dict, slopes: Iterator[Slope]) -> Any:
+    @staticmethod
+    def slope(node: fx.Node, args: tuple, value: Any) -> Slope | None:
+        """The slope that an operation leaves for `tangent`; None if it has no kink."""
+        return _slope(node, args, value) if node.target in _KINKED else None
+
+    def tangent(self, node: fx.Node, args: tuple, kwargs: dict, slopes: Iterator[Slope]) -> Any:
         """The operation's linear part; `args` hold tangents where the node's inputs are active, values elsewhere."""
         target: Any = node.target
         is_active = [isinstance(arg, fx.Node) and arg in self.active for arg in node.args]

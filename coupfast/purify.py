@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from coupfast import adjoint, reference
 from coupfast.defenses import METHODS, Recipe, recipe
-from coupfast.engine import CounterNoise, Noise, Programs, ReplayedNoise, StepMemory, eager
+from coupfast.engine import CounterNoise, Noise, Programs, ReplayedNoise, StepMemory, cpu, eager
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import check_eval, dtype_and_device, frozen, weights_identity
 from coupfast.engine.precision import strict_float32
@@ -31,7 +31,7 @@ from coupfast_kernels.guided_step import guided_step_ref
 
 logger = logging.getLogger(__name__)
 
-ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare}
+ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare}
 PRECISIONS = ("strict",)
 GRADIENTS = ("exact", "adjoint", "adjoint-parameters", "bpda", "surrogate", "none")
 GUIDANCE_GRADIENTS = ("exact", "detached")
@@ -141,9 +141,8 @@ class Purifier(nn.Module):
         self.classifier = _check_network(classifier, "classifier") if METHODS[method].guidance else None
         self.method, self.t, self.solver = method, check_t(t), solver
         self.guidance_scale, self.sde = float(guidance_scale), sde
-        self.engine = "eager" if engine == "auto" else engine
-        if engine == "auto":
-            logger.info("engine='auto' chose %r", self.engine)
+        self._engine = engine
+        self._chosen: str | None = None
         self.precision, self.gradient, self.guidance_gradient = precision, gradient, guidance_gradient
         self.memory_budget, self.clamp = memory_budget, bool(clamp)
         self.recipe: Recipe = self._recipe(check_num_steps(num_steps))
@@ -156,6 +155,17 @@ class Purifier(nn.Module):
         self.last_seed: int | None = None
         self._prepared: OrderedDict[Any, _Prepared] = OrderedDict()
         self.eval()
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs; with "auto" it follows the score network's dtype and device."""
+        if self._engine != "auto":
+            return self._engine
+        chosen, reason = _choose_engine(self.score)
+        if self._chosen != chosen:
+            self._chosen = chosen
+            logger.info("engine='auto' chose %r%s", chosen, f": {reason}" if reason else "")
+        return chosen
 
     def _recipe(self, num_steps: int | None, times: np.ndarray | None = None) -> Recipe:
         return recipe(
@@ -423,7 +433,8 @@ class _Prepared:
             logger.info("%d images do not fit at once: purifying %d at a time", batch, piece)
         slopes = exact and self.programs.memory(1).slopes > 0 and peak(piece, True, 0) <= allowed
         kept_steps = 0
-        if piece == batch and budget != "least" and exact:
+        one = self.programs.memory(piece)
+        if piece == batch and budget != "least" and exact and one.activations > one.slopes:
             while kept_steps < steps and peak(piece, slopes, kept_steps + 1) <= allowed:
                 kept_steps += 1
         storage = adjoint.Storage(piece, slopes, kept_steps)
@@ -483,7 +494,7 @@ class PurifiedClassifier(nn.Module):
         self.classifier = _check_network(classifier, "classifier")
         self.seed = int(seed)
         self._next_draw = 0
-        self._frozen: tuple[tuple[int, ...], nn.Module] | None = None
+        self._frozen: tuple[Any, nn.Module] | None = None
         self.eval()
 
     @property
@@ -566,7 +577,8 @@ def purify(
         num_steps: That many equal steps; None is the reference grid (steps of 1e-3, the last one shorter).
         solver: `"euler-maruyama"`, or `"probability-flow"` (Euler on the ODE, no noise).
         sde: The VP-SDE; β from 0.1 to 20 unless given.
-        engine: `"auto"` chooses and logs what it chose; `"eager"`.
+        engine: `"eager"`, PyTorch operation by operation; `"cpu"`, this project's kernels for float32 on a CPU; `"auto"` takes
+            the faster one that can run here and logs which.
         precision: `"strict"`: fp32 as IEEE 754 has it (or float64, as given), whatever the caller's autocast and TF32 settings.
         gradient: What `backward` computes: `"exact"`, the discrete gradient of the steps that ran; `"adjoint"`, torchsde's
             continuous stochastic adjoint (`"adjoint-parameters"`: with the integrals of all parameter gradients, as
@@ -619,6 +631,15 @@ def purify(
     return purifier(
         x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress
     )
+
+
+def _choose_engine(score: nn.Module) -> tuple[str, str | None]:
+    """The fastest engine for this network, and why it is not a faster one."""
+    found = dtype_and_device(score)
+    if found is None or found[1].type != "cpu" or found[0] != torch.float32:
+        return "eager", None
+    reason = cpu.unavailable(*found)
+    return ("eager", reason) if reason else ("cpu", None)
 
 
 def _check_name(option: str, value: Any, known: Iterable[str]) -> None:

@@ -114,6 +114,7 @@ class EagerProgram:
             outside = [x, noise.rows, self.labels, *_weights(self.score)]
             if self.guidance is not None:
                 outside += _weights(self.guidance.classifier)
+                self.guidance.route  # noqa: B018  (found out once, and not part of a step)
             with AllocationAccount(outside) as forward:
                 self.step(k, x, noise)
             with AllocationAccount(outside) as keeping:

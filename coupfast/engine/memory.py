@@ -13,19 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class AllocationAccount(TorchDispatchMode):
-    """Counts the storages of operations' results while they live; works on real and on fake tensors.
-
-    What an operation allocates and frees inside itself is not seen.
-
-    Args:
-        outside: Tensors that were there before: an operation's view of one of them is no new storage.
-
-    Attributes:
-        live: Bytes alive now that were made inside.
-        peak: Most bytes alive at once so far.
-    """
-
+class _Counting:
     def __init__(self, outside: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
@@ -51,6 +39,20 @@ class AllocationAccount(TorchDispatchMode):
         self._storages[address] = weakref.ref(storage, release)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+class AllocationAccount(_Counting, TorchDispatchMode):  # in two classes for the reason given in `coupfast.tracing`
+    """Counts the storages of operations' results while they live; works on real and on fake tensors.
+
+    What an operation allocates and frees inside itself is not seen.
+
+    Args:
+        outside: Tensors that were there before: an operation's view of one of them is no new storage.
+
+    Attributes:
+        live: Bytes alive now that were made inside.
+        peak: Most bytes alive at once so far.
+    """
 
 
 def available_bytes(device: torch.device) -> int:

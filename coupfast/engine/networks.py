@@ -31,8 +31,8 @@ def _is_stochastic_or_batch_dependent(module: nn.Module) -> bool:
 def frozen(network: Network) -> Network:
     """A copy of the modules around the same weights, none of which requires a gradient.
 
-    The caller's network keeps its `requires_grad` flags. In-place changes of its weights are seen by the copy; weights
-    that are replaced (by `.to(device)`, say) are not: compare `weights_identity`.
+    The caller's network keeps its `requires_grad` flags. Weights that are replaced (by `.to(device)`, say) are not seen by the
+    copy, and what an engine makes of them beforehand does not follow changes in place: compare `weights_identity`.
     """
     memo: dict[int, object] = {}
     for parameter in network.parameters():
@@ -49,12 +49,12 @@ def frozen(network: Network) -> Network:
     return alias.requires_grad_(False)
 
 
-def weights_identity(network: nn.Module | None) -> tuple[int, ...]:
-    """Where the weights lie: changes when any of them is replaced."""
+def weights_identity(network: nn.Module | None) -> tuple[tuple[int, int], ...]:
+    """Where the weights lie, and how often they were written to: changes when any of them is replaced or changed in place."""
     if network is None:
         return ()
     tensors = [*network.parameters(), *network.buffers()]
-    return tuple(tensor.data_ptr() for tensor in tensors)
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def dtype_and_device(network: nn.Module) -> tuple[torch.dtype, torch.device] | None:

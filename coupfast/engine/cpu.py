@@ -1,0 +1,335 @@
+"""The CPU engine: Winograd convolutions with everything around them fused in, one call per network and step.
+
+Networks are traced once (`coupfast.tracing`), cut into large operations (`fusion`), bound to memory for each batch size
+(`cpu_program`) and run by the C++ kernels of `coupfast_kernels`. Which algorithm a convolution takes follows from its shape alone:
+the same image gets the same bits from convolutions whatever the batch, the number of threads or the timing of a trial run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from coupfast.engine import Keep, Noise, StepMemory
+from coupfast.engine.cpu_program import NetworkProgram, WeightStore, Workspace
+from coupfast.engine.eager import EagerProgram
+from coupfast.engine.fusion import Convolution, FusedNetwork, fuse
+from coupfast.guidance import Guidance, Linearization, scaled_logits
+from coupfast.solvers import CoefficientTable
+from coupfast.tracing import trace
+from coupfast_kernels import convolution as kernels
+from coupfast_kernels import native
+from coupfast_kernels.guided_step import guided_step_ref
+
+logger = logging.getLogger(__name__)
+
+#: Batch sizes whose programs are kept: attacks run on fewer and fewer images.
+KEPT_BATCHES = 8
+
+
+def tile(conv: Convolution, shape: tuple[int, ...], batch: int, transposed: bool) -> int:
+    """The algorithm of one convolution, by its output's (channels, height, width)."""
+    if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
+        return kernels.DIRECT
+    # A small map has too few tiles to pay for reading F(4x4)'s weights, four times the network's own.
+    return kernels.F4 if min(shape[1:]) >= 8 else kernels.F2
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What a step leaves for its transpose: the classifier's slopes, as the program or as `Guidance` keeps them."""
+
+    slopes: torch.Tensor | None = None
+    region_slopes: list = dataclasses.field(default_factory=list)
+    p: torch.Tensor | None = None
+    linearization: Linearization | None = None
+
+
+class _Network:
+    """A fused network with its packed weights and its programs by batch, kind and threads."""
+
+    def __init__(self, network: FusedNetwork) -> None:
+        self.network, self.weights = network, WeightStore(tile)
+
+
+class CpuPrograms:
+    """The engine bound to networks, a table and a shape of images; one `CpuProgram` per batch size. Made by `prepare`."""
+
+    engine = "cpu"
+
+    def __init__(
+        self,
+        score: nn.Module,
+        guidance: Guidance | None,
+        table: CoefficientTable,
+        example: torch.Tensor,
+        differentiate_guidance: bool,
+    ) -> None:
+        self.score, self.guidance, self.table = score, guidance, table
+        self.differentiate_guidance = differentiate_guidance
+        self.example = torch.zeros_like(example[:1])
+        #: What runs where the planner cannot follow a network, and Hessians of smooth classifiers.
+        self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
+        self.score_network = self._fused_score()
+        self.classifier_network = None if guidance is None else self._fused_classifier(guidance)
+        self.linear_network = None
+        if guidance is not None and self.classifier_network is not None and guidance.graph is not None:
+            self.linear_network = self.classifier_network
+        self._time: dict[int, dict[fx.Node, torch.Tensor]] = {}
+        self._programs: OrderedDict[tuple[int, int], CpuProgram] = OrderedDict()
+
+    def for_batch(self, batch: int) -> CpuProgram:
+        key = (batch, torch.get_num_threads())
+        if key not in self._programs:
+            self._programs[key] = CpuProgram(self, *key)
+            while len(self._programs) > KEPT_BATCHES:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def memory(self, batch: int) -> StepMemory:
+        """The programs' own memory, and what PyTorch's operations in between take of it, one image's in proportion."""
+        program, small = self.for_batch(batch), self.eager.memory(1)
+        regions = batch * small.forward // 4  # attention's and resampling's results; the arena holds the rest
+        if self.score_network is None or (self.guidance is not None and self.classifier_network is None):
+            eager = self.eager.memory(batch)
+            return dataclasses.replace(eager, forward_keeping=eager.forward, activations=eager.slopes)
+        forward, transpose = program.bytes(gradient=False) + regions, program.bytes(gradient=True) + regions
+        slopes = program.slopes_bytes()
+        return StepMemory(forward, forward + slopes, transpose, transpose, slopes, slopes)
+
+    def evaluations(self) -> dict[str, dict[str, int]]:
+        kinds = self.eager.evaluations()
+        return kinds | {"activations": kinds["slopes"]}
+
+    def time_values(self, k: int) -> dict[fx.Node, torch.Tensor]:
+        """What step k's label alone decides in the score network, for one image; found once per step."""
+        if k not in self._time:
+            assert self.score_network is not None
+            network = self.score_network.network
+            values: dict[fx.Node, Any] = dict(network.constants)
+            if network.time is not None:
+                values[network.time] = self.eager.labels[k : k + 1]
+            with torch.no_grad():
+                for operation in network.time_operations:
+                    args, kwargs = operation.arguments(values, 1)
+                    values[operation.node] = operation.node.target(*args, **kwargs)  # type: ignore[operator]
+            self._time[k] = {node: values[node].clone() for node in network.time_values}
+        return self._time[k]
+
+    def _fused_score(self) -> _Network | None:
+        channels, height, width = self.example.shape[1:]
+
+        def arguments(batch: int) -> tuple[torch.Tensor, ...]:
+            return torch.zeros(batch, channels, height, width), self.eager.labels[:1].expand(batch).clone()
+
+        try:
+            network = _Network(fuse(trace(lambda x, labels: self.score(x, labels), arguments)))
+        except Exception as error:  # a network may do anything in `forward`; PyTorch runs it then
+            logger.warning("the score net cannot be planned and runs in PyTorch (%s: %s)", type(error).__name__, error)
+            return None
+        self._time = {}
+        self.score_network = network
+        if not self._does_what_it_should(network):
+            logger.warning("the score net does not do what its trace does (hooks, state?) and runs in PyTorch")
+            return None
+        return network
+
+    def _does_what_it_should(self, network: _Network) -> bool:
+        """Whether one random image gets the same value and the same transpose: a trace shows operations, not their gradients."""
+        generator = torch.Generator().manual_seed(0)
+        x = 2.0 * torch.rand(self.example.shape, generator=generator) - 1.0
+        v = torch.randn(self.example.shape, generator=generator)
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            wanted = self.score(leaf, self.eager.labels[:1])
+            wanted_vjp = torch.autograd.grad(wanted, leaf, v)[0] if wanted.requires_grad else torch.zeros_like(x)
+        program = NetworkProgram(network.network, 1, network.weights, backward=True, threads=torch.get_num_threads())
+        workspace = Workspace()
+        workspace.hold(program.arena_floats, program.scratch_floats)
+        program.bind(workspace)
+        program.set_time(self.time_values(0))
+        found = program.forward(x).clone()
+        found_vjp = program.backward(v)
+        pairs = ((found, wanted.detach()), (found_vjp, wanted_vjp))
+        return all(bool((a - b).norm() <= 1e-4 * b.norm()) for a, b in pairs)
+
+    def _fused_classifier(self, guidance: Guidance) -> _Network | None:
+        if guidance.graph is not None:
+            return _Network(fuse(guidance.graph.traced))
+        shape = self.example.shape[1:]
+        try:
+            return _Network(
+                fuse(trace(lambda x: scaled_logits(guidance.classifier, x), lambda batch: (torch.zeros(batch, *shape),)))
+            )
+        except Exception as error:
+            logger.warning("the classifier cannot be planned and runs in PyTorch (%s: %s)", type(error).__name__, error)
+            return None
+
+
+class CpuProgram:
+    """Steps of one batch size on a number of threads."""
+
+    def __init__(self, programs: CpuPrograms, batch: int, threads: int) -> None:
+        self.programs, self.batch, self.threads = programs, batch, threads
+        self.table = programs.table
+        self.workspace = Workspace()
+        self._networks: dict[str, NetworkProgram] = {}
+
+    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
+        row, programs = self.table.row(k), self.programs
+        with torch.no_grad():
+            if programs.score_network is None:
+                eps_hat = programs.score(x_k, programs.eager._label(k, x_k))
+            else:
+                network = self._network("score")
+                network.set_time(programs.time_values(k))
+                eps_hat = torch.empty_like(x_k).copy_(network.forward(x_k))
+            g, kept = None, _Kept()
+            if programs.guidance is not None and row[2] != 0.0:
+                g, kept = self._guide(x_k, keep != "nothing" and programs.differentiate_guidance)
+            z = noise.z(k, x_k) if row[3] != 0.0 else None
+            return guided_step_ref(x_k, eps_hat, g, row, z), None if keep == "nothing" else kept
+
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
+        row, programs = self.table.row(k), self.programs
+        with torch.no_grad():
+            w = None
+            if programs.guidance is not None and row[2] != 0.0 and programs.differentiate_guidance:
+                w = self._hvp(x_k, v, saved or _Kept())
+            if programs.score_network is None:
+                u = self._eager_score_vjp(k, x_k, v)
+            else:
+                network = self._network("score transpose")
+                network.set_time(programs.time_values(k))
+                network.forward(x_k)
+                u = network.backward(v)
+            return guided_step_ref(v, u, w, row)
+
+    def bytes(self, *, gradient: bool) -> int:
+        """Workspace that the programs need."""
+        kinds = [kind for kind in ("score", "guidance", *(("score transpose", "hvp") if gradient else ())) if self._has(kind)]
+        plans = [self._plan(kind) for kind in kinds]
+        return 4 * (max((p.arena_floats for p in plans), default=0) + max((p.scratch_floats for p in plans), default=0))
+
+    def slopes_bytes(self) -> int:
+        if not self._has("hvp"):
+            return 0 if self.programs.guidance is None else self.programs.eager.memory(self.batch).slopes
+        return self._plan("hvp").slopes.nbytes
+
+    # --- networks ---------------------------------------------------------------------------------------------------------
+
+    def _has(self, kind: str) -> bool:
+        programs = self.programs
+        network = {"guidance": programs.classifier_network, "hvp": programs.linear_network}.get(kind, programs.score_network)
+        return network is not None and (kind != "hvp" or programs.differentiate_guidance)
+
+    def _plan(self, kind: str) -> NetworkProgram:
+        """A program of this kind, made when it is first wanted; memory is bound in `_network`."""
+        if kind not in self._networks:
+            programs = self.programs
+            network = programs.score_network if kind.startswith("score") else programs.classifier_network
+            assert network is not None
+            self._networks[kind] = NetworkProgram(
+                network.network,
+                self.batch,
+                network.weights,
+                backward=kind != "score",
+                linear=programs.guidance.graph if kind == "hvp" and programs.guidance is not None else None,
+                threads=self.threads,
+            )
+        return self._networks[kind]
+
+    def _network(self, kind: str) -> NetworkProgram:
+        network = self._plan(kind)
+        if self.workspace.hold(network.arena_floats, network.scratch_floats):
+            for other in self._networks.values():
+                other.unbind()
+        if not network.bound:
+            network.bind(self.workspace)
+        return network
+
+    # --- the classifier ---------------------------------------------------------------------------------------------------
+
+    def _guide(self, x_k: torch.Tensor, keep: bool) -> tuple[torch.Tensor, _Kept]:
+        """∇ log p_ŷ = Jᵀ(e_ŷ − p), and what its Hessian needs."""
+        guidance = self.programs.guidance
+        assert guidance is not None
+        if self.programs.classifier_network is None:
+            g, linearization = guidance.gradient(x_k, keep_slopes=keep)
+            return g, _Kept(linearization=linearization if keep else None)
+        network = self._network("guidance")
+        p, label = _confidence(network.forward(x_k))
+        g = network.backward(_one_hot(label, p) - p)
+        if not keep:
+            return g, _Kept()
+        if self.programs.linear_network is None:
+            return g, _Kept(linearization=Linearization(label))
+        return g, _Kept(network.slopes.clone(), network.region_slopes, p)
+
+    def _hvp(self, x_k: torch.Tensor, v: torch.Tensor, kept: _Kept) -> torch.Tensor:
+        guidance = self.programs.guidance
+        assert guidance is not None
+        if self.programs.linear_network is None:
+            with torch.enable_grad():
+                return guidance.hvp(x_k, v, kept.linearization)
+        if kept.slopes is None or kept.p is None:
+            network = self._network("guidance")
+            p, _ = _confidence(network.forward(x_k))
+            kept = _Kept(network.slopes, network.region_slopes, p)
+        assert kept.slopes is not None and kept.p is not None
+        network = self._network("hvp")
+        network.slopes.copy_(kept.slopes)
+        network.region_slopes = kept.region_slopes
+        q = network.forward(v)
+        return network.backward(kept.p * ((kept.p * q).sum(dim=1, keepdim=True) - q))  # −(diag p − p pᵀ) J v
+
+    def _eager_score_vjp(self, k: int, x_k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x_k.detach().requires_grad_()
+            eps_hat = self.programs.score(x, self.programs.eager._label(k, x_k))
+            return torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
+
+
+def _confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = torch.log_softmax(logits, dim=1)
+    return log_p.exp(), log_p.argmax(dim=1)
+
+
+def _one_hot(label: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like).scatter_(1, label[:, None], 1.0)
+
+
+def unavailable(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why this engine cannot run networks of this kind here, or None."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"the cpu engine runs float32 on a CPU, not {dtype} on {device.type}"
+    return native.unavailable()
+
+
+def prepare(
+    score: nn.Module,
+    classifier: nn.Module | None,
+    table: CoefficientTable,
+    example: torch.Tensor,
+    *,
+    differentiate_guidance: bool = True,
+) -> CpuPrograms:
+    """Programs for states like `example`; the arguments are those of the eager engine.
+
+    Raises:
+        ValueError: for a dtype or device that is not this engine's.
+        native.NativeUnavailable: if the C++ kernels cannot be built here.
+    """
+    reason = unavailable(example.dtype, example.device)
+    if reason is not None:
+        if example.dtype == torch.float32 and example.device.type == "cpu":
+            raise native.NativeUnavailable(reason)
+        raise ValueError(f"{reason}; engine='eager' does")
+    guidance = Guidance(classifier, example) if classifier is not None and table.guided else None
+    return CpuPrograms(score, guidance, table, example, differentiate_guidance)

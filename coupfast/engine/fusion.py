@@ -1,0 +1,388 @@
+"""A traced network as a few kinds of large operations: what the CPU engine plans, before it knows batch sizes and memory.
+
+    Convolution   activation(GroupNorm(x)) → convolution → + bias + time embedding → + residual → · scale = y;
+                  relu(y · multiply + add) = z, all in one pass over the data
+    Concatenation along the channels, which costs nothing where the parts are written into place
+    Region        whatever else the network does, as PyTorch does it
+
+Values are the nodes of the trace. Those that no image reaches are constants; those that only the time reaches are found once
+for every step of a grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from coupfast.tracing import Operation, PerImage, Trace
+
+aten = torch.ops.aten
+
+_BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default}
+
+
+@dataclasses.dataclass(eq=False)
+class GroupNorm:
+    """GroupNorm with an activation ("identity" or "silu") behind it."""
+
+    x: fx.Node
+    groups: int
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+    activation: str
+
+
+@dataclasses.dataclass(eq=False)
+class Convolution:
+    """One convolution and what it takes in.
+
+    Attributes:
+        x: What it reads; through `norm`, where there is one.
+        y: Its value with image bias, residual and scale.
+        z: relu(y · multiply + add), where the network uses it.
+        keeps_y: Whether anything but z reads y.
+        image_bias: A value of the time, added to every pixel.
+    """
+
+    x: fx.Node
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: int
+    padding: int
+    y: fx.Node
+    norm: GroupNorm | None = None
+    image_bias: fx.Node | None = None
+    residual: fx.Node | None = None
+    scale: float = 1.0
+    z: fx.Node | None = None
+    z_multiply: torch.Tensor | None = None
+    z_add: torch.Tensor | None = None
+    keeps_y: bool = True
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        return ([self.y] if self.keeps_y else []) + ([self.z] if self.z is not None else [])
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return [self.x] + ([self.residual] if self.residual is not None else [])
+
+
+@dataclasses.dataclass(eq=False)
+class Concatenation:
+    y: fx.Node
+    inputs: list[fx.Node]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        return [self.y]
+
+
+@dataclasses.dataclass(eq=False)
+class Region:
+    """Operations as PyTorch runs them, in order."""
+
+    operations: list[Operation]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+
+
+Part = Convolution | Concatenation | Region
+
+
+@dataclasses.dataclass
+class FusedNetwork:
+    """A network's parts in order.
+
+    Attributes:
+        image: The placeholder of the images.
+        time: The placeholder of the labels, or None.
+        output: The value that the network returns.
+        constants: Values that neither reaches; `batch_operations` make those of them that grow with the batch.
+        time_operations: What the labels alone reach, in order; `time_values` are those of them that `parts` read.
+        shapes: Of every value that an image reaches, without the batch.
+    """
+
+    trace: Trace
+    image: fx.Node
+    time: fx.Node | None
+    output: fx.Node
+    constants: dict[fx.Node, Any]
+    batch_operations: list[Operation]
+    time_operations: list[Operation]
+    time_values: list[fx.Node]
+    parts: list[Part]
+    shapes: dict[fx.Node, tuple[int, ...]]
+
+
+def fuse(traced: Trace) -> FusedNetwork:
+    """Find the parts of a trace of (images) or (images, labels)."""
+    return _Fusion(traced).network()
+
+
+class _Fusion:
+    def __init__(self, traced: Trace) -> None:
+        self.traced = traced
+        self.nodes = [operation.node for operation in traced.operations]
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.image, self.time = placeholders[0], placeholders[1] if len(placeholders) > 1 else None
+        self.output = next(node for node in self.nodes if node.op == "output").all_input_nodes[0]
+        self.active = self._reached({self.image})
+        self.timely = self._reached({self.time} if self.time is not None else set()) - self.active
+        self.constants: dict[fx.Node, Any] = {}
+        self.batch_operations: list[Operation] = []
+        self.taken: set[fx.Node] = set()  # nodes that a convolution took in
+        with torch.no_grad():
+            self._evaluate_constants()
+
+    def network(self) -> FusedNetwork:
+        convolutions = {node: self._convolution(node) for node in self.nodes if self._is_convolution(node)}
+        parts: list[Part] = []
+        pending: list[Operation] = []
+        for operation in self.traced.operations:
+            node = operation.node
+            if node in convolutions:
+                self._flush(pending, parts)
+                parts.append(convolutions[node])
+            elif node.op != "call_function" or node not in self.active or node in self.taken:
+                continue
+            elif self._is_concatenation(node):
+                self._flush(pending, parts)
+                parts.append(Concatenation(node, list(node.args[0])))  # type: ignore[arg-type]
+            else:
+                pending.append(operation)
+        self._flush(pending, parts)
+        used = {node for part in parts for node in self._reads(part)}
+        time_operations = [operation for operation in self.traced.operations if operation.node in self.timely]
+        return FusedNetwork(
+            self.traced,
+            self.image,
+            self.time,
+            self.output,
+            self.constants,
+            self.batch_operations,
+            [operation for operation in time_operations if operation.node.op == "call_function"],
+            [node for node in self.nodes if node in used & self.timely],
+            parts,
+            {node: tuple(self._value(node).shape[1:]) for node in self.active if self._is_tensor(node)},
+        )
+
+    def _reached(self, start: set[fx.Node]) -> set[fx.Node]:
+        reached = set(start)
+        for node in self.nodes:
+            if node.op == "call_function" and any(used in reached for used in node.all_input_nodes):
+                reached.add(node)
+        return reached
+
+    def _evaluate_constants(self) -> None:
+        growing: set[fx.Node] = set()
+        for operation in self.traced.operations:
+            node = operation.node
+            if node.op == "get_attr":
+                self.constants[node] = self.traced.constants[node]
+            elif node.op == "call_function" and node not in self.active and node not in self.timely:
+                leaves = operation.leaves
+                if any(isinstance(leaf, PerImage) for leaf in leaves) or growing.intersection(node.all_input_nodes):
+                    growing.add(node)
+                    self.batch_operations.append(operation)
+                else:
+                    args, kwargs = operation.arguments(self.constants, 1)
+                    self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _value(self, node: fx.Node) -> Any:
+        return node.meta["val"]
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        return isinstance(node.meta.get("val"), torch.Tensor)
+
+    def _users(self, node: fx.Node) -> list[fx.Node]:
+        return list(node.users)
+
+    def _reads(self, part: Part) -> set[fx.Node]:
+        if isinstance(part, Region):
+            return {used for operation in part.operations for used in operation.node.all_input_nodes}
+        extra = [part.image_bias] if isinstance(part, Convolution) and part.image_bias is not None else []
+        return {*part.inputs, *extra}
+
+    # --- convolutions ---------------------------------------------------------------------------------------------------
+
+    def _is_convolution(self, node: fx.Node) -> bool:
+        if node.target is not aten.convolution.default or node not in self.active:
+            return False
+        arguments: Any = node.args
+        x, weight, _, stride, padding, dilation, transposed, _, groups = arguments
+        return bool(
+            x in self.active
+            and weight in self.constants
+            and self.constants[weight].dim() == 4
+            and self.constants[weight].dtype == torch.float32
+            and not transposed
+            and groups == 1
+            and set(dilation) == {1}
+            and len(set(stride)) == 1
+            and len(set(padding)) == 1
+            and self.constants[weight].shape[2] == self.constants[weight].shape[3]
+        )
+
+    def _convolution(self, node: fx.Node) -> Convolution:
+        arguments: Any = node.args
+        x, weight, bias, stride, padding = arguments[:5]
+        bias_value = None if bias is None else self.constants[bias].contiguous()
+        conv = Convolution(x, self.constants[weight], bias_value, stride[0], padding[0], node)
+        self.taken.add(node)
+        self._take_norm(conv)
+        while self._take_next(conv, self.order[node]):
+            pass
+        self._take_relu(conv)
+        return conv
+
+    def _take_norm(self, conv: Convolution) -> None:
+        """Only where nothing else reads the normalised map: otherwise it would be made twice."""
+        silu = conv.x if conv.x.target is aten.silu.default and len(conv.x.users) == 1 else None
+        item = conv.x if silu is None else silu.args[0]
+        if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != 0 or len(item.users) != 1:
+            return
+        norm = item.args[0]
+        if not isinstance(norm, fx.Node) or norm.target is not aten.native_group_norm.default or len(norm.users) != 1:
+            return
+        arguments: Any = norm.args
+        x, weight, bias, _, channels, _, groups, eps = arguments
+        if weight not in self.constants or bias not in self.constants or x not in self.active:
+            return
+        conv.x = x
+        conv.norm = GroupNorm(
+            x,
+            int(groups),
+            self.constants[weight].contiguous(),
+            self.constants[bias].contiguous(),
+            float(eps),
+            "identity" if silu is None else "silu",
+        )
+        self.taken |= {item, norm} | ({silu} if silu is not None else set())
+
+    def _take_next(self, conv: Convolution, position: int) -> bool:
+        """Take in the one operation that reads y, if it is one of the epilogue's; whether it was."""
+        users = self._users(conv.y)
+        if len(users) != 1 or users[0] not in self.active or users[0] in self.taken:
+            return False
+        user = users[0]
+        if user.target in (aten.div.Tensor, aten.mul.Tensor) and user.args[0] is conv.y:
+            number = user.args[1]
+            if not isinstance(number, (int, float)) or user.kwargs:
+                return False
+            conv.scale *= 1.0 / number if user.target is aten.div.Tensor else number
+        elif user.target is aten.add.Tensor and conv.scale == 1.0 and not user.kwargs:
+            other = user.args[1] if user.args[0] is conv.y else user.args[0]
+            if not isinstance(other, fx.Node) or other is conv.y:
+                return False
+            if self._is_image_bias(other, conv):
+                conv.image_bias = other
+            elif (
+                conv.residual is None
+                and other in self.active
+                and self.order[other] < position
+                and self._value(other).shape == self._value(conv.y).shape
+            ):
+                conv.residual = other
+            else:
+                return False
+        elif self._is_batch_norm(user) and conv.residual is None and conv.image_bias is None and conv.scale == 1.0:
+            item = next(iter(user.users))
+            if any(after.target is aten.relu.default for after in item.users):
+                return False  # z takes it, at no cost, and the sum stays in float32
+            multiply, add = self._affine(user)
+            conv.weight = (conv.weight.double() * multiply[:, None, None, None]).float()
+            bias = 0.0 if conv.bias is None else conv.bias.double()
+            conv.bias = (bias * multiply + add).float()
+            self.taken.add(user)
+            user = item
+        else:
+            return False
+        self.taken.add(user)
+        conv.y = user
+        return True
+
+    def _is_image_bias(self, node: fx.Node, conv: Convolution) -> bool:
+        if node not in self.timely or conv.image_bias is not None or conv.residual is not None:
+            return False
+        shape = self._value(node).shape
+        return len(shape) == 4 and tuple(shape[1:]) == (conv.weight.shape[0], 1, 1)
+
+    def _is_batch_norm(self, node: fx.Node) -> bool:
+        if node.target not in _BATCH_NORMS:
+            return False
+        arguments: Any = node.args
+        training = node.target is aten.native_batch_norm.default and bool(arguments[5])
+        items = list(node.users)
+        return bool(
+            not training
+            and all(argument is None or argument in self.constants for argument in arguments[1:5])
+            and len(items) == 1
+            and items[0].target is operator.getitem
+            and items[0].args[1] == 0
+        )
+
+    def _affine(self, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch norm as multiplier and addend, in float64."""
+        arguments: Any = norm.args
+        weight, bias, mean, variance = (None if a is None else self.constants[a].double() for a in arguments[1:5])
+        assert mean is not None and variance is not None
+        multiply = torch.rsqrt(variance + arguments[-1])
+        if weight is not None:
+            multiply = multiply * weight
+        add = -mean * multiply if bias is None else bias - mean * multiply
+        return multiply, add
+
+    def _take_relu(self, conv: Convolution) -> None:
+        for user in self._users(conv.y):
+            if user in self.taken or user not in self.active:
+                continue
+            relu = None
+            if user.target is aten.relu.default:
+                relu = user
+            elif self._is_batch_norm(user) and user.args[0] is conv.y:
+                item = next(iter(user.users))
+                if len(item.users) == 1 and next(iter(item.users)).target is aten.relu.default:
+                    relu = next(iter(item.users))
+                    multiply, add = self._affine(user)
+                    conv.z_multiply, conv.z_add = multiply.float(), add.float()
+                    self.taken |= {user, item}
+            if relu is not None:
+                conv.z = relu
+                self.taken.add(relu)
+                break
+        conv.keeps_y = any(user not in self.taken for user in conv.y.users) or self._feeds_taken(conv)
+
+    def _feeds_taken(self, conv: Convolution) -> bool:
+        """Whether y is read by something that was taken in, other than z's own batch norm and ReLU."""
+        own = {conv.z}
+        if conv.z is not None and conv.z.args[0] is not conv.y:
+            item: Any = conv.z.args[0]
+            own.add(item.args[0])
+        return any(user in self.taken and user not in own for user in conv.y.users)
+
+    def _is_concatenation(self, node: fx.Node) -> bool:
+        if node.target is not aten.cat.default or self._value(node).dim() != 4:
+            return False
+        dimension = node.args[1] if len(node.args) > 1 else 0
+        return dimension in (1, -3) and all(part in self.active for part in node.args[0])  # type: ignore[union-attr]
+
+    def _flush(self, pending: list[Operation], parts: list[Part]) -> None:
+        if not pending:
+            return
+        inside = {operation.node for operation in pending}
+        inputs, outputs = [], []
+        for operation in pending:
+            for used in operation.node.all_input_nodes:
+                if used not in inside and used in self.active and used not in inputs:
+                    inputs.append(used)
+            if any(user not in inside for user in operation.node.users) and self._is_tensor(operation.node):
+                outputs.append(operation.node)
+        parts.append(Region(list(pending), inputs, outputs))
+        pending.clear()

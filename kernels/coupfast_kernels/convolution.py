@@ -1,0 +1,212 @@
+"""Convolutions, GroupNorm and their transposes on channels-last float32 maps, on a CPU.
+
+    direct:  y[n, i, j, o] = sum_{a, b, c} w[o, c, a, b] x[n, s i + a - p, s j + b - p, c]
+    F(m x m, 3 x 3):  Y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ X B)] A  for every m x m tile Y of outputs, X its (m + 2) x (m + 2) inputs
+
+Winograd's F(2 x 2) takes 2.25 times fewer multiplications than the direct sum, F(4 x 4) four times fewer; the definition is
+`conv2d_ref`. Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308; the points at
+which F(4 x 4) evaluates, 0, ±5/8, ±3/2 and infinity, were chosen for their rounding error (kernels/README.md).
+
+The C++ side (`csrc/`) takes structures of pointers. Whoever fills one keeps the memory behind it alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+
+from coupfast_kernels import native
+
+logger = logging.getLogger(__name__)
+
+IDENTITY, RELU, SILU = 0, 1, 2
+DIRECT, F2, F4 = 1, 2, 4  #: Outputs of a tile along each axis.
+
+
+def _structure(name: str, **groups: str) -> type[ctypes.Structure]:
+    """A structure whose fields are given type by type, in C's order."""
+    types = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float, "f64": ctypes.c_double, "p": ctypes.c_void_p}
+    fields = [(field, types[kind.split("_")[0]]) for kind, names in groups.items() for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Conv = _structure(
+    "Conv",
+    i32="tile batch height width channels out_height out_width out_channels kernel_height kernel_width stride pad_top pad_left "
+    "block_rows activation z_activation",
+    i64="x_pixel y_pixel z_pixel residual_pixel affine_image image_bias_image",
+    f32="scale residual_factor",
+    p="x weights y z subtract multiply add bias image_bias mask mask_factor residual z_multiply z_add z_mask z_slopes scratch",
+)
+GroupNormAffine = _structure(
+    "GroupNormAffine",
+    i32="batch channels groups pad",
+    i64="pixels x_pixel",
+    f64="eps",
+    p="x gamma beta subtract multiply add inverse",
+)
+GroupNormVjp = _structure(
+    "GroupNormVjp",
+    i32="batch channels groups activation",
+    i64="pixels x_pixel dh_pixel dx_pixel residual_pixel",
+    f32="residual_factor pad",
+    p="x gamma subtract multiply add inverse dh residual dx",
+)
+Sum = _structure("Sum", i64="pixels channels a_pixel b_pixel y_pixel", f32="factor_a factor_b", p="a b y")
+Masked = _structure(
+    "Masked",
+    i64="pixels channels d_pixel y_pixel residual_pixel",
+    f32="residual_factor pad",
+    p="d mask multiply residual y",
+)
+_KINDS: dict[type, int] = {Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4}
+
+_Pack = _structure(
+    "Pack",
+    i32="tile out_channels channels kernel_height kernel_width flip",
+    i64="out_stride in_stride",
+    p="weights to",
+)
+_Operation = _structure("Operation", i64="kind", p="parameters")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, sharing PyTorch's threads.
+
+    Raises:
+        native.NativeUnavailable: if they cannot be built here.
+    """
+    kernels = native.library()
+    kernels.coupfast_conv_scratch.restype = ctypes.c_int64
+    kernels.coupfast_packed_floats.restype = ctypes.c_int64
+    process = ctypes.CDLL(None)
+    try:
+        team = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]
+    except AttributeError:
+        logger.warning("PyTorch's OpenMP runtime does not show GOMP_parallel: the C++ kernels run on one thread")
+    else:
+        kernels.coupfast_threads(*(ctypes.cast(function, ctypes.c_void_p) for function in team))
+    return kernels
+
+
+class Operations:
+    """A list of structures as one call."""
+
+    def __init__(self, structures: list[ctypes.Structure]) -> None:
+        self.structures = structures
+        self._array = (_Operation * max(1, len(structures)))()
+        for operation, structure in zip(self._array, structures, strict=False):
+            operation.kind, operation.parameters = _KINDS[type(structure)], ctypes.addressof(structure)
+        self._library = library()
+
+    def run(self, threads: int) -> None:
+        """All of them, in order."""
+        self._library.coupfast_run(self._array, ctypes.c_int64(len(self.structures)), threads)
+
+
+def scratch_floats(conv: ctypes.Structure, threads: int) -> int:
+    """Floats of scratch memory that `conv` needs, for its `block_rows`."""
+    return library().coupfast_conv_scratch(ctypes.byref(conv), threads)
+
+
+def pack_weights(weight: torch.Tensor, tile: int, *, transposed: bool = False) -> torch.Tensor:
+    """Weights as `Conv` reads them: transformed in float64, rounded once.
+
+    Args:
+        weight: float32 (out, in, kernel height, kernel width).
+        tile: DIRECT, F2 or F4; the last two for 3 x 3 kernels.
+        transposed: Those of the convolution that is this one's transpose (stride 1).
+
+    Returns:
+        float32, one axis.
+    """
+    if weight.dtype != torch.float32 or weight.dim() != 4 or weight.device.type != "cpu":
+        raise ValueError(f"`weight` is float32 on the CPU with four axes, got {weight.dtype} {tuple(weight.shape)}")
+    if tile not in (DIRECT, F2, F4) or (tile != DIRECT and weight.shape[2:] != (3, 3)):
+        raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels; got {tile} for {tuple(weight.shape[2:])}")
+    weight = weight.contiguous()
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    pack = _Pack(
+        tile=tile,
+        out_channels=weight.shape[out_axis],
+        channels=weight.shape[in_axis],
+        kernel_height=weight.shape[2],
+        kernel_width=weight.shape[3],
+        flip=int(transposed),
+        out_stride=weight.stride(out_axis),
+        in_stride=weight.stride(in_axis),
+        weights=weight.data_ptr(),
+    )
+    packed = torch.empty(library().coupfast_packed_floats(ctypes.byref(pack)), dtype=torch.float32)
+    pack.to = packed.data_ptr()
+    library().coupfast_pack(ctypes.byref(pack), torch.get_num_threads())
+    return packed
+
+
+def conv2d_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
+    """The definition: PyTorch's convolution with zero padding kernel // 2, in the dtype of `x`."""
+    return F.conv2d(x, weight, bias, stride=stride, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: int = 96) -> int:
+    """Rows of tiles at a time so that about `tiles` tiles are in scratch memory."""
+    rows = batch * -(-out_height // tile)
+    return max(1, min(rows, tiles // -(-out_width // tile)))
+
+
+@torch.library.custom_op("coupfast::packed_conv2d", mutates_args=(), device_types="cpu")
+def packed_conv2d(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
+) -> torch.Tensor:
+    """`conv2d_ref` with weights from `pack_weights`: (batch, channels, height, width) → the same, channels last."""
+    if x.dtype != torch.float32 or x.dim() != 4:
+        raise ValueError(f"`x` is float32 with four axes, got {x.dtype} {tuple(x.shape)}")
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    y = _like_output(x, out_channels, kernel, stride)
+    conv = Conv(
+        tile=tile,
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        out_height=y.shape[2],
+        out_width=y.shape[3],
+        out_channels=out_channels,
+        kernel_height=kernel,
+        kernel_width=kernel,
+        stride=stride,
+        pad_top=kernel // 2,
+        pad_left=kernel // 2,
+        block_rows=block_rows(tile, y.shape[2], y.shape[3], batch),
+        x_pixel=channels,
+        y_pixel=out_channels,
+        scale=1.0,
+        x=x.data_ptr(),
+        weights=packed.data_ptr(),
+        y=y.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+    )
+    threads = torch.get_num_threads()
+    scratch = torch.empty(scratch_floats(conv, threads))
+    conv.scratch = scratch.data_ptr()
+    Operations([conv]).run(threads)
+    return y
+
+
+@packed_conv2d.register_fake
+def _(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
+) -> torch.Tensor:
+    return _like_output(x, out_channels, kernel, stride)
+
+
+def _like_output(x: torch.Tensor, out_channels: int, kernel: int, stride: int) -> torch.Tensor:
+    batch, _, height, width = x.shape
+    size = [(axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in (height, width)]
+    return torch.empty((batch, out_channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,0 +1,203 @@
+// One guided step, its noise made in registers: y = a x + b eps_hat + c guidance + d z, in the bits of guided_step.py and noise.py.
+// Nothing here may call fma: the definitions round every product and every sum.
+#pragma once
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace coupfast {
+
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+
+// Lane l works on block kBlockOf[l] of kLanes blocks: unpacking works within 128 bits, and so leaves the blocks in order.
+constexpr int block_of(int lane) { return lane % 4 * (kLanes / 4) + lane / 4; }
+
+// High and low words of the 64-bit products.
+inline Words multiply(Words v, uint32_t factor, Words* high) {
+#if defined(__AVX512F__)
+  const __m512i f = _mm512_set1_epi32(static_cast<int32_t>(factor));
+  const __m512i even = _mm512_mul_epu32((__m512i)v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)v, 32), f);
+  *high = (Words)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+  return (Words)_mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+#elif defined(__AVX2__)
+  const __m256i f = _mm256_set1_epi32(static_cast<int32_t>(factor));
+  const __m256i even = _mm256_mul_epu32((__m256i)v, f), odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)v, 32), f);
+  *high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  return (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+#else
+  Words low;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = static_cast<uint64_t>(v[i]) * factor;
+    (*high)[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
+  }
+  return low;
+#endif
+}
+
+// Philox 4x32-10 of `counter`, in place.
+inline void philox(Words (&counter)[4], uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    Words high_a, high_b;
+    const Words low_a = multiply(counter[0], 0xD2511F53u, &high_a), low_b = multiply(counter[2], 0xCD9E8D57u, &high_b);
+    counter[0] = high_b ^ counter[1] ^ key0;
+    counter[1] = low_b;
+    counter[2] = high_a ^ counter[3] ^ key1;
+    counter[3] = low_a;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// The IEEE root. The definition's, rounded to float64 and then to float32, is the same number: noise.py.
+inline Vector square_root(Vector v) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+inline Vector to_float(Integers v) { return __builtin_convertvector(v, Vector); }
+
+// The two normals of a pair of words.
+inline void box_muller(Words w0, Words w1, Vector* z0, Vector* z1) {
+  constexpr float kLog[] = {0.3333333134651184f,  -0.250008225440979f,  0.20001226663589478f, -0.16623356938362122f,
+                            0.14201761782169342f, -0.131601944565773f, 0.12761549651622772f, -0.07634429633617401f};
+  constexpr float kSin[] = {0.7853981852531433f, -0.08074543625116348f, 0.002490007085725665f, -3.595450834836811e-05f};
+  constexpr float kCos[] = {-0.3084251284599304f, 0.015854327008128166f, -0.00032594200456514955f, 3.5313344142196e-06f};
+  constexpr int32_t kSqrtHalf = 0x3F3504F3;
+
+  const Integers shifted = (Integers)to_float((Integers)((w0 >> 9) * 2 + 1)) - kSqrtHalf;
+  const Vector exponent = to_float(shifted >> 23) - 24.0f;
+  const Vector f = (Vector)((shifted & 0x7FFFFF) + kSqrtHalf) - 1.0f;
+  Vector p = f * kLog[7] + kLog[6];
+  for (int i = 5; i >= 0; --i) p = p * f + kLog[i];
+  const Vector f2 = f * f;
+  const Vector tail = (f2 * f) * p - 0.5f * f2;
+  const Vector radius = square_root(-2.0f * (exponent * 0.6931471824645996f + (f + tail)));
+
+  const Integers n = (Integers)((w1 >> 9) * 2 + 1);
+  const Integers quadrant = (n + 0x200000) >> 22;
+  const Vector y = to_float(n - (quadrant << 22)) * 0x1p-21f;
+  const Vector y2 = y * y;
+  const Vector s = (((y2 * kSin[3] + kSin[2]) * y2 + kSin[1]) * y2 + kSin[0]) * y;
+  const Vector c = (((y2 * kCos[3] + kCos[2]) * y2 + kCos[1]) * y2 + kCos[0]) * y2 + 1.0f;
+  const Integers swap = (quadrant & 1) != 0;
+  const Vector cosine = swap ? s : c, sine = swap ? c : s;
+  *z0 = radius * (Vector)((Integers)cosine ^ (((quadrant + 1) & 2) << 30));  // bit 1 to the sign's place
+  *z1 = radius * (Vector)((Integers)sine ^ ((quadrant & 2) << 30));
+}
+
+// to[4 block_of(l) + i] = z[i][l]
+inline void store_blocks(float* to, const Vector (&z)[4]) {
+#if defined(__AVX512F__)
+  const __m512 a = _mm512_unpacklo_ps((__m512)z[0], (__m512)z[1]), b = _mm512_unpackhi_ps((__m512)z[0], (__m512)z[1]);
+  const __m512 c = _mm512_unpacklo_ps((__m512)z[2], (__m512)z[3]), d = _mm512_unpackhi_ps((__m512)z[2], (__m512)z[3]);
+  store(to, (Vector)_mm512_unpacklo_pd((__m512d)a, (__m512d)c));
+  store(to + kLanes, (Vector)_mm512_unpackhi_pd((__m512d)a, (__m512d)c));
+  store(to + 2 * kLanes, (Vector)_mm512_unpacklo_pd((__m512d)b, (__m512d)d));
+  store(to + 3 * kLanes, (Vector)_mm512_unpackhi_pd((__m512d)b, (__m512d)d));
+#elif defined(__AVX2__)
+  const __m256 a = _mm256_unpacklo_ps((__m256)z[0], (__m256)z[1]), b = _mm256_unpackhi_ps((__m256)z[0], (__m256)z[1]);
+  const __m256 c = _mm256_unpacklo_ps((__m256)z[2], (__m256)z[3]), d = _mm256_unpackhi_ps((__m256)z[2], (__m256)z[3]);
+  store(to, (Vector)_mm256_unpacklo_pd((__m256d)a, (__m256d)c));
+  store(to + kLanes, (Vector)_mm256_unpackhi_pd((__m256d)a, (__m256d)c));
+  store(to + 2 * kLanes, (Vector)_mm256_unpacklo_pd((__m256d)b, (__m256d)d));
+  store(to + 3 * kLanes, (Vector)_mm256_unpackhi_pd((__m256d)b, (__m256d)d));
+#else
+  for (int l = 0; l < kLanes; ++l)
+    for (int i = 0; i < 4; ++i) to[4 * block_of(l) + i] = z[i][l];
+#endif
+}
+
+struct GuidedStep {
+  int64_t batch, channels, pixels;
+  int64_t x_pixel, eps_pixel, guidance_pixel, y_pixel;  // floats to the next pixel: `channels` if channels-last, else 1
+  uint64_t seed;
+  int64_t step;  // of the noise, in [0, 2^32)
+  float a, b, c, d;
+  const float* x;  // or null: y = z
+  const float* eps_hat;
+  const float* guidance;  // or null
+  const int64_t* ids;     // [batch], in [0, 2^32); or null: no noise
+  const int64_t* draw;    // [batch], in [0, 2^32)
+  float* y;               // may be one of those read
+};
+
+inline void run_guided_step(const GuidedStep& p, const Team& team) {
+  constexpr int64_t kTile = 256;  // elements at a time: whole groups of blocks, and a row of buffers that stays in L1
+  constexpr int64_t kGroup = 4 * kLanes;
+  Words lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<uint32_t>(block_of(l));
+
+  // All row-major: an image is one row of elements.
+  const bool flat = p.x_pixel == 1 && p.eps_pixel == 1 && p.guidance_pixel == 1 && p.y_pixel == 1;
+  const int64_t channels = flat ? 1 : p.channels, pixels = flat ? p.channels * p.pixels : p.pixels;
+  const int64_t tiles = (pixels + kTile - 1) / kTile;
+  float normals[kTile + kGroup], xs[kTile], eps_hats[kTile], guidances[kTile], ys[kTile];
+
+  const auto range = team.share(p.batch * tiles);
+  for (int64_t item = range.begin; item < range.end; ++item) {
+    const int64_t image = item / tiles, first = item % tiles * kTile, count = std::min(kTile, pixels - first);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const auto offset = [&](int64_t pixel) {
+        return image * channels * pixels + (pixel == 1 ? channel * pixels + first : first * pixel + channel);
+      };
+      // A tensor's part of the tile, side by side.
+      const auto row = [&](const float* from, int64_t pixel, float* buffer) {
+        from += offset(pixel);
+        if (pixel == 1) return from;
+        for (int64_t i = 0; i < count; ++i) buffer[i] = from[i * pixel];
+        return static_cast<const float*>(buffer);
+      };
+
+      const int64_t element = channel * pixels + first;
+      const float* const z = normals + element % 4;
+      if (p.ids) {
+        const Words step = Words{} + static_cast<uint32_t>(p.step), id = Words{} + static_cast<uint32_t>(p.ids[image]),
+                    draw = Words{} + static_cast<uint32_t>(p.draw[image]);
+        Words block = lane + static_cast<uint32_t>(element / 4);
+        for (int64_t i = 0; i < element % 4 + count; i += kGroup, block += static_cast<uint32_t>(kLanes)) {
+          Words w[4] = {block, step, draw, id};
+          philox(w, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
+          Vector made[4];
+          box_muller(w[0], w[1], &made[0], &made[1]);
+          box_muller(w[2], w[3], &made[2], &made[3]);
+          store_blocks(normals + i, made);
+        }
+      }
+
+      float* const to = p.y_pixel == 1 ? p.y + offset(1) : ys;
+      if (p.x) {
+        const float* const x = row(p.x, p.x_pixel, xs);
+        const float* const eps_hat = row(p.eps_hat, p.eps_pixel, eps_hats);
+        const float* const guidance = p.guidance ? row(p.guidance, p.guidance_pixel, guidances) : nullptr;
+        for (int64_t i = 0; i < count; i += kLanes) {
+          const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+          const auto get = [i, lanes](const float* from) { return lanes == kLanes ? load(from + i) : load_some(from + i, lanes); };
+          Vector y = p.a * get(x);
+          y = y + p.b * get(eps_hat);
+          if (guidance) y = y + p.c * get(guidance);
+          if (p.ids) y = y + p.d * load(z + i);
+          if (lanes == kLanes)
+            store(to + i, y);
+          else
+            store_some(to + i, y, lanes);
+        }
+      } else {
+        std::memcpy(to, z, sizeof(float) * static_cast<size_t>(count));
+      }
+      if (p.y_pixel != 1) {
+        float* const y = p.y + offset(p.y_pixel);
+        for (int64_t i = 0; i < count; ++i) y[i * p.y_pixel] = ys[i];
+      }
+    }
+  }
+  team.wait();
+}
+
+}  // namespace coupfast

@@ -1,0 +1,95 @@
+// The library's C interface. One translation unit, compiled for one instruction set.
+
+#include <utility>
+
+#include "conv.h"
+#include "norm.h"
+#include "parallel.h"
+#include "vector.h"
+
+using namespace coupfast;
+
+namespace {
+
+// PyTorch's own OpenMP runtime, found by the caller: a second one would fight the first for the cores.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel g_parallel = nullptr;
+int (*g_thread)() = nullptr;
+int (*g_threads)() = nullptr;
+
+template <typename Body>
+void on_threads(int threads, const Body& body) {
+  Barrier barrier;
+  if (threads <= 1 || !g_parallel) {
+    body(Team{0, 1, &barrier});
+    return;
+  }
+  struct Call {
+    const Body& body;
+    Barrier& barrier;
+  } call{body, barrier};
+  g_parallel(
+      [](void* data) {
+        Call& c = *static_cast<Call*>(data);
+        c.body(Team{g_thread(), g_threads(), &c.barrier});
+      },
+      &call, static_cast<unsigned>(threads), 0);
+}
+
+// One operation of a program, mirrored in Python.
+struct Operation {
+  int64_t kind;
+  const void* parameters;
+};
+enum Kind : int64_t { kConv = 0, kGroupNormAffine = 1, kGroupNormVjp = 2, kSum = 3, kMasked = 4 };
+
+void run(const Operation& operation, const Team& team) {
+  switch (operation.kind) {
+    case kConv: return run_conv(*static_cast<const Conv*>(operation.parameters), team);
+    case kGroupNormAffine: return run_group_norm_affine(*static_cast<const GroupNormAffine*>(operation.parameters), team);
+    case kGroupNormVjp: return run_group_norm_vjp(*static_cast<const GroupNormVjp*>(operation.parameters), team);
+    case kSum: return run_sum(*static_cast<const Sum*>(operation.parameters), team);
+    case kMasked: return run_masked(*static_cast<const Masked*>(operation.parameters), team);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void coupfast_threads(Parallel parallel, int (*thread)(), int (*threads)()) {
+  g_parallel = parallel;
+  g_thread = thread;
+  g_threads = threads;
+}
+
+int coupfast_lanes() { return kLanes; }
+int coupfast_panel() { return kPanel; }
+
+int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return ConvShape(*conv).scratch_floats(threads); }
+
+int64_t coupfast_packed_floats(const Pack* pack) {
+  const int64_t products = pack->tile == 1 ? pack->kernel_height * pack->kernel_width : (pack->tile + 2) * (pack->tile + 2);
+  const int64_t depth = (pack->channels + kLanes - 1) / kLanes * kLanes;
+  return products * depth * ((pack->out_channels + kPanel - 1) / kPanel * kPanel);
+}
+
+void coupfast_pack(const Pack* pack, int threads) {
+  on_threads(threads, [pack](const Team& team) {
+    if (pack->tile == 4)
+      pack_winograd<4>(*pack, team);
+    else if (pack->tile == 2)
+      pack_winograd<2>(*pack, team);
+    else
+      pack_direct(*pack, team);
+  });
+}
+
+// Operations one after another, in one parallel region.
+void coupfast_run(const Operation* operations, int64_t count, int threads) {
+  on_threads(threads, [operations, count](const Team& team) {
+    for (int64_t i = 0; i < count; ++i) run(operations[i], team);
+  });
+}
+
+}  // extern "C"
