@@ -28,7 +28,8 @@ def plain(device):
 def purified(device, gradient="exact"):
     classifier = pixel_classifier()
     # A short time: the random score network knows nothing of images, and most are still to be classified correctly.
-    purifier = Purifier(small_score(torch.float32), classifier, t=0.003, num_steps=2, gradient=gradient)
+    options = {"t": 0.003, "num_steps": 2, "gradient": gradient, "engine": "eager"}  # nothing to compile in every worker
+    purifier = Purifier(small_score(torch.float32), classifier, **options)
     return Defense(PurifiedClassifier(purifier, classifier))
 
 

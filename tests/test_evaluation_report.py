@@ -36,7 +36,7 @@ def test_a_page_that_needs_nothing_else(runs, tmp_path):
         assert pixels.shape[1] > 400 and pixels.std() > 10
     assert "coupfast evaluate --out &#x27;a b&#x27; &lt; &amp; &gt;" in text
     markdown = tables.read_text()
-    for title in ("purified: accuracy", "purified against plain, attacked", "plain: by class", "plain: the command to repeat it"):
+    for title in ("purified: accuracy", "purified against plain, attacked", "plain: by class", "plain: what it took"):
         assert f"<h2>{title}</h2>" in text and f"## {title}" in markdown
     assert "<img" not in markdown
     for line in markdown.splitlines():

@@ -1,0 +1,104 @@
+"""Workers on a Ray cluster, or on a Ray that starts on this machine. The same units, the same bits."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from coupfast.evaluation.ledger import Outcome
+from coupfast.evaluation.pools import ATTEMPTS, UnitFailed
+from coupfast.evaluation.worker import Task, Worker
+
+logger = logging.getLogger(__name__)
+
+
+class RayWorkers:
+    """Ray actors. One that dies, or whose node does, is replaced elsewhere, and its task done again.
+
+    Images travel through Ray, so the nodes need no common file system; the ledger stays where the run was started. They need
+    the same coupfast and the same weight files.
+
+    Args:
+        make: Makes a worker on a device; goes to the cluster pickled.
+        size: How many.
+        gpus: One GPU each.
+        threads: CPUs that each takes.
+
+    Raises:
+        ImportError: if Ray is not installed.
+        ValueError: if the cluster is too small.
+    """
+
+    def __init__(self, make: Callable[[str], Worker], size: int, *, gpus: bool, threads: int) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ImportError(f'Ray is not installed ({error}); install it with: pip install "coupfast[cluster]"') from error
+        self._ray, self.size = ray, size
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            # Connects to RAY_ADDRESS or a cluster on this machine; starts one here if there is neither.
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        needed = {"CPU": size * threads} | ({"GPU": size} if gpus else {})
+        there = ray.cluster_resources()
+        short = {kind: count for kind, count in needed.items() if there.get(kind, 0) < count}
+        if short:
+            self.close()
+            raise ValueError(
+                f"{size} workers need {', '.join(f'{count} {kind}s' for kind, count in short.items())}, and the Ray cluster "
+                f"has {', '.join(f'{there.get(kind, 0):g}' for kind in short)}; use fewer --workers or --threads"
+            )
+        remote: Any = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0)(_Actor)
+        # Ray shows each actor its own GPU as the first one.
+        self._new = lambda: remote.remote(make, "cuda:0" if gpus else "cpu")
+        self._idle: list[tuple[int, Any]] = [(number, self._new()) for number in range(size)]
+        self._busy: dict[Any, tuple[int, Any, Task]] = {}
+        self._deaths: collections.Counter[str] = collections.Counter()
+
+    def submit(self, task: Task) -> None:
+        number, actor = self._idle.pop()
+        self._busy[actor.execute.remote(task)] = (number, actor, task)
+
+    def next(self) -> tuple[Outcome, str]:
+        while True:
+            (ready, *_), _ = self._ray.wait(list(self._busy), num_returns=1)
+            number, actor, task = self._busy.pop(ready)
+            name = task.unit.name
+            try:
+                answer = self._ray.get(ready)
+            except self._ray.exceptions.RayActorError as error:
+                self._deaths[name] += 1
+                if self._deaths[name] == ATTEMPTS:
+                    raise UnitFailed(name, f"the worker of unit {name} died {ATTEMPTS} times: {error}") from error
+                logger.warning("worker %d died; doing unit %s again", number, name)
+                self._idle.append((number, self._new()))
+                self.submit(task)
+                continue
+            self._idle.append((number, actor))
+            if isinstance(answer, Outcome):
+                return answer, str(number)
+            raise UnitFailed(name, f"unit {name} failed: {answer}")
+
+    def close(self) -> None:
+        if self._started_ray:
+            self._ray.shutdown()
+        else:
+            for _, actor in [*self._idle, *((number, actor) for number, actor, _ in self._busy.values())]:
+                self._ray.kill(actor)
+
+
+class _Actor:
+    """A worker where Ray puts it, built at its first unit."""
+
+    def __init__(self, make: Callable[[str], Worker], device: str) -> None:
+        self._make, self._device = make, device
+        self._worker: Worker | None = None
+
+    def execute(self, task: Task) -> Outcome | str:
+        try:
+            self._worker = self._worker or self._make(self._device)
+            return self._worker.execute(task)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"

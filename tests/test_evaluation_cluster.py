@@ -1,0 +1,101 @@
+"""Runs on a real local Ray: the same bits, whoever is killed."""
+
+import multiprocessing
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+from evaluation_cases import run
+
+from coupfast.evaluation.ledger import Ledger, LedgerError
+
+pytest.importorskip("ray", reason='needs Ray: pip install "coupfast[cluster]"')
+if not pathlib.Path("/proc/self/task").exists():
+    pytest.skip("needs Linux's /proc to find Ray's processes", allow_module_level=True)
+
+TESTS = str(pathlib.Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    with run(tmp_path_factory.mktemp("reference") / "run") as ledger:
+        return ledger.fingerprint()
+
+
+def work(folder, resume):
+    # Ray's workers import what the tests import.
+    os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    # A cluster of its own, without dashboard, whatever the machine runs otherwise.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    with run(folder, resume=resume, workers=2, cluster="ray"):
+        pass
+    ray.shutdown()
+
+
+def start(folder, resume=False):
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(folder, resume))
+    process.start()
+    return process
+
+
+def done(folder):
+    try:
+        with Ledger(folder, read_only=True) as ledger:
+            return len(ledger.done())
+    except LedgerError:
+        return 0
+
+
+def processes(root, pattern):
+    """Descendants of a process whose command line has a word in it."""
+    found = []
+    for child in (int(p) for p in pathlib.Path(f"/proc/{root}/task/{root}/children").read_text().split()):
+        try:
+            if pattern in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+            found += processes(child, pattern)
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def until(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_worker_is_killed_on_the_way(reference, tmp_path):
+    process = start(tmp_path / "run")
+    until(lambda: done(tmp_path / "run") >= 2, process)
+    victims = processes(process.pid, b"ray::_Actor")
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    process.join(180)
+    assert process.exitcode == 0
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        assert ledger.fingerprint() == reference
+        assert {record.worker for record in ledger.done().values()} == {"0", "1"}
+
+
+def test_the_node_is_killed_on_the_way(reference, tmp_path):
+    process = start(tmp_path / "run")
+    until(lambda: done(tmp_path / "run") >= 2, process)
+    (raylet,) = [pid for pid in processes(process.pid, b"raylet/raylet")]
+    os.kill(raylet, signal.SIGKILL)
+    process.join(120)
+    if process.is_alive():  # Ray may wait for its node for long: the run is killed, too
+        process.kill()
+        process.join()
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        # Actors may finish without their node; but success is not to be claimed where something is missing.
+        assert process.exitcode != 0 or ledger.fingerprint() == reference
+    with run(tmp_path / "run", resume=True) as ledger:
+        assert ledger.fingerprint() == reference
