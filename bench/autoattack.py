@@ -180,10 +180,11 @@ def _line(row: dict[str, Any]) -> str:
     ratio = f"  {row['ratio_to_published']:.2f}x published" if row["ratio_to_published"] else ""
     equal = "" if row["equal_to_published"] is None else f", equal to published's {100 * row['equal_to_published']:.0f} %"
     low, high = row["robust_majority_wilson_95"]
+    average, worst, majority = (100 * row[f"robust_{name}"] for name in ("average", "worst", "majority"))
     return (
-        f"{row['contender']:17} {row['engine']:9} {row['seconds']:.4g} s{ratio}  {row['images']} images, EOT "
-        f"{row['eot_iter']}; robust: average {100 * row['robust_average']:.1f} %, worst of {row['draws']} "
-        f"{100 * row['robust_worst']:.1f} %, majority {100 * row['robust_majority']:.1f} % [{100 * low:.0f}, {100 * high:.0f}]{equal}{scaled}"
+        f"{row['contender']:17} {row['engine']:9} {row['seconds']:.4g} s{ratio}  {row['images']} images, EOT {row['eot_iter']}; "
+        f"robust: average {average:.1f} %, worst of {row['draws']} {worst:.1f} %, majority {majority:.1f} % "
+        f"[{100 * low:.0f}, {100 * high:.0f}]{equal}{scaled}"
     )
 
 
