@@ -1,8 +1,8 @@
 """The CPU engine: Winograd convolutions with everything around them fused in, one call per network and step.
 
 Networks are traced once (`coupfast.tracing`), cut into large operations (`fusion`), bound to memory for each batch size
-(`cpu_program`) and run by the C++ kernels of `coupfast_kernels`. Which algorithm a convolution takes follows from its shape alone:
-the same image gets the same bits from convolutions whatever the batch, the number of threads or the timing of a trial run.
+(`cpu_program`) and run by the C++ kernels of `coupfast_kernels`. Which algorithm a convolution takes follows from its shape and
+the batch alone: runs give the same bits whatever the number of threads, and nothing depends on how a trial was timed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,28 @@ KEPT_BATCHES = 8
 
 
 def tile(conv: Convolution, shape: tuple[int, ...], batch: int, transposed: bool) -> int:
-    """The algorithm of one convolution, by its output's (channels, height, width)."""
+    """The algorithm of one convolution whose output has (channels, height, width) = `shape`: the one with the least work.
+
+    Work is counted in multiplications, a byte of weights that has to come from memory as `_BYTE` of them. Nothing is timed:
+    the choice, and with it every bit of the result, is the same on every machine and in every run.
+    """
     if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
         return kernels.DIRECT
-    # A small map has too few tiles to pay for reading F(4x4)'s weights, four times the network's own.
-    return kernels.F4 if min(shape[1:]) >= 8 else kernels.F2
+    _, height, width = shape
+    pairs = conv.weight.shape[0] * conv.weight.shape[1]
+
+    def work(size: int) -> float:
+        tiles = batch * -(-height // size) * -(-width // size)
+        products = 9 if size == 1 else (size + 2) ** 2
+        return pairs * products * (tiles * _EFFORT[size] + 4 * _BYTE)
+
+    return min(_EFFORT, key=work)
+
+
+# Multiplications that one multiplication of a tile's products costs with its share of the transforms, and that a byte of
+# weights costs at the usual ratio of a core's arithmetic to its memory (40 G multiplications and 10 GB a second).
+_EFFORT = {kernels.DIRECT: 1.0, kernels.F2: 1.15, kernels.F4: 1.4}
+_BYTE = 4.0
 
 
 @dataclasses.dataclass

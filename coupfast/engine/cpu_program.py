@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from coupfast.engine.fusion import Concatenation, Convolution, FusedNetwork, Region
 from coupfast.guidance import PiecewiseLinearGraph, Slope
+from coupfast.tracing import PerImage
 from coupfast_kernels import convolution as kernels
 
 aten = torch.ops.aten
@@ -493,16 +495,18 @@ class NetworkProgram:
         inputs, outputs = [self._view(node) for node in region.inputs], [self._view(node) for node in region.outputs]
 
         def make() -> Callable[[], None]:
-            bound = list(zip(region.inputs, map(self._tensor, inputs), strict=True))
+            bound = list(map(self._tensor, inputs))
             targets = list(map(self._tensor, outputs))
+            calls = self._calls(region)
 
             def run() -> None:
                 with torch.set_grad_enabled(self.differentiable):
-                    leaves = [tensor.detach().requires_grad_(self.differentiable) for _, tensor in bound]
+                    leaves = [tensor.detach().requires_grad_(self.differentiable) for tensor in bound]
                     # Many of PyTorch's operations refuse, or copy one by one, a map that lies inside a wider one.
-                    dense = [_dense(leaf) for leaf in leaves]
-                    values = dict(zip(region.inputs, dense, strict=True))
-                    results = self._run_region(region, values)
+                    values: dict[fx.Node, Any] = dict(zip(region.inputs, map(_dense, leaves), strict=True))
+                    values.update(self._time_values)
+                    self._run_region(calls, values)
+                    results = [values[node] for node in region.outputs]
                 with torch.no_grad():
                     for target, result in zip(targets, results, strict=True):
                         target.copy_(result)
@@ -513,26 +517,33 @@ class NetworkProgram:
 
         self._emit(make, inputs, outputs)
 
-    def _run_region(self, region: Region, values: dict[fx.Node, Any]) -> list[torch.Tensor]:
-        results: dict[fx.Node, Any] = {}
-        known = _Chain(values, self._constants, self._time_values)
-        for operation in region.operations:
-            node = operation.node
-            args, kwargs = operation.arguments(known, self.batch)  # type: ignore[arg-type]
-            target: Any = node.target
-            if target in _RESHAPES:
-                target = aten.reshape.default
-            if self.linear is not None and node.target not in _RESHAPES:
-                value = self.linear.tangent(node, args, kwargs, self._remaining_slopes)
+    def _run_region(self, calls: list[_Call], values: dict[fx.Node, Any]) -> None:
+        """Take the operations in order and leave their results in `values`."""
+        for call in calls:
+            arguments = call.arguments(values)
+            if self.linear is not None and not call.reshapes:
+                value = self.linear.tangent(call.node, arguments, call.kwargs, self._remaining_slopes)
             else:
-                value = target(*args, **kwargs)
-                slope = PiecewiseLinearGraph.slope(node, args, value) if self.differentiable and self.linear is None else None
-                if slope is not None:
-                    self.region_slopes.append(slope)
-            values[node] = value
-            if node in region.outputs:
-                results[node] = value
-        return [results[node] for node in region.outputs]
+                value = call.target(*arguments, **call.kwargs)
+                if self.differentiable and self.linear is None:
+                    slope = PiecewiseLinearGraph.slope(call.node, arguments, value)
+                    if slope is not None:
+                        self.region_slopes.append(slope)
+            values[call.node] = value
+
+    def _calls(self, region: Region) -> list[_Call]:
+        """The region's operations for this batch size, their constant arguments filled in."""
+        calls = []
+        for operation in region.operations:
+            node: Any = operation.node
+            leaves = [self._constants.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in operation.leaves]
+            leaves = [leaf * self.batch if isinstance(leaf, PerImage) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(leaves, operation.spec)
+            reshapes = node.target in _RESHAPES
+            # Maps are channels last here, which a view of the traced network's memory cannot always be.
+            target = aten.reshape.default if reshapes else node.target
+            calls.append(_Call(node, target, reshapes, args, kwargs))
+        return calls
 
     # --- backwards --------------------------------------------------------------------------------------------------------
 
@@ -724,20 +735,25 @@ class NetworkProgram:
         self._contributions[conv.y] = (result, 1.0)
 
 
-_RESHAPES = {aten.view.default, aten._unsafe_view.default}  # impossible on some channels-last values
+_RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
 
-class _Chain:
-    """Several dictionaries as one, without copying them."""
+class _Call:
+    """One operation of a region: its arguments, with nodes where values come in when it runs."""
 
-    def __init__(self, *maps: dict) -> None:
-        self.maps = maps
+    def __init__(self, node: fx.Node, target: Any, reshapes: bool, args: tuple, kwargs: dict) -> None:
+        self.node, self.target, self.reshapes, self.kwargs = node, target, reshapes, kwargs
+        self._args = args
+        self._flat = not any(isinstance(argument, (list, tuple)) and _has_nodes(argument) for argument in args)
 
-    def __getitem__(self, key: Any) -> Any:
-        for values in self.maps:
-            if key in values:
-                return values[key]
-        raise KeyError(key)
+    def arguments(self, values: dict[fx.Node, Any]) -> tuple:
+        if self._flat:
+            return tuple([values[a] if type(a) is fx.Node else a for a in self._args])
+        return tree_map(lambda leaf: values[leaf] if type(leaf) is fx.Node else leaf, self._args)
+
+
+def _has_nodes(argument: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in tree_leaves(argument))
 
 
 def _dense(value: torch.Tensor) -> torch.Tensor:

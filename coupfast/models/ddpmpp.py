@@ -67,7 +67,7 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 class NIN(nn.Module):
-    """A linear map of the last axis, its weight stored (in, out): the projections of `AttentionBlock`."""
+    """A linear map of the channels, its weight stored (in, out): the projections of `AttentionBlock`, which applies them."""
 
     def __init__(self, in_features: int, out_features: int, *, scale: float) -> None:
         super().__init__()
@@ -75,8 +75,11 @@ class NIN(nn.Module):
         self.b = nn.Parameter(torch.zeros(out_features))
         _redraw_layer(self, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.W + self.b
+
+def _project(x: Tensor, *maps: NIN) -> Tensor:
+    """Several maps of the same channels as one 1x1 convolution, their results one after the other."""
+    weight = torch.cat([nin.W for nin in maps], dim=1).t()
+    return F.conv2d(x, weight[:, :, None, None], torch.cat([nin.b for nin in maps]))
 
 
 class ResBlock(nn.Module):
@@ -136,10 +139,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        h = self.GroupNorm_0(x).flatten(2).transpose(1, 2)  # [batch, pixels, channels]
-        q, k, v = self.NIN_0(h), self.NIN_1(h), self.NIN_2(h)
+        h = _project(self.GroupNorm_0(x), self.NIN_0, self.NIN_1, self.NIN_2)
+        q, k, v = h.flatten(2).transpose(1, 2).split(channels, dim=2)  # [batch, pixels, channels] each
         weights = torch.softmax((q @ k.transpose(1, 2)) * channels**-0.5, dim=-1)  # [batch, pixels, pixels]
-        h = self.NIN_3(weights @ v).transpose(1, 2).reshape(x.shape)
+        h = _project((weights @ v).transpose(1, 2).reshape(x.shape), self.NIN_3)
         return (x + h) / _SQRT_2
 
 

@@ -50,6 +50,7 @@ struct ConvShape {
   int64_t padded_channels, padded_out;
   int64_t v_stride, m_stride;  // floats from one product's matrix to the next's
   int64_t strip_floats;        // of one thread's activated strip
+  bool in_place;               // the products read x itself: a 1x1 convolution of what is already there
 
   static constexpr int kStripChannels = 64;
 
@@ -61,8 +62,10 @@ struct ConvShape {
     padded_channels = (c.channels + kLanes - 1) / kLanes * kLanes;
     padded_out = (static_cast<int64_t>(c.out_channels) + kPanel - 1) / kPanel * kPanel;
     depth = padded_channels * (m == 1 ? c.kernel_height * c.kernel_width : 1);
+    in_place = c.kernel_height == 1 && c.kernel_width == 1 && c.stride == 1 && c.pad_top == 0 && c.pad_left == 0 &&
+               c.activation == kIdentity && c.multiply == nullptr && c.channels % kLanes == 0;
     const int64_t tiles = static_cast<int64_t>(c.block_rows) * tile_columns;
-    v_stride = odd_lines(tiles * depth);
+    v_stride = in_place ? 0 : odd_lines(tiles * depth);
     m_stride = odd_lines(tiles * padded_out);
     strip_floats = odd_lines(static_cast<int64_t>(strip_height(c)) * strip_width(c) * kStripChannels);
   }
@@ -300,107 +303,133 @@ MultiplyRows choose_rows(int count, std::integer_sequence<int, kCounts...>) {
 }
 
 // M[tile][panel's channels] for all tiles of the block and one panel of one product.
-inline void multiply_panel(const float* v, const float* weights, int64_t depth, int64_t tiles, float* m, int64_t m_row) {
+inline void multiply_panel(const float* v, int64_t v_row, const float* weights, int64_t depth, int64_t tiles, float* m,
+                           int64_t m_row) {
   const int64_t groups = (tiles + kRows - 1) / kRows;
   for (int64_t group = 0; group < groups; ++group) {  // of nearly equal size: a last group of one row would waste most of it
     const int64_t begin = tiles * group / groups, end = tiles * (group + 1) / groups;
     choose_rows(static_cast<int>(end - begin), std::make_integer_sequence<int, kRows>{})(
-        v + begin * depth, depth, weights, depth, m + begin * m_row, m_row);
+        v + begin * v_row, v_row, weights, depth, m + begin * m_row, m_row);
   }
 }
 
 // --- the epilogue --------------------------------------------------------------------------------------------------------------
 
-// One vector of output channels of one pixel. `count` < kLanes at ragged ends.
-template <bool kWhole>
-inline void finish(const Conv& c, Vector v, int64_t pixel, int64_t image, int channel, int count) {
-  auto get = [count](const float* from) { return kWhole ? load(from) : load_some(from, count); };
-  if (c.bias) v += get(c.bias + channel);
-  if (c.image_bias) v += get(c.image_bias + image * c.image_bias_image + channel);
-  const int64_t mask_byte = pixel * ((c.out_channels + 7) / 8) + channel / 8;
-  const int bytes = (count + 7) / 8;
-  if (c.mask) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, c.mask + mask_byte, static_cast<size_t>(bytes));
-    if (c.mask_factor) v *= get(c.mask_factor + channel);
-    v = where(bits, v);
+// What happens to a vector of output channels, channel by channel and pixel by pixel. What a convolution does not ask for costs
+// nothing: the three cases are template arguments, and a missing bias or factor is a vector of its neutral element.
+template <bool kMasked, bool kResidual, bool kZ>
+class Epilogue {
+ public:
+  // For `count` channels from `channel` of one image.
+  Epilogue(const Conv& c, int64_t image, int channel, int count)
+      : c_(c), channel_(channel), count_(count), whole_(count == kLanes), mask_bytes_((c.out_channels + 7) / 8) {
+    if (c.bias) bias_ += get(c.bias + channel);
+    if (c.image_bias) bias_ += get(c.image_bias + image * c.image_bias_image + channel);
+    if (kMasked) factor_ = c.mask_factor ? get(c.mask_factor + channel) : broadcast(1.0f);
+    if (kZ) {
+      z_multiply_ = c.z_multiply ? get(c.z_multiply + channel) : broadcast(1.0f);
+      if (c.z_add) z_add_ = get(c.z_add + channel);
+    }
   }
-  if (c.residual) v = fma(broadcast(c.residual_factor), get(c.residual + pixel * c.residual_pixel + channel), v);
-  if (c.scale != 1.0f) v *= broadcast(c.scale);
-  auto put = [count](float* to, Vector value) { kWhole ? store(to, value) : store_some(to, value, count); };
-  if (c.y) put(c.y + pixel * c.y_pixel + channel, v);
-  if (!c.z) return;
-  if (c.z_multiply) v *= get(c.z_multiply + channel);
-  if (c.z_add) v += get(c.z_add + channel);
-  if (c.z_slopes) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, c.z_slopes + mask_byte, static_cast<size_t>(bytes));
-    put(c.z + pixel * c.z_pixel + channel, where(bits, v));
-    return;
-  }
-  if (c.z_mask) {
-    uint32_t bits = positive(v);
-    if (!kWhole) bits &= (1u << count) - 1u;
-    std::memcpy(c.z_mask + mask_byte, &bits, static_cast<size_t>(bytes));
-  }
-  if (c.z_activation == kRelu) v = relu(v);
-  if (c.z_activation == kSilu) v *= sigmoid(v);
-  put(c.z + pixel * c.z_pixel + channel, v);
-}
 
-inline void finish(const Conv& c, Vector v, int64_t pixel, int64_t image, int channel) {
-  const int count = c.out_channels - channel;
-  if (count >= kLanes)
-    finish<true>(c, v, pixel, image, channel, kLanes);
-  else if (count > 0)
-    finish<false>(c, v, pixel, image, channel, count);
-}
+  void operator()(Vector v, int64_t pixel) const {
+    v += bias_;
+    if (kMasked) v = where(get_bits(c_.mask, pixel), v * factor_);
+    if (kResidual) v = fma(broadcast(c_.residual_factor), get(c_.residual + pixel * c_.residual_pixel + channel_), v);
+    v *= broadcast(c_.scale);
+    if (!kZ || c_.y) put(c_.y + pixel * c_.y_pixel + channel_, v);
+    if (!kZ) return;
+    v = v * z_multiply_ + z_add_;
+    float* const z = c_.z + pixel * c_.z_pixel + channel_;
+    if (c_.z_slopes) return put(z, where(get_bits(c_.z_slopes, pixel), v));
+    if (c_.z_mask) put_bits(c_.z_mask, pixel, positive(v));
+    if (c_.z_activation == kRelu) v = relu(v);
+    if (c_.z_activation == kSilu) v *= sigmoid(v);
+    put(z, v);
+  }
 
-template <int kTile>
-void transform_output(const Conv& c, const ConvShape& s, const float* m, int64_t image, int tile_row, int channel, int end) {
+ private:
+  Vector get(const float* from) const { return whole_ ? load(from) : load_some(from, count_); }
+  void put(float* to, Vector v) const { whole_ ? store(to, v) : store_some(to, v, count_); }
+  uint32_t get_bits(const uint8_t* mask, int64_t pixel) const {
+    uint32_t bits = 0;
+    std::memcpy(&bits, mask + pixel * mask_bytes_ + channel_ / 8, static_cast<size_t>((count_ + 7) / 8));
+    return bits;
+  }
+  void put_bits(uint8_t* mask, int64_t pixel, uint32_t bits) const {
+    bits &= static_cast<uint32_t>((uint64_t{1} << count_) - 1);
+    std::memcpy(mask + pixel * mask_bytes_ + channel_ / 8, &bits, static_cast<size_t>((count_ + 7) / 8));
+  }
+
+  const Conv& c_;
+  const int channel_, count_;
+  const bool whole_;
+  const int64_t mask_bytes_;
+  Vector bias_ = {}, factor_ = {}, z_multiply_ = {}, z_add_ = {};
+};
+
+template <int kTile, typename Finish>
+void transform_tile(const Conv& c, const ConvShape& s, const float* m, int64_t image, int tile_row, int column,
+                    const Finish& finish) {
   constexpr int kSize = Winograd<kTile>::kSize;
+  Vector half[kSize][kTile];
+#pragma GCC unroll 8
+  for (int j = 0; j < kSize; ++j) {
+    Vector products[kSize];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSize; ++i) products[i] = load(m + (i * kSize + j) * s.m_stride);
+    Winograd<kTile>::output(products, half[j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) {
+    const int row = tile_row * kTile + i;
+    if (row >= c.out_height) break;
+    Vector products[kSize], y[kTile];
+#pragma GCC unroll 8
+    for (int j = 0; j < kSize; ++j) products[j] = half[j][i];
+    Winograd<kTile>::output(products, y);
+    const int64_t pixel = (image * c.out_height + row) * c.out_width + column * kTile;
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j)
+      if (column * kTile + j < c.out_width) finish(y[j], pixel + j);
+  }
+}
+
+// From M to the output: one row of tiles, channels from `channel` to `end`.
+template <int kTile, bool kMasked, bool kResidual, bool kZ>
+void write_output(const Conv& c, const ConvShape& s, const float* m, int64_t image, int tile_row, int channel, int end) {
   for (int column = 0; column < s.tile_columns; ++column) {
     for (int k = channel; k < end; k += kLanes) {
-      const float* from = m + column * s.padded_out + k;
-      Vector half[kSize][kTile];
-#pragma GCC unroll 8
-      for (int j = 0; j < kSize; ++j) {
-        Vector products[kSize];
-#pragma GCC unroll 8
-        for (int i = 0; i < kSize; ++i) products[i] = load(from + (i * kSize + j) * s.m_stride);
-        Winograd<kTile>::output(products, half[j]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) {
-        const int row = tile_row * kTile + i;
-        if (row >= c.out_height) break;
-        Vector products[kSize], y[kTile];
-#pragma GCC unroll 8
-        for (int j = 0; j < kSize; ++j) products[j] = half[j][i];
-        Winograd<kTile>::output(products, y);
-        const int64_t pixel = (image * c.out_height + row) * c.out_width + column * kTile;
-#pragma GCC unroll 8
-        for (int j = 0; j < kTile; ++j)
-          if (column * kTile + j < c.out_width) finish(c, y[j], pixel + j, image, k);
-      }
+      const Epilogue<kMasked, kResidual, kZ> finish(c, image, k, std::min(kLanes, end - k));
+      const float* const from = m + column * s.padded_out + k;
+      if constexpr (kTile == 1)
+        finish(load(from), (image * c.out_height + tile_row) * c.out_width + column);
+      else
+        transform_tile<kTile>(c, s, from, image, tile_row, column, finish);
     }
   }
 }
 
-inline void copy_output(const Conv& c, const ConvShape& s, const float* m, int64_t image, int row, int channel, int end) {
-  const int64_t pixel = (image * c.out_height + row) * c.out_width;
-  for (int column = 0; column < c.out_width; ++column)
-    for (int k = channel; k < end; k += kLanes) finish(c, load(m + column * s.padded_out + k), pixel + column, image, k);
+using WriteOutput = void (*)(const Conv&, const ConvShape&, const float*, int64_t, int, int, int);
+
+template <int kTile>
+WriteOutput choose_output(const Conv& c) {
+  static constexpr WriteOutput table[] = {
+      write_output<kTile, false, false, false>, write_output<kTile, false, false, true>, write_output<kTile, false, true, false>,
+      write_output<kTile, false, true, true>,   write_output<kTile, true, false, false>, write_output<kTile, true, false, true>,
+      write_output<kTile, true, true, false>,   write_output<kTile, true, true, true>};
+  return table[4 * (c.mask != nullptr) + 2 * (c.residual != nullptr) + (c.z != nullptr)];
 }
 
 // --- all of it ------------------------------------------------------------------------------------------------------------------
 
-inline void run_conv(const Conv& c, const Team& team) {
+inline void run_conv(const Conv& c, Team& team) {
   const ConvShape s(c);
   float* const v = c.scratch;
   float* const m = v + s.products * s.v_stride;
-  float* const strip = m + s.products * s.m_stride + team.thread * s.strip_floats;
+  float* const strip = m + s.products * s.m_stride + team.thread() * s.strip_floats;
   const FillStrip fill = choose_fill(c);
+  const WriteOutput write = c.tile == 4 ? choose_output<4>(c) : c.tile == 2 ? choose_output<2>(c) : choose_output<1>(c);
   const int chunks = (c.channels + ConvShape::kStripChannels - 1) / ConvShape::kStripChannels;
   const int out_chunks = (c.out_channels + ConvShape::kStripChannels - 1) / ConvShape::kStripChannels;
   const int panels = static_cast<int>(s.padded_out / kPanel);
@@ -408,47 +437,38 @@ inline void run_conv(const Conv& c, const Team& team) {
   for (int64_t first = 0; first < rows; first += c.block_rows) {
     const int64_t last = std::min(rows, first + c.block_rows), tiles = (last - first) * s.tile_columns;
 
-    const auto inputs = team.share((last - first) * chunks);
-    for (int64_t item = inputs.begin; item < inputs.end; ++item) {
-      const int64_t row = first + item / chunks;
-      const int channel = static_cast<int>(item % chunks) * ConvShape::kStripChannels;
-      const int count = std::min(ConvShape::kStripChannels, c.channels - channel);
-      fill(c, s, static_cast<int>(row / s.tile_rows), static_cast<int>(row % s.tile_rows), channel, count, strip);
-      float* const to = v + (row - first) * s.tile_columns * s.depth + channel;
-      if (c.tile == 4)
-        transform_input<4>(c, s, strip, count, to);
-      else if (c.tile == 2)
-        transform_input<2>(c, s, strip, count, to);
-      else
-        gather_taps(c, s, strip, count, to);
+    if (!s.in_place) {
+      team.each((last - first) * chunks, [&](int64_t item) {
+        const int64_t row = first + item / chunks;
+        const int channel = static_cast<int>(item % chunks) * ConvShape::kStripChannels;
+        const int count = std::min(ConvShape::kStripChannels, c.channels - channel);
+        fill(c, s, static_cast<int>(row / s.tile_rows), static_cast<int>(row % s.tile_rows), channel, count, strip);
+        float* const to = v + (row - first) * s.tile_columns * s.depth + channel;
+        if (c.tile == 4)
+          transform_input<4>(c, s, strip, count, to);
+        else if (c.tile == 2)
+          transform_input<2>(c, s, strip, count, to);
+        else
+          gather_taps(c, s, strip, count, to);
+      });
     }
-    team.wait();
 
-    const auto products = team.share(static_cast<int64_t>(s.products) * panels);
-    for (int64_t item = products.begin; item < products.end; ++item) {
+    const float* const a = s.in_place ? c.x + first * c.out_width * c.x_pixel : v;
+    const int64_t a_row = s.in_place ? c.x_pixel : s.depth;
+    team.each(static_cast<int64_t>(s.products) * panels, [&](int64_t item) {
       const int64_t product = item / panels, panel = item % panels;
-      multiply_panel(v + product * s.v_stride, c.weights + item * s.depth * kPanel, s.depth, tiles,
+      multiply_panel(a + product * s.v_stride, a_row, c.weights + item * s.depth * kPanel, s.depth, tiles,
                      m + product * s.m_stride + panel * kPanel, s.padded_out);
-    }
-    team.wait();
+    });
 
-    const auto outputs = team.share((last - first) * out_chunks);
-    for (int64_t item = outputs.begin; item < outputs.end; ++item) {
-      const int64_t row = first + item / out_chunks, image = row / s.tile_rows;
+    team.each((last - first) * out_chunks, [&](int64_t item) {
+      const int64_t row = first + item / out_chunks;
       const int channel = static_cast<int>(item % out_chunks) * ConvShape::kStripChannels;
       const int end = std::min(channel + ConvShape::kStripChannels, c.out_channels);
-      const float* const from = m + (row - first) * s.tile_columns * s.padded_out;
-      const int tile_row = static_cast<int>(row % s.tile_rows);
-      if (c.tile == 4)
-        transform_output<4>(c, s, from, image, tile_row, channel, end);
-      else if (c.tile == 2)
-        transform_output<2>(c, s, from, image, tile_row, channel, end);
-      else
-        copy_output(c, s, from, image, tile_row, channel, end);
-    }
-    // The next block's input overwrites V, which nobody reads any more; its products overwrite M only after a barrier.
+      write(c, s, m + (row - first) * s.tile_columns * s.padded_out, row / s.tile_rows, static_cast<int>(row % s.tile_rows),
+            channel, end);
+    });
   }
-  team.wait();
 }
 
 // --- weights ---------------------------------------------------------------------------------------------------------------------
@@ -462,12 +482,11 @@ struct Pack {
 };
 
 template <int kTile>
-void pack_winograd(const Pack& p, const Team& team) {
+void pack_winograd(const Pack& p, Team& team) {
   constexpr int kSize = Winograd<kTile>::kSize;
   const int64_t depth = (p.channels + kLanes - 1) / kLanes * kLanes;
   const int64_t panels = (p.out_channels + kPanel - 1) / kPanel;
-  const auto share = team.share(panels * depth);
-  for (int64_t item = share.begin; item < share.end; ++item) {
+  team.each(panels * depth, [&](int64_t item) {
     const int64_t panel = item / depth, k = item % depth;
     float packed[kSize][kSize][kPanel] = {};
     const int lanes = static_cast<int>(std::min<int64_t>(kPanel, p.out_channels - panel * kPanel));
@@ -489,14 +508,13 @@ void pack_winograd(const Pack& p, const Team& team) {
     for (int i = 0; i < kSize; ++i)
       for (int j = 0; j < kSize; ++j)
         std::memcpy(p.to + (((i * kSize + j) * panels + panel) * depth + k) * kPanel, packed[i][j], sizeof packed[i][j]);
-  }
+  });
 }
 
-inline void pack_direct(const Pack& p, const Team& team) {
+inline void pack_direct(const Pack& p, Team& team) {
   const int64_t padded = (p.channels + kLanes - 1) / kLanes * kLanes, taps = p.kernel_height * p.kernel_width;
   const int64_t panels = (p.out_channels + kPanel - 1) / kPanel;
-  const auto share = team.share(panels);
-  for (int64_t panel = share.begin; panel < share.end; ++panel)
+  team.each(panels, [&](int64_t panel) {
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t k = 0; k < padded; ++k)
         for (int lane = 0; lane < kPanel; ++lane) {
@@ -505,6 +523,7 @@ inline void pack_direct(const Pack& p, const Team& team) {
           p.to[((panel * taps + tap) * padded + k) * kPanel + lane] =
               inside ? p.weights[out * p.out_stride + k * p.in_stride + (p.flip ? taps - 1 - tap : tap)] : 0.0f;
         }
+  });
 }
 
 }  // namespace coupfast

@@ -9,7 +9,7 @@ namespace coupfast {
 
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
-// Lane l works on block kBlockOf[l] of kLanes blocks: unpacking works within 128 bits, and so leaves the blocks in order.
+// Which of kLanes blocks a lane works on: unpacking stays within 128 bits, and so puts these in order.
 constexpr int block_of(int lane) { return lane % 4 * (kLanes / 4) + lane / 4; }
 
 // High and low words of the 64-bit products.
@@ -88,8 +88,8 @@ inline void box_muller(Words w0, Words w1, Vector* z0, Vector* z1) {
   const Vector c = (((y2 * kCos[3] + kCos[2]) * y2 + kCos[1]) * y2 + kCos[0]) * y2 + 1.0f;
   const Integers swap = (quadrant & 1) != 0;
   const Vector cosine = swap ? s : c, sine = swap ? c : s;
-  *z0 = radius * (Vector)((Integers)cosine ^ (((quadrant + 1) & 2) << 30));  // bit 1 to the sign's place
-  *z1 = radius * (Vector)((Integers)sine ^ ((quadrant & 2) << 30));
+  *z0 = radius * (Vector)((Words)cosine ^ ((Words)(quadrant + 1) & 2) << 30);  // bit 1 to the sign's place
+  *z1 = radius * (Vector)((Words)sine ^ ((Words)quadrant & 2) << 30);
 }
 
 // to[4 block_of(l) + i] = z[i][l]
@@ -116,7 +116,7 @@ inline void store_blocks(float* to, const Vector (&z)[4]) {
 
 struct GuidedStep {
   int64_t batch, channels, pixels;
-  int64_t x_pixel, eps_pixel, guidance_pixel, y_pixel;  // floats to the next pixel: `channels` if channels-last, else 1
+  int64_t x_pixel, eps_pixel, guidance_pixel, y_pixel;  // floats to the next pixel: `channels` if channels-last, else 1; as y's if absent
   uint64_t seed;
   int64_t step;  // of the noise, in [0, 2^32)
   float a, b, c, d;
@@ -128,76 +128,78 @@ struct GuidedStep {
   float* y;               // may be one of those read
 };
 
-inline void run_guided_step(const GuidedStep& p, const Team& team) {
-  constexpr int64_t kTile = 256;  // elements at a time: whole groups of blocks, and a row of buffers that stays in L1
+inline void run_guided_step(const GuidedStep& p, Team& team) {
+  constexpr int64_t kTile = 256;  // pixels at a time: whole groups of blocks, and few enough that y stays in L1 for its noise
   constexpr int64_t kGroup = 4 * kLanes;
   Words lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<uint32_t>(block_of(l));
 
-  // All row-major: an image is one row of elements.
-  const bool flat = p.x_pixel == 1 && p.eps_pixel == 1 && p.guidance_pixel == 1 && p.y_pixel == 1;
+  // Where all lie alike, an image is one row of floats to all but the noise, which counts (channel, row, column).
+  const bool alike = p.x_pixel == p.y_pixel && p.eps_pixel == p.y_pixel && p.guidance_pixel == p.y_pixel;
+  const bool flat = alike && (p.y_pixel == 1 || !p.ids);
   const int64_t channels = flat ? 1 : p.channels, pixels = flat ? p.channels * p.pixels : p.pixels;
   const int64_t tiles = (pixels + kTile - 1) / kTile;
-  float normals[kTile + kGroup], xs[kTile], eps_hats[kTile], guidances[kTile], ys[kTile];
 
-  const auto range = team.share(p.batch * tiles);
-  for (int64_t item = range.begin; item < range.end; ++item) {
+  team.each(p.batch * tiles, [&](int64_t item) {
     const int64_t image = item / tiles, first = item % tiles * kTile, count = std::min(kTile, pixels - first);
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      const auto offset = [&](int64_t pixel) {
-        return image * channels * pixels + (pixel == 1 ? channel * pixels + first : first * pixel + channel);
-      };
-      // A tensor's part of the tile, side by side.
-      const auto row = [&](const float* from, int64_t pixel, float* buffer) {
-        from += offset(pixel);
-        if (pixel == 1) return from;
-        for (int64_t i = 0; i < count; ++i) buffer[i] = from[i * pixel];
-        return static_cast<const float*>(buffer);
-      };
+    const int64_t start = image * channels * pixels;
+    const auto offset = [=](int64_t channel, int64_t pixel) {
+      return start + (pixel == 1 || flat ? channel * pixels + first : first * pixel + channel);
+    };
 
-      const int64_t element = channel * pixels + first;
-      const float* const z = normals + element % 4;
-      if (p.ids) {
-        const Words step = Words{} + static_cast<uint32_t>(p.step), id = Words{} + static_cast<uint32_t>(p.ids[image]),
-                    draw = Words{} + static_cast<uint32_t>(p.draw[image]);
-        Words block = lane + static_cast<uint32_t>(element / 4);
-        for (int64_t i = 0; i < element % 4 + count; i += kGroup, block += static_cast<uint32_t>(kLanes)) {
-          Words w[4] = {block, step, draw, id};
-          philox(w, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
-          Vector made[4];
-          box_muller(w[0], w[1], &made[0], &made[1]);
-          box_muller(w[2], w[3], &made[2], &made[3]);
-          store_blocks(normals + i, made);
-        }
+    if (p.x && alike) {
+      const int64_t from = start + first * channels, floats = count * channels;
+      for (int64_t i = 0; i < floats; i += kLanes) {
+        const int lanes = static_cast<int>(std::min<int64_t>(kLanes, floats - i));
+        const auto get = [=](const float* tensor) {
+          return lanes == kLanes ? load(tensor + from + i) : load_some(tensor + from + i, lanes);
+        };
+        Vector y = p.a * get(p.x);
+        y = y + p.b * get(p.eps_hat);
+        if (p.guidance) y = y + p.c * get(p.guidance);
+        if (lanes == kLanes)
+          store(p.y + from + i, y);
+        else
+          store_some(p.y + from + i, y, lanes);
       }
-
-      float* const to = p.y_pixel == 1 ? p.y + offset(1) : ys;
-      if (p.x) {
-        const float* const x = row(p.x, p.x_pixel, xs);
-        const float* const eps_hat = row(p.eps_hat, p.eps_pixel, eps_hats);
-        const float* const guidance = p.guidance ? row(p.guidance, p.guidance_pixel, guidances) : nullptr;
-        for (int64_t i = 0; i < count; i += kLanes) {
-          const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - i));
-          const auto get = [i, lanes](const float* from) { return lanes == kLanes ? load(from + i) : load_some(from + i, lanes); };
-          Vector y = p.a * get(x);
-          y = y + p.b * get(eps_hat);
-          if (guidance) y = y + p.c * get(guidance);
-          if (p.ids) y = y + p.d * load(z + i);
-          if (lanes == kLanes)
-            store(to + i, y);
-          else
-            store_some(to + i, y, lanes);
+    } else if (p.x) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const int64_t x = offset(channel, p.x_pixel), eps = offset(channel, p.eps_pixel);
+        const int64_t guidance = offset(channel, p.guidance_pixel), to = offset(channel, p.y_pixel);
+        for (int64_t i = 0; i < count; ++i) {
+          float y = p.a * p.x[x + i * p.x_pixel];
+          y = y + p.b * p.eps_hat[eps + i * p.eps_pixel];
+          if (p.guidance) y = y + p.c * p.guidance[guidance + i * p.guidance_pixel];
+          p.y[to + i * p.y_pixel] = y;
         }
-      } else {
-        std::memcpy(to, z, sizeof(float) * static_cast<size_t>(count));
-      }
-      if (p.y_pixel != 1) {
-        float* const y = p.y + offset(p.y_pixel);
-        for (int64_t i = 0; i < count; ++i) y[i * p.y_pixel] = ys[i];
       }
     }
-  }
-  team.wait();
+
+    for (int64_t channel = 0; p.ids && channel < channels; ++channel) {
+      const Words step = Words{} + static_cast<uint32_t>(p.step), draw = Words{} + static_cast<uint32_t>(p.draw[image]),
+                  id = Words{} + static_cast<uint32_t>(p.ids[image]);
+      const int64_t element = channel * pixels + first, skipped = element % 4;
+      Words block = lane + static_cast<uint32_t>(element / 4);
+      float normals[kTile + kGroup];
+      for (int64_t i = 0; i < skipped + count; i += kGroup) {
+        Words w[4] = {block, step, draw, id};
+        philox(w, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
+        Vector z[4];
+        box_muller(w[0], w[1], &z[0], &z[1]);
+        box_muller(w[2], w[3], &z[2], &z[3]);
+        store_blocks(normals + i, z);
+        block += static_cast<uint32_t>(kLanes);
+      }
+      const float* const z = normals + skipped;
+      float* const y = p.y + offset(channel, p.y_pixel);
+      if (!p.x)
+        for (int64_t i = 0; i < count; ++i) y[i * p.y_pixel] = z[i];
+      else if (p.y_pixel == 1)
+        for (int64_t i = 0; i < count; ++i) y[i] = y[i] + p.d * z[i];
+      else
+        for (int64_t i = 0; i < count; ++i) y[i * p.y_pixel] = y[i * p.y_pixel] + p.d * z[i];
+    }
+  });
 }
 
 }  // namespace coupfast

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "conv.h"
+#include "guided_step.h"
 #include "norm.h"
 #include "parallel.h"
 #include "vector.h"
@@ -19,19 +20,21 @@ int (*g_threads)() = nullptr;
 
 template <typename Body>
 void on_threads(int threads, const Body& body) {
-  Barrier barrier;
+  Schedule schedule;
   if (threads <= 1 || !g_parallel) {
-    body(Team{0, 1, &barrier});
+    Team alone(0, 1, &schedule);
+    body(alone);
     return;
   }
   struct Call {
     const Body& body;
-    Barrier& barrier;
-  } call{body, barrier};
+    Schedule& schedule;
+  } call{body, schedule};
   g_parallel(
       [](void* data) {
         Call& c = *static_cast<Call*>(data);
-        c.body(Team{g_thread(), g_threads(), &c.barrier});
+        Team team(g_thread(), g_threads(), &c.schedule);
+        c.body(team);
       },
       &call, static_cast<unsigned>(threads), 0);
 }
@@ -41,15 +44,16 @@ struct Operation {
   int64_t kind;
   const void* parameters;
 };
-enum Kind : int64_t { kConv = 0, kGroupNormAffine = 1, kGroupNormVjp = 2, kSum = 3, kMasked = 4 };
+enum Kind : int64_t { kConv = 0, kGroupNormAffine = 1, kGroupNormVjp = 2, kSum = 3, kMasked = 4, kGuidedStep = 5 };
 
-void run(const Operation& operation, const Team& team) {
+void run(const Operation& operation, Team& team) {
   switch (operation.kind) {
     case kConv: return run_conv(*static_cast<const Conv*>(operation.parameters), team);
     case kGroupNormAffine: return run_group_norm_affine(*static_cast<const GroupNormAffine*>(operation.parameters), team);
     case kGroupNormVjp: return run_group_norm_vjp(*static_cast<const GroupNormVjp*>(operation.parameters), team);
     case kSum: return run_sum(*static_cast<const Sum*>(operation.parameters), team);
     case kMasked: return run_masked(*static_cast<const Masked*>(operation.parameters), team);
+    case kGuidedStep: return run_guided_step(*static_cast<const GuidedStep*>(operation.parameters), team);
   }
 }
 
@@ -75,7 +79,7 @@ int64_t coupfast_packed_floats(const Pack* pack) {
 }
 
 void coupfast_pack(const Pack* pack, int threads) {
-  on_threads(threads, [pack](const Team& team) {
+  on_threads(threads, [pack](Team& team) {
     if (pack->tile == 4)
       pack_winograd<4>(*pack, team);
     else if (pack->tile == 2)
@@ -87,7 +91,7 @@ void coupfast_pack(const Pack* pack, int threads) {
 
 // Operations one after another, in one parallel region.
 void coupfast_run(const Operation* operations, int64_t count, int threads) {
-  on_threads(threads, [operations, count](const Team& team) {
+  on_threads(threads, [operations, count](Team& team) {
     for (int64_t i = 0; i < count; ++i) run(operations[i], team);
   });
 }

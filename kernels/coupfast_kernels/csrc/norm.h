@@ -35,12 +35,11 @@ struct GroupNormAffine {
   float* inverse;  // 1 / std
 };
 
-inline void run_group_norm_affine(const GroupNormAffine& p, const Team& team) {
+inline void run_group_norm_affine(const GroupNormAffine& p, Team& team) {
   constexpr int64_t kBlock = 32;  // pixels summed in float32 before double precision takes over
   const GroupShare share(p.channels, p.groups);
-  const auto range = team.share(static_cast<int64_t>(p.batch) * share.items);
   std::vector<double> sums(2 * static_cast<size_t>(share.per_item) * share.group + 2 * kLanes);
-  for (int64_t item = range.begin; item < range.end; ++item) {
+  team.each(static_cast<int64_t>(p.batch) * share.items, [&](int64_t item) {
     const int64_t image = item / share.items;
     const int first_group = static_cast<int>(item % share.items) * share.per_item;
     const int groups = std::min(share.per_item, p.groups - first_group);
@@ -85,8 +84,7 @@ inline void run_group_norm_affine(const GroupNormAffine& p, const Team& team) {
         p.inverse[at] = static_cast<float>(inverse);
       }
     }
-  }
-  team.wait();
+  });
 }
 
 // The transpose of activation(GroupNorm(x)) applied to `dh`, plus residual_factor * residual.
@@ -102,17 +100,18 @@ struct GroupNormVjp {
   const float* inverse;
   const float* dh;
   const float* residual;  // or null
-  float* dx;              // may be dh
+  float* dx;              // may be dh; not residual
 };
 
-inline void run_group_norm_vjp(const GroupNormVjp& p, const Team& team) {
+inline void put(float* to, Vector v, int lanes) { lanes == kLanes ? store(to, v) : store_some(to, v, lanes); }
+
+inline void run_group_norm_vjp(const GroupNormVjp& p, Team& team) {
   constexpr int64_t kBlock = 32;
   const GroupShare share(p.channels, p.groups);
-  const auto range = team.share(static_cast<int64_t>(p.batch) * share.items);
   const size_t most = static_cast<size_t>(share.per_item) * share.group + kLanes;
   std::vector<double> sums(2 * most);
   std::vector<float> means(2 * most);
-  for (int64_t item = range.begin; item < range.end; ++item) {
+  team.each(static_cast<int64_t>(p.batch) * share.items, [&](int64_t item) {
     const int64_t image = item / share.items;
     const int first_group = static_cast<int>(item % share.items) * share.per_item;
     const int groups = std::min(share.per_item, p.groups - first_group);
@@ -141,6 +140,7 @@ inline void run_group_norm_vjp(const GroupNormVjp& p, const Team& team) {
         Vector sum = {}, product = {}, normalised;
         for (int64_t pixel = start; pixel < end; ++pixel) {
           const Vector d = gradient(image * p.pixels + pixel, k, lanes, &normalised);
+          put(p.dx + (image * p.pixels + pixel) * p.dx_pixel + first + k, d, lanes);  // for the second pass
           sum += d;
           product = fma(d, normalised, product);
         }
@@ -168,21 +168,17 @@ inline void run_group_norm_vjp(const GroupNormVjp& p, const Team& team) {
         const int lanes = std::min(kLanes, count - k);
         const bool whole = lanes == kLanes;
         const auto get = [whole, lanes](const float* from) { return whole ? load(from) : load_some(from, lanes); };
-        Vector normalised;
-        const Vector d = gradient(pixel, k, lanes, &normalised);
+        const Vector d = get(p.dx + pixel * p.dx_pixel + first + k);
+        const Vector normalised =
+            (get(p.x + pixel * p.x_pixel + first + k) - get(p.subtract + parameters + k)) * get(p.inverse + parameters + k);
         const Vector inner = d - get(means.data() + k) - normalised * get(means.data() + most + k);
         Vector dx = inner * get(p.inverse + parameters + k);
         if (p.residual)
           dx = fma(broadcast(p.residual_factor), get(p.residual + pixel * p.residual_pixel + first + k), dx);
-        float* to = p.dx + pixel * p.dx_pixel + first + k;
-        if (whole)
-          store(to, dx);
-        else
-          store_some(to, dx, lanes);
+        put(p.dx + pixel * p.dx_pixel + first + k, dx, lanes);
       }
     }
-  }
-  team.wait();
+  });
 }
 
 // y = factor_a * a + factor_b * b.
@@ -194,17 +190,15 @@ struct Sum {
   float* y;        // may be a or b
 };
 
-inline void run_sum(const Sum& p, const Team& team) {
-  const auto range = team.share(p.pixels);
-  for (int64_t pixel = range.begin; pixel < range.end; ++pixel) {
+inline void run_sum(const Sum& p, Team& team) {
+  team.each(p.pixels, [&](int64_t pixel) {
     for (int64_t k = 0; k < p.channels; k += kLanes) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, p.channels - k));
       Vector v = broadcast(p.factor_a) * load_some(p.a + pixel * p.a_pixel + k, lanes);
       if (p.b) v = fma(broadcast(p.factor_b), load_some(p.b + pixel * p.b_pixel + k, lanes), v);
       store_some(p.y + pixel * p.y_pixel + k, v, lanes);
     }
-  }
-  team.wait();
+  });
 }
 
 // y = multiply * d where the mask's bit is set, else zero; plus residual_factor * residual.
@@ -218,9 +212,8 @@ struct Masked {
   float* y;
 };
 
-inline void run_masked(const Masked& p, const Team& team) {
-  const auto range = team.share(p.pixels);
-  for (int64_t pixel = range.begin; pixel < range.end; ++pixel) {
+inline void run_masked(const Masked& p, Team& team) {
+  team.each(p.pixels, [&](int64_t pixel) {
     for (int64_t k = 0; k < p.channels; k += kLanes) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, p.channels - k));
       uint32_t bits = 0;
@@ -231,8 +224,7 @@ inline void run_masked(const Masked& p, const Team& team) {
       if (p.residual) v = fma(broadcast(p.residual_factor), load_some(p.residual + pixel * p.residual_pixel + k, lanes), v);
       store_some(p.y + pixel * p.y_pixel + k, v, lanes);
     }
-  }
-  team.wait();
+  });
 }
 
 }  // namespace coupfast
