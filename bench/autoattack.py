@@ -182,8 +182,8 @@ def _line(row: dict[str, Any]) -> str:
     low, high = row["robust_majority_wilson_95"]
     average, worst, majority = (100 * row[f"robust_{name}"] for name in ("average", "worst", "majority"))
     return (
-        f"{row['contender']:17} {row['engine']:9} {row['seconds']:.4g} s{ratio}  {row['images']} images, EOT {row['eot_iter']}; "
-        f"robust: average {average:.1f} %, worst of {row['draws']} {worst:.1f} %, majority {majority:.1f} % "
+        f"{row['contender']:17} {row['engine']:9} {row['seconds']:.4g} s{ratio}  {row['images']} images, EOT "
+        f"{row['eot_iter']}; robust: average {average:.1f} %, worst of {row['draws']} {worst:.1f} %, majority {majority:.1f} % "
         f"[{100 * low:.0f}, {100 * high:.0f}]{equal}{scaled}"
     )
 
