@@ -1,5 +1,5 @@
-// One guided step, its noise made in registers: y = a x + b eps_hat + c guidance + d z, in the bits of guided_step.py and noise.py.
-// Nothing here may call fma: the definitions round every product and every sum.
+// One guided step with its noise: y = a x + b eps_hat + c guidance + d z, in the bits of guided_step.py and noise.py. Nothing here
+// may call fma: the definitions round every product and every sum.
 #pragma once
 
 #include "parallel.h"
@@ -116,7 +116,8 @@ inline void store_blocks(float* to, const Vector (&z)[4]) {
 
 struct GuidedStep {
   int64_t batch, channels, pixels;
-  int64_t x_pixel, eps_pixel, guidance_pixel, y_pixel;  // floats to the next pixel: `channels` if channels-last, else 1; as y's if absent
+  // Floats from a pixel to the next: `channels` if channels-last, else 1. As y's where there is no tensor.
+  int64_t x_pixel, eps_pixel, guidance_pixel, y_pixel;
   uint64_t seed;
   int64_t step;  // of the noise, in [0, 2^32)
   float a, b, c, d;

@@ -1,0 +1,186 @@
+"""`guided_step_ref` with `standard_normal_ref` made inside, on a CPU in one pass: the bits of both, on any number of threads.
+
+    y = a x + b eps_hat + c guidance + d z,      z = standard_normal_ref(...)
+
+The C++ side is `csrc/guided_step.h`. Its structure holds coefficients, seed and step by value, to be set before each run: one
+structure serves every step, alone or among the `convolution.Operations` of a network.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from coupfast_kernels.convolution import GuidedStep, Operations
+
+
+def guided_step_cpu(
+    x: torch.Tensor,
+    eps_hat: torch.Tensor,
+    g: torch.Tensor | None,
+    row: tuple[float, float, float, float],
+    *,
+    seed: int | None,
+    ids: torch.Tensor | None = None,
+    draw: torch.Tensor | int = 0,
+    step: int = 0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fused `guided_step_ref`, with z = `standard_normal_ref` made inside; equal bits.
+
+    Args:
+        x, eps_hat: State and predicted noise (adjoint: v and J_εᵀv): float32, shape (batch, …), each contiguous or
+            channels_last, whatever the others are. The noise counts elements as (channel, row, column) in either format.
+        g: Guidance gradient (adjoint: Hv), like `x`; None leaves the term out.
+        row: (a, b, c, d), rounded once to float32.
+        seed: In [0, 2⁶⁴). None, with `ids` None, leaves the noise out.
+        ids: Image ids in [0, 2³²), int64, shape (batch,).
+        draw: Draw index in [0, 2³²): an int, or int64 of shape (batch,).
+        step: Step index in [0, 2³²).
+        out: Where to write; may be `x`, `eps_hat` or `g`. A new tensor like `x` if None.
+
+    Returns:
+        a x + b eps_hat + c g + d z, in `out` if given. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit.
+        native.NativeUnavailable: if the C++ kernels cannot be built here.
+    """
+    if (seed is None) != (ids is None):
+        raise ValueError(f"noise needs `seed` and `ids`, no noise neither; `{'seed' if seed is None else 'ids'}` is missing")
+    y = torch.empty_like(x) if out is None else out
+    draws = None if ids is None else _draws(draw, len(x))
+    structure = guided_step_structure(y, x, eps_hat, g, ids=ids, draw=draws)
+    structure.a, structure.b, structure.c, structure.d = row
+    if seed is not None:
+        structure.seed, structure.step = _seed_and_step(seed, step)
+    Operations([structure]).run(torch.get_num_threads())
+    return y
+
+
+def standard_normal_cpu(
+    shape: tuple[int, ...], *, seed: int, ids: torch.Tensor, draw: torch.Tensor | int, step: int
+) -> torch.Tensor:
+    """Fused `standard_normal_ref`; equal bits.
+
+    Args:
+        shape: (batch, …).
+        seed, ids, draw, step: As for `guided_step_cpu`.
+
+    Returns:
+        Standard normal noise, contiguous float32.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit.
+        native.NativeUnavailable: if the C++ kernels cannot be built here.
+    """
+    z = torch.empty(shape, dtype=torch.float32)
+    structure = guided_step_structure(z, None, None, None, ids=ids, draw=_draws(draw, len(z) if shape else 0))
+    structure.seed, structure.step = _seed_and_step(seed, step)
+    Operations([structure]).run(torch.get_num_threads())
+    return z
+
+
+def guided_step_structure(
+    y: torch.Tensor,
+    x: torch.Tensor | None,
+    eps_hat: torch.Tensor | None,
+    g: torch.Tensor | None,
+    *,
+    ids: torch.Tensor | None,
+    draw: torch.Tensor | None,
+) -> ctypes.Structure:
+    """The step as `convolution.Operations` takes it.
+
+    Its fields `a`, `b`, `c`, `d`, `seed` and `step` are zero: set them before each run. What `ids` and `draw` hold may change
+    between runs, too. The caller keeps the tensors, and with them the memory, alive.
+
+    Args:
+        y: Where to write; may be one of those read.
+        x, eps_hat, g: As for `guided_step_cpu`. Without `x` and `eps_hat`, y = z.
+        ids, draw: int64, shape (batch,), in [0, 2³²); both None leave the noise out.
+
+    Raises:
+        ValueError, TypeError: for tensors that do not fit each other.
+    """
+    images = {"out": y, "x": x, "eps_hat": eps_hat, "g": g}
+    given = {name: tensor for name, tensor in images.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise TypeError(f"guided steps in C++ take float32 on the CPU, `{name}` is {tensor.dtype} on {tensor.device}")
+        if tensor.shape != y.shape:
+            raise ValueError(f"`out` is {tuple(y.shape)}, `{name}` is {tuple(tensor.shape)}; all images have one shape")
+        if tensor is not y and _overlap(tensor, y) and (tensor.data_ptr(), tensor.stride()) != (y.data_ptr(), y.stride()):
+            raise ValueError(f"`out` overlaps `{name}`; it may be `{name}` itself, or must lie elsewhere")
+    if (x is None) != (eps_hat is None) or (x is None and (g is not None or ids is None)):
+        raise ValueError("a step needs `x` and `eps_hat`, noise alone needs `ids` and `draw` and no image")
+    if y.dim() < 1 or math.prod(y.shape[1:]) >= 2**34:
+        raise ValueError(f"images have shape (batch, …) with fewer than 2**34 elements each, got {tuple(y.shape)}")
+    if (ids is None) != (draw is None):
+        raise ValueError(f"noise needs `ids` and `draw`; `{'ids' if ids is None else 'draw'}` is missing")
+    for name, words in {"ids": ids, "draw": draw}.items():
+        if words is not None:
+            _check_words(name, words, len(y))
+
+    channels = y.shape[1] if y.dim() == 4 else 1
+    pixel = {name: _pixel(name, tensor) for name, tensor in given.items()}
+    address = {name: tensor.data_ptr() for name, tensor in given.items()}
+    return GuidedStep(
+        batch=len(y),
+        channels=channels,
+        pixels=math.prod(y.shape[1:]) // max(channels, 1),
+        x_pixel=pixel.get("x", pixel["out"]),
+        eps_pixel=pixel.get("eps_hat", pixel["out"]),
+        guidance_pixel=pixel.get("g", pixel["out"]),
+        y_pixel=pixel["out"],
+        x=address.get("x"),
+        eps_hat=address.get("eps_hat"),
+        guidance=address.get("g"),
+        ids=None if ids is None else ids.data_ptr(),
+        draw=None if draw is None else draw.data_ptr(),
+        y=address["out"],
+    )
+
+
+def _pixel(name: str, tensor: torch.Tensor) -> int:
+    """Floats from one pixel to the next."""
+    if tensor.is_contiguous():
+        return 1
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.shape[1]
+    raise ValueError(
+        f"`{name}` must be contiguous or channels_last, got shape {tuple(tensor.shape)} with strides {tensor.stride()}; "
+        "`.contiguous()` makes a copy that is"
+    )
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether dense tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
+def _draws(draw: torch.Tensor | int, batch: int) -> torch.Tensor:
+    if isinstance(draw, torch.Tensor):
+        return draw
+    if not 0 <= draw < 2**32:
+        raise ValueError(f"`draw` is in [0, 2**32), got {draw}")
+    return torch.full((batch,), draw, dtype=torch.int64)
+
+
+def _seed_and_step(seed: int, step: int) -> tuple[int, int]:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"`seed` is in [0, 2**64), got {seed}")
+    if not 0 <= step < 2**32:
+        raise ValueError(f"`step` is in [0, 2**32), got {step}")
+    return seed, step  # ctypes keeps the low 64 bits of a seed, which is all of it
+
+
+def _check_words(name: str, words: torch.Tensor, batch: int) -> None:
+    if words.dtype != torch.int64 or tuple(words.shape) != (batch,) or not words.is_contiguous() or words.device.type != "cpu":
+        found = f"{words.dtype} of shape {tuple(words.shape)} on {words.device}"
+        raise ValueError(f"`{name}` must be contiguous int64 of shape ({batch},) on the CPU, got {found}")
+    for word in words.tolist():
+        if not 0 <= word < 2**32:
+            raise ValueError(f"`{name}` are in [0, 2**32), got {word}")
