@@ -44,6 +44,7 @@ class Trace:
     """Operations in order, and the tensors that they found ready: parameters and buffers.
 
     `node.meta["val"]` is a tensor without data with the shape and dtype of the node's value at two images.
+    `node.meta["images"]` says where its images are: "first" (they are the first axis), "absent" (it has none) or "elsewhere".
     """
 
     operations: list[Operation]
@@ -169,5 +170,14 @@ def _for_any_batch(nodes: list[fx.Node], wider: list[fx.Node]) -> list[Operation
                 if not isinstance(leaf, int) or 3 * leaf != 2 * other_leaf:
                     raise unlike
                 leaves[index] = PerImage(leaf // 2)
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            node.meta["images"] = _images_axis(node.meta["val"].shape, other.meta["val"].shape)
         operations.append(Operation(node, leaves, spec, dead.get(node, [])))
     return operations
+
+
+def _images_axis(two: torch.Size, three: torch.Size) -> str:
+    """Where a value's images are, by its shapes at two and at three images."""
+    if two == three:
+        return "absent"
+    return "first" if two[1:] == three[1:] and (two[0], three[0]) == (2, 3) else "elsewhere"

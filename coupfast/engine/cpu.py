@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from coupfast.engine import Keep, Noise, StepMemory
+from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
 from coupfast.engine.cpu_program import NetworkProgram, WeightStore, Workspace
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.fusion import Convolution, FusedNetwork, fuse
 from coupfast.guidance import Guidance, Linearization, scaled_logits
 from coupfast.solvers import CoefficientTable
-from coupfast.tracing import trace
+from coupfast.tracing import Trace, trace
 from coupfast_kernels import convolution as kernels
 from coupfast_kernels import native
+from coupfast_kernels.cpu_guided_step import guided_step_cpu
 from coupfast_kernels.guided_step import guided_step_ref
 
 logger = logging.getLogger(__name__)
@@ -99,15 +102,17 @@ class CpuPrograms:
             self.linear_network = self.classifier_network
         self._time: dict[int, dict[fx.Node, torch.Tensor]] = {}
         self._programs: OrderedDict[tuple[int, int], CpuProgram] = OrderedDict()
+        self._lock = threading.Lock()
 
     def for_batch(self, batch: int) -> CpuProgram:
         key = (batch, torch.get_num_threads())
-        if key not in self._programs:
-            self._programs[key] = CpuProgram(self, *key)
-            while len(self._programs) > KEPT_BATCHES:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = CpuProgram(self, *key)
+                while len(self._programs) > KEPT_BATCHES:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end(key)
+            return self._programs[key]
 
     def memory(self, batch: int) -> StepMemory:
         """The programs' own memory, and what PyTorch's operations in between take of it, one image's in proportion."""
@@ -128,79 +133,96 @@ class CpuPrograms:
         """What step k's label alone decides in the score network, for one image; found once per step."""
         if k not in self._time:
             assert self.score_network is not None
-            network = self.score_network.network
-            values: dict[fx.Node, Any] = dict(network.constants)
-            if network.time is not None:
-                values[network.time] = self.eager.labels[k : k + 1]
-            with torch.no_grad():
-                for operation in network.time_operations:
-                    args, kwargs = operation.arguments(values, 1)
-                    values[operation.node] = operation.node.target(*args, **kwargs)  # type: ignore[operator]
-            self._time[k] = {node: values[node].clone() for node in network.time_values}
+            self._time[k] = self._time_values(self.score_network, k)
         return self._time[k]
 
+    def _time_values(self, planned: _Network, k: int) -> dict[fx.Node, torch.Tensor]:
+        network = planned.network
+        values: dict[fx.Node, Any] = dict(network.constants)
+        if network.time is not None:
+            values[network.time] = self.eager.labels[k].view(1)
+        with torch.no_grad():
+            for operation in network.time_operations:
+                args, kwargs = operation.arguments(values, 1)
+                values[operation.node] = operation.node.target(*args, **kwargs)  # type: ignore[operator]
+        return {node: values[node].clone() for node in network.time_values}
+
     def _fused_score(self) -> _Network | None:
-        channels, height, width = self.example.shape[1:]
-
         def arguments(batch: int) -> tuple[torch.Tensor, ...]:
-            return torch.zeros(batch, channels, height, width), self.eager.labels[:1].expand(batch).clone()
+            return self.example.new_zeros(batch, *self.example.shape[1:]), self.eager.labels[:1].expand(batch).clone()
 
+        def traced() -> Trace:
+            return trace(lambda x, labels: self.score(x, labels), arguments)
+
+        # The label that was not traced: one that was read behind the trace's back would show.
+        label = self.eager.labels[-1:]
+        return self._planned("score net", traced, lambda x: self.score(x, label), gradient_tolerance=1e-4)
+
+    def _fused_classifier(self, guidance: Guidance) -> _Network | None:
+        def logits(x: torch.Tensor) -> torch.Tensor:
+            return scaled_logits(guidance.classifier, x)
+
+        def traced() -> Trace:
+            if guidance.graph is not None:
+                return guidance.graph.traced
+            return trace(logits, lambda batch: (self.example.new_zeros(batch, *self.example.shape[1:]),))
+
+        # A ReLU within rounding of its kink may fall on either side, and one of a layer's many is that much of the gradient.
+        return self._planned("classifier", traced, logits, gradient_tolerance=3e-2)
+
+    def _planned(
+        self,
+        name: str,
+        traced: Callable[[], Trace],
+        function: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        gradient_tolerance: float,
+    ) -> _Network | None:
+        """The network fused, or None (and a warning) where it has to run in PyTorch."""
         try:
-            network = _Network(fuse(trace(lambda x, labels: self.score(x, labels), arguments)))
-        except Exception as error:  # a network may do anything in `forward`; PyTorch runs it then
-            logger.warning("the score net cannot be planned and runs in PyTorch (%s: %s)", type(error).__name__, error)
+            network = _Network(fuse(traced()))
+            agrees = self._agrees(network, function, gradient_tolerance)
+        except Exception as error:  # a network may do anything in `forward`
+            logger.warning("the %s cannot be planned and runs in PyTorch (%s: %s)", name, type(error).__name__, error)
             return None
-        self._time = {}
-        self.score_network = network
-        if not self._does_what_it_should(network):
-            logger.warning("the score net does not do what its trace does (hooks, state?) and runs in PyTorch")
+        if not agrees:
+            logger.warning("the %s does not do what its trace does (hooks, state?) and runs in PyTorch", name)
             return None
         return network
 
-    def _does_what_it_should(self, network: _Network) -> bool:
-        """Whether one random image gets the same value and the same transpose: a trace shows operations, not their gradients."""
+    def _agrees(self, network: _Network, function: Callable[[torch.Tensor], torch.Tensor], gradient_tolerance: float) -> bool:
+        """Whether one random image gets the same value and transpose: a trace shows operations, not their gradients."""
         generator = torch.Generator().manual_seed(0)
-        x = 2.0 * torch.rand(self.example.shape, generator=generator) - 1.0
-        v = torch.randn(self.example.shape, generator=generator)
+        x = 2.0 * torch.rand(self.example.shape, generator=generator, dtype=torch.float32) - 1.0
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
-            wanted = self.score(leaf, self.eager.labels[:1])
+            wanted = function(leaf)
+            v = torch.randn(wanted.shape, generator=generator, dtype=torch.float32)
             wanted_vjp = torch.autograd.grad(wanted, leaf, v)[0] if wanted.requires_grad else torch.zeros_like(x)
         program = NetworkProgram(network.network, 1, network.weights, backward=True, threads=torch.get_num_threads())
         workspace = Workspace()
         workspace.hold(program.arena_floats, program.scratch_floats)
         program.bind(workspace)
-        program.set_time(self.time_values(0))
+        program.set_time(self._time_values(network, -1))
         found = program.forward(x).clone()
         found_vjp = program.backward(v)
-        pairs = ((found, wanted.detach()), (found_vjp, wanted_vjp))
-        return all(bool((a - b).norm() <= 1e-4 * b.norm()) for a, b in pairs)
-
-    def _fused_classifier(self, guidance: Guidance) -> _Network | None:
-        if guidance.graph is not None:
-            return _Network(fuse(guidance.graph.traced))
-        shape = self.example.shape[1:]
-        try:
-            return _Network(
-                fuse(trace(lambda x: scaled_logits(guidance.classifier, x), lambda batch: (torch.zeros(batch, *shape),)))
-            )
-        except Exception as error:
-            logger.warning("the classifier cannot be planned and runs in PyTorch (%s: %s)", type(error).__name__, error)
-            return None
+        pairs = ((found, wanted.detach(), 1e-4), (found_vjp, wanted_vjp, gradient_tolerance))
+        return all(bool((a - b).norm() <= tolerance * b.norm()) for a, b, tolerance in pairs)
 
 
 class CpuProgram:
-    """Steps of one batch size on a number of threads."""
+    """Steps of one batch size on a number of threads. Python threads take turns: all steps run in one workspace."""
 
     def __init__(self, programs: CpuPrograms, batch: int, threads: int) -> None:
         self.programs, self.batch, self.threads = programs, batch, threads
         self.table = programs.table
         self.workspace = Workspace()
         self._networks: dict[str, NetworkProgram] = {}
+        self._turn = threading.Lock()
 
     def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
         row, programs = self.table.row(k), self.programs
-        with torch.no_grad():
+        with self._turn, torch.no_grad():
             if programs.score_network is None:
                 eps_hat = programs.score(x_k, programs.eager._label(k, x_k))
             else:
@@ -210,12 +232,11 @@ class CpuProgram:
             g, kept = None, _Kept()
             if programs.guidance is not None and row[2] != 0.0:
                 g, kept = self._guide(x_k, keep != "nothing" and programs.differentiate_guidance)
-            z = noise.z(k, x_k) if row[3] != 0.0 else None
-            return guided_step_ref(x_k, eps_hat, g, row, z), None if keep == "nothing" else kept
+            return self._move(k, x_k, eps_hat, g, noise), None if keep == "nothing" else kept
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
         row, programs = self.table.row(k), self.programs
-        with torch.no_grad():
+        with self._turn, torch.no_grad():
             w = None
             if programs.guidance is not None and row[2] != 0.0 and programs.differentiate_guidance:
                 w = self._hvp(x_k, v, saved or _Kept())
@@ -227,6 +248,15 @@ class CpuProgram:
                 network.forward(x_k)
                 u = network.backward(v)
             return guided_step_ref(v, u, w, row)
+
+    def _move(
+        self, k: int, x_k: torch.Tensor, eps_hat: torch.Tensor, g: torch.Tensor | None, noise: Noise
+    ) -> torch.Tensor:
+        """x_{k+1}; counted noise is made on the way."""
+        row = self.table.row(k)
+        if isinstance(noise, CounterNoise) and row[3] != 0.0:
+            return guided_step_cpu(x_k, eps_hat, g, row, seed=noise.seed, ids=noise.ids, draw=noise.draw, step=k)
+        return guided_step_ref(x_k, eps_hat, g, row, noise.z(k, x_k) if row[3] != 0.0 else None)
 
     def bytes(self, *, gradient: bool) -> int:
         """Workspace that the programs need."""

@@ -1,7 +1,7 @@
 """A fused network bound to a batch size and to memory: lists of kernel calls, forwards and backwards, without allocation.
 
-Every value has its place in one arena before anything runs; a place is used again as soon as its value has been read for the last
-time. Maps are channels last, so that a concatenation's parts are written side by side and a part of it can be read where it lies.
+Every value has its place in one arena before anything runs; a place is used again as soon as its value has been read for the
+last time. Maps are channels last, so that a concatenation's parts are written side by side and read where they lie.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class NetworkProgram:
         self._region_state: dict[Region, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self.region_slopes: list[Slope] = []
         self._time_values: dict[fx.Node, torch.Tensor] = {}
-        self._time_row = torch.zeros(sum(self._row_size(node) for node in self._image_biases()))
+        self._time_row = torch.zeros(sum(self._row_size(node) for node in self._image_biases()), dtype=torch.float32)
         self._producers = {conv.z: conv for conv in self._convolutions() if conv.z is not None}
         self._readers = self._count_readers()
         self._mask_offsets: dict[Convolution, int] = {}
@@ -201,7 +201,7 @@ class NetworkProgram:
             step()
         self._region_state.clear()
         if self._result is None or self._result_tensor is None:  # the network is constant
-            return torch.zeros((self.batch, *self.network.shapes[self.network.image]))
+            return torch.zeros((self.batch, *self.network.shapes[self.network.image]), dtype=torch.float32)
         return self._result_tensor.contiguous(memory_format=torch.contiguous_format) * self._result[1]
 
     def set_time(self, values: dict[fx.Node, torch.Tensor]) -> None:
@@ -520,11 +520,11 @@ class NetworkProgram:
     def _run_region(self, calls: list[_Call], values: dict[fx.Node, Any]) -> None:
         """Take the operations in order and leave their results in `values`."""
         for call in calls:
-            arguments = call.arguments(values)
+            arguments, keywords = call.arguments(values)
             if self.linear is not None and not call.reshapes:
-                value = self.linear.tangent(call.node, arguments, call.kwargs, self._remaining_slopes)
+                value = self.linear.tangent(call.node, arguments, keywords, self._remaining_slopes)
             else:
-                value = call.target(*arguments, **call.kwargs)
+                value = call.target(*arguments, **keywords)
                 if self.differentiable and self.linear is None:
                     slope = PiecewiseLinearGraph.slope(call.node, arguments, value)
                     if slope is not None:
@@ -712,7 +712,7 @@ class NetworkProgram:
         result = self._new(dz.shape)
         multiply = conv.z_multiply
         if factor != 1.0:
-            multiply = torch.full((dz.shape[0],), factor) if multiply is None else multiply * factor
+            multiply = torch.full((dz.shape[0],), factor, dtype=torch.float32) if multiply is None else multiply * factor
         channels, pixels = _rows(result)
 
         def make() -> ctypes.Structure:
@@ -742,14 +742,14 @@ class _Call:
     """One operation of a region: its arguments, with nodes where values come in when it runs."""
 
     def __init__(self, node: fx.Node, target: Any, reshapes: bool, args: tuple, kwargs: dict) -> None:
-        self.node, self.target, self.reshapes, self.kwargs = node, target, reshapes, kwargs
-        self._args = args
-        self._flat = not any(isinstance(argument, (list, tuple)) and _has_nodes(argument) for argument in args)
+        self.node, self.target, self.reshapes = node, target, reshapes
+        self._args, self._kwargs = args, kwargs
+        self._flat = not _has_nodes(kwargs) and not any(isinstance(a, (list, tuple)) and _has_nodes(a) for a in args)
 
-    def arguments(self, values: dict[fx.Node, Any]) -> tuple:
-        if self._flat:
-            return tuple([values[a] if type(a) is fx.Node else a for a in self._args])
-        return tree_map(lambda leaf: values[leaf] if type(leaf) is fx.Node else leaf, self._args)
+    def arguments(self, values: dict[fx.Node, Any]) -> tuple[tuple, dict]:
+        if self._flat:  # nearly always; looking into lists takes as long as a small operation
+            return tuple([values[a] if type(a) is fx.Node else a for a in self._args]), self._kwargs
+        return tree_map(lambda leaf: values[leaf] if type(leaf) is fx.Node else leaf, (self._args, self._kwargs))
 
 
 def _has_nodes(argument: Any) -> bool:

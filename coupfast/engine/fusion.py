@@ -121,7 +121,12 @@ class FusedNetwork:
 
 
 def fuse(traced: Trace) -> FusedNetwork:
-    """Find the parts of a trace of (images) or (images, labels)."""
+    """Find the parts of a trace of (images) or (images, labels).
+
+    Raises:
+        ValueError: if the output does not depend on the images, or if a value between two parts is not float32 with the images
+            as its first axis: a program keeps those in one piece of memory.
+    """
     return _Fusion(traced).network()
 
 
@@ -159,6 +164,7 @@ class _Fusion:
                 pending.append(operation)
         self._flush(pending, parts)
         used = {node for part in parts for node in self._reads(part)}
+        self._check(parts, used & self.timely)
         time_operations = [operation for operation in self.traced.operations if operation.node in self.timely]
         return FusedNetwork(
             self.traced,
@@ -172,6 +178,22 @@ class _Fusion:
             parts,
             {node: tuple(self._value(node).shape[1:]) for node in self.active if self._is_tensor(node)},
         )
+
+    def _check(self, parts: list[Part], time_values: set[fx.Node]) -> None:
+        if self.output not in self.active:
+            raise ValueError("its output does not depend on the images")
+        for node in dict.fromkeys([self.output, *(value for part in parts for value in (*part.inputs, *part.outputs))]):
+            value = self._value(node)
+            if value.dtype != torch.float32 or node.meta["images"] != "first":
+                raise ValueError(
+                    f"{node} ({node.target}) is {value.dtype} of shape {tuple(value.shape)} at two images, and not float32 "
+                    f"with one row an image"
+                )
+        for node in time_values:
+            if node.meta.get("images") == "elsewhere":
+                raise ValueError(
+                    f"{node} ({node.target}), a value of the labels, has its images in another axis than the first"
+                )
 
     def _reached(self, start: set[fx.Node]) -> set[fx.Node]:
         reached = set(start)
@@ -220,6 +242,7 @@ class _Fusion:
         return bool(
             x in self.active
             and weight in self.constants
+            and (arguments[2] is None or arguments[2] in self.constants)
             and self.constants[weight].dim() == 4
             and self.constants[weight].dtype == torch.float32
             and not transposed
@@ -243,7 +266,10 @@ class _Fusion:
         return conv
 
     def _take_norm(self, conv: Convolution) -> None:
-        """Only where nothing else reads the normalised map: otherwise it would be made twice."""
+        """Only where nothing else reads the normalised map: otherwise it would be made twice. Strides leave its transpose
+        to PyTorch, which does not stop at a norm."""
+        if conv.stride != 1:
+            return
         silu = conv.x if conv.x.target is aten.silu.default and len(conv.x.users) == 1 else None
         item = conv.x if silu is None else silu.args[0]
         if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != 0 or len(item.users) != 1:
@@ -274,7 +300,7 @@ class _Fusion:
         user = users[0]
         if user.target in (aten.div.Tensor, aten.mul.Tensor) and user.args[0] is conv.y:
             number = user.args[1]
-            if not isinstance(number, (int, float)) or user.kwargs:
+            if not isinstance(number, (int, float)) or user.kwargs or number == 0:
                 return False
             conv.scale *= 1.0 / number if user.target is aten.div.Tensor else number
         elif user.target is aten.add.Tensor and conv.scale == 1.0 and not user.kwargs:

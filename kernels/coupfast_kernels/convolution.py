@@ -63,7 +63,13 @@ Masked = _structure(
     f32="residual_factor pad",
     p="d mask multiply residual y",
 )
-_KINDS: dict[type, int] = {Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4}
+GuidedStep = _structure(
+    "GuidedStep",
+    i64="batch channels pixels x_pixel eps_pixel guidance_pixel y_pixel seed step",
+    f32="a b c d",
+    p="x eps_hat guidance ids draw y",
+)
+_KINDS: dict[type, int] = {Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4, GuidedStep: 5}
 
 _Pack = _structure(
     "Pack",
@@ -164,10 +170,21 @@ def packed_conv2d(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
     """`conv2d_ref` with weights from `pack_weights`: (batch, channels, height, width) → the same, channels last."""
-    if x.dtype != torch.float32 or x.dim() != 4:
-        raise ValueError(f"`x` is float32 with four axes, got {x.dtype} {tuple(x.shape)}")
+    if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"`x` is float32 with four axes and not empty, got {x.dtype} {tuple(x.shape)}")
+    if tile not in (DIRECT, F2, F4) or kernel < 1 or stride < 1 or (tile != DIRECT and (kernel, stride) != (3, 1)):
+        raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels of stride 1; got {tile} for {kernel} x {kernel}, stride {stride}")
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
+    if min(height, width) + 2 * (kernel // 2) < kernel:
+        raise ValueError(f"a {height} x {width} map is smaller than the {kernel} x {kernel} kernel")
+    shape = _Pack(tile=tile, out_channels=out_channels, channels=channels, kernel_height=kernel, kernel_width=kernel)
+    for name, tensor, floats in (
+        ("packed", packed, library().coupfast_packed_floats(ctypes.byref(shape))),
+        ("bias", bias, out_channels),
+    ):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != floats or not tensor.is_contiguous()):
+            raise ValueError(f"`{name}` is contiguous float32 with {floats} values, got {tensor.dtype} {tuple(tensor.shape)}")
     y = _like_output(x, out_channels, kernel, stride)
     conv = Conv(
         tile=tile,
@@ -193,7 +210,7 @@ def packed_conv2d(
         bias=None if bias is None else bias.data_ptr(),
     )
     threads = torch.get_num_threads()
-    scratch = torch.empty(scratch_floats(conv, threads))
+    scratch = torch.empty(scratch_floats(conv, threads), dtype=torch.float32)
     conv.scratch = scratch.data_ptr()
     Operations([conv]).run(threads)
     return y

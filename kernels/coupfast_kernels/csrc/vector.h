@@ -135,7 +135,11 @@ inline Vector exp(Vector v) {
   return (Vector)((Integers)p + exponent);
 }
 
-inline Vector sigmoid(Vector v) { return broadcast(1.0f) / (broadcast(1.0f) + exp(-v)); }
+// Zero below -87, where `exp` stops: v * sigmoid(v) must vanish there however large -v is.
+inline Vector sigmoid(Vector v) {
+  const Vector s = broadcast(1.0f) / (broadcast(1.0f) + exp(-v));
+  return v < broadcast(-87.0f) ? Vector{} : s;
+}
 
 enum Activation : int32_t { kIdentity = 0, kRelu = 1, kSilu = 2 };
 
