@@ -8,7 +8,7 @@ from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier
 from coupfast.evaluation.defense import Defense
-from coupfast.evaluation.evaluate import evaluate
+from coupfast.evaluation.runs import evaluate
 from coupfast.evaluation.spec import Spec
 
 

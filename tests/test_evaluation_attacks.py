@@ -7,8 +7,8 @@ import torch
 from evaluation_cases import labelled, plain, purified, purified_bpda
 
 from coupfast.evaluation.attacks import SUITES, attack_from_dict, attack_to_dict, suite
-from coupfast.evaluation.evaluate import evaluate
 from coupfast.evaluation.runner import attacked_images
+from coupfast.evaluation.runs import evaluate
 from coupfast.evaluation.spec import Spec
 
 CUTS = {"iterations": 4, "queries": 12, "target_classes": 3}

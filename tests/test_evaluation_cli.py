@@ -78,6 +78,18 @@ def test_says_what_is_wrong_before_any_work(networks, tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "attack, gradient",
+    [(["bpda-eot-20", "--iterations", "2", "--eot-iter", "2"], "bpda"), (["salt-and-pepper", "--amount", "0.2"], "exact")],
+)
+def test_an_attack_gets_the_gradient_that_it_is_made_for(networks, tmp_path, attack, gradient):
+    small = ["--steps", "2", "--t", "0.01", "--shard", "2", "--draws", "2"]
+    assert run("evaluate", *networks, *small, "--attack", *attack, "--out", tmp_path / "run") == 0
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        assert ledger.configuration["defense"]["gradient"] == gradient
+        assert list(ledger.configuration["stages"]) == [attack[0]]
+
+
 def test_unknown_attack(capsys):
     with pytest.raises(SystemExit):
         run("evaluate", "--attack", "autoatack", "--out", "run")

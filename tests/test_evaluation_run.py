@@ -18,9 +18,9 @@ from coupfast.evaluation import ledger as ledger_module
 from coupfast.evaluation import pools
 from coupfast.evaluation import worker as worker_module
 from coupfast.evaluation.defense import Defense
-from coupfast.evaluation.evaluate import evaluate
 from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError
 from coupfast.evaluation.pools import UnitFailed
+from coupfast.evaluation.runs import evaluate
 from coupfast.evaluation.spec import Spec
 
 

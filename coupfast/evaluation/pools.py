@@ -96,7 +96,9 @@ class Processes:
     def submit(self, task: Task) -> None:
         member = next(member for member in self._members if member.task is None)
         if member.process is None:
-            self._start(member)
+            # All at once: a new process takes its first task only when it has loaded, and until then a sender may have to wait.
+            for idle in (other for other in self._members if other.process is None):
+                self._start(idle)
         member.task = task
         try:
             member.pipe.send(task)

@@ -152,7 +152,7 @@ class Worker:
                 self.defense.reseed(seed)
                 with torch.no_grad():
                     if self.defense.purified is None:
-                        torch.manual_seed(derive_seed(seed, kind, str(draw)))
+                        torch.manual_seed(derive_seed(seed, str(draw)))
                     rows.append(self.defense(inputs[name], ids=ids, draw=draw))
             logits = torch.stack(rows)  # [draws, images, classes]
             tensors[f"{kind}_logits"] = logits

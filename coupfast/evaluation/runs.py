@@ -13,7 +13,7 @@ import torch
 
 from coupfast.evaluation import runner
 from coupfast.evaluation.defense import Defense
-from coupfast.evaluation.ledger import Ledger, LedgerError
+from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import InProcess, Pool, Processes
 from coupfast.evaluation.spec import Spec, configuration
 from coupfast.evaluation.worker import Worker, difference
@@ -121,6 +121,3 @@ def _devices(device: str, workers: int) -> list[str]:
     if workers > count:
         raise ValueError(f"{workers} workers need a GPU each, and there are {count}; use fewer --workers")
     return [f"cuda:{i}" for i in range(workers)]
-
-
-__all__ = ["CLUSTERS", "LedgerError", "check_images", "evaluate"]
