@@ -17,8 +17,9 @@ def randomize_batch_norms(network: nn.Module, generator: torch.Generator) -> Non
             shape = module.running_mean.shape
             module.running_mean.copy_(0.2 * torch.randn(shape, generator=generator))
             module.running_var.copy_(0.5 + torch.rand(shape, generator=generator))
-            module.weight.data.copy_(0.7 + 0.6 * torch.rand(shape, generator=generator))
-            module.bias.data.copy_(0.2 * torch.randn(shape, generator=generator))
+            if module.affine:
+                module.weight.data.copy_(0.7 + 0.6 * torch.rand(shape, generator=generator))
+                module.bias.data.copy_(0.2 * torch.randn(shape, generator=generator))
 
 
 def small_score(dtype: torch.dtype = torch.float64) -> DDPMpp:
