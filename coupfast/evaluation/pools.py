@@ -151,12 +151,16 @@ class Processes:
         theirs.close()
 
     def close(self) -> None:
-        for member in self._members:
-            if member.process is not None:
+        running = [member for member in self._members if member.process is not None]
+        for member in running:
+            member.pipe.close()  # An idle worker ends when its pipe does.
+            if member.task is not None:
                 member.process.kill()  # Nothing is lost: a worker writes no file.
-                member.process.join()
-                member.pipe.close()
-                member.process = None
+        for member in running:
+            member.process.join(timeout=10)
+            member.process.kill()
+            member.process.join()
+            member.process = None
 
 
 class _Member:
