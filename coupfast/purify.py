@@ -32,7 +32,7 @@ from coupfast_kernels.guided_step import guided_step_ref
 logger = logging.getLogger(__name__)
 
 ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare}
-PRECISIONS = ("strict",)
+PRECISIONS = ("strict", "fast")
 GRADIENTS = ("exact", "adjoint", "adjoint-parameters", "bpda", "surrogate", "none")
 GUIDANCE_GRADIENTS = ("exact", "detached")
 
@@ -53,7 +53,8 @@ class Plan:
         step: Bytes of one step of a piece, above states and weights.
         states_bytes: All states of the batch.
         slopes_bytes, activations_bytes: All slopes and activations that are kept.
-        peak_bytes: Predicted peak above the weights, the caller's own `noise` not counted.
+        weights_bytes: Transformed weights that the engine keeps beside the networks' own.
+        peak_bytes: Predicted peak above all weights, the caller's own `noise` not counted.
         least_bytes: The least `memory_budget` that this batch can run in.
         budget_bytes: The budget that the plan was made for.
         evaluations: Predicted network evaluations of the whole batch, forward and backward pass together, by kind.
@@ -67,6 +68,7 @@ class Plan:
     states_bytes: int
     slopes_bytes: int
     activations_bytes: int
+    weights_bytes: int
     peak_bytes: int
     least_bytes: int
     budget_bytes: int
@@ -82,7 +84,8 @@ class Plan:
         return (
             f"{self.batch} images, {self.num_steps} steps, engine {self.engine}, {self.storage.piece} images at a time\n"
             f"keeps {', '.join(kept)}\n"
-            f"predicted peak {self.peak_bytes / 2**20:.1f} MiB above the weights (budget {self.budget_bytes / 2**20:.1f}, "
+            f"transformed weights {self.weights_bytes / 2**20:.1f} MiB; "
+            f"predicted peak {self.peak_bytes / 2**20:.1f} MiB above all weights (budget {self.budget_bytes / 2**20:.1f}, "
             f"least {self.least_bytes / 2**20:.1f})\n"
             f"network evaluations, forward and backward: {counts}"
         )
@@ -447,6 +450,7 @@ class _Prepared:
             states_bytes=stored_states * batch * image,
             slopes_bytes=steps * self.programs.memory(batch).slopes if slopes else 0,
             activations_bytes=kept_steps * self.programs.memory(piece).activations,
+            weights_bytes=self.programs.weights_bytes(piece, gradient=differentiable),
             peak_bytes=peak(piece, slopes, kept_steps),
             least_bytes=least,
             budget_bytes=allowed,
@@ -579,7 +583,9 @@ def purify(
         sde: The VP-SDE; β from 0.1 to 20 unless given.
         engine: `"eager"`, PyTorch operation by operation; `"cpu"`, this project's kernels for float32 on a CPU; `"auto"` takes
             the faster one that can run here and logs which.
-        precision: `"strict"`: fp32 as IEEE 754 has it (or float64, as given), whatever the caller's autocast and TF32 settings.
+        precision: `"strict"`: fp32 as IEEE 754 has it (or float64, as given), whatever the caller's autocast and TF32 settings,
+            and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up to
+            1e-5; no engine knows one that would be faster, so today it is the same.
         gradient: What `backward` computes: `"exact"`, the discrete gradient of the steps that ran; `"adjoint"`, torchsde's
             continuous stochastic adjoint (`"adjoint-parameters"`: with the integrals of all parameter gradients, as
             published code does); `"bpda"`, the identity; `"surrogate"`, the exact gradient of a coarser grid through the stored

@@ -115,6 +115,10 @@ class Programs(Protocol):
         """What a step of this many images needs."""
         ...
 
+    def weights_bytes(self, batch: int, *, gradient: bool) -> int:
+        """What the engine makes of the weights and keeps, beside the networks' own."""
+        ...
+
     def evaluations(self) -> dict[str, dict[str, int]]:
         """Network evaluations of a guided `step`, of a `step_vjp` that rebuilds, and of one on kept slopes/activations."""
         ...

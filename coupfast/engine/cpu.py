@@ -8,6 +8,7 @@ the batch alone: runs give the same bits whatever the number of threads, and not
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
 from coupfast.engine.cpu_program import NetworkProgram, WeightStore, Workspace
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.fusion import Convolution, FusedNetwork, fuse
+from coupfast.engine.memory import available_bytes
 from coupfast.guidance import Guidance, Linearization, scaled_logits
 from coupfast.solvers import CoefficientTable
 from coupfast.tracing import Trace, trace
@@ -35,7 +37,9 @@ logger = logging.getLogger(__name__)
 KEPT_BATCHES = 8
 
 
-def tile(conv: Convolution, shape: tuple[int, ...], batch: int, transposed: bool) -> int:
+def tile(
+    conv: Convolution, shape: tuple[int, ...], batch: int, transposed: bool, allowed: tuple[int, ...] = kernels.TILES
+) -> int:
     """The algorithm of one convolution whose output has (channels, height, width) = `shape`: the one with the least work.
 
     Work is counted in multiplications, a byte of weights that has to come from memory as `_BYTE` of them. Nothing is timed:
@@ -51,8 +55,11 @@ def tile(conv: Convolution, shape: tuple[int, ...], batch: int, transposed: bool
         products = 9 if size == 1 else (size + 2) ** 2
         return pairs * products * (tiles * _EFFORT[size] + 4 * _BYTE)
 
-    return min(_EFFORT, key=work)
+    return min(allowed, key=work)
 
+
+#: Packed weights of an algorithm as a multiple of the weights of a 3x3 convolution.
+PACKED = {kernels.DIRECT: 1.0, kernels.F2: 16 / 9, kernels.F4: 4.0}
 
 # Multiplications that one multiplication of a tile's products costs with its share of the transforms, and that a byte of
 # weights costs at the usual ratio of a core's arithmetic to its memory (40 G multiplications and 10 GB a second).
@@ -71,10 +78,11 @@ class _Kept:
 
 
 class _Network:
-    """A fused network with its packed weights and its programs by batch, kind and threads."""
+    """A fused network with its packed weights, shared by its programs."""
 
-    def __init__(self, network: FusedNetwork) -> None:
-        self.network, self.weights = network, WeightStore(tile)
+    def __init__(self, network: FusedNetwork, allowed: tuple[int, ...]) -> None:
+        self.network = network
+        self.weights = WeightStore(functools.partial(tile, allowed=allowed))
 
 
 class CpuPrograms:
@@ -93,6 +101,7 @@ class CpuPrograms:
         self.score, self.guidance, self.table = score, guidance, table
         self.differentiate_guidance = differentiate_guidance
         self.example = torch.zeros_like(example[:1])
+        self.allowed_tiles = self._allowed_tiles()
         #: What runs where the planner cannot follow a network, and Hessians of smooth classifiers.
         self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
         self.score_network = self._fused_score()
@@ -116,14 +125,30 @@ class CpuPrograms:
 
     def memory(self, batch: int) -> StepMemory:
         """The programs' own memory, and what PyTorch's operations in between take of it, one image's in proportion."""
-        program, small = self.for_batch(batch), self.eager.memory(1)
-        regions = batch * small.forward // 4  # attention's and resampling's results; the arena holds the rest
         if self.score_network is None or (self.guidance is not None and self.classifier_network is None):
             eager = self.eager.memory(batch)
             return dataclasses.replace(eager, forward_keeping=eager.forward, activations=eager.slopes)
-        forward, transpose = program.bytes(gradient=False) + regions, program.bytes(gradient=True) + regions
-        slopes = program.slopes_bytes()
+        program = self.for_batch(batch)
+        forward, transpose, slopes = program.bytes(gradient=False), program.bytes(gradient=True), program.slopes_bytes()
         return StepMemory(forward, forward + slopes, transpose, transpose, slopes, slopes)
+
+    def weights_bytes(self, batch: int, *, gradient: bool) -> int:
+        """Packed weights of the algorithms that this batch takes, beside the networks' own weights."""
+        return self.for_batch(batch).weights_bytes(gradient=gradient)
+
+    def _allowed_tiles(self) -> tuple[int, ...]:
+        """The algorithms whose packed weights, all together and in both directions, fit into half of the free memory."""
+        networks = [self.score] + ([self.guidance.classifier] if self.guidance is not None else [])
+        weights = sum(w.nbytes for network in networks for w in network.parameters() if w.dim() == 4)
+        allowed: tuple[int, ...] = kernels.TILES
+        while len(allowed) > 1 and 2 * weights * sum(PACKED[t] for t in allowed) > available_bytes(self.example.device) // 2:
+            allowed = allowed[:-1]
+        if allowed != kernels.TILES:
+            logger.warning(
+                "little memory is free: convolutions leave out F(4x4)%s, whose packed weights are larger",
+                "" if kernels.F2 in allowed else " and F(2x2)",
+            )
+        return allowed
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         kinds = self.eager.evaluations()
@@ -180,7 +205,7 @@ class CpuPrograms:
     ) -> _Network | None:
         """The network fused, or None (and a warning) where it has to run in PyTorch."""
         try:
-            network = _Network(fuse(traced()))
+            network = _Network(fuse(traced()), self.allowed_tiles)
             agrees = self._agrees(network, function, gradient_tolerance)
         except Exception as error:  # a network may do anything in `forward`
             logger.warning("the %s cannot be planned and runs in PyTorch (%s: %s)", name, type(error).__name__, error)
@@ -260,14 +285,25 @@ class CpuProgram:
 
     def bytes(self, *, gradient: bool) -> int:
         """Workspace that the programs need."""
-        kinds = [kind for kind in ("score", "guidance", *(("score transpose", "hvp") if gradient else ())) if self._has(kind)]
-        plans = [self._plan(kind) for kind in kinds]
-        return 4 * (max((p.arena_floats for p in plans), default=0) + max((p.scratch_floats for p in plans), default=0))
+        plans = [self._plan(kind) for kind in self._kinds(gradient)]
+        arena, scratch = max((p.arena_floats for p in plans), default=0), max((p.scratch_floats for p in plans), default=0)
+        return 4 * (arena + scratch) + max((p.region_bytes() for p in plans), default=0)
+
+    def weights_bytes(self, *, gradient: bool) -> int:
+        """Packed weights that the programs need, each once."""
+        needed: dict[Any, int] = {}
+        for kind in self._kinds(gradient):
+            needed |= self._plan(kind).packed_bytes()
+        return sum(needed.values())
 
     def slopes_bytes(self) -> int:
         if not self._has("hvp"):
-            return 0 if self.programs.guidance is None else self.programs.eager.memory(self.batch).slopes
+            return 0
         return self._plan("hvp").slopes.nbytes
+
+    def _kinds(self, gradient: bool) -> list[str]:
+        kinds = ("score", "guidance", *(("score transpose", "hvp") if gradient else ()))
+        return [kind for kind in kinds if self._has(kind)]
 
     # --- networks ---------------------------------------------------------------------------------------------------------
 

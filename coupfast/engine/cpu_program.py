@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from coupfast.engine.fusion import Concatenation, Convolution, FusedNetwork, Region
 from coupfast.guidance import PiecewiseLinearGraph, Slope
-from coupfast.tracing import PerImage
+from coupfast.tracing import Operation, PerImage
 from coupfast_kernels import convolution as kernels
 
 aten = torch.ops.aten
@@ -88,16 +88,12 @@ class WeightStore:
     def __init__(self, tiles: Callable[[Convolution, tuple[int, ...], int, bool], int]) -> None:
         self.tiles = tiles
         self._packed: dict[tuple[Convolution, int, bool], torch.Tensor] = {}
-        self._kept: list[torch.Tensor] = []
 
     def packed(self, conv: Convolution, tile: int, transposed: bool) -> torch.Tensor:
         key = (conv, tile, transposed)
         if key not in self._packed:
             self._packed[key] = kernels.pack_weights(conv.weight, tile, transposed=transposed)
         return self._packed[key]
-
-    def bytes(self) -> int:
-        return sum(packed.nbytes for packed in self._packed.values())
 
 
 class NetworkProgram:
@@ -131,6 +127,7 @@ class NetworkProgram:
         self._contributions: dict[fx.Node, tuple[_View, float]] = {}
         self.scratch_floats = 0
         self._keep: list[Any] = []  # memory behind pointers
+        self._packed: dict[tuple[Convolution, int, bool], torch.Tensor] = {}
         self._region_state: dict[Region, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self.region_slopes: list[Slope] = []
         self._time_values: dict[fx.Node, torch.Tensor] = {}
@@ -213,6 +210,20 @@ class NetworkProgram:
         rows = [values[node].reshape(-1) for node in self._image_biases()]
         if rows:
             torch.cat(rows, out=self._time_row)
+
+    def packed_bytes(self) -> dict[tuple[Convolution, int, bool], int]:
+        """Bytes of every packed weight that the program reads."""
+        return {key: packed.nbytes for key, packed in self._packed.items()}
+
+    def region_bytes(self) -> int:
+        """What PyTorch's operations between the kernels hold at once: all results of the largest region, or of all of them
+        where the backward pass needs them."""
+        sizes = [
+            sum(self.batch * 4 * int(np.prod(self.network.shapes.get(op.node, (0,)))) for op in part.operations if _allocates(op))
+            for part in self.network.parts
+            if isinstance(part, Region)
+        ]
+        return sum(sizes) if self.differentiable else max(sizes, default=0)
 
     # --- values -----------------------------------------------------------------------------------------------------------
 
@@ -429,7 +440,7 @@ class NetworkProgram:
             x_pixel=x.pixel,
             weights=packed.data_ptr(),
         )
-        self._keep.append(packed)
+        self._packed[conv, tile, transposed] = packed
         self.scratch_floats = max(self.scratch_floats, kernels.scratch_floats(structure, self.threads))
 
         def make() -> ctypes.Structure:
@@ -736,6 +747,11 @@ class NetworkProgram:
 
 
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
+
+
+def _allocates(operation: Operation) -> bool:
+    schema = getattr(operation.node.target, "_schema", None)
+    return schema is not None and not any(argument.alias_info for argument in schema.arguments)
 
 
 class _Call:

@@ -99,6 +99,9 @@ class EagerProgram:
             kept_activations |= self.guidance.hvp_evaluations(slopes_kept=True)
         return {"step": step, "rebuild": rebuild, "slopes": kept_slopes, "activations": kept_activations}
 
+    def weights_bytes(self, batch: int, *, gradient: bool) -> int:
+        return 0
+
     def memory(self, batch: int) -> StepMemory:
         """In proportion to one image, which takes one step and back with every result's storage counted."""
         if self._one_image is None:

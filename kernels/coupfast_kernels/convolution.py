@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 IDENTITY, RELU, SILU = 0, 1, 2
 DIRECT, F2, F4 = 1, 2, 4  #: Outputs of a tile along each axis.
+TILES = (DIRECT, F2, F4)
 
 
 def _structure(name: str, **groups: str) -> type[ctypes.Structure]:
@@ -173,7 +174,8 @@ def packed_conv2d(
     if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"`x` is float32 with four axes and not empty, got {x.dtype} {tuple(x.shape)}")
     if tile not in (DIRECT, F2, F4) or kernel < 1 or stride < 1 or (tile != DIRECT and (kernel, stride) != (3, 1)):
-        raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels of stride 1; got {tile} for {kernel} x {kernel}, stride {stride}")
+        found = f"{tile} for {kernel} x {kernel}, stride {stride}"
+        raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels of stride 1; got {found}")
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     if min(height, width) + 2 * (kernel // 2) < kernel:
