@@ -30,10 +30,11 @@ from coupfast.defenses import METHODS
 from coupfast.evaluation import attacks, protocols
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation import report as reporting
+from coupfast.evaluation.defense import NO_DEFENSE
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.evaluation.runs import CLUSTERS, evaluate
-from coupfast.evaluation.spec import NO_DEFENSE, SEEDINGS, Spec, paper
+from coupfast.evaluation.spec import SEEDINGS, Spec, paper
 from coupfast.models.checkpoints import convert_score_checkpoint, file_sha256, state_dict_sha256
 from coupfast.models.zoo import classifier_names, load_classifier, load_score, score_names
 from coupfast.purify import ENGINES, GRADIENTS, GUIDANCE_GRADIENTS, PRECISIONS, PurifiedClassifier, Purifier

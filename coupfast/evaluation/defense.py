@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.purify import PurifiedClassifier
+
+NO_DEFENSE = "none"
 
 
 class Defense(nn.Module):
@@ -36,6 +40,31 @@ class Defense(nn.Module):
 
     def reset(self) -> None:
         self.forward_images = self.gradient_images = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, the engine that runs and SHA-256 of the weights, as JSON has them."""
+        if self.purified is None:
+            return {"method": NO_DEFENSE, "classifier_sha256": state_dict_sha256(self.model)}
+        purifier = self.purified.purifier
+        guidance = purifier.classifier
+        return {
+            "method": purifier.method,
+            "t": purifier.t,
+            "num_steps": purifier.num_steps,
+            "guidance_scale": purifier.guidance_scale,
+            "solver": purifier.solver,
+            "clamp": purifier.clamp,
+            "beta_min": purifier.sde.beta_min,
+            "beta_max": purifier.sde.beta_max,
+            "engine": purifier.engine,
+            "precision": purifier.precision,
+            "gradient": purifier.gradient,
+            "guidance_gradient": purifier.guidance_gradient,
+            "memory_budget": purifier.memory_budget,
+            "score_sha256": state_dict_sha256(purifier.score),
+            "guidance_sha256": None if guidance is None else state_dict_sha256(guidance),
+            "classifier_sha256": state_dict_sha256(self.purified.classifier),
+        }
 
     def forward(
         self,

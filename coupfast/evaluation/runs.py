@@ -79,7 +79,8 @@ def evaluate(
             raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
         for name, value in (notes or {}).items():
             ledger.note(name, value)
-        make = functools.partial(Worker, spec.rules(), build)
+        rules = spec.rules(found["defense"])
+        make = functools.partial(Worker, rules, build)
         pool: Pool
         if cluster == "ray":
             from coupfast.evaluation.cluster import RayWorkers
@@ -87,7 +88,7 @@ def evaluate(
             pool = RayWorkers(make, workers, gpus=spec.device == "cuda", threads=spec.threads)
         elif workers == 1:
             # The defense that was checked is the one that runs.
-            pool = InProcess(functools.partial(Worker, spec.rules(), lambda device: defense), _devices(spec.device, 1)[0])
+            pool = InProcess(functools.partial(Worker, rules, lambda device: defense), _devices(spec.device, 1)[0])
         else:
             pool = Processes(make, _devices(spec.device, workers))
         try:

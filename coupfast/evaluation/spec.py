@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,13 @@ from torch import nn
 from coupfast.data import load_images
 from coupfast.defenses import METHODS
 from coupfast.evaluation.attacks import Attack, attack_to_dict, suite, suite_gradient
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.defense import NO_DEFENSE, Defense
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule
 from coupfast.evaluation.worker import Rules, environment
-from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import PurifiedClassifier, Purifier
 
 SEEDINGS = ("unit", "autoattack")
-NO_DEFENSE = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +143,8 @@ class Spec:
         """The units of a run on that many images."""
         return Schedule(images, self.shard, tuple(self.stages()), regroup=self.seeding == "autoattack")
 
-    def rules(self) -> Rules:
-        """What a worker needs."""
+    def rules(self, defense: Mapping[str, Any]) -> Rules:
+        """What a worker needs; `defense` describes the one that it has to build."""
         return Rules(
             attacks=self.stages(),
             seed=self.seed,
@@ -154,6 +153,7 @@ class Spec:
             paths=self.paths,
             threads=self.threads,
             environment=environment(torch.device(self.device)),
+            defense=defense,
         )
 
     def cost(self) -> dict[str, int]:
@@ -175,35 +175,9 @@ def configuration(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor
     return {
         "spec": dataclasses.asdict(spec),
         "stages": {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()},
-        "defense": describe_defense(defense),
+        "defense": defense.describe(),
         "images": {"count": len(x), "shape": list(x.shape[1:]), "x_sha256": _sha256(x), "labels": y.tolist()},
         "environment": environment(torch.device(spec.device)),
-    }
-
-
-def describe_defense(defense: Defense) -> dict[str, Any]:
-    """Settings and SHA-256 of the weights."""
-    purified = defense.purified
-    if purified is None:
-        return {"method": NO_DEFENSE, "classifier_sha256": state_dict_sha256(defense.model)}
-    purifier = purified.purifier
-    return {
-        "method": purifier.method,
-        "t": purifier.t,
-        "num_steps": purifier.num_steps,
-        "guidance_scale": purifier.guidance_scale,
-        "solver": purifier.solver,
-        "clamp": purifier.clamp,
-        "beta_min": purifier.sde.beta_min,
-        "beta_max": purifier.sde.beta_max,
-        "engine": purifier.engine,
-        "precision": purifier.precision,
-        "gradient": purifier.gradient,
-        "guidance_gradient": purifier.guidance_gradient,
-        "memory_budget": purifier.memory_budget,
-        "score_sha256": state_dict_sha256(purifier.score),
-        "guidance_sha256": None if purifier.classifier is None else state_dict_sha256(purifier.classifier),
-        "classifier_sha256": state_dict_sha256(purified.classifier),
     }
 
 

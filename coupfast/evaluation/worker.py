@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from coupfast.evaluation.attacks import Attack, Result
 from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.ledger import Outcome
 from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
+from coupfast_kernels import native
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Rules:
         paths: How many images, the first of the run, keep their way through the purification.
         threads: Of a worker.
         environment: Where the run was started; see `environment`.
+        defense: What the run was started with; see `Defense.describe`.
     """
 
     attacks: Mapping[str, Attack]
@@ -50,6 +53,7 @@ class Rules:
     paths: int
     threads: int
     environment: Mapping[str, Any]
+    defense: Mapping[str, Any]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **packages,
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels_isa": os.environ.get("COUPFAST_CPU_ISA") or native.isas()[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
@@ -92,14 +97,14 @@ class Worker:
 
     def __init__(self, rules: Rules, build: Callable[[str], Defense], device: str) -> None:
         self.rules, self.device = rules, torch.device(device)
-        found = environment(self.device)
-        if found != dict(rules.environment):
-            raise ValueError(
-                f"this worker would not give the same bits: {difference(dict(rules.environment), found)}; all workers of a run "
-                f"need equal software and processors of one kind"
-            )
         with self._settings():
             self.defense = build(device)
+        wanted = {"environment": dict(rules.environment), "defense": dict(rules.defense)}
+        if changed := difference(wanted, {"environment": environment(self.device), "defense": self.defense.describe()}):
+            raise ValueError(
+                f"this worker would not give the same bits: {changed}; all workers of a run need equal weights, software and "
+                f"processors of one kind"
+            )
 
     def execute(self, task: Task) -> Outcome:
         """The same task gives the same bits on every worker."""
