@@ -180,6 +180,10 @@ class Purifier(nn.Module):
             guidance_scale=self.guidance_scale,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without programs, which point into memory of these weights: a copy makes its own when it is first called."""
+        return {**self.__dict__, "_prepared": OrderedDict()}
+
     def extra_repr(self) -> str:
         return (
             f"method={self.method!r}, t={self.t}, num_steps={self.num_steps}, guidance_scale={self.guidance_scale}, "
@@ -584,8 +588,8 @@ def purify(
         engine: `"eager"`, PyTorch operation by operation; `"cpu"`, this project's kernels for float32 on a CPU; `"auto"` takes
             the faster one that can run here and logs which.
         precision: `"strict"`: fp32 as IEEE 754 has it (or float64, as given), whatever the caller's autocast and TF32 settings,
-            and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up to
-            1e-5; no engine knows one that would be faster, so today it is the same.
+            and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up
+            to 1e-5; no engine knows one that would be faster, so today it is the same.
         gradient: What `backward` computes: `"exact"`, the discrete gradient of the steps that ran; `"adjoint"`, torchsde's
             continuous stochastic adjoint (`"adjoint-parameters"`: with the integrals of all parameter gradients, as
             published code does); `"bpda"`, the identity; `"surrogate"`, the exact gradient of a coarser grid through the stored

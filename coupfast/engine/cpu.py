@@ -247,6 +247,8 @@ class CpuProgram:
 
     def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
         row, programs = self.table.row(k), self.programs
+        if not x_k.is_contiguous(memory_format=torch.channels_last):
+            x_k = x_k.contiguous()  # images may come transposed, which the step's own kernel does not read
         with self._turn, torch.no_grad():
             if programs.score_network is None:
                 eps_hat = programs.score(x_k, programs.eager._label(k, x_k))
