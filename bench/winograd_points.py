@@ -3,8 +3,8 @@
     python bench/winograd_points.py [--channels C] [--json FILE]
 
 One layer with normal inputs and uniform weights in float32 arithmetic, fused multiply-adds rounded once, against float64; as a
-multiple of the error of the direct sum, taken term by term in the same arithmetic. First which points, with sums of one run; then
-how long the runs, with the points that `kernels/coupfast_kernels/csrc/conv.h` takes.
+multiple of the error of the direct sum, taken term by term in the same arithmetic. First which points, with sums of one run;
+then how long the runs, with the points that `kernels/coupfast_kernels/csrc/conv.h` takes.
 """
 
 from __future__ import annotations

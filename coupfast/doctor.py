@@ -13,8 +13,6 @@ import importlib.util
 import math
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +33,7 @@ from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
 from coupfast.purify import ENGINES, Purifier
 from coupfast.solvers import SOLVERS
+from coupfast_kernels import native
 from coupfast_kernels.noise import philox_4x32_10_ref, standard_normal_ref
 
 CORE_PACKAGES = ("torch", "numpy", "safetensors", "torchsde", "tqdm", "triton")
@@ -84,9 +83,10 @@ def run(*, device: torch.device | str | None = None, progress: bool = False) -> 
         progress: Show a progress bar.
 
     Returns:
-        JSON-ready: `python`, `machine`, `packages`, `features`, `compiler`, `noise`, `weights`, `engines`, `parity`, `ok`,
-        `problems` (one line each; empty if `ok`), `seconds`. Errors in `parity` are relative to the definition in float64, in
-        the Euclidean norm. An engine that refuses a device or a dtype is no problem, except `eager`, which runs everywhere.
+        JSON-ready: `python`, `machine`, `packages`, `features`, `cpu_kernels`, `noise`, `weights`, `engines`, `parity`,
+        `ok`, `problems` (one line each; empty if `ok`), `seconds`. Errors in `parity` are relative to the definition in
+        float64, in the Euclidean norm. An engine that refuses a device or a dtype is no problem, except `eager`, which runs
+        everywhere.
     """
     import coupfast
 
@@ -113,7 +113,7 @@ def run(*, device: torch.device | str | None = None, progress: bool = False) -> 
         "machine": _machine(),
         "packages": {name: _version(name) for name in CORE_PACKAGES},
         "features": [_feature(*feature) for feature in FEATURES],
-        "compiler": _compiler(),
+        "cpu_kernels": _cpu_kernels(),
         "noise": noise,
         "weights": weights,
         "engines": _engines(parity),
@@ -126,7 +126,7 @@ def run(*, device: torch.device | str | None = None, progress: bool = False) -> 
 
 def text(report: dict[str, Any]) -> str:
     """A report of `run` for people."""
-    machine, compiler = report["machine"], report["compiler"]
+    machine, kernels = report["machine"], report["cpu_kernels"]
     lines = [
         f"coupfast {report['coupfast']['version']} in {report['coupfast']['path']}",
         f"Python {report['python']['version']}, {machine['system']}",
@@ -137,7 +137,10 @@ def text(report: dict[str, Any]) -> str:
     if not machine["gpus"]:
         lines.append(f"no CUDA device that torch sees (torch built for CUDA: {machine['torch_cuda'] or 'no'})")
     lines.append(", ".join(f"{name} {version or '(not installed)'}" for name, version in report["packages"].items()))
-    lines.append(f"C++ compiler: {compiler['version']} ({compiler['path']})" if compiler else "C++ compiler: none found")
+    if kernels["problem"]:
+        lines.append(f"C++ kernels: none, so engine 'cpu' does not run: {kernels['problem']}")
+    else:
+        lines.append(f"C++ kernels for {kernels['isa']}, by {kernels['version']} ({kernels['compiler']})")
     lines += ["", "Optional features"]
     for feature in report["features"]:
         state = "yes" if feature["installed"] else f"no: {', '.join(feature['missing'])} missing, {feature['install']}"
@@ -224,18 +227,10 @@ def _feature(feature: str, distributions: tuple[str, ...], modules: tuple[str, .
     }
 
 
-def _compiler() -> dict[str, str] | None:
-    """The C++ compiler that builds would take: $CXX, or the first of the usual names."""
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        path = shutil.which(name)
-        if path is None:
-            continue
-        try:
-            shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return {"path": path, "version": shown.splitlines()[0] if shown else "unknown version"}
-    return None
+def _cpu_kernels() -> dict[str, Any]:
+    """The C++ kernels as built for this CPU; or why there are none."""
+    reason = native.unavailable()
+    return {"problem": reason} if reason else {"problem": None, **native.describe()}
 
 
 # --- noise and weights ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 from coupfast import doctor
 from coupfast.engine import eager
+from coupfast_kernels import native
 from coupfast_kernels.guided_step import guided_step_ref
 
 # The module: the name `coupfast.purify` is the function.
@@ -63,7 +64,7 @@ def test_guidance_shows_in_the_cases():
 def test_report_is_json_and_text(report):
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     text = doctor.text(report)
-    for part in ("torch", "Python", "C++ compiler", "engine eager on cpu, float64", "known answers", "All checks passed"):
+    for part in ("torch", "Python", "C++ kernels for", "engine eager on cpu, float64", "known answers", "All checks passed"):
         assert part in text
     features = {feature["feature"]: feature for feature in report["features"]}
     assert features["image files in and out"]["installed"]
@@ -125,7 +126,8 @@ def test_engines_that_refuse_break_or_give_nan(monkeypatch, one_case):
         monkeypatch.setitem(ENGINES, name, prepare)
     found = doctor.run(device="cpu")
     statuses = {row["engine"]: row["status"] for row in found["parity"]}
-    assert statuses == {"eager": "ok", "refuses": "refused"} | {name: "failed" for name in ("breaks", "nan")}
+    cpu = "refused" if native.unavailable() else "ok"
+    assert statuses == {"eager": "ok", "cpu": cpu, "refuses": "refused"} | {name: "failed" for name in ("breaks", "nan")}
     assert not found["ok"]
     assert not any("refuses" in problem for problem in found["problems"])
     assert "engine refuses on cpu, float64: does not run here (RuntimeError: needs a GPU" in doctor.text(found)
@@ -174,12 +176,6 @@ def test_features_that_are_missing():
     assert feature["install"] == 'pip install "coupfast[demo]"'
 
 
-def test_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert doctor._compiler() is None
-    own = tmp_path / "mycc"
-    own.write_text("#!/bin/sh\necho mycc 1.0\n")
-    own.chmod(0o755)
-    monkeypatch.setenv("CXX", str(own))
-    assert doctor._compiler() == {"path": str(own), "version": "mycc 1.0"}
+def test_kernels_that_cannot_be_built_are_named(monkeypatch):
+    monkeypatch.setattr(doctor.native, "unavailable", lambda isa=None: "no compiler in this test")
+    assert doctor._cpu_kernels() == {"problem": "no compiler in this test"}

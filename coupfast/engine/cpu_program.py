@@ -219,11 +219,11 @@ class NetworkProgram:
         """What PyTorch's operations between the kernels hold at once: all results of the largest region, or of all of them
         where the backward pass needs them."""
         sizes = [
-            sum(self.batch * 4 * int(np.prod(self.network.shapes.get(op.node, (0,)))) for op in part.operations if _allocates(op))
+            sum(int(np.prod(self.network.shapes.get(op.node, (0,)))) for op in part.operations if _allocates(op))
             for part in self.network.parts
             if isinstance(part, Region)
         ]
-        return sum(sizes) if self.differentiable else max(sizes, default=0)
+        return 4 * self.batch * (sum(sizes) if self.differentiable else max(sizes, default=0))
 
     # --- values -----------------------------------------------------------------------------------------------------------
 

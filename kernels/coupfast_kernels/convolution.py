@@ -160,7 +160,7 @@ def conv2d_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     return F.conv2d(x, weight, bias, stride=stride, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 
-def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: int = 96) -> int:
+def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: int = 64) -> int:
     """Rows of tiles at a time so that about `tiles` tiles are in scratch memory."""
     rows = batch * -(-out_height // tile)
     return max(1, min(rows, tiles // -(-out_width // tile)))
