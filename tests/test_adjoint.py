@@ -57,23 +57,21 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier])
 @pytest.mark.parametrize("solver", ["euler-maruyama", "probability-flow"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("clamp", [True, False])
-def test_equal_to_plain_autograd(images, engine, make_classifier, solver, method, clamp):
-    options = {"method": method, "solver": solver, "clamp": clamp, "guidance_scale": 3.0, "num_steps": 4, "engine": engine}
+def test_equal_to_plain_autograd(images, make_classifier, solver, method, clamp):
+    options = {"method": method, "solver": solver, "clamp": clamp, "guidance_scale": 3.0, "num_steps": 4, "engine": "eager"}
     purifier = Purifier(small_score(), make_classifier(), **options)
     noise = rows(purifier, images)
     # A few ulps, magnified by four steps of networks with derivatives of order ten.
     assert relative_error(gradient(purifier, images, noise), plain_autograd(purifier, images, noise)) < 200 * 2.0**-52
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_guidance_matters_and_can_be_detached(images, score, classifier, engine):
-    exact = Purifier(score, classifier, num_steps=4, guidance_scale=30.0, engine=engine)
-    detached = Purifier(score, classifier, num_steps=4, guidance_scale=30.0, guidance_gradient="detached", engine=engine)
+def test_the_guidance_matters_and_can_be_detached(images, score, classifier):
+    exact = Purifier(score, classifier, num_steps=4, guidance_scale=30.0)
+    detached = Purifier(score, classifier, num_steps=4, guidance_scale=30.0, guidance_gradient="detached")
     noise = rows(exact, images)
     found = gradient(detached, images, noise)
     assert relative_error(found, plain_autograd(exact, images, noise, detached=True)) < 200 * 2.0**-52
@@ -145,7 +143,7 @@ def test_gradient_of_the_noise(images, score, classifier):
 def test_what_is_kept_does_not_change_a_bit(images, dtype, make_classifier):
     score, classifier = small_score(dtype), make_classifier(dtype)
     x = images.to(dtype)
-    least = Purifier(score, classifier, num_steps=5, memory_budget="least")
+    least = Purifier(score, classifier, num_steps=5, memory_budget="least", engine="eager")
     noise = rows(least, x)
     expected = gradient(least, x, noise)
     plan = least.plan(len(x))
@@ -153,14 +151,14 @@ def test_what_is_kept_does_not_change_a_bit(images, dtype, make_classifier):
     seen = set()
     for extra in (0, 1, 2, 3, 6):
         budget = plan.peak_bytes + extra * plan.step.activations + 5 * plan.step.slopes
-        purifier = Purifier(score, classifier, num_steps=5, memory_budget=budget)
+        purifier = Purifier(score, classifier, num_steps=5, memory_budget=budget, engine="eager")
         storage = purifier.plan(len(x)).storage
         seen.add((storage.slopes, storage.kept_steps))
         # Rebuilt steps and masks are those of the forward pass, bit for bit, so the storage is invisible.
         torch.testing.assert_close(gradient(purifier, x, noise), expected, rtol=0, atol=0)
     assert len(seen) >= 3
     assert max(kept for _, kept in seen) == 5
-    auto = Purifier(score, classifier, num_steps=5)
+    auto = Purifier(score, classifier, num_steps=5, engine="eager")
     torch.testing.assert_close(gradient(auto, x, noise), expected, rtol=0, atol=0)
 
 
@@ -168,7 +166,7 @@ def test_masks_of_the_backward_pass_are_those_of_the_forward_pass(images):
     """A rebuilt step's masks equal the stored ones bit for bit, in float32, where one flip would show."""
     score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
     x = images.float()
-    purifier = Purifier(score, classifier, num_steps=3, memory_budget="least")
+    purifier = Purifier(score, classifier, num_steps=3, memory_budget="least", engine="eager")
     program = purifier._prepare(x).programs.for_batch(len(x))
     assert isinstance(program, EagerProgram) and program.guidance is not None and program.guidance.graph is not None
     x_k = 2 * x - 1
@@ -232,7 +230,7 @@ def test_predicted_peak_is_the_measured_one(budget, method, batch, steps):
     import coupfast
 
     score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
-    purifier = Purifier(score, classifier, method=method, num_steps=steps, memory_budget=budget)
+    purifier = Purifier(score, classifier, method=method, num_steps=steps, memory_budget=budget, engine="eager")
     x = torch.rand(batch, 3, 32, 32)
     noise = torch.randn(purifier.recipe.num_noises, *x.shape)
 
@@ -252,7 +250,8 @@ def test_memory_is_constant_to_a_thousand_steps():
     peaks = {}
     for steps in (10, 1000):
         # Without noise, only to save the time of making it.
-        purifier = Purifier(score, method="reverse-sde", solver="probability-flow", num_steps=steps, memory_budget="least")
+        options = {"method": "reverse-sde", "solver": "probability-flow", "memory_budget": "least", "engine": "eager"}
+        purifier = Purifier(score, num_steps=steps, **options)
         step = purifier.plan(1).step
         image = x.clone().requires_grad_()
         # Every result's storage while it lives; the profiler's account of a thousand steps would take minutes more.
@@ -511,8 +510,8 @@ def test_memory_of_a_split_batch():
     """The pieces' states go to one place: a peak as planned, and not the states twice."""
     score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
     x = torch.rand(4, 3, 8, 8)
-    whole = Purifier(score, classifier, num_steps=40, memory_budget="least")
-    split = Purifier(score, classifier, num_steps=40, memory_budget=whole.plan(4).least_bytes)
+    whole = Purifier(score, classifier, num_steps=40, memory_budget="least", engine="eager")
+    split = Purifier(score, classifier, num_steps=40, memory_budget=whole.plan(4).least_bytes, engine="eager")
     plan = split.plan(4)
     assert plan.storage.piece == 1
     noise, image = torch.randn(40, *x.shape), x.clone().requires_grad_()
