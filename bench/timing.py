@@ -114,9 +114,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "torchsde": _version("torchsde"),
+        "torchsde": version("torchsde"),
         "numpy": np.__version__,
-        "coupfast": _version("coupfast"),
+        "coupfast": version("coupfast"),
         "commit": commit,
         "uncommitted_changes": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
@@ -153,7 +153,7 @@ def _git(*command: str) -> str | None:
     return found.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -4,12 +4,14 @@ import copy
 import json
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
 
 from coupfast.purify import ENGINES
 from coupfast.reference import purify_published, purify_ref
+from coupfast_kernels import native
 
 BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 ULP = torch.finfo(torch.float32).eps
@@ -22,6 +24,8 @@ GRADIENT_FIELDS = {
     *("mode", "engine", "network", "t", "num_steps", "steps_timed", "scaled", "batch", "seconds_per_image", "peak_bytes"),
     *("rel_error", "cosine", "sign_agreement", "ratio_to_published", "ratio_to_frozen", "ratio_to_eager"),
 }
+LAYER_TIMES = ("seconds", "seconds_median", "spread", "gflops", "share_of_sgemm", "ratio_to_eager", "ratio_to_channels_last")
+PEER_TIMES = ("seconds_per_image", "seconds_per_image_best", "spread", "ratio_to_eager", "ratio_to_engine")
 SMALL = ["--network", "tiny", "--images", "random", "--repeats", "1"]
 
 
@@ -31,7 +35,7 @@ def _as_a_script_sees_it(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(BENCH)
     yield
-    for name in ("speed", "gradient", "cases", "timing"):
+    for name in ("speed", "gradient", "peers", "layers", "cases", "timing"):
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
 
@@ -45,8 +49,14 @@ def run(tmp_path, capsys):
         file = tmp_path / "results.json"
         code = module.main([*SMALL, "--json", str(file), *map(str, arguments)])
         document = json.loads(file.read_text())
-        names = {"speed": ("method", "engine"), "gradient": ("mode", "engine")}[script]
-        rows = {tuple(row[name] for name in names): row for row in document["rows"]}
+        names = {
+            "speed": ("method", "engine"),
+            "gradient": ("mode", "engine"),
+            "layers": ("network", "direction", "layer", "algorithm"),
+            "peers": ("runtime", "batch"),
+        }[script]
+        rows = {tuple(row.get(name) for name in names): row for row in document["rows"]}
+        assert len(rows) == len(document["rows"])
         return code, rows, document["environment"], capsys.readouterr().out
 
     return run
@@ -160,6 +170,112 @@ class TestGradient:
         assert rows["exact", "wrong"]["peak_bytes"] is None
         assert rows["exact", "eager"]["seconds_per_image"] > 0
         assert "no times" in printed
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=native.unavailable() or "")
+class TestLayers:
+    @pytest.fixture
+    def layers(self, monkeypatch):
+        layers = __import__("layers")
+        monkeypatch.setattr(layers, "SAMPLE_SECONDS", 0.0)  # one call each
+        return layers
+
+    def test_every_shape_has_its_rows(self, run, layers):
+        code, rows, environment, printed = run("layers", "--batch", 2, "--threads", 1)
+        whole = {key: row for key, row in rows.items() if row["kind"] == "network"}
+        shapes = {key: row for key, row in rows.items() if row["kind"] == "layer"}
+        assert {key[:2] for key in whole} == {
+            (f"tiny {name}", direction) for name in ("score", "classifier") for direction in ("forward", "forward + vjp")
+        }
+        directions = [{key[::2] for key in shapes if key[1] == direction} for direction in ("forward", "transposed")]
+        assert directions[0] == directions[1]
+        # DDPM++ resamples by averaging; the residual network strides, which PyTorch transposes.
+        assert {key[0] for key in shapes if key[3] == layers.LIBRARY} == {"tiny classifier"}
+        assert all(row["chosen"] for row in shapes.values())
+        # F(4 x 4) rounds four times as coarsely as some of PyTorch's sums: such rows say so.
+        over = [row for row in rows.values() if not row["within_contract"]]
+        assert code == bool(over)
+        assert printed.count("no times") == len(over)
+        for row in shapes.values():
+            assert row["within_contract"] == (row["relative_error"] <= 4 * row["relative_error_eager"])
+            assert row["relative_error"] < 1e-5
+            assert all((row[key] is None) != row["within_contract"] for key in LAYER_TIMES if key != "share_of_sgemm")
+            known = row["within_contract"] and row["algorithm"] != layers.LIBRARY
+            assert (row["share_of_sgemm"] is not None) == known
+        for row in whole.values():
+            assert row["within_contract"]
+            assert row["ratio_to_eager"] > 0
+        assert environment["sgemm_multiplications_per_second"] > 0
+
+    def test_all_algorithms_in_their_own_multiplications(self, run, layers):
+        _, rows, _, _ = run("layers", "--all", "--no-truth", "--threads", 1)
+        found = {key[3]: row for key, row in rows.items() if key[:3] == ("tiny score", "forward", "64x8x8 -> 64x8x8, 3x3")}
+        counted = {name: row["multiplications"] / (64 * 64 * 8 * 8) for name, row in found.items()}
+        assert counted == {"direct": 9, "F2": 4, "F4": 36 / 16}
+        assert sum(row["chosen"] for row in found.values()) == 1
+        whole = [row for row in rows.values() if row["kind"] == "network"]
+        assert all(row["relative_error"] is None and row["relative_difference"] < 1e-2 for row in whole)
+
+    def test_a_wrong_kernel_gets_no_time(self, run, layers, monkeypatch):
+        right = layers._kernel_call
+
+        def wrong(*arguments):
+            call = right(*arguments)
+            return lambda: call() * float("nan")
+
+        monkeypatch.setattr(layers, "_kernel_call", wrong)
+        code, rows, _, _ = run("layers", "--no-truth", "--threads", 1)
+        assert code == 1
+        shapes = [row for row in rows.values() if row["kind"] == "layer" and row["algorithm"] != layers.LIBRARY]
+        assert not any(row["within_contract"] for row in shapes)
+        assert all(row[key] is None for row in shapes for key in LAYER_TIMES)
+
+
+class TestPeers:
+    @pytest.fixture
+    def peers(self, monkeypatch):
+        """With runtimes that are installed, as far as one can see."""
+        peers = __import__("peers")
+        for module in ("openvino", "onnx", "onnxscript", "onnxruntime"):
+            monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        monkeypatch.setattr(peers, "_openvino", lambda module, x: lambda: module(x))
+        monkeypatch.setattr(peers, "_onnx_runtime", lambda module, x, folder: lambda: module(x))
+        return peers
+
+    def test_one_row_each(self, run, peers):
+        code, rows, environment, _ = run("peers", "--batch", 1, 2, "--threads", 1)
+        assert set(rows) == {(name, batch) for name in peers.MODULES for batch in (1, 2)}
+        assert environment["label"] == pytest.approx(999 * 0.1)
+        expected = {name for name, _ in rows} - ({peers.ENGINE} if native.unavailable() else set())
+        for (name, _), row in rows.items():
+            if name in expected:
+                assert row["relative_difference"] < 1e-5
+                assert row["seconds_per_image"] > 0
+                assert (row["ratio_to_engine"] is None) == (peers.ENGINE not in expected)
+        assert code == 0
+
+    def test_one_that_is_not_installed_is_named(self, run, peers, monkeypatch):
+        monkeypatch.setitem(sys.modules, "openvino", None)
+        code, rows, _, printed = run("peers", "--threads", 1)
+        row = rows[peers.OPENVINO, 1]
+        assert code == 0
+        assert row["reason"].startswith("not installed")
+        assert [row[key] for key in PEER_TIMES] == [None] * 5
+        assert "OpenVINO      no times: not installed" in printed
+
+    def test_one_that_differs_or_fails_gets_no_time(self, run, peers, monkeypatch):
+        def fails(module, x, folder):
+            raise RuntimeError("no such operator")
+
+        monkeypatch.setattr(peers, "_openvino", lambda module, x: lambda: module(x) * 1.001)
+        monkeypatch.setattr(peers, "_onnx_runtime", fails)
+        code, rows, _, _ = run("peers", "--threads", 1)
+        assert code == 1
+        differs, failed = rows[peers.OPENVINO, 1], rows[peers.ONNX_RUNTIME, 1]
+        assert "differs from eager by 1.0e-03" in differs["reason"]
+        assert failed["reason"] == "RuntimeError: no such operator"
+        assert [row[key] for row in (differs, failed) for key in PEER_TIMES] == [None] * 10
+        assert rows[peers.EAGER, 1]["seconds_per_image"] > 0
 
 
 class TestCases:
