@@ -412,25 +412,32 @@ def test_what_is_not_finite_stays_so_and_stays_where_it_is(tile, value, isa):
         torch.testing.assert_close(y.contiguous().double(), exact, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-def activated(v: torch.Tensor, activation: int) -> torch.Tensor:
+def activated(v: torch.Tensor, activation: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The kernels' activation of a row of numbers, by a 1 x 1 convolution with weight one."""
     case = Case(DIRECT, 1, 1, 1, 1, len(v), batch=1)
     z = place((1, 1, 1, len(v)))
-    run(case, placed(v.view(1, 1, 1, -1)), torch.ones(1, 1, 1, 1), y=None, z=z, z_activation=activation)
+    run(case, placed(v.view(1, 1, 1, -1)), torch.ones(1, 1, 1, 1), y=None, z=z, z_activation=activation, z_mask=mask)
     return z.view(-1)
 
 
 def test_silu_of_everything(isa):
-    v = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, 3e38, math.inf, math.nan])])
+    v = torch.cat(
+        [
+            torch.linspace(-120, 120, 4001),
+            torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, -3e38, 3e38, math.inf, -math.inf, math.nan]),
+        ]
+    )
     exact = F.silu(v.double())
     found = activated(v, kernels.SILU)
-    # exp within 2 ulp of an argument clamped at 87, so below −87 the result is −v e⁻⁸⁷ in place of nothing.
+    # exp within 2 ulp of an argument clamped at 87, below which nothing is left.
     torch.testing.assert_close(found.double(), exact, rtol=8 * EPS, atol=121 * math.exp(-87), equal_nan=True)
 
 
 def test_relu_is_pytorchs(isa):
     v = torch.tensor([-1.0, -0.0, 0.0, 2.0, math.inf, -math.inf, math.nan, 1e-40])
-    torch.testing.assert_close(activated(v, kernels.RELU), v.relu(), rtol=0, atol=0, equal_nan=True)
+    mask = torch.full((len(v),), 0xFF, dtype=torch.uint8)
+    torch.testing.assert_close(activated(v, kernels.RELU, mask), v.relu(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(mask, (v > 0).to(torch.uint8), rtol=0, atol=0)  # nothing passes at the kink itself
 
 
 # --- GroupNorm ---------------------------------------------------------------------------------------------------------
@@ -649,8 +656,19 @@ def test_packed_conv2d(tile, kernel, stride, with_bias):
     with FakeTensorMode() as mode:
         fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
     assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
-    with pytest.raises(ValueError, match="`x` is float32 with four axes"):
-        kernels.packed_conv2d(x.double(), *arguments[1:])
+    for index, bad, message in (
+        (0, x.double(), "`x` is float32 with four axes"),
+        (0, x[:0], "not empty"),
+        (1, packed[:-1], "`packed` is contiguous float32 with"),
+        (1, packed.double(), "`packed` is contiguous float32 with"),
+        (2, normal(5), "`bias` is contiguous float32 with 6 values"),
+        (2, normal(12)[::2], "`bias` is contiguous float32 with 6 values"),
+        (3, 60, "`packed` is contiguous float32 with"),
+        (5, 0, "`tile` is 1, or 2 or 4 for"),
+        (6, 3, "`tile` is 1, or 2 or 4 for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.packed_conv2d(*arguments[:index], bad, *arguments[index + 1 :])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------
