@@ -49,6 +49,8 @@ def tile(
         return kernels.DIRECT
     _, height, width = shape
     pairs = conv.weight.shape[0] * conv.weight.shape[1]
+    if conv.weight.shape[0 if transposed else 1] < _LEAST_CHANNELS:
+        allowed = tuple(size for size in allowed if size != kernels.F4)
 
     def work(size: int) -> float:
         tiles = batch * -(-height // size) * -(-width // size)
@@ -65,6 +67,9 @@ PACKED = {kernels.DIRECT: 1.0, kernels.F2: 16 / 9, kernels.F4: 4.0}
 # weights costs at the usual ratio of a core's arithmetic to its memory (40 G multiplications and 10 GB a second).
 _EFFORT = {kernels.DIRECT: 1.0, kernels.F2: 1.15, kernels.F4: 1.4}
 _BYTE = 4.0
+# A direct sum over few channels is short and rounds little: F(4x4), whose error hardly depends on the sum's length, would miss
+# the bound of four times PyTorch's error there.
+_LEAST_CHANNELS = 64
 
 
 @dataclasses.dataclass
