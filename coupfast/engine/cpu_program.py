@@ -274,8 +274,9 @@ class NetworkProgram:
         for view, first, last in self._outside(forward_count):
             view.storage.first = first if view.storage.first < 0 else min(view.storage.first, first)
             view.storage.last = max(view.storage.last, last)
-        storages = {s for i in self._instructions for s in (*i.reads, *i.writes)}
-        storages |= {view.storage for view, _, _ in self._outside(forward_count)}
+        named = [s for i in self._instructions for s in (*i.reads, *i.writes)]
+        named += [view.storage for view, _, _ in self._outside(forward_count)]
+        storages = dict.fromkeys(named)  # in order: the same plan every time
         placed: list[_Storage] = []
         self.arena_floats = 0
         for storage in sorted(storages, key=lambda s: (s.first, -s.floats)):
