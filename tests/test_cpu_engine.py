@@ -317,13 +317,13 @@ def test_planned_memory_is_what_programs_take(images, make_classifier):
         networks = program._networks.values()
         return 4 * (max(n.arena_floats for n in networks) + max(n.scratch_floats for n in networks))
 
-    assert program.workspace.bytes() <= 8
+    assert program.programs.workspace.bytes() <= 8
     assert program.bytes(gradient=False) > 0
-    assert program.workspace.bytes() <= 8  # planned, and not taken
+    assert program.programs.workspace.bytes() <= 8  # planned, and not taken
     purifier(images, seed=0)
-    assert program.workspace.bytes() == needed() <= program.bytes(gradient=False)
+    assert program.programs.workspace.bytes() == needed() <= program.bytes(gradient=False)
     gradient(purifier, images, seed=0)
-    assert program.workspace.bytes() == needed() <= program.bytes(gradient=True) <= purifier.plan(5).step.transpose
+    assert program.programs.workspace.bytes() == needed() <= program.bytes(gradient=True) <= purifier.plan(5).step.transpose
     _, kept = program.step(0, 2 * images - 1, purifier._noise(images, seed=0, ids=None, draw=0, noise=None), "slopes")
     if make_classifier is relu_classifier:
         assert kept.slopes is not None

@@ -2,7 +2,8 @@
 
 Networks are traced once (`coupfast.tracing`), cut into large operations (`fusion`), bound to memory for each batch size
 (`cpu_program`) and run by the C++ kernels of `coupfast_kernels`. Which algorithm a convolution takes follows from its shape and
-the batch alone: runs give the same bits whatever the number of threads, and nothing depends on how a trial was timed.
+the batch: runs give the same bits whatever the number of threads, and nothing depends on how a trial was timed. (Where less
+memory is free than twice what all packed weights take, the largest are left out, which is said and gives other bits.)
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from coupfast_kernels.guided_step import guided_step_ref
 
 logger = logging.getLogger(__name__)
 
-#: Batch sizes whose programs are kept: attacks run on fewer and fewer images.
+#: Batch sizes whose programs are kept: attacks run on fewer and fewer images. Their memory is one workspace.
 KEPT_BATCHES = 8
 
 
@@ -43,7 +44,7 @@ def tile(
     """The algorithm of one convolution whose output has (channels, height, width) = `shape`: the one with the least work.
 
     Work is counted in multiplications, a byte of weights that has to come from memory as `_BYTE` of them. Nothing is timed:
-    the choice, and with it every bit of the result, is the same on every machine and in every run.
+    the choice, and with it every bit of the result, is the same in every run, unless memory is short (`allowed`).
     """
     if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
         return kernels.DIRECT
@@ -117,6 +118,8 @@ class CpuPrograms:
         self._time: dict[int, dict[fx.Node, torch.Tensor]] = {}
         self._programs: OrderedDict[tuple[int, int], CpuProgram] = OrderedDict()
         self._lock = threading.Lock()
+        self.workspace = Workspace()  # of all batch sizes, so that Python's threads take turns
+        self.turn = threading.Lock()
 
     def for_batch(self, batch: int) -> CpuProgram:
         key = (batch, torch.get_num_threads())
@@ -230,9 +233,7 @@ class CpuPrograms:
             v = torch.randn(wanted.shape, generator=generator, dtype=torch.float32)
             wanted_vjp = torch.autograd.grad(wanted, leaf, v)[0] if wanted.requires_grad else torch.zeros_like(x)
         program = NetworkProgram(network.network, 1, network.weights, backward=True, threads=torch.get_num_threads())
-        workspace = Workspace()
-        workspace.hold(program.arena_floats, program.scratch_floats)
-        program.bind(workspace)
+        program.bind(Workspace())
         program.set_time(self._time_values(network, -1))
         found = program.forward(x).clone()
         found_vjp = program.backward(v)
@@ -241,20 +242,18 @@ class CpuPrograms:
 
 
 class CpuProgram:
-    """Steps of one batch size on a number of threads. Python threads take turns: all steps run in one workspace."""
+    """Steps of one batch size on a number of threads."""
 
     def __init__(self, programs: CpuPrograms, batch: int, threads: int) -> None:
         self.programs, self.batch, self.threads = programs, batch, threads
         self.table = programs.table
-        self.workspace = Workspace()
         self._networks: dict[str, NetworkProgram] = {}
-        self._turn = threading.Lock()
 
     def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
         row, programs = self.table.row(k), self.programs
         if not x_k.is_contiguous(memory_format=torch.channels_last):
             x_k = x_k.contiguous()  # images may come transposed, which the step's own kernel does not read
-        with self._turn, torch.no_grad():
+        with programs.turn, torch.no_grad():
             if programs.score_network is None:
                 eps_hat = programs.score(x_k, programs.eager._label(k, x_k))
             else:
@@ -268,7 +267,7 @@ class CpuProgram:
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
         row, programs = self.table.row(k), self.programs
-        with self._turn, torch.no_grad():
+        with programs.turn, torch.no_grad():
             w = None
             if programs.guidance is not None and row[2] != 0.0 and programs.differentiate_guidance:
                 w = self._hvp(x_k, v, saved or _Kept())
@@ -337,11 +336,7 @@ class CpuProgram:
 
     def _network(self, kind: str) -> NetworkProgram:
         network = self._plan(kind)
-        if self.workspace.hold(network.arena_floats, network.scratch_floats):
-            for other in self._networks.values():
-                other.unbind()
-        if not network.bound:
-            network.bind(self.workspace)
+        network.bind(self.programs.workspace)
         return network
 
     # --- the classifier ---------------------------------------------------------------------------------------------------

@@ -60,19 +60,22 @@ class _Instruction:
 
 
 class Workspace:
-    """Memory of programs that never run at the same time: the largest arena and the largest scratch of any of them."""
+    """Memory of programs that never run at the same time: the largest arena and the largest scratch of any of them.
+
+    Attributes:
+        moves: How often memory moved: programs bound before must be bound again.
+    """
 
     def __init__(self) -> None:
-        self.arena, self.scratch = _memory(0), _memory(0)
+        self.arena, self.scratch, self.moves = _memory(0), _memory(0), 0
 
-    def hold(self, arena_floats: int, scratch_floats: int) -> bool:
-        """Make room; whether memory moved, so that programs must be bound again."""
-        moved = arena_floats > len(self.arena) or scratch_floats > len(self.scratch)
+    def hold(self, arena_floats: int, scratch_floats: int) -> None:
+        """Make room."""
+        self.moves += arena_floats > len(self.arena) or scratch_floats > len(self.scratch)
         if arena_floats > len(self.arena):
             self.arena = _memory(arena_floats)
         if scratch_floats > len(self.scratch):
             self.scratch = _memory(scratch_floats)
-        return moved
 
     def bytes(self) -> int:
         return self.arena.nbytes + self.scratch.nbytes
@@ -120,7 +123,8 @@ class NetworkProgram:
         threads: int,
     ) -> None:
         self.network, self.batch, self.weights, self.linear, self.threads = network, batch, weights, linear, threads
-        self.differentiable, self.bound = backward, False
+        self.differentiable = backward
+        self._bound: tuple[Workspace, int] | None = None
         self._views: dict[fx.Node, _View] = {}
         self._norms: dict[Convolution, _View] = {}
         self._instructions: list[_Instruction] = []
@@ -163,13 +167,12 @@ class NetworkProgram:
         self._forward_count = forward_count
         self._allocate(forward_count)
 
-    def unbind(self) -> None:
-        """Forget all addresses: the workspace moves."""
-        self.bound = False
-
     def bind(self, workspace: Workspace) -> None:
-        """Fill in addresses; `workspace` holds at least `arena_floats` and `scratch_floats`."""
-        self.bound = True
+        """Fill in addresses, if they are not those of `workspace` as it lies now."""
+        workspace.hold(self.arena_floats, self.scratch_floats)
+        if self._bound == (workspace, workspace.moves):
+            return
+        self._bound = (workspace, workspace.moves)
         self._arena, self._scratch = workspace.arena, workspace.scratch
         self._forward_steps = self._bind(self._instructions[: self._forward_count])
         self._backward_steps = self._bind(self._instructions[self._forward_count :])
