@@ -286,10 +286,10 @@ class Purifier(nn.Module):
             seed = secrets.randbits(63)
         elif isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
             raise ValueError(f"`seed` is an integer in [0, 2**64), got {seed!r}")
-        self.last_seed = int(seed)
+        self.last_seed = int(seed)  # for the caller to read; another of its threads may write it at any moment
         ids = torch.arange(len(x)) if ids is None else ids
         return CounterNoise(
-            self.last_seed,
+            int(seed),
             _words("ids", ids, len(x), x.device),
             _words("draw", [draw] * len(x) if isinstance(draw, (int, np.integer)) else draw, len(x), x.device),
         )
