@@ -593,3 +593,9 @@ def test_images_that_make_no_number(score, classifier, images):
         score.all_modules[0].bias.fill_(float("inf"))
     with pytest.raises((ValueError, FloatingPointError), match="finite"):
         purify(images, score, classifier, num_steps=2, engine="cpu")
+
+
+def test_fast_is_within_its_bound(score, classifier, images):
+    purifiers = [Purifier(score, classifier, num_steps=3, engine="cpu", precision=p) for p in ("strict", "fast")]
+    strict, fast = (gradient(purifier, images, seed=0) for purifier in purifiers)
+    assert relative_error(fast, strict) <= 1e-4

@@ -1,5 +1,6 @@
 """The guidance gradient and three routes to its Hessian-vector product."""
 
+import copy
 import logging
 
 import pytest
@@ -14,6 +15,7 @@ from coupfast.guidance import (
     guidance_gradient,
     log_confidence,
     pack_bits,
+    scaled_logits,
     unpack_bits,
 )
 from coupfast.models.dm_wide_resnet import DMWideResNet
@@ -271,3 +273,23 @@ def test_bits_round_trip(shape):
     assert bits.dtype == torch.uint8
     assert len(bits) == -(-mask.numel() // 8)
     torch.testing.assert_close(unpack_bits(bits, mask.shape), mask)
+
+
+def test_float32_under_imposed_slopes():
+    """Same slopes, one rounding after the other: the explicit product errs no more than double back-propagation does."""
+    classifier = relu_classifier(torch.float32)
+    exact = copy.deepcopy(classifier).double()
+    generator = torch.Generator().manual_seed(torch.seed() % 2**63)  # fresh inputs: a flipped slope would be a percent
+    x, v = (torch.randn(4, 3, 8, 8, generator=generator) for _ in range(2))
+    guidance = Guidance(classifier, x, route="piecewise-linear")
+    _, kept = guidance.gradient(x, keep_slopes=True)
+    graph = Guidance(exact, x.double(), route="piecewise-linear").graph
+    assert graph is not None and kept.slopes and kept.p is not None
+    tangent = v.double().requires_grad_()
+    jv = graph.linear(tangent, kept.slopes)  # the float32 run's slopes, in float64
+    p = torch.softmax(scaled_logits(exact, x.double()), dim=1)
+    q = jv.detach()
+    (wanted,) = torch.autograd.grad(jv, tangent, p * ((p * q).sum(dim=1, keepdim=True) - q))
+    ours = (guidance.hvp(x, v, kept) - wanted).norm()
+    autograd = (Guidance(classifier, x, route="double-backward").hvp(x, v) - wanted).norm()
+    assert ours <= 4 * autograd + 4 * torch.finfo(torch.float32).eps * wanted.norm()
