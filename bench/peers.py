@@ -39,12 +39,13 @@ from typing import Any
 import torch
 from cases import NETWORKS, Case, load_case, positive, write_results
 from layers import LABEL, bound_program, fused_score, relative_error
-from timing import Summary, interleave, timed, times_faster, version
+from timing import Summary, interleave, timed, times_faster
 from torch import nn
 
 from coupfast.engine.cpu import tile
 from coupfast.engine.cpu_program import WeightStore
 from coupfast.engine.fusion import FusedNetwork
+from coupfast.environment import version
 from coupfast_kernels import native
 
 AGREEMENT = 1e-4  # relative to eager's result

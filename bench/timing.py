@@ -8,7 +8,6 @@ median of the repeats' ratios.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import pathlib
@@ -22,6 +21,8 @@ import numpy as np
 import torch
 from torch.autograd.profiler import profile
 from tqdm import tqdm
+
+from coupfast.environment import processor, version
 
 Result = TypeVar("Result")
 
@@ -105,7 +106,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "device": device_name(device),
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "logical_cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -151,18 +152,3 @@ def _git(*command: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

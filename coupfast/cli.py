@@ -7,13 +7,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from coupfast import doctor
 from coupfast.certificate import check_gradient
 from coupfast.data import image_files, load_images, save_images
 from coupfast.defenses import METHODS
+from coupfast.environment import machine, version
 from coupfast.evaluation import attacks, protocols
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation import report as reporting
@@ -432,21 +431,12 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return {
         "coupfast": coupfast.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "numpy", "torchsde", "safetensors")},
-        "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        **{name: version(name) for name in ("torch", "numpy", "torchsde", "safetensors")},
+        **machine(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _device(text: str) -> torch.device:

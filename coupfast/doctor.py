@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 import importlib.util
 import math
-import os
 import platform
 import sys
 import time
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from coupfast import environment
 from coupfast.certificate import Definition
 from coupfast.defenses import METHODS
 from coupfast.engine.memory import available_bytes
@@ -111,7 +110,7 @@ def run(*, device: torch.device | str | None = None, progress: bool = False) -> 
         "coupfast": {"version": coupfast.__version__, "path": str(Path(coupfast.__file__).parent)},
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "machine": _machine(),
-        "packages": {name: _version(name) for name in CORE_PACKAGES},
+        "packages": {name: environment.version(name) for name in CORE_PACKAGES},
         "features": [_feature(*feature) for feature in FEATURES],
         "cpu_kernels": _cpu_kernels(),
         "noise": noise,
@@ -179,23 +178,13 @@ def text(report: dict[str, Any]) -> str:
 
 def _machine() -> dict[str, Any]:
     return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **environment.machine(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "free_bytes": available_bytes(torch.device("cpu")),
         "torch_threads": torch.get_num_threads(),
         "torch_cuda": torch.version.cuda,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that does not say its name
-        return platform.processor() or platform.machine()
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -207,17 +196,10 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _feature(feature: str, distributions: tuple[str, ...], modules: tuple[str, ...], extra: str) -> dict[str, Any]:
     # find_spec does not run a package: some of these import for seconds.
     missing = [name for name, module in zip(distributions, modules, strict=True) if importlib.util.find_spec(module) is None]
-    versions = {name.partition("<")[0]: _version(name.partition("<")[0]) for name in distributions}
+    versions = {name.partition("<")[0]: environment.version(name.partition("<")[0]) for name in distributions}
     return {
         "feature": feature,
         "installed": not missing,

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +37,7 @@ def main() -> None:
 
     import coupfast
     from coupfast.data import load_images
+    from coupfast.environment import machine, version
     from coupfast.models.checkpoints import state_dict_sha256
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -123,9 +122,7 @@ def main() -> None:
             **{name: version(name) for name in ("torch", "numpy", "pyautoattack", "foolbox")},
         },
         "machine": {
-            "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+            **machine(),
             "torch_threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 import coupfast
+from coupfast.environment import version
 from coupfast.evaluation.attacks import Attack, Result
 from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.ledger import Outcome
@@ -58,13 +58,10 @@ class Rules:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What can change the bits of a result besides what a user chooses."""
-    packages = {}
-    for name in ("torch", "numpy", "pyautoattack"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
+    packages = {name: version(name) for name in ("torch", "numpy", "pyautoattack")}
     return {
         "coupfast": coupfast.__version__,
-        **packages,
+        **{name: found for name, found in packages.items() if found is not None},
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernels_isa": os.environ.get("COUPFAST_CPU_ISA") or native.isas()[0],

@@ -1,0 +1,34 @@
+import platform
+from pathlib import Path
+
+import torch
+
+from coupfast import environment
+
+
+def test_versions():
+    assert environment.version("torch") == torch.__version__
+    assert environment.version("no-such-distribution") is None
+
+
+def test_processor_is_the_first_model_named_or_the_architecture(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "vendor_id\t: A\nmodel name\t: A: B\nmodel name\t: C\n")
+    assert environment.processor() == environment.machine()["processor"] == "A: B"
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "hart\t: 0\n")
+    assert environment.processor() == "riscv64"
+
+    def missing(self, **_):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert environment.processor() == "riscv64"
+
+
+def test_machine_counts_the_cores_of_this_process(monkeypatch):
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 11)
+    assert environment.machine()["cores"] == 3
+    monkeypatch.delattr(environment.os, "sched_getaffinity")
+    assert environment.machine()["cores"] == 11
