@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,21 +28,16 @@ class APGD(Attack):
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         seen = _Predictions(defense)
-        attack = _pyautoattack("autopgd_base").APGDAttack(
-            seen,
-            n_restarts=1,
-            n_iter=self.iterations,
-            eps=self.eps,
-            norm=self.norm,
-            eot_iter=self.eot_iter,
-            rho=0.75,
-            loss=self.loss,
-            seed=seed,
-            device=x.device,
-            logger=_LOGGER,
-        )
-        with torch.no_grad():
-            x_adv = attack.perturb(x, y).detach()
+        settings = {
+            "norm": self.norm,
+            "eps": self.eps,
+            "n_iter": self.iterations,
+            "eot_iter": self.eot_iter,
+            "rho": 0.75,
+            "loss": self.loss,
+            "logger": _LOGGER,
+        }
+        x_adv = _perturb("autopgd_base.APGDAttack", settings, seen, x, y, seed=seed)
         return Result(x_adv, self._curve(seen, y))
 
     def _curve(self, seen: _Predictions, y: torch.Tensor) -> tuple[int, ...]:
@@ -69,21 +65,16 @@ class TargetedAPGD(Attack):
     target_classes: int = 9
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        attack = _pyautoattack("autopgd_base").APGDAttack_targeted(
-            defense,
-            n_restarts=1,
-            n_iter=self.iterations,
-            eps=self.eps,
-            norm=self.norm,
-            eot_iter=self.eot_iter,
-            rho=0.75,
-            n_target_classes=self.target_classes,
-            seed=seed,
-            device=x.device,
-            logger=_LOGGER,
-        )
-        with torch.no_grad():
-            return Result(attack.perturb(x, y).detach())
+        settings = {
+            "norm": self.norm,
+            "eps": self.eps,
+            "n_iter": self.iterations,
+            "eot_iter": self.eot_iter,
+            "rho": 0.75,
+            "n_target_classes": self.target_classes,
+            "logger": _LOGGER,
+        }
+        return Result(_perturb("autopgd_base.APGDAttack_targeted", settings, defense, x, y, seed=seed))
 
     def cost(self) -> Cost:
         return Cost(1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter)
@@ -99,19 +90,14 @@ class FABTargeted(Attack):
     target_classes: int = 9
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        attack = _pyautoattack("fab_pt").FABAttack_PT(
-            defense,
-            n_restarts=1,
-            n_iter=self.iterations,
-            eps=self.eps,
-            norm=self.norm,
-            targeted=True,
-            n_target_classes=self.target_classes,
-            seed=seed,
-            device=x.device,
-        )
-        with torch.no_grad():
-            return Result(attack.perturb(x, y).detach())
+        settings = {
+            "norm": self.norm,
+            "eps": self.eps,
+            "n_iter": self.iterations,
+            "targeted": True,
+            "n_target_classes": self.target_classes,
+        }
+        return Result(_perturb("fab_pt.FABAttack_PT", settings, defense, x, y, seed=seed))
 
     def cost(self) -> Cost:
         return Cost(1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations)
@@ -126,19 +112,8 @@ class Square(Attack):
     queries: int = 5000
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        attack = _pyautoattack("square").SquareAttack(
-            defense,
-            p_init=0.8,
-            n_queries=self.queries,
-            eps=self.eps,
-            norm=self.norm,
-            n_restarts=1,
-            seed=seed,
-            device=x.device,
-            resc_schedule=False,
-        )
-        with torch.no_grad():
-            return Result(attack.perturb(x, y).detach())
+        settings = {"norm": self.norm, "eps": self.eps, "n_queries": self.queries, "p_init": 0.8, "resc_schedule": False}
+        return Result(_perturb("square.SquareAttack", settings, defense, x, y, seed=seed))
 
     def cost(self) -> Cost:
         return Cost(self.queries + 3, 0)
@@ -156,6 +131,22 @@ class _Predictions:
         logits = self.defense(x)
         (self.with_gradient if x.requires_grad else self.plain).append(logits.detach().argmax(dim=1))
         return logits
+
+
+def _perturb(
+    name: str,
+    settings: dict[str, Any],
+    defense: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    seed: int,
+) -> torch.Tensor:
+    """What pyautoattack's "module.class" `name`, with these settings and one restart, makes of images."""
+    module, name = name.split(".")
+    attack = getattr(_pyautoattack(module), name)(defense, n_restarts=1, seed=seed, device=x.device, **settings)
+    with torch.no_grad():
+        return attack.perturb(x, y).detach()
 
 
 def _pyautoattack(module: str) -> Any:
