@@ -29,7 +29,7 @@ from coupfast.environment import machine, version
 from coupfast.evaluation import attacks, protocols
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation import report as reporting
-from coupfast.evaluation.defense import NO_DEFENSE
+from coupfast.evaluation.defense import NO_DEFENSE, settings
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.evaluation.runs import CLUSTERS, evaluate
@@ -136,7 +136,7 @@ def _purify(options: argparse.Namespace) -> int:
         "command": shlex.join(["coupfast", *options.argv]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started,
-        "settings": _settings(purifier) | {"seed": options.seed, "draws": options.draw, "batch": options.batch},
+        "settings": settings(purifier) | {"seed": options.seed, "draws": options.draw, "batch": options.batch},
         "networks": networks,
         "inputs": options.inputs,
         "limit": options.limit,
@@ -184,21 +184,6 @@ def _classifier(options: argparse.Namespace) -> nn.Module:
     return load_classifier(
         options.classifier, weights=options.classifier_weights, device=options.device, activation=options.activation
     )
-
-
-def _settings(purifier: Purifier) -> dict[str, Any]:
-    return {
-        "method": purifier.method,
-        "t": purifier.t,
-        "num_steps": purifier.num_steps,
-        "guidance_scale": purifier.guidance_scale,
-        "solver": purifier.solver,
-        "beta_min": purifier.sde.beta_min,
-        "beta_max": purifier.sde.beta_max,
-        "clamp": purifier.clamp,
-        "engine": purifier.engine,
-        "precision": purifier.precision,
-    }
 
 
 def _identity(source: str, weights: str | None, network: nn.Module) -> dict[str, Any]:

@@ -9,9 +9,25 @@ import torch
 from torch import nn
 
 from coupfast.models.checkpoints import state_dict_sha256
-from coupfast.purify import PurifiedClassifier
+from coupfast.purify import PurifiedClassifier, Purifier
 
 NO_DEFENSE = "none"
+
+
+def settings(purifier: Purifier) -> dict[str, Any]:
+    """What decides a purifier's output beside its networks and the noise, as JSON has it."""
+    return {
+        "method": purifier.method,
+        "t": purifier.t,
+        "num_steps": purifier.num_steps,
+        "guidance_scale": purifier.guidance_scale,
+        "solver": purifier.solver,
+        "clamp": purifier.clamp,
+        "beta_min": purifier.sde.beta_min,
+        "beta_max": purifier.sde.beta_max,
+        "engine": purifier.engine,
+        "precision": purifier.precision,
+    }
 
 
 class Defense(nn.Module):
@@ -48,16 +64,7 @@ class Defense(nn.Module):
         purifier = self.purified.purifier
         guidance = purifier.classifier
         return {
-            "method": purifier.method,
-            "t": purifier.t,
-            "num_steps": purifier.num_steps,
-            "guidance_scale": purifier.guidance_scale,
-            "solver": purifier.solver,
-            "clamp": purifier.clamp,
-            "beta_min": purifier.sde.beta_min,
-            "beta_max": purifier.sde.beta_max,
-            "engine": purifier.engine,
-            "precision": purifier.precision,
+            **settings(purifier),
             "gradient": purifier.gradient,
             "guidance_gradient": purifier.guidance_gradient,
             "memory_budget": purifier.memory_budget,
