@@ -26,7 +26,7 @@ from coupfast.certificate import Definition
 from coupfast.defenses import METHODS
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.precision import strict_float32
-from coupfast.models.checkpoints import file_sha256
+from coupfast.models.checkpoints import file_sha256, listed_sha256
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
@@ -241,7 +241,7 @@ def _check_weights() -> list[dict[str, Any]]:
     """Every file of `SHA256SUMS` against its sum, and every weight file against the list."""
     folder = files("coupfast.models") / "weights"
     try:
-        sums = {name: digest for digest, name in map(str.split, (folder / "SHA256SUMS").read_text().splitlines())}
+        sums = listed_sha256((folder / "SHA256SUMS").read_text())
     except (OSError, ValueError) as error:
         return [{"file": "SHA256SUMS", "problem": f"cannot be read ({error}); install coupfast again"}]
     present = {entry.name for entry in folder.iterdir() if entry.name.endswith(".safetensors")}

@@ -376,6 +376,15 @@ def state_dict_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def listed_sha256(text: str) -> dict[str, str]:
+    """SHA-256 by file name, of a list as `sha256sum` prints it.
+
+    Raises:
+        ValueError: if a line is not a sum and a name.
+    """
+    return {name: digest for digest, name in map(str.split, text.splitlines())}
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, as `sha256sum` prints it."""
     digest = hashlib.sha256()

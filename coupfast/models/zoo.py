@@ -25,6 +25,7 @@ from coupfast.models.checkpoints import (
     build,
     classifier_from_file,
     file_sha256,
+    listed_sha256,
     load_state,
     read_classifier_state,
     read_torch,
@@ -229,7 +230,7 @@ def _random(config: Mapping[str, Any], seed: int) -> nn.Module:
 def _shipped(file: str) -> Iterator[Path]:
     """The path of a weight file of the package, after its SHA-256 has been compared with the list beside it."""
     folder = files("coupfast.models") / "weights"
-    sums = {name: digest for digest, name in map(str.split, (folder / "SHA256SUMS").read_text().splitlines())}
+    sums = listed_sha256((folder / "SHA256SUMS").read_text())
     with as_file(folder / file) as path:
         if (found := file_sha256(path)) != sums[file]:
             raise CheckpointError(f"{path} is damaged: SHA-256 {found}, expected {sums[file]}; install coupfast again")
