@@ -4,6 +4,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -20,6 +21,8 @@ from coupfast_kernels import native
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler; not for Windows"
 )
+
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 SOURCE = """
 #include "answer.h"
@@ -166,6 +169,22 @@ def test_every_isa_of_this_machine_is_compiled_for_and_rounds_twice(isa):
     a, c = (ctypes.c_float * n)(*[1 + 2.0**-12] * n), (ctypes.c_float * n)(*[-1 - 2.0**-11] * n)
     library.multiply_add(n, a, a, c)
     assert list(c) == [0.0] * n
+
+
+def test_the_kernels_compile_for_neon(tmp_path):
+    """For a 64-bit ARM, by a cross-compiler where there is one: as `native` compiles them there, and without a warning."""
+    compiler = shutil.which(CROSS_COMPILER)
+    if compiler is None:
+        pytest.skip(f"NEON path compiled: no ({CROSS_COMPILER} is not on PATH; Debian has it in g++-aarch64-linux-gnu)")
+    source = Path(native.__file__).parent / "csrc" / native.TRANSLATION_UNIT
+    flags = (*native.FLAGS, *native.GCC_FLAGS, *native.ISA_FLAGS["neon"], '-DCOUPFAST_ISA="neon"', "-save-temps=obj")
+    done = subprocess.run([compiler, str(source), "-o", "kernels.so", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    elf = (tmp_path / "kernels.so").read_bytes()
+    assert elf[:5] == b"\x7fELF\x02" and int.from_bytes(elf[18:20], "little") == 183  # 64 bits, AArch64
+    # Contraction is off, so these can only come from the intrinsics of the NEON path.
+    (assembly,) = tmp_path.glob("*.s")
+    assert re.search(r"\tfmla\tv\d+\.4s", assembly.read_text())
 
 
 def test_libraries_share_no_static_variables(monkeypatch):
