@@ -153,7 +153,12 @@ def text(report: dict[str, Any]) -> str:
         for place in places:
             where = f"  engine {engine} on {place['device']}, {place['dtype']}"
             if place["status"] == "refused":
-                lines.append(f"{where}: does not run here ({place['detail']})")
+                runs = [other["dtype"] for other in places if (other["device"], other["status"]) == (place["device"], "runs")]
+                reason = place["detail"]
+                if runs:  # an engine of one dtype, not a fault
+                    lines.append(f"{where}: {' and '.join(runs)} only, {reason.partition(': ')[2] or reason}")
+                else:
+                    lines.append(f"{where}: does not run here ({reason})")
                 continue
             rows = [row for row in report["parity"] if row["engine"] == engine and _where(row) == _where(place)]
             agreed = sum(row["status"] == "ok" for row in rows)

@@ -133,6 +133,23 @@ def test_engines_that_refuse_break_or_give_nan(monkeypatch, one_case):
     assert "engine refuses on cpu, float64: does not run here (RuntimeError: needs a GPU" in doctor.text(found)
 
 
+def test_an_engine_of_one_dtype_is_no_fault(monkeypatch, one_case):
+    def prepare(score, classifier, table, example, **options):
+        if example.dtype == torch.float64:
+            raise ValueError("it has 32 bits: this many")
+        return eager.prepare(score, classifier, table, example, **options)
+
+    monkeypatch.setitem(ENGINES, "single", prepare)
+    found = doctor.run(device="cpu")
+    assert found["ok"]
+    text = doctor.text(found)
+    assert "engine single on cpu, float64: float32 only, it has 32 bits: this many\n" in text
+    assert "engine single on cpu, float32: 1 of 1 cases agree" in text
+    if native.unavailable() is None:
+        assert "engine cpu on cpu, float64: float32 only, the cpu engine runs float32" in text
+        assert "does not run here" not in text
+
+
 def test_eager_must_run(monkeypatch, one_case):
     def refuse(*arguments, **options):
         raise RuntimeError("no")
