@@ -29,7 +29,6 @@ Without a float64 result (`--no-truth`) a whole network has to agree with eager 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import math
 import sys
@@ -388,35 +387,13 @@ def _library_call(layer: Layer, x: torch.Tensor, weight: torch.Tensor, transpose
 
 def _kernel_call(layer: Layer, x: torch.Tensor, size: int, transposed: bool) -> Callable[[], torch.Tensor]:
     """The engine's kernel on channels-last `x`, as a program calls it: packed weights, its own output and scratch memory."""
-    out_channels, out_height, out_width = layer.output(transposed)
     packed = kernels.pack_weights(layer.weight, size, transposed=transposed)
-    y = torch.empty(len(x), out_channels, out_height, out_width).contiguous(memory_format=torch.channels_last)
+    y = torch.empty(len(x), *layer.output(transposed)).contiguous(memory_format=torch.channels_last)
     pad = layer.kernel - 1 - layer.padding if transposed else layer.padding
-    conv = kernels.Conv(
-        tile=size,
-        batch=len(x),
-        height=x.shape[2],
-        width=x.shape[3],
-        channels=x.shape[1],
-        out_height=out_height,
-        out_width=out_width,
-        out_channels=out_channels,
-        kernel_height=layer.kernel,
-        kernel_width=layer.kernel,
-        stride=layer.stride,
-        pad_top=pad,
-        pad_left=pad,
-        block_rows=kernels.block_rows(size, out_height, out_width, len(x)),
-        x_pixel=x.shape[1],
-        y_pixel=out_channels,
-        scale=1.0,
-        x=x.data_ptr(),
-        weights=packed.data_ptr(),
-        y=y.data_ptr(),
-    )
+    conv = kernels.plain_conv(size, x.shape, y.shape, packed, kernel=layer.kernel, stride=layer.stride, pad=pad)
     threads = torch.get_num_threads()
     scratch = torch.empty(kernels.scratch_floats(conv, threads))
-    conv.scratch = ctypes.c_void_p(scratch.data_ptr())
+    conv.x, conv.y, conv.scratch = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
     operations, alive = kernels.Operations([conv]), (x, packed, scratch)
 
     def call() -> torch.Tensor:

@@ -421,29 +421,13 @@ class NetworkProgram:
         reads: list[_View | None],
         writes: list[_View | None],
     ) -> None:
-        out_channels, out_height, out_width = shape
         tile = self.weights.tiles(conv, shape, self.batch, transposed)
         packed = self.weights.packed(conv, tile, transposed)
         kernel = conv.weight.shape[2]
         pad = kernel - 1 - conv.padding if transposed else conv.padding
-        structure = kernels.Conv(
-            tile=tile,
-            batch=self.batch,
-            height=x.shape[1],
-            width=x.shape[2],
-            channels=x.shape[0],
-            out_height=out_height,
-            out_width=out_width,
-            out_channels=out_channels,
-            kernel_height=kernel,
-            kernel_width=kernel,
-            stride=conv.stride,
-            pad_top=pad,
-            pad_left=pad,
-            block_rows=kernels.block_rows(tile, out_height, out_width, self.batch),
-            x_pixel=x.pixel,
-            weights=packed.data_ptr(),
-        )
+        shapes = (self.batch, *x.shape), (self.batch, *shape)
+        structure = kernels.plain_conv(tile, *shapes, packed, kernel=kernel, stride=conv.stride, pad=pad)
+        structure.x_pixel = x.pixel
         self._packed[conv, tile, transposed] = packed
         self.scratch_floats = max(self.scratch_floats, kernels.scratch_floats(structure, self.threads))
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +118,41 @@ class Operations:
         self._library.coupfast_run(self._array, ctypes.c_int64(len(self.structures)), threads)
 
 
+def plain_conv(
+    tile: int, x_shape: Sequence[int], y_shape: Sequence[int], packed: torch.Tensor, *, kernel: int, stride: int, pad: int
+) -> Any:
+    """A `Conv` with nothing around it: addresses of maps and scratch memory are the caller's to fill in.
+
+    Args:
+        tile: DIRECT, F2 or F4.
+        x_shape, y_shape: (batch, channels, height, width) of the maps, whose pixels lie side by side.
+        packed: Its weights, from `pack_weights`.
+        kernel, stride, pad: Of both axes; `pad` zeros before the first row and column.
+    """
+    batch, channels, height, width = x_shape
+    _, out_channels, out_height, out_width = y_shape
+    return Conv(
+        tile=tile,
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        out_height=out_height,
+        out_width=out_width,
+        out_channels=out_channels,
+        kernel_height=kernel,
+        kernel_width=kernel,
+        stride=stride,
+        pad_top=pad,
+        pad_left=pad,
+        block_rows=block_rows(tile, out_height, out_width, batch),
+        x_pixel=channels,
+        y_pixel=out_channels,
+        scale=1.0,
+        weights=packed.data_ptr(),
+    )
+
+
 def scratch_floats(conv: ctypes.Structure, threads: int) -> int:
     """Floats of scratch memory that `conv` needs, for its `block_rows`."""
     return library().coupfast_conv_scratch(ctypes.byref(conv), threads)
@@ -177,7 +214,7 @@ def packed_conv2d(
         found = f"{tile} for {kernel} x {kernel}, stride {stride}"
         raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels of stride 1; got {found}")
     x = x.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     if min(height, width) + 2 * (kernel // 2) < kernel:
         raise ValueError(f"a {height} x {width} map is smaller than the {kernel} x {kernel} kernel")
     shape = _Pack(tile=tile, out_channels=out_channels, channels=channels, kernel_height=kernel, kernel_width=kernel)
@@ -188,29 +225,8 @@ def packed_conv2d(
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != floats or not tensor.is_contiguous()):
             raise ValueError(f"`{name}` is contiguous float32 with {floats} values, got {tensor.dtype} {tuple(tensor.shape)}")
     y = _like_output(x, out_channels, kernel, stride)
-    conv = Conv(
-        tile=tile,
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        out_height=y.shape[2],
-        out_width=y.shape[3],
-        out_channels=out_channels,
-        kernel_height=kernel,
-        kernel_width=kernel,
-        stride=stride,
-        pad_top=kernel // 2,
-        pad_left=kernel // 2,
-        block_rows=block_rows(tile, y.shape[2], y.shape[3], batch),
-        x_pixel=channels,
-        y_pixel=out_channels,
-        scale=1.0,
-        x=x.data_ptr(),
-        weights=packed.data_ptr(),
-        y=y.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-    )
+    conv = plain_conv(tile, x.shape, y.shape, packed, kernel=kernel, stride=stride, pad=kernel // 2)
+    conv.x, conv.y, conv.bias = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
     scratch = torch.empty(scratch_floats(conv, threads), dtype=torch.float32)
     conv.scratch = scratch.data_ptr()
