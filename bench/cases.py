@@ -214,23 +214,29 @@ class Case:
 
 def add_case_options(parser: argparse.ArgumentParser, *, images: str | None) -> None:
     """The options that `load_case`, `steps_to_time` and `write_results` read; `images` is the default of `--images`."""
-    default = images or "cifar10-20 for the tiny networks, random for the paper's"
     add = parser.add_argument
     add("--t", nargs="+", type=float, default=[0.1], help="purification times (default 0.1)")
     add("--batch", type=positive, default=1, help="images at a time (default 1)")
+    add_network_options(parser, images=images)
+    add("--classifier", metavar="FILE", help="weights of the classifier (default: the shipped ones, or random)")
+    add("--steps-timed", type=positive, metavar="K", help="take only the first K steps and scale the times")
+    add("--full", action="store_true", help="take all steps; the default but for the paper's networks on a CPU")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+
+
+def add_network_options(parser: argparse.ArgumentParser, *, images: str | None) -> None:
+    """Those of `add_case_options` that benchmarks without a purification have too."""
+    default = images or "cifar10-20 for the tiny networks, random for the paper's"
+    add = parser.add_argument
     add("--network", choices=list(NETWORKS), default="paper", help="DDPM++ deep and WRN-28-10, or the shipped small pair")
     add("--score", metavar="FILE", help="weights of the score network (default: the shipped ones, or random)")
-    add("--classifier", metavar="FILE", help="weights of the classifier (default: the shipped ones, or random)")
     add(
         "--images",
         default=images,
         help=f"'random' (uniform noise), or what coupfast.data.load_images takes (default: {default})",
     )
-    add("--steps-timed", type=positive, metavar="K", help="take only the first K steps and scale the times")
-    add("--full", action="store_true", help="take all steps; the default but for the paper's networks on a CPU")
     add("--repeats", type=positive, default=5, help="interleaved repeats (default 5)")
     add("--threads", type=positive, help="CPU threads (default: PyTorch's)")
-    add("--device", default="cpu", help="cpu (default) or cuda")
     add("--seed", type=int, default=0, help="of random weights, random images and noise (default 0)")
     add("--json", metavar="FILE", help="write rows and environment there")
 

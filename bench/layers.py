@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import IMAGE_SHAPE, NETWORKS, Case, load_case, positive, write_results
+from cases import IMAGE_SHAPE, Case, add_network_options, load_case, positive, write_results
 from timing import Summary, interleave, timed, times_faster
 from torch import fx
 
@@ -455,17 +455,11 @@ def _network_line(row: dict[str, Any]) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--network", choices=list(NETWORKS), default="paper", help="DDPM++ deep and WRN-28-10 (default), or the shipped pair")
     add("--batch", type=positive, default=1, help="images at a time (default 1)")
-    add("--threads", type=positive, help="CPU threads (default: PyTorch's)")
-    add("--repeats", type=positive, default=5, help="interleaved repeats (default 5)")
+    add_network_options(parser, images="random")
+    add("--classifier", metavar="FILE", help="weights of the classifier (default: the shipped ones, or random)")
     add("--all", action="store_true", help="time every algorithm that can run a shape, not only the one chosen")
     add("--no-truth", action="store_true", help="compare whole networks with eager alone; float64 is slow for the paper's")
-    add("--score", metavar="FILE", help="weights of the score network (default: the shipped ones, or random)")
-    add("--classifier", metavar="FILE", help="weights of the classifier (default: the shipped ones, or random)")
-    add("--images", default="random", help="of whole networks: 'random' (default), or what coupfast.data.load_images takes")
-    add("--seed", type=int, default=0, help="of random weights, images and maps (default 0)")
-    add("--json", metavar="FILE", help="write rows and environment there")
     parser.set_defaults(device="cpu")
     return parser.parse_args(arguments)
 

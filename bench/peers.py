@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from cases import NETWORKS, Case, load_case, positive, write_results
+from cases import Case, add_network_options, load_case, positive, write_results
 from layers import LABEL, bound_program, fused_score, relative_error
 from timing import Summary, interleave, timed, times_faster
 from torch import nn
@@ -269,15 +269,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--network", choices=list(NETWORKS), default="paper", help="DDPM++ deep (default), or the shipped small network")
-    add("--batch", type=positive, nargs="+", default=[1], help="images at a time, one or several sizes (default 1)")
-    add("--threads", type=positive, help="CPU threads (default: PyTorch's)")
-    add("--repeats", type=positive, default=5, help="interleaved repeats (default 5)")
-    add("--score", metavar="FILE", help="weights of the score network (default: the shipped ones, or random)")
-    add("--images", default="random", help="'random' (default), or what coupfast.data.load_images takes")
-    add("--seed", type=int, default=0, help="of random weights and images (default 0)")
-    add("--json", metavar="FILE", help="write rows and environment there")
+    sizes = "images at a time, one or several sizes (default 1)"
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1], help=sizes)
+    add_network_options(parser, images="random")
     parser.set_defaults(device="cpu", classifier=None)
     return parser.parse_args(arguments)
 
