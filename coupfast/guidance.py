@@ -287,6 +287,17 @@ class PiecewiseLinearGraph:
         """The slope that an operation leaves for `tangent`; None if it has no kink."""
         return _slope(node, args, value) if node.target in _KINKED else None
 
+    @staticmethod
+    def slope_bytes(node: fx.Node, batch: int) -> int:
+        """What `slope` of a traced operation takes for so many images."""
+        if node.target not in _KINKED:
+            return 0
+        is_pool = node.target is aten.max_pool2d_with_indices.default
+        # A pool has two results: its own node has no shape, the one that picks the first has that of the indices.
+        value = next(iter(node.users)).meta["val"] if is_pool else node.meta["val"]
+        elements = batch * value.numel() // 2  # traced at two images
+        return 8 * elements if is_pool else (elements + 7) // 8
+
     def tangent(self, node: fx.Node, args: tuple, kwargs: dict, slopes: Iterator[Slope]) -> Any:
         """The operation's linear part; `args` hold tangents where the node's inputs are active, values elsewhere."""
         target: Any = node.target

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relu_classifier, silu_classifier, small_score
+from cpu_networks import network
 from test_adjoint import plain_autograd, weights
 from test_purify import definition
 from torch import nn
@@ -307,7 +308,11 @@ def test_a_batch_that_does_not_fit_is_split(score, classifier, images):
         purifier.plan(5)
 
 
-@pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier])
+def pooling_classifier(dtype: torch.dtype) -> nn.Module:
+    return network("torchvision").to(dtype)
+
+
+@pytest.mark.parametrize("make_classifier", [relu_classifier, pooling_classifier, silu_classifier])
 def test_planned_memory_is_what_programs_take(images, make_classifier):
     score, classifier = small_score(torch.float32), make_classifier(torch.float32)
     purifier = Purifier(score, classifier, num_steps=2, engine="cpu")
@@ -325,9 +330,12 @@ def test_planned_memory_is_what_programs_take(images, make_classifier):
     gradient(purifier, images, seed=0)
     assert program.programs.workspace.bytes() == needed() <= program.bytes(gradient=True) <= purifier.plan(5).step.transpose
     _, kept = program.step(0, 2 * images - 1, purifier._noise(images, seed=0, ids=None, draw=0, noise=None), "slopes")
-    if make_classifier is relu_classifier:
+    if make_classifier is not silu_classifier:
         assert kept.slopes is not None
-        assert kept.slopes.nbytes + sum(slope.data.nbytes for slope in kept.region_slopes) == purifier.plan(5).step.slopes
+        of_regions = sum(slope.data.nbytes for slope in kept.region_slopes)
+        # An index of 8 bytes for each of 5 images' 8 x 4 x 4 maxima.
+        assert of_regions == (8 * 5 * 8 * 4 * 4 if make_classifier is pooling_classifier else 0)
+        assert kept.slopes.nbytes + of_regions == purifier.plan(5).step.slopes
     else:
         assert kept.slopes is None and purifier.plan(5).step.slopes == 0
 

@@ -305,7 +305,7 @@ class CpuProgram:
     def slopes_bytes(self) -> int:
         if not self._has("hvp"):
             return 0
-        return self._plan("hvp").slopes.nbytes
+        return self._plan("hvp").slopes_bytes()
 
     def _kinds(self, gradient: bool) -> list[str]:
         kinds = ("score", "guidance", *(("score transpose", "hvp") if gradient else ()))

@@ -228,6 +228,12 @@ class NetworkProgram:
         ]
         return 4 * self.batch * (sum(sizes) if self.differentiable else max(sizes, default=0))
 
+    def slopes_bytes(self) -> int:
+        """What a forward pass finds of slopes: bits where a kernel takes a ReLU, and what PyTorch's operations leave."""
+        regions = [part for part in self.network.parts if isinstance(part, Region)]
+        nodes = [operation.node for region in regions for operation in region.operations]
+        return self.slopes.nbytes + sum(PiecewiseLinearGraph.slope_bytes(node, self.batch) for node in nodes)
+
     # --- values -----------------------------------------------------------------------------------------------------------
 
     def _convolutions(self) -> list[Convolution]:
