@@ -671,6 +671,17 @@ def test_packed_conv2d(tile, kernel, stride, with_bias):
             kernels.packed_conv2d(*arguments[:index], bad, *arguments[index + 1 :])
 
 
+def test_packed_conv2d_says_that_it_has_no_gradient_and_which_call_is_the_transpose():
+    x, weight, dy = normal(2, 5, 9, 7), normal(6, 5, 3, 3), normal(2, 6, 9, 7, seed=1)
+    y = kernels.packed_conv2d(x.clone().requires_grad_(), kernels.pack_weights(weight, F2), None, 6, 3, 1, F2)
+    with pytest.raises(NotImplementedError, match="packed_conv2d has no gradient.*transposed=True"):
+        y.backward(dy)
+    leaf = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(kernels.conv2d_ref(leaf, weight.double()), leaf, dy.double())
+    dx = kernels.packed_conv2d(dy, kernels.pack_weights(weight, F2, transposed=True), None, 5, 3, 1, F2)
+    torch.testing.assert_close(dx.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------------
 
 

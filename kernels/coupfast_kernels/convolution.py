@@ -207,7 +207,12 @@ def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: in
 def packed_conv2d(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
-    """`conv2d_ref` with weights from `pack_weights`: (batch, channels, height, width) → the same, channels last."""
+    """`conv2d_ref` with weights from `pack_weights`: (batch, channels, height, width) → the same, channels last.
+
+    Raises:
+        ValueError: for shapes, dtypes or a tile that do not fit each other.
+        NotImplementedError: when a gradient is taken through it.
+    """
     if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"`x` is float32 with four axes and not empty, got {x.dtype} {tuple(x.shape)}")
     if tile not in (DIRECT, F2, F4) or kernel < 1 or stride < 1 or (tile != DIRECT and (kernel, stride) != (3, 1)):
@@ -239,6 +244,14 @@ def _(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
     return _like_output(x, out_channels, kernel, stride)
+
+
+@packed_conv2d.register_autograd
+def _(context: Any, dy: torch.Tensor) -> None:
+    raise NotImplementedError(
+        "coupfast::packed_conv2d has no gradient: packed weights do not give those of the transpose. Call it on the output's "
+        "gradient with `pack_weights(weight, tile, transposed=True)` (stride 1, odd kernel), or use `conv2d_ref`"
+    )
 
 
 def _like_output(x: torch.Tensor, out_channels: int, kernel: int, stride: int) -> torch.Tensor:
