@@ -279,7 +279,7 @@ def test_ids_name_the_noise():
         ({"x": 2.0 * photos()}, "values in \\[0, 1\\]"),
         ({"x": photos(torch.float32)}, "float32"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_bad_input(options, message):
     arguments = {"x": photos(), "y": None} | options

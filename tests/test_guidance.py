@@ -123,7 +123,7 @@ def test_gradient_is_per_sample():
         assert_equal_to_rounding(together[i : i + 1], alone, 1000)
 
 
-@pytest.mark.parametrize(("make", "size"), [(relu_classifier, 8), (Kinks, 8), (dm_relu, 32), (wrn, 32)], ids=lambda v: str(v))
+@pytest.mark.parametrize(("make", "size"), [(relu_classifier, 8), (Kinks, 8), (dm_relu, 32), (wrn, 32)])
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_piecewise_linear_networks_are_found_and_agree(make, size, batch):
     with torch.random.fork_rng():
