@@ -295,3 +295,10 @@ def test_scaled_logits_are_the_classifiers():
     program = NetworkProgram(graph, 2, WeightStore(tile), backward=False, threads=1)
     bound(program)
     torch.testing.assert_close(program.forward(x), module((x + 1) / 2), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_of_operations_between_kernels():
+    """Results of a max-pool, (8, 4, 4), and of the upsampling, (3, 8, 8), at once where the transpose needs both."""
+    for backward, floats in ((False, max(8 * 4 * 4, 3 * 8 * 8)), (True, 8 * 4 * 4 + 3 * 8 * 8)):
+        program = NetworkProgram(fused(network("max-pool")), 5, WeightStore(tile), backward=backward, threads=1)
+        assert program.region_bytes() == 4 * 5 * floats

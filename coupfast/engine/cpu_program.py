@@ -222,7 +222,12 @@ class NetworkProgram:
         """What PyTorch's operations between the kernels hold at once: all results of the largest region, or of all of them
         where the backward pass needs them."""
         sizes = [
-            sum(int(np.prod(self.network.shapes.get(op.node, (0,)))) for op in part.operations if _allocates(op))
+            sum(
+                int(np.prod(self.network.shapes.get(node, (0,))))
+                for operation in part.operations
+                if _allocates(operation)
+                for node in _results(operation.node)
+            )
             for part in self.network.parts
             if isinstance(part, Region)
         ]
@@ -746,6 +751,11 @@ _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 def _allocates(operation: Operation) -> bool:
     schema = getattr(operation.node.target, "_schema", None)
     return schema is not None and not any(argument.alias_info for argument in schema.arguments)
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The nodes that stand for an operation's results: its own, or where it has several those that pick one."""
+    return [node] if "val" in node.meta else list(node.users)
 
 
 class _Call:
