@@ -1,0 +1,521 @@
+"""The 3 × 3 convolution: its definition, operator and tuner, and its kernel in the interpreter (its own process: test_noise).
+
+The interpreter multiplies in float32 whatever the precision: it does not round to TF32. What TF32 costs is shown of the model.
+"""
+
+import logging
+import math
+import mmap
+import os
+
+import pytest
+import torch
+from test_noise import assert_same_bits, run_interpreted
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from coupfast_kernels import conv3x3 as module
+from coupfast_kernels.conv3x3 import (
+    CONFIGS,
+    PRECISIONS,
+    Config,
+    candidates,
+    choose,
+    conv3x3,
+    conv3x3_ref,
+    pack_weight,
+    round_to_tf32,
+    tf32x3_ref,
+    tuned,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LAST = torch.channels_last
+U = 2.0**-24  # relative error of one float32 rounding
+EPILOGUES = ["plain", "bias", "image bias", "residual", "all"]
+SCALE = 0.7071067811865476  # 1/√2, as DDPM++ scales its residual blocks
+
+
+def numbers(*shape, seed):
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return y.contiguous(memory_format=LAST) if len(shape) == 4 else y
+
+
+def layer(shape, out_channels, epilogue="all", seed=0):
+    """Random (x, weight, bias, options) of a convolution of images of a shape."""
+    batch, in_channels, height, width = shape
+    x = numbers(*shape, seed=10 * seed + 1)
+    weight = numbers(out_channels, in_channels, 3, 3, seed=10 * seed + 2).contiguous()
+    bias = numbers(out_channels, seed=10 * seed + 3) if epilogue in ("bias", "all") else None
+    options = {}
+    if epilogue in ("image bias", "all"):
+        options["image_bias"] = numbers(batch, out_channels, seed=10 * seed + 4)
+    if epilogue in ("residual", "all"):
+        options["residual"] = numbers(batch, out_channels, height, width, seed=10 * seed + 5)
+        options["scale"] = SCALE
+    return x, weight, bias, options
+
+
+def turned(weight):
+    """The weights of the transpose."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def doubles(options):
+    # The scale too is rounded once; its error is counted among the roundings.
+    return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def assert_close_to_exact(y, x, weight, bias, options):
+    """Against the definition in float64, each output within what its own sum may lose.
+
+    K products and K − 1 sums lose at most K roundings of Σ |x w| (a product and K − 1 sums), however they are ordered; bias,
+    image bias, residual, the rounded scale and its product are five more.
+    """
+    bias = None if bias is None else bias.double()
+    exact = conv3x3_ref(x.double(), weight.double(), bias, **doubles(options))
+    sizes = {name: abs(value) for name, value in doubles(options).items()}
+    size = conv3x3_ref(x.double().abs(), weight.double().abs(), None if bias is None else bias.abs(), **sizes)
+    roundings = 9 * x.shape[1] + 5
+    bound = roundings * U / (1 - roundings * U) * size
+    wrong = ~((y.double() - exact).abs() <= bound)  # NaN is wrong
+    assert not bool(wrong.any()), (
+        f"{int(wrong.sum())} of {wrong.numel()} outputs off, first at {tuple(wrong.nonzero()[0].tolist())}"
+    )
+
+
+class TestDefinition:
+    def test_is_the_formula(self):
+        x, weight, bias, options = layer((2, 3, 5, 4), 6)
+        x, weight, bias, options = x.double(), weight.double(), bias.double(), doubles(options)
+        padded = torch.zeros(2, 3, 7, 6, dtype=torch.float64)
+        padded[:, :, 1:-1, 1:-1] = x
+        wanted = torch.zeros(2, 6, 5, 4, dtype=torch.float64)
+        for i in range(3):
+            for j in range(3):
+                wanted += torch.einsum("nchw,oc->nohw", padded[:, :, i : i + 5, j : j + 4], weight[:, :, i, j])
+        wanted = (wanted + bias[None, :, None, None] + options["image_bias"][:, :, None, None] + options["residual"]) * SCALE
+        # 27 products and their sums, in another order; four more terms.
+        tol = 31 * torch.finfo(torch.float64).eps
+        found = conv3x3_ref(x, weight, bias, **options)
+        torch.testing.assert_close(found, wanted, rtol=tol, atol=tol * float(wanted.abs().max()))
+
+    def test_packed_rows_are_taps_then_channels(self):
+        weight = numbers(5, 4, 3, 3, seed=1)
+        packed = pack_weight(weight)
+        assert packed.is_contiguous()
+        assert packed.shape == (36, 5)
+        for i, j, c in ((0, 0, 0), (0, 2, 3), (2, 1, 1)):
+            assert_same_bits(packed[(3 * i + j) * 4 + c], weight[:, c, i, j])
+        assert_same_bits(module._unpack_weight(packed), weight)
+
+    def test_its_transpose_is_the_convolution_with_weights_turned_over(self):
+        x, weight, _, _ = layer((2, 3, 5, 4), 6)
+        x, weight = x.double().requires_grad_(), weight.double()
+        v = numbers(2, 6, 5, 4, seed=7).double()
+        (expected,) = torch.autograd.grad(conv3x3_ref(x, weight), x, v)
+        tol = 54 * torch.finfo(torch.float64).eps  # 54 products, in another order perhaps
+        torch.testing.assert_close(conv3x3_ref(v, turned(weight)), expected, rtol=tol, atol=tol * float(expected.abs().max()))
+
+    def test_packing_refuses(self):
+        with pytest.raises(TypeError, match="`weight` is torch.float64"):
+            pack_weight(numbers(5, 4, 3, 3, seed=1).double())
+        with pytest.raises(ValueError, match=r"got \(5, 4, 1, 1\)"):
+            pack_weight(numbers(5, 4, 1, 1, seed=1))
+
+
+class TestTF32:
+    def test_rounds_to_the_nearest_and_ties_away(self):
+        x = torch.cat([numbers(4096, seed=1) * 2.0 ** torch.randint(-100, 100, (4096,)), torch.tensor([0.0, -0.0])])
+        ties = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 2 - 2.0**-11, -1 - 2.0**-11, -(2.0 - 2.0**-11)])
+        x = torch.cat([x, ties])
+        mantissa, exponent = torch.frexp(x.double())  # 0.5 ≤ |mantissa| < 1: 11 bits are 2¹¹ steps
+        steps = mantissa.abs() * 2**11
+        wanted = torch.copysign(torch.ldexp((steps + 0.5).floor() / 2**11, exponent), x.double())
+        assert_same_bits(round_to_tf32(x), wanted.float())
+        assert round_to_tf32(ties[:1]) == 1 + 2.0**-10  # away from zero, not to even
+
+    def test_keeps_what_is_not_finite(self):
+        x = torch.tensor([math.inf, -math.inf])
+        assert_same_bits(round_to_tf32(x), x)
+        assert bool(round_to_tf32(torch.tensor([math.nan])).isnan())
+
+    def test_three_products_are_as_good_as_float32_and_one_is_not(self):
+        x, weight, _, _ = layer((2, 64, 6, 6), 24, "plain")
+        exact = conv3x3_ref(x.double(), weight.double())
+        size = conv3x3_ref(x.double().abs(), weight.double().abs())
+
+        three = (tf32x3_ref(x, weight) - exact).abs()
+        # 2⁻²³ for what is left of x, as much for the weight, 2⁻²² for small · small; terms of 2⁻³³ and float64's own.
+        assert bool((three <= 2.0**-21 * (1 + 2.0**-9) * size).all())
+
+        one = conv3x3_ref(round_to_tf32(x).double(), round_to_tf32(weight).double()) - exact
+        assert bool((one.abs() <= 2.0**-10 * (1 + 2.0**-9) * size).all())  # 2⁻¹¹ for each factor
+
+        # float32's own: one chain in the kernel's order, each product and each sum rounded.
+        columns = torch.nn.functional.unfold(x, 3, padding=1).view(2, 64, 9, 36).transpose(1, 2).reshape(2, 576, 36)
+        packed, chain = pack_weight(weight), torch.zeros(2, 24, 36)
+        for k in range(576):
+            chain = chain + packed[k][None, :, None] * columns[:, k][:, None, :]
+        float32 = chain.view_as(exact).double() - exact
+
+        def rms(error):
+            return float((error.pow(2).mean() / exact.pow(2).mean()).sqrt())
+
+        assert rms(three) < rms(float32)
+        # A factor's error is at most 2⁻¹¹ and uniform below: its rms is within [2⁻¹¹/√12, 2⁻¹¹/√3]; two of them, independent.
+        assert 2.0**-11 / math.sqrt(12) * math.sqrt(2) * 0.9 < rms(one) < 2.0**-11 / math.sqrt(3) * math.sqrt(2) * 1.1
+        assert rms(three) < 2.0**-9 * rms(one)
+
+
+class TestOperator:
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    def test_is_the_definition_on_the_cpu(self, precision, epilogue):
+        x, weight, bias, options = layer((3, 5, 4, 7), 6, epilogue)
+        y = conv3x3(x, pack_weight(weight), None, bias, **options, precision=precision)
+        assert_same_bits(y, conv3x3_ref(x, weight, bias, **options))
+        assert y.is_contiguous(memory_format=LAST)
+        assert_close_to_exact(y, x, weight, bias, options)
+
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    def test_gradients(self, epilogue):
+        x, weight, bias, options = layer((2, 5, 4, 7), 6, epilogue)
+        v = numbers(2, 6, 4, 7, seed=9)
+        inputs = [x.requires_grad_()] + ([options["residual"].requires_grad_()] if "residual" in options else [])
+        y = conv3x3(x, pack_weight(weight), pack_weight(turned(weight)), bias, **options)
+        gx, *gresidual = torch.autograd.grad(y, inputs, v)
+        scale = options.get("scale", 1.0)
+        assert_close_to_exact(gx, v, turned(weight), None, {"scale": scale})
+        assert gx.is_contiguous(memory_format=LAST)
+        for g in gresidual:
+            assert_same_bits(g, v * scale)
+
+    def test_gradient_of_the_gradient(self):
+        """The transpose of the transpose is the convolution: what a Hessian–vector product asks for."""
+        x, weight, _, _ = layer((2, 5, 4, 7), 6, "plain")
+        v, u = numbers(2, 6, 4, 7, seed=9).requires_grad_(), numbers(2, 5, 4, 7, seed=8)
+        y = conv3x3(x.requires_grad_(), pack_weight(weight), pack_weight(turned(weight)), scale=SCALE)
+        (gx,) = torch.autograd.grad(y, x, v, create_graph=True)
+        (gv,) = torch.autograd.grad(gx, v, u)
+        assert_close_to_exact(gv, u, weight, None, {"scale": SCALE})
+
+    def test_gradients_that_come_in_another_layout(self):
+        x, weight, _, _ = layer((2, 5, 4, 7), 6, "plain")
+        y = conv3x3(x.requires_grad_(), pack_weight(weight), pack_weight(turned(weight)))
+        (gx,) = torch.autograd.grad(y.sum(), x)  # an expanded scalar
+        assert_close_to_exact(gx, torch.ones(2, 6, 4, 7), turned(weight), None, {})
+
+    def test_traces_into_itself(self):
+        x, weight, bias, options = layer((2, 5, 4, 7), 6)
+        v = numbers(2, 6, 4, 7, seed=9)
+
+        def run(x, packed, packed_vjp, bias, image_bias, residual, v):
+            x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+            y = conv3x3(x, packed, packed_vjp, bias, image_bias=image_bias, residual=residual, scale=SCALE)
+            return y.detach(), *torch.autograd.grad(y, (x, residual), v)
+
+        arguments = (x, pack_weight(weight), pack_weight(turned(weight)), bias, options["image_bias"], options["residual"], v)
+        graph = make_fx(run)(*arguments)
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        calls = [call for call in calls if call != torch.ops.aten.detach.default]
+        operator = torch.ops.coupfast.conv3x3.default
+        assert calls == [operator, operator, torch.ops.aten.mul.Tensor]
+        for found, wanted in zip(graph(*arguments), run(*arguments), strict=True):
+            assert_same_bits(found, wanted)
+
+    def test_traces_for_a_device_that_is_not_there(self):
+        with FakeTensorMode():
+            x, residual = (torch.empty(4, c, 8, 8, device="cuda", memory_format=LAST) for c in (128, 256))
+            packed, bias = torch.empty(1152, 256, device="cuda"), torch.empty(256, device="cuda")
+            y = conv3x3(x, packed, None, bias, residual=residual, precision="tf32x3")
+            assert (tuple(y.shape), y.device.type) == ((4, 256, 8, 8), "cuda")
+            assert y.is_contiguous(memory_format=LAST)
+            with pytest.raises(ValueError, match="`bias` on cpu"):
+                conv3x3(x, packed, None, torch.empty(256))
+
+    @pytest.mark.parametrize("differentiable", [False, True])
+    def test_pytorch_finds_the_operator_consistent(self, differentiable):
+        x, weight, bias, options = layer((2, 5, 4, 6), 3)
+        if differentiable:
+            x.requires_grad_()
+            options["residual"].requires_grad_()
+        arguments = (x, pack_weight(weight), pack_weight(turned(weight)), bias, options["image_bias"], options["residual"])
+        checks = ("test_schema", "test_faketensor") + (
+            ("test_autograd_registration", "test_aot_dispatch_dynamic") * differentiable
+        )
+        torch.library.opcheck(torch.ops.coupfast.conv3x3.default, (*arguments, SCALE, "ieee"), test_utils=checks)
+
+    @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4)], ids=str)
+    def test_nothing(self, shape):
+        y = conv3x3(torch.empty(shape).contiguous(memory_format=LAST), pack_weight(numbers(6, 5, 3, 3, seed=1)), None)
+        assert y.shape == (shape[0], 6, *shape[2:])
+
+    def test_refuses(self):
+        x, weight, bias, options = layer((2, 5, 4, 7), 6)
+        packed, packed_vjp = pack_weight(weight), pack_weight(turned(weight))
+        for wrong, error, message in (
+            (dict(x=x.double()), TypeError, "`x` is torch.float64"),
+            (
+                dict(x=x.contiguous()),
+                ValueError,
+                r"`x` must be channels_last, .* use .contiguous\(memory_format=torch.channels_last",
+            ),
+            (dict(x=x[0]), ValueError, "shape .batch, channels, height, width., got"),
+            (dict(x=x[:, :4].contiguous(memory_format=LAST)), ValueError, r"shape \(9 · 4, out_channels\) .* got \(45, 6\)"),
+            (dict(packed=weight), ValueError, "`packed` is pack_weight"),
+            (dict(packed=packed.t().contiguous().t()), ValueError, "`packed` must be contiguous"),
+            (dict(packed_vjp=packed), ValueError, r"`packed_vjp` must have shape \(54, 5\)"),
+            (dict(bias=bias[:5]), ValueError, r"`bias` must have shape \(6,\)"),
+            (dict(bias=bias.double()), TypeError, "`bias` is torch.float64"),
+            (dict(image_bias=options["image_bias"][:1]), ValueError, r"`image_bias` must have shape \(2, 6\)"),
+            (dict(residual=options["residual"].contiguous()), ValueError, "`residual` must be channels_last"),
+            (dict(residual=options["residual"][:1]), ValueError, r"`residual` must have shape \(2, 6, 4, 7\)"),
+            (dict(precision="fp16"), ValueError, "one of ieee, tf32x3, tf32, got 'fp16'"),
+            (dict(packed=packed.requires_grad_()), RuntimeError, "for `x` and `residual` only, asked for: packed; freeze"),
+            (dict(bias=bias.clone().requires_grad_()), RuntimeError, "asked for: bias"),
+            (dict(x=x.clone().requires_grad_(), packed_vjp=None), RuntimeError, "needs `packed_vjp`"),
+        ):
+            right = dict(x=x, packed=packed.detach(), packed_vjp=packed_vjp, bias=bias) | options
+            with pytest.raises(error, match=message):
+                conv3x3(**(right | wrong))
+        with FakeTensorMode(), pytest.raises(ValueError, match="offsets of 32 bits inside of an image"):
+            conv3x3(torch.empty(1, 1, 2**16, 2**15).contiguous(memory_format=LAST), torch.empty(9, 1), None)
+
+    def test_without_a_gradient_needs_no_second_packing(self):
+        x, weight, _, _ = layer((2, 5, 4, 7), 6, "plain")
+        with torch.no_grad():
+            y = conv3x3(x.requires_grad_(), pack_weight(weight), None)
+        assert not y.requires_grad
+
+
+def test_says_that_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(module, "triton", None)
+    x, weight, _, _ = layer((2, 5, 4, 7), 6, "plain")
+    with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
+        module._on_cuda(x, pack_weight(weight), None, None, None, None, 1.0, "ieee")
+
+
+class TestTuning:
+    """The choice, with a clock that is given and launches that do nothing."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_chosen(self, monkeypatch):
+        monkeypatch.setattr(module, "_chosen", {})
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    @staticmethod
+    def clock(times, asked):
+        """`seconds` that runs the launch it is given, and answers with the time of the config that was launched."""
+
+        def seconds(launch):
+            before = len(asked)
+            launch()
+            assert len(asked) == before + 1
+            return times[asked[-1]]
+
+        return seconds
+
+    def test_takes_the_fastest(self):
+        for fastest in CONFIGS:
+            asked = []
+            times = {config: 1.0 if config == fastest else 2.0 for config in CONFIGS}
+            assert choose(CONFIGS, asked.append, self.clock(times, asked)) == fastest
+            assert asked == list(CONFIGS)
+
+    def test_once_a_key(self):
+        asked = []
+        times = {config: float(number) for number, config in enumerate(reversed(CONFIGS))}
+        for key in ("a", "a", "b", "a"):
+            assert tuned(key, CONFIGS, asked.append, self.clock(times, asked)) == CONFIGS[-1]
+        assert len(asked) == 2 * len(CONFIGS)
+
+    @pytest.mark.skipif(module.triton is None, reason="Triton is not installed: its errors do not exist")
+    def test_leaves_out_what_does_not_run_and_says_so(self, caplog):
+        from triton.runtime.errors import OutOfResources
+
+        asked = []
+
+        def launch(config):
+            asked.append(config)
+            if config == CONFIGS[0]:
+                raise OutOfResources(300000, 232448, "shared memory")
+            if config == CONFIGS[1]:
+                raise RuntimeError("Triton Error [CUDA]: invalid argument")
+
+        times = {config: float(number) for number, config in enumerate(CONFIGS)}
+        with caplog.at_level(logging.WARNING, logger=module.logger.name):
+            assert choose(CONFIGS, launch, self.clock(times, asked)) == CONFIGS[2]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+        assert "shared memory" in caplog.text
+        assert "invalid argument" in caplog.text
+
+    def test_says_why_none_runs(self):
+        def launch(config):
+            raise RuntimeError(f"no room for {config.block_m} pixels")
+
+        with pytest.raises(
+            RuntimeError, match=r"none of 9 configs runs[\s\S]*no room for 128 pixels[\s\S]*no room for 16 pixels"
+        ):
+            tuned("a", CONFIGS, launch, lambda launch: launch())
+        assert module._chosen == {}
+
+    def test_hides_neither_full_memory_nor_mistakes(self):
+        for mistake in (torch.OutOfMemoryError("CUDA out of memory"), AttributeError("a bug")):
+
+            def launch(config, mistake=mistake):
+                raise mistake
+
+            with pytest.raises(type(mistake)):
+                choose(CONFIGS, launch, lambda launch: launch())
+
+    def test_refuses_inside_of_a_capture(self, monkeypatch):
+        asked = []
+        times = dict.fromkeys(CONFIGS, 1.0)
+        tuned("known", CONFIGS, asked.append, self.clock(times, asked))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert tuned("known", CONFIGS, asked.append, self.clock(times, asked)) == CONFIGS[0]
+        with pytest.raises(RuntimeError, match="not been tuned for new, .* warm up first"):
+            tuned("new", CONFIGS, asked.append, self.clock(times, asked))
+        assert len(asked) == len(CONFIGS)
+
+    def test_times_only_what_fits_the_result(self):
+        assert candidates(256 * 1024, 256) == CONFIGS
+        for pixels, out_channels in ((1, 1), (16, 3), (16, 256), (1024, 3), (35, 20)):
+            found = candidates(pixels, out_channels)
+            assert found
+            for config in found:
+                assert config.block_m < 2 * max(pixels, 16)
+                assert config.block_n < 2 * max(out_channels, 16)
+
+    def test_one_order_of_sums(self):
+        """What the tensor cores' sums depend on is no choice of the tuner's."""
+        assert len({config.block_k for config in CONFIGS}) == 1
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_kernel_in_the_interpreter():
+    run_interpreted("tests/test_conv3x3.py")
+
+
+def poisoned(shape):
+    """A channels-last NaN tensor inside of a NaN buffer that shows what was written beside it."""
+    like = torch.empty(shape).contiguous(memory_format=LAST)
+    buffer = torch.full((like.numel() + 64,), float("nan"))
+    return buffer, buffer[32:-32].as_strided(like.shape, like.stride(), 32)
+
+
+SMALL = Config(16, 16, 16, 1, 1)
+# Images and output channels: three and twenty channels, odd maps, ragged in M, N and K, one pixel, several blocks of channels.
+LAYERS = [
+    ((1, 3, 5, 7), 20),
+    ((2, 20, 3, 5), 3),
+    ((3, 5, 3, 3), 5),
+    ((2, 16, 4, 4), 32),
+    ((2, 40, 1, 1), 3),
+    ((1, 4, 1, 6), 17),
+]
+
+
+if INTERPRETED:
+
+    class TestInterpreted:
+        def launch(self, x, weight, bias, options, config=SMALL, precision="ieee"):
+            shape = (len(x), weight.shape[0], *x.shape[2:])
+            buffer, y = poisoned(shape)
+            before = x.clone()
+            arguments = (options.get("image_bias"), options.get("residual"), options.get("scale", 1.0))
+            module._launch(y, x, pack_weight(weight), bias, *arguments, precision, config)
+            assert_same_bits(x, before)
+            assert bool(buffer[:32].isnan().all())
+            assert bool(buffer[-32:].isnan().all())
+            return y
+
+        @pytest.mark.parametrize(
+            ("shape", "out_channels", "epilogue"),
+            [(*images, "all") for images in LAYERS] + [(*LAYERS[2], epilogue) for epilogue in EPILOGUES[:-1]],
+            ids=str,
+        )
+        def test_equals_the_definition(self, shape, out_channels, epilogue):
+            x, weight, bias, options = layer(shape, out_channels, epilogue)
+            assert_close_to_exact(self.launch(x, weight, bias, options), x, weight, bias, options)
+
+        @pytest.mark.parametrize(("shape", "out_channels"), LAYERS, ids=str)
+        def test_transpose(self, shape, out_channels):
+            """Against autograd of the definition, not against the convolution with weights turned over."""
+            x, weight, _, _ = layer(shape, out_channels, "plain")
+            v = numbers(shape[0], out_channels, *shape[2:], seed=9)
+            found = self.launch(v, turned(weight), None, {"scale": SCALE})
+
+            def gradient(weight, v):
+                point = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+                return torch.autograd.grad(conv3x3_ref(point, weight.double(), scale=SCALE), point, v.double())[0]
+
+            roundings = 9 * out_channels + 2  # a sum as long as this, the scale and its product
+            bound = roundings * U / (1 - roundings * U) * gradient(weight.abs(), v.abs())
+            assert bool(((found.double() - gradient(weight, v)).abs() <= bound).all())
+
+        @pytest.mark.parametrize(
+            ("config", "precision"),
+            [
+                (Config(32, 16, 16, 1, 1), "tf32x3"),
+                (Config(16, 32, 32, 1, 1), "tf32"),
+                (CONFIGS[0], "ieee"),
+                (CONFIGS[-1], "ieee"),
+            ],
+            ids=str,
+        )
+        def test_other_blocks(self, config, precision):
+            x, weight, bias, options = layer((2, 20, 5, 7), 20, seed=1)
+            assert_close_to_exact(self.launch(x, weight, bias, options, config, precision), x, weight, bias, options)
+
+        def test_pads_with_zeros_not_with_neighbours(self):
+            """Exact: whole numbers small enough. The last column of an image must not see the first of its next row."""
+            x = torch.arange(2 * 3 * 3 * 4, dtype=torch.float32).reshape(2, 3, 3, 4).contiguous(memory_format=LAST)
+            weight = torch.arange(-54, 54, dtype=torch.float32).reshape(4, 3, 3, 3)
+            assert_same_bits(self.launch(x, weight, None, {}), conv3x3_ref(x.double(), weight.double()).float())
+
+        def test_infinity_stays_in_its_window(self):
+            x, weight, _, _ = layer((2, 5, 5, 7), 6, "plain")
+            x[1, 2, 2, 3] = float("inf")
+            y = self.launch(x, weight, None, {})
+            reached = torch.zeros(2, 6, 5, 7, dtype=torch.bool)
+            reached[1, :, 1:4, 2:5] = True
+            assert bool((y.isfinite() == ~reached).all())
+
+        def test_addresses_beyond_32_bits(self, monkeypatch):
+            """The last program of the second of two images of 8 GiB: memory that is promised, and almost none touched."""
+            from triton.runtime import interpreter
+
+            channels, height, width, config = 16, 2**15 + 1, 4099, SMALL
+            elements = 2 * height * width * channels
+            assert elements > 2**32
+            try:
+                maps = [mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) for _ in "xyr"]
+            except OSError as error:
+                pytest.skip(f"this machine promises no 48 GiB of memory ({error}): 64-bit addresses are NOT tested here")
+            shape, strides = (2, channels, height, width), (height * width * channels, 1, width * channels, channels)
+            x, y, residual = (torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, strides) for memory in maps)
+            crop, weight, bias, _ = layer((1, channels, 2, width), channels, "bias")
+            x[1:, :, -2:] = crop
+            last = (2 * height * width) % config.block_m or config.block_m  # pixels of the last program
+            residual[1, :, -1, -last:] = numbers(channels, last, seed=9)
+            image_bias = numbers(2, channels, seed=8)
+
+            # One program of 2²⁴: the interpreter would run them all, and then copy the storage onto itself.
+            number = -(-2 * height * width // config.block_m) - 1
+            program = interpreter.TensorHandle(interpreter.np.array([number], dtype=interpreter.np.int32), module.tl.int32)
+            monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda axis: program)
+            monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
+            module._conv3x3_kernel[(1,)](
+                y, x, pack_weight(weight), bias, image_bias, residual, SCALE,
+                pixels=2 * height * width, height=height, width=width, in_channels=channels, out_channels=channels,
+                INPUT_PRECISION="ieee", BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            )  # fmt: skip
+
+            options = {"image_bias": image_bias[1:], "residual": torch.zeros_like(crop), "scale": SCALE}
+            options["residual"][0, :, -1, -last:] = residual[1, :, -1, -last:]
+            found = conv3x3_ref(crop, weight, bias, **options)  # stands for what no program wrote here
+            found[0, :, -1, -last:] = y[1, :, -1, -last:]
+            assert_close_to_exact(found, crop, weight, bias, options)
+            assert not bool(y[1, :, -1, : width - last].any())
