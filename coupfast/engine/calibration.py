@@ -1,0 +1,493 @@
+"""Which 3×3 convolution to run: on this GPU, for this shape, the fastest of those that are right.
+
+Nobody can know this without measuring: it depends on the GPU, on cuDNN's choices and on the shape. So each shape is tried once
+on the machine that uses it. Every candidate computes random data, is compared with float64, and is timed in turns with the
+others; the choice is kept in the user's cache. A candidate that is wrong, not finite or raises is named in a warning and never
+used.
+
+Later runs read their choices from the file and time nothing. That is also what keeps their bits: two timings of equally fast
+candidates may end either way, and different candidates round differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import operator
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import coupfast_kernels
+from coupfast.cache import cache_directory
+from coupfast.engine.precision import strict_float32
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = "library"
+
+#: strict: the error may be this many times that of the library's own convolution in IEEE float32.
+STRICT_FACTOR = 4.0
+#: A library whose error is below half a unit in the last place, the rounding of the result alone, is counted as this.
+LEAST_ERROR = 2.0**-24
+#: fast, 3xtf32: what Winograd's F(4 × 4) in float32 makes of a layer at its usual points. Three TF32 products for one leave out
+#: 2⁻²¹ of each at most, and float32 sums of 4608 terms of random signs round by less: both stay well below. It refuses what is
+#: wrong, and plain TF32.
+FLOAT32_LIMIT = 1e-5
+#: tf32: factors with 11 bits. Random data lose 3e-4 of the result's norm where they are rounded, 8e-4 where they are truncated,
+#: which tensor cores may do to operands that nobody rounded (`tests/test_calibration.py` computes both).
+TF32_LIMIT = 2e-3
+
+PRECISIONS = ("strict", "fast", "3xtf32", "tf32")
+REPEATS = 9  # timings of a candidate, of which the median counts
+FORMAT = 1  # of the file
+PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
+_FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
+_FLUSHES = 4
+
+Candidate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionShape:
+    """A 3×3 convolution with stride 1 and padding 1. Its transpose is one with the channels exchanged."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` of a convolution is an int of at least 1, got {value!r}")
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.in_channels}x{self.height}x{self.width} -> {self.out_channels}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was found for a shape.
+
+    Attributes:
+        candidate: The one to use.
+        seconds: Median time of a call, for each that is accurate enough.
+        errors: Largest error of an image against float64, relative in the Euclidean norm, for each that gave finite numbers.
+        refused: Why, for each that may not be used.
+    """
+
+    candidate: str
+    seconds: dict[str, float]
+    errors: dict[str, float]
+    refused: dict[str, str]
+
+
+class Calibration:
+    """Choices of one device and precision.
+
+    Args:
+        device: Where the convolutions run.
+        precision: "strict", "fast", "3xtf32" or "tf32": which candidates there are, and how large their error may be.
+        folder: Where choices are kept; None takes `calibration` in the user's cache (`coupfast.cache`).
+        candidates: By name, functions (x, weight) → y in place of the package's own; "library" must be among them.
+        timer: Seconds that a call takes. None takes CUDA events, on a CPU the wall clock.
+
+    Raises:
+        ValueError: for an unknown precision, or candidates without "library".
+
+    Threads may share one. Processes may calibrate at once: the choice that is written first is everyone's.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        precision: str = "strict",
+        folder: str | Path | None = None,
+        candidates: Mapping[str, Candidate] | None = None,
+        timer: Timer | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"`precision` is one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.device, self.precision = torch.device(device), precision
+        self.candidates = dict(_candidates(self.device, precision) if candidates is None else candidates)
+        if LIBRARY not in self.candidates:
+            raise ValueError(f"`candidates` must have {LIBRARY!r}, which is what remains; got {', '.join(self.candidates)}")
+        self.timer = timer or (_CudaTimer(self.device) if self.device.type == "cuda" else _wall_clock)
+        self.folder = Path(folder) if folder is not None else cache_directory("calibration")
+        self.key = machine_key(self.device) | {"precision": precision, "candidates": sorted(self.candidates)}
+        digest = hashlib.sha256(json.dumps([FORMAT, self.key], sort_keys=True).encode()).hexdigest()
+        self.file = self.folder / f"{digest[:32]}.json"
+        self._choices: dict[ConvolutionShape, Choice] = {}
+        self._measured: set[ConvolutionShape] = set()
+        self._said: set[str] = set()
+        self._one_thread = threading.RLock()
+
+    def choose(self, shape: ConvolutionShape) -> Choice:
+        """The choice for a shape: remembered, else from the file, else measured now (seconds, where Triton has to compile).
+
+        Raises:
+            RuntimeError: if the library's own convolution fails, or if a CUDA graph is being captured and the choice is not yet
+                in memory: choose before capturing.
+        """
+        with self._one_thread:
+            if shape not in self._choices:
+                if _capturing(self.device):
+                    raise RuntimeError(
+                        f"the convolution {shape} has not been calibrated, and a CUDA graph is being captured; call "
+                        "`choose` for every shape before the capture"
+                    )
+                kept = self._read()
+                if shape in kept:
+                    self._choices[shape] = kept[shape]
+                else:
+                    self._choices[shape] = self._measure(shape)
+            return self._choices[shape]
+
+    def report(self) -> list[dict[str, Any]]:
+        """One JSON-ready row for every shape chosen so far, in order; `measured` is False where the file had it."""
+        with self._one_thread:
+            return [
+                dataclasses.asdict(shape) | dataclasses.asdict(choice) | {"measured": shape in self._measured}
+                for shape, choice in self._choices.items()
+            ]
+
+    # --- measuring ------------------------------------------------------------------------------------------------------
+
+    def _measure(self, shape: ConvolutionShape) -> Choice:
+        errors: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        samples: dict[str, list[float]] = {}
+        passing = False  # a candidate that failed for a reason that may be gone tomorrow
+        # The outer settings must not decide what is compared, and no graph is wanted of these calls.
+        with torch.no_grad(), strict_float32(self.device.type):
+            x, weight = _example(shape, self.device)
+            truth = F.conv2d(x.double(), weight.double(), padding=1)
+            limit = self._limit(_error(F.conv2d(x, weight, padding=1), truth))
+            calls = {name: functools.partial(function, x, weight) for name, function in self.candidates.items()}
+            for name, call in calls.items():
+                try:
+                    _poison(truth)
+                    errors[name] = found = _error(call(), truth)
+                    if not found <= limit:
+                        refused[name] = f"its error against float64 is {found:.2e}, over {limit:.2e}"
+                except Exception as error:  # whatever a kernel does wrong on a GPU nobody has tried it on
+                    refused[name] = _one_line(error)
+                    passing |= isinstance(error, torch.cuda.OutOfMemoryError)
+            del truth
+            for repeat in range(REPEATS):
+                names = [name for name in calls if name not in refused]
+                turn = repeat % max(len(names), 1)
+                for name in names[turn:] + names[:turn]:
+                    try:
+                        samples.setdefault(name, []).append(_finite_seconds(self.timer(calls[name])))
+                    except Exception as error:
+                        refused[name] = _one_line(error)
+                        passing |= isinstance(error, torch.cuda.OutOfMemoryError)
+        for name, reason in refused.items():
+            if name != LIBRARY:
+                logger.warning("convolution %s on %s: %r is not used: %s", shape, self.key["device"], name, reason)
+        if LIBRARY in refused:
+            others = "".join(f"; {name}: {reason}" for name, reason in refused.items() if name != LIBRARY)
+            raise RuntimeError(
+                f"PyTorch's own convolution {shape} fails on {self.key['device']}: {refused[LIBRARY]}{others}. Nothing can be "
+                "relied on here: check the installation with `coupfast doctor`, and that the GPU has memory left"
+            )
+        seconds = {name: _median(samples[name]) for name in self.candidates if name not in refused}
+        choice = Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, refused)
+        logger.info("convolution %s on %s: %s", shape, self.key["device"], choice)
+        kept = choice if passing else self._keep(shape, choice)
+        if kept is choice:
+            self._measured.add(shape)
+        return kept
+
+    def _limit(self, library_error: float) -> float:
+        if self.precision == "tf32":
+            return TF32_LIMIT
+        if self.precision in ("fast", "3xtf32"):
+            return FLOAT32_LIMIT
+        return STRICT_FACTOR * max(library_error, LEAST_ERROR)
+
+    # --- the file -------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[ConvolutionShape, Choice]:
+        """The file's choices; none if there is no file, or one that cannot be used, which is said once."""
+        try:
+            document = json.loads(self.file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self._say("choices of convolutions cannot be read from %s (%s); they are made anew", self.file, error)
+            return {}
+        except ValueError as error:
+            self._say("%s is damaged (%s); its choices of convolutions are made anew", self.file, error)
+            return {}
+        try:
+            if document["format"] != FORMAT or document["key"] != self.key:
+                raise ValueError("it is of another machine or version than its name says")
+            return {_shape_of(row): self._choice_of(row) for row in document["choices"]}
+        except (KeyError, TypeError, ValueError) as error:
+            self._say("%s is damaged (%s); its choices of convolutions are made anew", self.file, _one_line(error))
+            return {}
+
+    def _choice_of(self, row: dict[str, Any]) -> Choice:
+        found = Choice(*(row[field.name] for field in dataclasses.fields(Choice)))
+        known = set(self.candidates)
+        if found.candidate not in found.seconds or found.candidate in found.refused:
+            raise ValueError(f"it chooses {found.candidate!r}, which it has not timed or has refused")
+        for numbers in (found.seconds, found.errors):
+            if not all(isinstance(value, float) and math.isfinite(value) for value in numbers.values()):
+                raise ValueError(f"it has {numbers} for numbers")
+        if not {*found.seconds, *found.errors, *found.refused} <= known:
+            raise ValueError(f"it names candidates that are not among {', '.join(sorted(known))}")
+        return found
+
+    def _keep(self, shape: ConvolutionShape, choice: Choice) -> Choice:
+        """Add a choice to the file; returns the file's own, where another process has written one meanwhile."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.file.with_suffix(".lock")):
+                choices = self._read()
+                if shape in choices:
+                    return choices[shape]
+                choices[shape] = choice
+                rows = [dataclasses.asdict(key) | dataclasses.asdict(value) for key, value in choices.items()]
+                document = {"format": FORMAT, "key": self.key, "choices": rows}
+                _replace(self.file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            self._say(
+                "choices of convolutions cannot be kept in %s (%s); this process keeps them in memory, and every other one "
+                "measures again; set XDG_CACHE_HOME to a folder that can be written",
+                self.folder,
+                error,
+            )
+        return choice
+
+    def _say(self, message: str, *values: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message, *values)
+
+
+def machine_key(device: torch.device | str) -> dict[str, Any]:
+    """All that a choice may depend on: GPU, compute capability, driver, versions, and the kernels' source."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, capability = properties.name, f"{properties.major}.{properties.minor}"
+    else:
+        name, capability = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": name,
+        "capability": capability,
+        "driver": _driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "kernels": _source_hash(),
+    }
+
+
+def _driver() -> str | None:
+    """The kernel driver's version line, else the newest CUDA that the driver serves; None if neither can be read."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
+    except (OSError, IndexError):
+        version = getattr(torch._C, "_cuda_getDriverVersion", None)
+        return f"CUDA {version()}" if version is not None else None
+
+
+@functools.cache
+def _source_hash() -> str:
+    """SHA-256 of the Python files of `coupfast_kernels`, names and contents."""
+    digest = hashlib.sha256()
+    for folder in sorted(map(Path, coupfast_kernels.__path__)):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _candidates(device: torch.device, precision: str) -> dict[str, Candidate]:
+    found: dict[str, Candidate] = {LIBRARY: _library_tf32 if precision == "tf32" else _library}
+    if device.type == "cuda":
+        found["triton-ieee"] = _Triton("ieee")
+        if precision == "3xtf32":
+            found["triton-tf32x3"] = _Triton("tf32x3")
+        if precision == "tf32":
+            found["triton-tf32"] = _Triton("tf32")
+    return found
+
+
+def _library(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
+def _library_tf32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    settings = operator.attrgetter("conv")(torch.backends.cudnn)  # which its stubs do not know
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        return F.conv2d(x, weight, padding=1)
+    finally:
+        settings.fp32_precision = before
+
+
+class _Triton:
+    """`coupfast_kernels.conv3x3` at one precision of its products."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+        self._packed: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last weight: an engine packs once, too
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        from coupfast_kernels.conv3x3 import conv3x3, pack_weight
+
+        if self._packed is None or self._packed[0] is not weight:
+            self._packed = (weight, pack_weight(weight))
+        return conv3x3(x, self._packed[1], None, precision=self.precision)
+
+
+def _example(shape: ConvolutionShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal images, channels last, and weights that keep the result's size; the same ones at every call on a device."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape.batch, shape.in_channels, shape.height, shape.width, generator=generator, device=device)
+    weight = torch.randn(shape.out_channels, shape.in_channels, 3, 3, generator=generator, device=device)
+    weight /= math.sqrt(9 * shape.in_channels)
+    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+
+
+def _poison(like: torch.Tensor) -> None:
+    """NaN where the allocator is about to put the next float32 result: what a kernel leaves out must not look right."""
+    torch.full(like.shape, float("nan"), device=like.device)
+
+
+def _error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest relative error of an image in the Euclidean norm.
+
+    Raises:
+        ValueError: if it is another tensor than was asked for, or has values that are not finite.
+    """
+    if found.shape != truth.shape or found.dtype != torch.float32 or found.device != truth.device:
+        raise ValueError(
+            f"it gives {found.dtype} of shape {tuple(found.shape)} on {found.device}, not float32 of {tuple(truth.shape)} on "
+            f"{truth.device}"
+        )
+    difference, size = (found.double() - truth).flatten(1).norm(dim=1), truth.flatten(1).norm(dim=1)
+    error = float((difference / size).max())
+    if not math.isfinite(error):
+        missing = int((~found.isfinite()).sum())
+        raise ValueError(f"it gives {missing} of {found.numel()} values that are not finite")
+    return error
+
+
+def _finite_seconds(seconds: float) -> float:
+    if not math.isfinite(seconds) or seconds <= 0.0:
+        raise ValueError(f"its time is {seconds} s")
+    return float(seconds)
+
+
+def _median(samples: list[float]) -> float:
+    return sorted(samples)[len(samples) // 2]
+
+
+def _wall_clock(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+class _CudaTimer:
+    """Seconds between two events around one call, with nothing of its tensors in the L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        with torch.cuda.device(self.device):
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # These writes empty the cache. They also keep the device busy while the host enqueues the call between the two
+            # events: without them a short kernel's time would be that of launching it.
+            flush = torch.empty(_FLUSH_BYTES // 4, device=self.device)
+            for _ in range(_FLUSHES):
+                flush.zero_()
+            first.record()
+            function()
+            last.record()
+            last.synchronize()
+            return first.elapsed_time(last) / 1e3
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _shape_of(row: dict[str, Any]) -> ConvolutionShape:
+    return ConvolutionShape(*(row[field.name] for field in dataclasses.fields(ConvolutionShape)))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which the system gives back when its holder ends. Where there are no locks, writers may lose rows."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        started = time.monotonic()
+        while fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - started > PATIENCE_SECONDS:
+                    raise TimeoutError(f"another process has held {path} for {PATIENCE_SECONDS:.0f} s") from None
+                time.sleep(0.02)
+            except OSError as error:
+                logger.debug("no locks beside %s: %s", path, error)
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that nobody ever reads half of it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
