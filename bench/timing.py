@@ -136,15 +136,6 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def copy_bandwidth(device: torch.device, *, megabytes: int = 256, repeats: int = 5) -> float:
-    """Bytes per second, read and written, of copying a tensor larger than the caches: what a memory-bound kernel can reach."""
-    source = torch.zeros(megabytes * 2**18, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    timed(lambda: target.copy_(source), device)
-    best = min(timed(lambda: target.copy_(source), device)[0] for _ in range(repeats))
-    return 2 * source.numel() * source.element_size() / best
-
-
 def _git(*command: str) -> str | None:
     root = pathlib.Path(__file__).resolve().parent.parent
     try:

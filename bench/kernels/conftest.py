@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.timing import copy_bandwidth, device_name, timed
+from bench.timing import device_name, timed
+from coupfast.engine.rates import copy_bandwidth
 
 LAUNCHES = 20  # between two events, so that a short kernel's time is not that of starting it
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import coupfast_kernels
 from coupfast.cache import cache_directory
 from coupfast.engine.precision import strict_float32
+from coupfast.engine.rates import device_seconds
 
 try:
     import fcntl
@@ -60,8 +61,6 @@ PRECISIONS = ("strict", "fast", "3xtf32", "tf32")
 REPEATS = 9  # timings of a candidate, of which the median counts
 FORMAT = 1  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
-_FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
-_FLUSHES = 4
 
 Candidate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Timer = Callable[[Callable[[], object]], float]
@@ -134,7 +133,7 @@ class Calibration:
         self.candidates = dict(_candidates(self.device, precision) if candidates is None else candidates)
         if LIBRARY not in self.candidates:
             raise ValueError(f"`candidates` must have {LIBRARY!r}, which is what remains; got {', '.join(self.candidates)}")
-        self.timer = timer or (_CudaTimer(self.device) if self.device.type == "cuda" else _wall_clock)
+        self.timer = timer or functools.partial(device_seconds, device=self.device)
         self.folder = Path(folder) if folder is not None else cache_directory("calibration")
         self.key = machine_key(self.device) | {"precision": precision, "candidates": sorted(self.candidates)}
         digest = hashlib.sha256(json.dumps([FORMAT, self.key], sort_keys=True).encode()).hexdigest()
@@ -416,33 +415,6 @@ def _finite_seconds(seconds: float) -> float:
 
 def _median(samples: list[float]) -> float:
     return sorted(samples)[len(samples) // 2]
-
-
-def _wall_clock(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-class _CudaTimer:
-    """Seconds between two events around one call, with nothing of its tensors in the L2 cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, function: Callable[[], object]) -> float:
-        with torch.cuda.device(self.device):
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # These writes empty the cache. They also keep the device busy while the host enqueues the call between the two
-            # events: without them a short kernel's time would be that of launching it.
-            flush = torch.empty(_FLUSH_BYTES // 4, device=self.device)
-            for _ in range(_FLUSHES):
-                flush.zero_()
-            first.record()
-            function()
-            last.record()
-            last.synchronize()
-            return first.elapsed_time(last) / 1e3
 
 
 def _capturing(device: torch.device) -> bool:
