@@ -1,7 +1,8 @@
 """What is installed, what runs here, and whether it computes what it should.
 
 Every engine is run on a small case of every method and solver, in float64 and float32, forwards and backwards, and compared
-with the definition (`reference.py`) on the same noise.
+with the definition (`reference.py`) on the same noise. On a GPU so is every kernel, and the CUDA engine on the shipped networks
+(`device_checks.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from coupfast import environment
+from coupfast import device_checks, environment
 from coupfast.certificate import Definition
 from coupfast.defenses import METHODS
 from coupfast.engine.memory import available_bytes
@@ -75,28 +76,31 @@ _SEED, _BATCH, _STEPS, _SIZE = 0, 2, 4, 8
 
 
 def run(*, device: torch.device | str | None = None, progress: bool = False) -> dict[str, Any]:
-    """Look at the installation and check the noise, the shipped weights and every engine; about 10 s on two cores.
+    """Look at the installation and check the noise, the shipped weights and every engine: about 10 s on two cores; on a GPU its
+    kernels too, meant to take under two minutes.
 
     Args:
-        device: Where engines are tried; None tries the CPU and, where there is one, the CUDA device.
+        device: Where engines are tried; None tries the CPU and every CUDA device.
         progress: Show a progress bar.
 
     Returns:
-        JSON-ready: `python`, `machine`, `packages`, `features`, `cpu_kernels`, `noise`, `weights`, `engines`, `parity`,
+        JSON-ready: `python`, `machine`, `packages`, `features`, `cpu_kernels`, `noise`, `weights`, `engines`, `parity`, `gpus`,
         `ok`, `problems` (one line each; empty if `ok`), `seconds`. Errors in `parity` are relative to the definition in
         float64, in the Euclidean norm. An engine that refuses a device or a dtype is no problem, except `eager`, which runs
-        everywhere.
+        everywhere. `gpus` has a report of `device_checks.check_device` for each CUDA device; to have none is no problem.
     """
     import coupfast
 
     started = time.perf_counter()
     if device is None:
-        devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
     else:
         devices = [torch.device(device)]
     noise = [_check_noise(each) for each in devices]
     weights = _check_weights()
     parity = [row for each in devices for row in _check_engines(each, progress)]
+    gpus = [device_checks.check_device(each) for each in devices if each.type == "cuda"]
     problems = [
         *(f"noise on {row['device']}: {row['problem']}" for row in noise if row["problem"]),
         *(f"shipped weights, {row['file']}: {row['problem']}" for row in weights if row["problem"]),
@@ -105,6 +109,7 @@ def run(*, device: torch.device | str | None = None, progress: bool = False) -> 
             for row in parity
             if row["status"] in ("mismatch", "failed") or (row["status"] == "refused" and row["engine"] == "eager")
         ),
+        *(problem for gpu in gpus for problem in gpu["problems"]),
     ]
     return {
         "coupfast": {"version": coupfast.__version__, "path": str(Path(coupfast.__file__).parent)},
@@ -117,6 +122,7 @@ def run(*, device: torch.device | str | None = None, progress: bool = False) -> 
         "weights": weights,
         "engines": _engines(parity),
         "parity": parity,
+        "gpus": gpus,
         "ok": not problems,
         "problems": problems,
         "seconds": time.perf_counter() - started,
@@ -169,6 +175,10 @@ def text(report: dict[str, Any]) -> str:
                 gradient = max(row["gradient_error"] for row in measured)
                 line += f"; largest errors {forward:.1e} forward, {gradient:.1e} gradient"
             lines.append(line)
+    for gpu in report["gpus"]:
+        lines += device_checks.text(gpu)
+    if not report["gpus"]:
+        lines.append("  GPU kernels, engine cuda on the shipped networks: not checked, since no CUDA device was looked at")
     lines.append("")
     if report["ok"]:
         lines.append(f"All checks passed in {report['seconds']:.1f} s.")
@@ -320,7 +330,9 @@ def _check_engines(device: torch.device, progress: bool) -> Iterator[dict[str, A
             for engine in ENGINES:
                 for dtype in (torch.float64, torch.float32):
                     row = {"engine": engine, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "case": name}
-                    yield row | _compare(networks, options | {"engine": engine}, x.to(dtype), direction, exact, float32_errors)
+                    # Compiling would take half a minute a case; `device_checks` runs the engine compiled.
+                    more = {"engine": engine} | ({"engine_options": {"compile": False}} if engine == "cuda" else {})
+                    yield row | _compare(networks, options | more, x.to(dtype), direction, exact, float32_errors)
             bar.update(1)
 
 
