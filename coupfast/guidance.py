@@ -100,8 +100,9 @@ class Slope:
     def of_mask(mask: torch.Tensor) -> Slope:
         return Slope(pack_bits(mask), mask.shape)
 
-    def mask(self) -> torch.Tensor:
-        return unpack_bits(self.data, self.shape)
+    def side(self) -> torch.Tensor:
+        """What `kink` returned."""
+        return unpack_bits(self.data, self.shape) if self.data.dtype == torch.uint8 else self.data
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
@@ -298,8 +299,9 @@ class PiecewiseLinearGraph:
         elements = batch * value.numel() // 2  # traced at two images
         return 8 * elements if is_pool else (elements + 7) // 8
 
-    def tangent(self, node: fx.Node, args: tuple, kwargs: dict, slopes: Iterator[Slope]) -> Any:
-        """The operation's linear part; `args` hold tangents where the node's inputs are active, values elsewhere."""
+    def tangent(self, node: fx.Node, args: tuple, kwargs: dict, slopes: Iterator[Slope | torch.Tensor]) -> Any:
+        """The operation's linear part; `args` hold tangents where the node's inputs are active, values elsewhere; `slopes` are
+        packed, or as `kink` returns them."""
         target: Any = node.target
         is_active = [isinstance(arg, fx.Node) and arg in self.active for arg in node.args]
         if target in _KINKED:
@@ -369,30 +371,41 @@ def _keyword_nodes(node: fx.Node) -> list[fx.Node]:
     return [value for value in node.kwargs.values() if isinstance(value, fx.Node)]
 
 
-def _slope(node: fx.Node, args: tuple, value: Any) -> Slope:
+def kink(node: fx.Node, args: tuple, value: Any) -> torch.Tensor | None:
+    """On which side of its kink every element of an activation is (bool), or which element a pool took (indices); None for an
+    operation without a kink."""
     target: Any = node.target
+    if target not in _KINKED:
+        return None
     x = args[0].detach()
     if target is aten.max_pool2d_with_indices.default:
-        return Slope(value[1], x.shape)
+        return value[1]
     if target is aten.hardtanh.default:
         low, high = args[1] if len(args) > 1 else -1.0, args[2] if len(args) > 2 else 1.0
-        return Slope.of_mask((x > low) & (x < high))
+        return (x > low) & (x < high)
     threshold = args[1] if target in (aten.clamp_min.default, aten.threshold.default) else 0.0
     # What back-propagation takes at the kink itself: clamp passes the gradient there, the others do not.
-    return Slope.of_mask(x >= threshold if target is aten.clamp_min.default else x > threshold)
+    return x >= threshold if target is aten.clamp_min.default else x > threshold
 
 
-def _apply_slope(node: fx.Node, args: tuple, slope: Slope) -> Any:
+def _slope(node: fx.Node, args: tuple, value: Any) -> Slope:
+    side = kink(node, args, value)
+    assert side is not None
+    return Slope.of_mask(side) if side.dtype == torch.bool else Slope(side, args[0].shape)
+
+
+def _apply_slope(node: fx.Node, args: tuple, slope: Slope | torch.Tensor) -> Any:
     target: Any = node.target
     tangent = args[0]
+    side = slope if isinstance(slope, torch.Tensor) else slope.side()
     if target is aten.max_pool2d_with_indices.default:
-        indices = slope.data
+        indices = side
         pooled = tangent.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
         return (pooled,)
     if target is aten.leaky_relu.default:
         negative_slope = args[1] if len(args) > 1 else 0.01
-        return torch.where(slope.mask(), tangent, negative_slope * tangent)
-    return tangent * slope.mask()
+        return torch.where(side, tangent, negative_slope * tangent)
+    return tangent * side
 
 
 # --- the guidance of one classifier ----------------------------------------------------------------------

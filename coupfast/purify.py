@@ -11,7 +11,7 @@ import difflib
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from coupfast import adjoint, reference
 from coupfast.defenses import METHODS, Recipe, recipe
-from coupfast.engine import CounterNoise, Noise, Programs, ReplayedNoise, StepMemory, cpu, eager
+from coupfast.engine import CounterNoise, Noise, Programs, ReplayedNoise, StepMemory, cpu, cuda, eager
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import check_eval, dtype_and_device, frozen, weights_identity
 from coupfast.engine.precision import strict_float32
@@ -31,8 +31,10 @@ from coupfast_kernels.guided_step import guided_step_ref
 
 logger = logging.getLogger(__name__)
 
-ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare}
-PRECISIONS = ("strict", "fast")
+ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare, "cuda": cuda.prepare}
+PRECISIONS = cuda.PRECISIONS
+#: What runs without tensor cores, hence everywhere; the others are the cuda engine's.
+FLOAT32_PRECISIONS = ("strict", "fast")
 GRADIENTS = ("exact", "adjoint", "adjoint-parameters", "bpda", "surrogate", "none")
 GUIDANCE_GRADIENTS = ("exact", "detached")
 
@@ -117,6 +119,7 @@ class Purifier(nn.Module):
         sde: VPSDE = VPSDE(),
         engine: str = "auto",
         precision: str = "strict",
+        engine_options: Mapping[str, bool] | None = None,
         gradient: str = "exact",
         guidance_gradient: Literal["exact", "detached"] = "exact",
         surrogate_steps: int = 10,
@@ -147,6 +150,8 @@ class Purifier(nn.Module):
         self._engine = engine
         self._chosen: str | None = None
         self.precision, self.gradient, self.guidance_gradient = precision, gradient, guidance_gradient
+        self.engine_options = dict(engine_options or {})
+        cuda.Options.of(self.engine_options)
         self.memory_budget, self.clamp = memory_budget, bool(clamp)
         self.recipe: Recipe = self._recipe(check_num_steps(num_steps))
         self.num_steps = self.recipe.table.num_steps
@@ -329,7 +334,8 @@ class Purifier(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         differentiable = self.gradient in ("exact", "surrogate") and adjoint.wanted(x_k, noise)
         # Without a gradient a run holds two states and one layer's activations: there is nothing to plan.
-        storage = prepared.plan(len(x_k)).storage if differentiable else adjoint.Storage(piece=len(x_k))
+        piece = min(len(x_k), prepared.programs.largest_batch or len(x_k))
+        storage = prepared.plan(len(x_k)).storage if differentiable else adjoint.Storage(piece)
         run = adjoint.Run(prepared.programs, noise, storage, keep_states=return_trajectory)
         if self.gradient == "surrogate":
             run.surrogate = prepared.surrogate
@@ -385,12 +391,20 @@ class _Prepared:
         self._plans: dict[int, Plan] = {}
 
     def _programs(self, recipe: Recipe, example: torch.Tensor) -> Programs:
-        return ENGINES[self.purifier.engine](
+        purifier = self.purifier
+        options: dict[str, Any] = {}
+        if purifier.engine == "cuda":
+            options = {"precision": purifier.precision, "options": purifier.engine_options}
+        elif purifier.precision not in FLOAT32_PRECISIONS or purifier.engine_options:
+            found = f"engine_options={purifier.engine_options}" if purifier.engine_options else f"{purifier.precision!r}"
+            raise ValueError(f"{found} is for the cuda engine; this purifier runs on {purifier.engine!r}")
+        return ENGINES[purifier.engine](
             self.score,
             self.classifier,
             recipe.table,
             example,
-            differentiate_guidance=self.purifier.guidance_gradient == "exact",
+            differentiate_guidance=purifier.guidance_gradient == "exact",
+            **options,
         )
 
     def plan(self, batch: int) -> Plan:
@@ -428,7 +442,7 @@ class _Prepared:
                     f"`memory_budget` is {allowed} bytes; {batch} images of shape {tuple(self.image_shape)} in {steps} steps "
                     f"need at least {least} ({least / 2**20:.1f} MiB), one image at a time"
                 )
-        piece = batch
+        piece = min(batch, self.programs.largest_batch or batch)
         while piece > 1 and peak(piece, False, 0) > allowed:
             piece = (piece + 1) // 2
         if budget == "auto" and peak(piece, False, 0) > allowed:
@@ -561,6 +575,7 @@ def purify(
     sde: VPSDE = VPSDE(),
     engine: str = "auto",
     precision: str = "strict",
+    engine_options: Mapping[str, bool] | None = None,
     gradient: str = "exact",
     guidance_gradient: Literal["exact", "detached"] = "exact",
     surrogate_steps: int = 10,
@@ -585,11 +600,14 @@ def purify(
         num_steps: That many equal steps; None is the reference grid (steps of 1e-3, the last one shorter).
         solver: `"euler-maruyama"`, or `"probability-flow"` (Euler on the ODE, no noise).
         sde: The VP-SDE; β from 0.1 to 20 unless given.
-        engine: `"eager"`, PyTorch operation by operation; `"cpu"`, this project's kernels for float32 on a CPU; `"auto"` takes
-            the faster one that can run here and logs which.
+        engine: `"eager"`, PyTorch operation by operation; `"cpu"`, this project's kernels for float32 on a CPU; `"cuda"`,
+            compiled networks, this project's kernels and CUDA graphs for float32 on a GPU; `"auto"` takes the fastest one that
+            can run here and logs which.
         precision: `"strict"`: fp32 as IEEE 754 has it (or float64, as given), whatever the caller's autocast and TF32 settings,
             and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up
-            to 1e-5; no engine knows one that would be faster, so today it is the same.
+            to 1e-5. `"3xtf32"` and `"tf32"` use a GPU's tensor cores (engine `"cuda"` only): with every product of the 3x3
+            convolutions split in three, close to fp32; and with products of 11 bits.
+        engine_options: Parts of the cuda engine to switch off, to find out which is at fault: `compile`, `graphs`, `triton`.
         gradient: What `backward` computes: `"exact"`, the discrete gradient of the steps that ran; `"adjoint"`, torchsde's
             continuous stochastic adjoint (`"adjoint-parameters"`: with the integrals of all parameter gradients, as
             published code does); `"bpda"`, the identity; `"surrogate"`, the exact gradient of a coarser grid through the stored
@@ -632,6 +650,7 @@ def purify(
         sde=sde,
         engine=engine,
         precision=precision,
+        engine_options=engine_options,
         gradient=gradient,
         guidance_gradient=guidance_gradient,
         surrogate_steps=surrogate_steps,
@@ -646,10 +665,12 @@ def purify(
 def _choose_engine(score: nn.Module) -> tuple[str, str | None]:
     """The fastest engine for this network, and why it is not a faster one."""
     found = dtype_and_device(score)
-    if found is None or found[1].type != "cpu" or found[0] != torch.float32:
+    fast = {"cpu": ("cpu", cpu.unavailable), "cuda": ("cuda", cuda.unavailable)}
+    if found is None or found[1].type not in fast or found[0] != torch.float32:
         return "eager", None
-    reason = cpu.unavailable(*found)
-    return ("eager", reason) if reason else ("cpu", None)
+    engine, unavailable = fast[found[1].type]
+    reason = unavailable(*found)
+    return ("eager", reason) if reason else (engine, None)
 
 
 def _check_name(option: str, value: Any, known: Iterable[str]) -> None:

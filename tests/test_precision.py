@@ -7,7 +7,7 @@ from coupfast.engine.precision import _OWNERS, strict_float32
 
 
 def settings() -> list[str]:
-    return [owner.fp32_precision for owner in _OWNERS] + [str(torch.is_autocast_enabled("cpu"))]
+    return [owner.fp32_precision for owner in _OWNERS.values()] + [str(torch.is_autocast_enabled("cpu"))]
 
 
 @pytest.mark.parametrize("matmul", ["highest", "high", "medium"])

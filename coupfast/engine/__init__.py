@@ -106,6 +106,7 @@ class Programs(Protocol):
     """An engine bound to networks, a table and a shape of images."""
 
     engine: str
+    largest_batch: int | None  # most images of one program; None: any number
 
     def for_batch(self, batch: int) -> Program:
         """The program for this many images."""

@@ -95,6 +95,7 @@ class CpuPrograms:
     """The engine bound to networks, a table and a shape of images; one `CpuProgram` per batch size. Made by `prepare`."""
 
     engine = "cpu"
+    largest_batch: int | None = None
 
     def __init__(
         self,

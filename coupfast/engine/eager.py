@@ -29,6 +29,7 @@ class EagerProgram:
     """Steps of one table, for any batch size; made by `prepare`."""
 
     engine = "eager"
+    largest_batch: int | None = None
 
     def __init__(
         self,

@@ -1,25 +1,37 @@
-"""Strict fp32, for the duration of a call: no autocast, no TF32, no bfloat16 inside fp32 operations."""
+"""Which arithmetic float32 operations take, for the duration of a call: no autocast, and TF32 only where it was asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
 # `autocast(enabled=False)` leaves TF32 as it is: cuDNN's convolutions use it by default, and
 # `set_float32_matmul_precision` may have lowered matmuls on the GPU and, to bfloat16, on the CPU.
 _SETTINGS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
-_OWNERS = tuple(operator.attrgetter(setting)(torch.backends) for setting in _SETTINGS)
+_OWNERS = {setting: operator.attrgetter(setting)(torch.backends) for setting in _SETTINGS}
 
 
 @contextlib.contextmanager
-def strict_float32(device_type: str) -> Iterator[None]:
-    """fp32 as IEEE 754 has it in everything that runs inside; the caller's settings are back afterwards."""
-    before = [(owner, owner.fp32_precision) for owner in _OWNERS]
+def float32_precision(device_type: str, precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """fp32 as IEEE 754 has it in everything that runs inside, or TF32 in CUDA's matmuls and convolutions; the caller's settings
+    are back afterwards."""
+    before = {setting: owner.fp32_precision for setting, owner in _OWNERS.items()}
     with torch.autocast(device_type, enabled=False), contextlib.ExitStack() as restore:
-        for owner, value in before:
-            restore.callback(setattr, owner, "fp32_precision", value)
-            owner.fp32_precision = "ieee"
+        for setting, owner in _OWNERS.items():
+            restore.callback(setattr, owner, "fp32_precision", before[setting])
+            owner.fp32_precision = precision if setting.startswith("cud") else "ieee"
         yield
+
+
+def strict_float32(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """fp32 as IEEE 754 has it in everything that runs inside."""
+    return float32_precision(device_type, "ieee")
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch may take TF32 in a float32 operation on CUDA right now."""
+    return any(owner.fp32_precision != "ieee" for setting, owner in _OWNERS.items() if setting.startswith("cud"))

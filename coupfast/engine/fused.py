@@ -1,0 +1,335 @@
+"""This project's kernels in a flat graph, in place of the operations that they do at once.
+
+    silu(GroupNorm((x + image bias + residual) · scale)), and its transpose       `coupfast::group_norm_silu`, `…_vjp`
+    (3 × 3 convolution + bias + image bias + residual) · scale, and its transpose `coupfast::conv3x3`
+
+The graph computes the same, up to the rounding of sums taken in another order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from coupfast.engine.flat import FlatGraph
+from coupfast_kernels import group_norm  # noqa: F401  (registers its operators)
+from coupfast_kernels.conv3x3 import pack_weight
+
+aten = torch.ops.aten
+
+#: (batch, channels in, channels out, height, width) → "library", or the precision of `coupfast_kernels.conv3x3` to take.
+Conv3x3Choice = Callable[[int, int, int, int, int], str]
+LIBRARY = "library"
+
+#: What this project's operators return is in channels last.
+_OPERATORS = {
+    torch.ops.coupfast.group_norm_silu.default,
+    torch.ops.coupfast.group_norm_silu_vjp.default,
+    torch.ops.coupfast.conv3x3.default,
+}
+
+
+def fuse_kernels(
+    graph: FlatGraph, choose: Conv3x3Choice | None, *, norms: bool, packed: dict[Any, torch.Tensor] | None = None
+) -> None:
+    """Replace what can be replaced, in place.
+
+    Args:
+        choose: Which convolutions; None replaces none.
+        norms: Whether to replace group norms.
+        packed: Packed weights by weight, shared between graphs of the same networks; filled.
+    """
+    if choose is not None:
+        _Convolutions(graph, choose, {} if packed is None else packed).replace()
+    if norms:
+        _Norms(graph).replace()
+    _LibraryNorms(graph).guard()
+    graph.module.graph.eliminate_dead_code()
+    graph.module.graph.lint()
+    graph.module.recompile()
+
+
+class _Pass:
+    def __init__(self, graph: FlatGraph) -> None:
+        self.flat = graph
+        self.graph = graph.module.graph
+        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
+
+    def value(self, node: fx.Node) -> torch.Tensor:
+        return node.meta["val"]
+
+    def call(self, place: fx.Node, target: Any, args: tuple, value: Any, kwargs: dict | None = None) -> fx.Node:
+        """A new operation just before `place`, in its stead in the order."""
+        with self.graph.inserting_before(place):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        self.order[node] = self.order[place]
+        return node
+
+    def item(self, node: fx.Node, index: int, value: Any) -> fx.Node:
+        with self.graph.inserting_after(node):
+            item = self.graph.call_function(operator.getitem, (node, index))
+        item.meta["val"] = value
+        self.order[item] = self.order[node]
+        return item
+
+    def kernel(self, place: fx.Node, target: Any, args: tuple, value: Any) -> fx.Node:
+        """One of this project's operators, which read and write maps in channels last."""
+        args = tuple(self.channels_last(place, argument) if self.is_image(argument) else argument for argument in args)
+        if value is not None:
+            value = value.contiguous(memory_format=torch.channels_last)
+        return self.call(place, target, args, value)
+
+    def channels_last(self, place: fx.Node, node: fx.Node) -> fx.Node:
+        """Which the value may have turned out to be already: strides that a trace predicts are not always those of a run."""
+        producer: Any = node.args[0] if node.target is operator.getitem else node
+        if producer.target in _OPERATORS:
+            return node
+        value = self.value(node).contiguous(memory_format=torch.channels_last)
+        return self.call(place, aten.contiguous.default, (node,), value, {"memory_format": torch.channels_last})
+
+    def is_image(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() == 4
+
+    def is_image_bias(self, node: Any, like: torch.Tensor) -> bool:
+        return self.is_image(node) and tuple(self.value(node).shape) == (*like.shape[:2], 1, 1) and like.shape[2:] != (1, 1)
+
+    def flat_bias(self, place: fx.Node, bias: fx.Node, *, every_image: bool) -> fx.Node:
+        """(batch, channels) of (batch, channels, 1, 1), contiguous; (1, channels) where one row serves all, if that will do."""
+        if bias.target is aten.expand.default and self.is_image(bias.args[0]) and not every_image:
+            (bias, *_) = bias.args  # type: ignore[assignment]
+        value = self.value(bias)[:, :, 0, 0].contiguous()
+        rows = self.call(place, aten.reshape.default, (bias, list(value.shape)), value)
+        return self.call(place, aten.clone.default, (rows,), value) if len(value) > 1 else rows
+
+
+def _number(argument: Any) -> float | None:
+    return float(argument) if isinstance(argument, (int, float)) and not isinstance(argument, bool) and argument != 0 else None
+
+
+def _scaling(node: fx.Node) -> float | None:
+    """The factor of a product with, or quotient by, a number."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs or len(node.args) != 2:
+        return None
+    number = _number(node.args[1])
+    if number is None:
+        return None
+    return number if node.target is aten.mul.Tensor else 1.0 / number
+
+
+def _sum(node: fx.Node) -> tuple[Any, Any] | None:
+    return node.args if node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2 else None  # type: ignore[return-value]
+
+
+class _Convolutions(_Pass):
+    def __init__(self, graph: FlatGraph, choose: Conv3x3Choice, packed: dict[Any, torch.Tensor]) -> None:
+        super().__init__(graph)
+        self.choose, self.packed = choose, packed
+        self._nodes: dict[Any, fx.Node] = {}
+
+    def replace(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.target is aten.convolution.default:
+                self._forward(node)
+            elif node.target is aten.convolution_backward.default:
+                self._transpose(node)
+
+    def _is_3x3(self, weight: torch.Tensor | None, options: tuple) -> bool:
+        stride, padding, dilation, transposed, _, groups = options
+        return bool(
+            weight is not None
+            and weight.dim() == 4
+            and weight.dtype == torch.float32
+            and tuple(weight.shape[2:]) == (3, 3)
+            and set(stride) == {1}
+            and set(padding) == {1}
+            and set(dilation) == {1}
+            and not transposed
+            and groups == 1
+        )
+
+    def _forward(self, node: fx.Node) -> None:
+        arguments: Any = node.args
+        x, weight, bias, *options = arguments
+        constant = self.flat.constant_of(weight)
+        if not self.is_image(x) or not self._is_3x3(constant, tuple(options)):
+            return
+        assert isinstance(x, fx.Node) and constant is not None
+        batch, _, height, width = self.value(x).shape
+        precision = self.choose(batch, constant.shape[1], constant.shape[0], height, width)
+        if precision == LIBRARY:
+            return
+        image_bias, residual, scale, last = None, None, 1.0, node
+        while len(last.users) == 1:
+            (user,) = last.users
+            terms, factor = _sum(user), _scaling(user)
+            if factor is not None and user.args[0] is last:
+                scale *= factor
+            elif terms is not None and scale == 1.0:
+                other = terms[1] if terms[0] is last else terms[0]
+                if other is last:
+                    break
+                if image_bias is None and residual is None and self.is_image_bias(other, self.value(node)):
+                    image_bias = other
+                elif residual is None and self.is_image(other) and self.value(other).shape == self.value(node).shape:
+                    residual = other
+                else:
+                    break
+            else:
+                break
+            last = user
+        # Where the last of the epilogue stands, everything that it reads is there.
+        flat_bias = None if image_bias is None else self.flat_bias(last, image_bias, every_image=True)
+        packed = self._packed(weight, constant, transposed=False)
+        args = (x, packed, None, bias, flat_bias, residual, scale, precision)
+        new = self.kernel(last, torch.ops.coupfast.conv3x3.default, args, self.value(last))
+        last.replace_all_uses_with(new)
+
+    def _transpose(self, node: fx.Node) -> None:
+        arguments: Any = node.args
+        gy, x, weight, _, *options, mask = arguments
+        constant = self.flat.constant_of(weight)
+        if list(mask) != [True, False, False] or not self._is_3x3(constant, tuple(options)):
+            return
+        assert isinstance(x, fx.Node) and constant is not None
+        batch, _, height, width = self.value(x).shape
+        precision = self.choose(batch, constant.shape[0], constant.shape[1], height, width)
+        if precision == LIBRARY:
+            return
+        packed = self._packed(weight, constant, transposed=True)
+        args = (gy, packed, None, None, None, None, 1.0, precision)
+        new = self.kernel(node, torch.ops.coupfast.conv3x3.default, args, self.value(x))
+        for item in list(node.users):
+            item.replace_all_uses_with(new)
+            self.graph.erase_node(item)
+        self.graph.erase_node(node)
+
+    def _packed(self, weight: Any, constant: torch.Tensor, *, transposed: bool) -> fx.Node:
+        if (weight, transposed) not in self._nodes:
+            key = (constant.data_ptr(), constant.shape, transposed)
+            if key not in self.packed:
+                turned = constant.flip(2, 3).transpose(0, 1) if transposed else constant
+                self.packed[key] = pack_weight(turned.contiguous())
+            self._nodes[weight, transposed] = self.flat.add_constant(self.packed[key])
+        return self._nodes[weight, transposed]
+
+
+class _Norms(_Pass):
+    def replace(self) -> None:
+        nodes = list(self.graph.nodes)
+        for node in nodes:
+            if node.target is aten.native_group_norm_backward.default:
+                self._transpose(node)
+        for node in nodes:
+            if node.target is aten.native_group_norm.default:
+                self._forward(node)
+
+    def _transpose(self, node: fx.Node) -> None:
+        arguments: Any = node.args
+        gy, x, mean, _, weight, _, _, _, groups, mask = arguments
+        assert isinstance(mean, fx.Node)
+        norm = mean.args[0] if mean.target is operator.getitem else None
+        if list(mask) != [True, False, False] or not isinstance(norm, fx.Node) or weight is None:
+            return
+        if norm.target is not aten.native_group_norm.default or not self.is_image(x) or norm.args[2] is None:
+            return
+        silu = isinstance(gy, fx.Node) and gy.target is aten.silu_backward.default and self._is_output(gy.args[1], norm)
+        if silu:
+            gy = gy.args[0]
+        place, gh = node, None
+        (item,) = node.users
+        if len(item.users) == 1:
+            (user,) = item.users
+            terms = _sum(user)
+            if terms is not None and terms[0] is not terms[1]:
+                other = terms[1] if terms[0] is item else terms[0]
+                if self.is_image(other) and self.value(other).shape == self.value(x).shape:
+                    gh, place, item = other, user, user
+        args = (x, gy, gh, weight, norm.args[2], groups, norm.args[7], 1.0, bool(silu))
+        new = self.kernel(place, torch.ops.coupfast.group_norm_silu_vjp.default, args, self.value(x))
+        item.replace_all_uses_with(new)
+        self.graph.erase_node(item)
+        if place is not node:
+            for left in list(node.users):
+                self.graph.erase_node(left)
+        self.graph.erase_node(node)
+        if silu:
+            self.graph.eliminate_dead_code()  # so that the forward's norm has one reader again
+
+    def _is_output(self, node: Any, norm: fx.Node) -> bool:
+        return isinstance(node, fx.Node) and node.target is operator.getitem and node.args == (norm, 0)
+
+    def _forward(self, node: fx.Node) -> None:
+        if len(node.users) != 1:  # its statistics are read
+            return
+        arguments: Any = node.args
+        x, weight, bias, _, _, _, groups, eps = arguments
+        if weight is None or bias is None or not self.is_image(x):
+            return
+        (item,) = node.users
+        if item.args[1] != 0:
+            return
+        users = list(item.users)
+        silu = len(users) == 1 and users[0].target is aten.silu.default
+        last = users[0] if silu else item
+        assert isinstance(x, fx.Node)
+        base, image_bias, residual, scale = self._in_front(x)
+        value = self.value(x)
+        place = node if base is x else x
+        if base is not x and any(self.order[argument] > self.order[x] for argument in (weight, bias)):
+            base, image_bias, residual, scale, place = x, None, None, 1.0, node
+        flat_bias = None if image_bias is None else self.flat_bias(place, image_bias, every_image=False)
+        args = (base, weight, bias, flat_bias, residual, groups, eps, scale, silu)
+        new = self.kernel(place, torch.ops.coupfast.group_norm_silu.default, args, None)
+        value = value.contiguous(memory_format=torch.channels_last)
+        last.replace_all_uses_with(self.item(new, 1, value))
+        if base is not x:
+            x.replace_all_uses_with(self.item(new, 0, value))
+
+    def _in_front(self, x: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None, float]:
+        """What is added to and multiplied on the way into the norm: its kernel reads x once anyway."""
+        base, scale = x, 1.0
+        factor = _scaling(base)
+        if factor is not None and isinstance(base.args[0], fx.Node):
+            below = base.args[0]
+            if _sum(below) is not None and len(below.users) == 1:
+                base, scale = below, factor
+        terms = _sum(base)
+        if terms is None:
+            return x, None, None, 1.0
+        first, second = terms
+        if self.is_image_bias(second, self.value(x)) and self.is_image(first):
+            return first, second, None, scale
+        if self.is_image(first) and self.is_image(second) and self.value(first).shape == self.value(second).shape:
+            return first, None, second, scale
+        return x, None, None, 1.0
+
+
+class _LibraryNorms(_Pass):
+    """Group norms that stay with PyTorch, whose kernels for GPUs want contiguous maps."""
+
+    def guard(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.target in (aten.native_group_norm.default, aten.native_group_norm_backward.default):
+                maps = 1 if node.target is aten.native_group_norm.default else 2
+                node.args = (*(self._contiguous(node, argument) for argument in node.args[:maps]), *node.args[maps:])
+                for item in list(node.users):
+                    if item.args[1] == 0:
+                        self._restore(item)
+
+    def _contiguous(self, place: fx.Node, node: Any) -> fx.Node:
+        return self.call(place, aten.contiguous.default, (node,), self.value(node).contiguous())
+
+    def _restore(self, item: fx.Node) -> None:
+        """The strides that what follows was traced with."""
+        value = self.value(item)
+        if value.is_contiguous() or not value.is_contiguous(memory_format=torch.channels_last):
+            return
+        with self.graph.inserting_after(item):
+            clone = self.graph.call_function(aten.contiguous.default, (item,), {"memory_format": torch.channels_last})
+        clone.meta["val"] = value
+        item.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)

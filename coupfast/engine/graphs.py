@@ -1,0 +1,116 @@
+"""Work on fixed addresses, captured once and replayed: one launch from the host for all of a step's kernels.
+
+A recording reads and writes the same memory at every replay. What varies (state, step, seed, ids) is written into static
+buffers before, and what a replay leaves is read from static buffers after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+WARM_UPS = 3  # calls before a capture: compilation, tuning and libraries' workspaces happen there, not in the graph
+
+
+class Recording(Protocol):
+    """Something that was captured."""
+
+    def replay(self) -> None: ...
+
+
+class Backend(Protocol):
+    """How work is captured on a device."""
+
+    def capture(self, function: Callable[[], None]) -> Recording:
+        """`function` recorded, not run."""
+        ...
+
+    def side_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Where a warm-up runs; what ran before is done when it begins, and it is done when anything runs after."""
+        ...
+
+    def out_of_memory(self) -> type[BaseException]:
+        """The error that the device raises."""
+        ...
+
+
+class CudaBackend:
+    """CUDA graphs with a memory pool of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], None]) -> Recording:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            function()
+        return graph
+
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self.device):
+            stream, outer = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(outer)
+            with torch.cuda.stream(stream):
+                yield
+            outer.wait_stream(stream)
+
+    def out_of_memory(self) -> type[BaseException]:
+        return torch.cuda.OutOfMemoryError
+
+
+class Runner:
+    """Named pieces of work on static buffers, each captured when it first runs (or never, without a backend).
+
+    Args:
+        state: The buffers that the work writes and that carry meaning from call to call: a warm-up leaves them as they were.
+        backend: None runs every piece call by call.
+        needs: What the work is predicted to need, said when memory runs out.
+    """
+
+    def __init__(self, state: Iterable[torch.Tensor], backend: Backend | None, needs: Callable[[], str]) -> None:
+        self.state, self.backend, self.needs = list(state), backend, needs
+        self._recordings: dict[str, Recording] = {}
+        self._lock = threading.RLock()
+
+    def run(self, name: str, function: Callable[[], None]) -> None:
+        """Do `function`, which reads and writes nothing but static buffers and constants, and decides nothing on the host.
+
+        Raises:
+            RuntimeError: if it cannot be captured; the buffers then hold what they held, and nothing is kept of the attempt.
+        """
+        with self._lock:
+            if self.backend is None:
+                return function()
+            if name not in self._recordings:
+                self._recordings[name] = self._record(name, function)
+            self._recordings[name].replay()
+
+    def _record(self, name: str, function: Callable[[], None]) -> Recording:
+        assert self.backend is not None
+        before = [buffer.clone() for buffer in self.state]
+        try:
+            try:
+                with self.backend.side_stream():
+                    for _ in range(WARM_UPS):
+                        function()
+            finally:
+                self._restore(before)
+            return self.backend.capture(function)
+        except self.backend.out_of_memory() as error:
+            raise MemoryError(f"no memory is left to capture {name!r}: {self.needs()}; use fewer images a call") from error
+        except Exception as error:
+            raise RuntimeError(
+                f"{name!r} cannot be captured as a graph ({type(error).__name__}: {error}); "
+                f"engine_options={{'graphs': False}} runs the same work without"
+            ) from error
+
+    def _restore(self, before: list[torch.Tensor]) -> None:
+        for buffer, value in zip(self.state, before, strict=True):
+            buffer.copy_(value)

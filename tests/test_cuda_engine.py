@@ -1,0 +1,426 @@
+"""The CUDA engine without a GPU: its pieces on the CPU, its graphs by a stand-in that records and replays, its limits."""
+
+import threading
+
+import pytest
+import torch
+from conftest import relu_classifier, silu_classifier, small_score
+from graph_backend import OutOfMemory, StandIn
+from test_adjoint import weights
+
+from coupfast import Purifier
+from coupfast.engine import cuda
+from coupfast.engine.calibration import Choice
+from coupfast.engine.precision import allows_tf32
+from coupfast.guidance import pack_bits
+
+EPS = torch.finfo(torch.float32).eps
+
+
+class OurKernels:
+    """Calibration that takes this project's convolutions wherever they can run."""
+
+    chosen: list = []
+
+    def __init__(self, device, *, precision):
+        self.precision = {"3xtf32": "tf32x3", "tf32": "tf32"}.get(precision, "ieee")
+
+    def choose(self, shape):
+        OurKernels.chosen.append(shape)
+        return Choice(f"triton-{self.precision}", {}, {}, {})
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """Engine "cuda" on the CPU; yields the stand-ins of its programs."""
+    made: list[StandIn] = []
+
+    def backend(device):
+        made.append(StandIn())
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: None)
+    monkeypatch.setattr(cuda, "CudaBackend", backend)
+    monkeypatch.setattr(cuda, "Calibration", OurKernels)
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", remembered_piece)
+    OurKernels.chosen = []
+    return made
+
+
+PIECES: dict = {}
+
+
+def remembered_piece(self, name, bucket, piece=cuda.CudaPrograms.piece):
+    """Tracing takes a second or two, and the networks of these tests are always the same."""
+    activation = None if self.guidance is None else type(self.guidance.classifier.activation)
+    options = (self.precision, self.choose is None, self.fuse_norms, self.differentiate_guidance, cuda.fuse_kernels)
+    key = (name, bucket, activation, *options, tuple(self.table.labels))
+    if key not in PIECES:
+        PIECES[key] = piece(self, name, bucket)
+    elif self.choose is not None:
+        self.choose(bucket, 3, 8, 8, 8)
+    return PIECES[key]
+
+
+@pytest.fixture
+def score():
+    return small_score(torch.float32)
+
+
+@pytest.fixture
+def classifier():
+    return relu_classifier(torch.float32)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def purifier(score, classifier, *, engine="cuda", options=None, **kwargs):
+    if engine == "cuda":
+        kwargs["engine_options"] = {"compile": False} | (options or {})
+    return Purifier(score, classifier, engine=engine, **({"num_steps": 4} | kwargs))
+
+
+def both_ways(run, x, **noise):
+    """Purified images and a gradient."""
+    leaf = x.clone().requires_grad_()
+    purified = run(leaf, **({"seed": 3} | noise))
+    (gradient,) = torch.autograd.grad((purified * weights(x)).sum(), leaf)
+    return purified.detach(), gradient
+
+
+def assert_close(found, expected, roundings):
+    torch.testing.assert_close(found, expected, rtol=0, atol=roundings * EPS * float(expected.abs().max()))
+
+
+# A network of some thirty layers, each rounding sums of a few hundred terms in its own order, over four steps.
+ROUNDINGS = 500
+
+
+@pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier])
+@pytest.mark.parametrize("method", ["coup", "reverse-sde", "diffpure"])
+def test_agrees_with_eager(backends, score, images, method, make_classifier):
+    classifier = make_classifier(torch.float32)
+    found = both_ways(purifier(score, classifier, method=method), images)
+    expected = both_ways(purifier(score, classifier, method=method, engine="eager"), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+    assert OurKernels.chosen
+    assert backends and all(graph.replays for backend in backends for graph in backend.graphs)
+
+
+@pytest.mark.parametrize("options", [{"graphs": False}, {"triton": False}, {"graphs": False, "triton": False}], ids=str)
+def test_every_part_can_be_switched_off(backends, score, classifier, images, options):
+    found = both_ways(purifier(score, classifier, options=options), images)
+    expected = both_ways(purifier(score, classifier, engine="eager"), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+    assert bool(backends) == options.get("graphs", True)
+    assert bool(OurKernels.chosen) == options.get("triton", True)
+
+
+def test_graphs_change_no_bit(backends, score, classifier, images):
+    with_graphs = both_ways(purifier(score, classifier), images)
+    without = both_ways(purifier(score, classifier, options={"graphs": False}), images)
+    for ours, theirs in zip(with_graphs, without, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("solver", ["euler-maruyama", "probability-flow"])
+def test_explicit_noise(backends, score, classifier, images, solver):
+    rows = torch.randn(4, *images.shape, generator=torch.Generator().manual_seed(0))
+    found = both_ways(purifier(score, classifier, solver=solver), images, noise=rows, seed=None)
+    expected = both_ways(purifier(score, classifier, solver=solver, engine="eager"), images, noise=rows, seed=None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+
+
+def test_what_is_kept_changes_no_bit(backends, score, classifier, images):
+    kept = both_ways(purifier(score, classifier, memory_budget=2**33), images)
+    rebuilt = both_ways(purifier(score, classifier, memory_budget="least"), images)
+    for ours, theirs in zip(kept, rebuilt, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_detached_guidance(backends, score, classifier, images):
+    found = both_ways(purifier(score, classifier, guidance_gradient="detached"), images)
+    expected = both_ways(purifier(score, classifier, guidance_gradient="detached", engine="eager"), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+
+
+class TestGraphs:
+    def test_one_graph_serves_every_step_seed_and_image(self, backends, score, classifier, images):
+        run = purifier(score, classifier)
+        with torch.no_grad():
+            first = run(images, seed=1, ids=[5, 6, 7, 8, 9])
+            (backend,) = backends
+            assert len(backend.graphs) == 1
+            assert backend.graphs[0].replays == 4
+            eager = purifier(score, classifier, engine="eager")
+            assert_close(first, eager(images, seed=1, ids=[5, 6, 7, 8, 9]), ROUNDINGS)
+            again = run(images.flip(0), seed=2, ids=[1, 2, 3, 4, 0], draw=7)
+            assert_close(again, eager(images.flip(0), seed=2, ids=[1, 2, 3, 4, 0], draw=7), ROUNDINGS)
+        assert len(backend.graphs) == 1 and backend.graphs[0].replays == 8
+
+    def test_the_host_only_launches_between_replays(self, backends, score, classifier, images, monkeypatch):
+        """Two launches a step, the graph and the copy of the state that the caller keeps: nothing is loaded in between."""
+        run = purifier(score, classifier)
+        with torch.no_grad():
+            run(images, seed=1)
+            loads = []
+            load = cuda.CudaProgram._load
+            monkeypatch.setattr(cuda.CudaProgram, "_load", lambda self, k, *rest: (loads.append(k), load(self, k, *rest)))
+            run(images, seed=1)
+        assert loads == [0]
+
+    def test_a_changed_state_is_loaded_again(self, backends, score, classifier, images):
+        programs = purifier(score, classifier)._prepare(images).programs
+        noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        program = programs.for_batch(5)
+        x_1, _ = program.step(0, images, noise)
+        x_1.mul_(0.5)
+        found, _ = program.step(1, x_1, noise)
+        expected, _ = programs.eager.step(1, x_1, noise)
+        assert_close(found, expected, ROUNDINGS)
+        found, _ = program.step(1, x_1, noise)  # the same once more, not the step after it
+        assert_close(found, expected, ROUNDINGS)
+
+    def test_a_partial_batch_needs_no_graph_of_its_own(self, backends, score, classifier, images):
+        run = purifier(score, classifier)
+        with torch.no_grad():
+            whole = run(images, seed=1)  # in a bucket of eight
+            part = run(images[:4], seed=1)  # has a bucket of its own
+            padded = run(images[:3], seed=1)
+        assert len(backends) == 2 and [len(backend.graphs) for backend in backends] == [1, 1]
+        assert torch.equal(padded, part[:3])
+        assert_close(part, whole[:4], ROUNDINGS)
+
+    def test_padding_reaches_no_image(self, backends, score, classifier, images):
+        run = purifier(score, classifier)
+        with torch.no_grad():
+            run(images, seed=1)
+            program = run._prepare(images).programs.for_batch(5)
+            expected = run(images, seed=1)
+            put = program._put
+
+            def poisoned(buffer, values):
+                put(buffer, values)
+                buffer[len(values) :].fill_(float("nan"))
+
+            program._put = poisoned
+            assert torch.equal(run(images, seed=1), expected)
+
+    def test_several_purifiers_alive_at_once(self, backends, score, classifier, images):
+        runs = [purifier(score, classifier), purifier(score, classifier, t=0.2), purifier(score, None, method="reverse-sde")]
+        with torch.no_grad():
+            alone = [run(images, seed=1) for run in runs]
+            for _ in range(2):
+                together = [run(images, seed=1) for run in runs]
+                assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+    def test_threads_take_turns(self, backends, score, classifier, images):
+        run = purifier(score, classifier)
+        expected = {seed: both_ways(run, images, seed=seed) for seed in (1, 2)}
+        wrong = []
+
+        def work(seed):
+            for _ in range(3):
+                found = both_ways(run, images, seed=seed)
+                if not all(torch.equal(a, b) for a, b in zip(found, expected[seed], strict=True)):
+                    wrong.append(seed)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    def test_a_failed_capture_leaves_everything_usable(self, backends, score, classifier, images, monkeypatch):
+        expected = purifier(score, classifier, options={"graphs": False})(images, seed=1)
+        run = purifier(score, classifier)
+        program = run._prepare(images).programs.for_batch(5)
+        program.runner.backend.fail = RuntimeError("no such stream")
+        state = [buffer.clone() for buffer in program.runner.state]
+        with pytest.raises(RuntimeError, match=r"captured as a graph \(RuntimeError: no such stream\).*'graphs': False"):
+            program.runner.run("step with noise", lambda: program._step(True))
+        assert all(torch.equal(a, b) for a, b in zip(state, program.runner.state, strict=True))
+        with torch.no_grad():
+            assert torch.equal(run(images, seed=1), expected)
+
+    def test_out_of_memory_says_what_was_needed(self, backends, score, classifier, images):
+        run = purifier(score, classifier)
+        program = run._prepare(images).programs.for_batch(5)
+        program.runner.backend.fail = OutOfMemory("CUDA out of memory")
+        with torch.no_grad(), pytest.raises(MemoryError, match=r"8 images is predicted to need up to \d+ MiB.*fewer images"):
+            run(images, seed=1)
+
+    def test_a_wait_for_the_device_cannot_be_captured(self, backends, score, classifier, images):
+        """That the stand-in notices, so that its silence elsewhere means something."""
+        backend = StandIn()
+        value = torch.zeros(())
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            backend.capture(lambda: value.item())
+
+    def test_old_programs_are_let_go(self, backends, score, images, monkeypatch):
+        monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 2)
+        run = purifier(score, None, method="reverse-sde")
+        with torch.no_grad():
+            for batch in (1, 2, 4, 1):
+                run(images[:batch], seed=1)
+        assert len(backends) == 4  # one image's had to go
+
+
+class TestPrecision:
+    def test_no_tf32_on_the_strict_path(self, backends, score, classifier, images):
+        """Flags when graphs are captured, and the arguments of every convolution of ours."""
+        torch.set_float32_matmul_precision("medium")
+        try:
+            run = purifier(score, classifier)
+            flags = []
+            program = run._prepare(images).programs.for_batch(5)
+            program.runner.backend.while_capturing = lambda: flags.append(allows_tf32())
+            both_ways(run, images)
+            assert flags and not any(flags)
+            for name in program.programs.piece_names():
+                for node in program.programs.piece(name, 2).operations():
+                    if node.target is torch.ops.coupfast.conv3x3.default:
+                        assert node.args[-1] == "ieee"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    @pytest.mark.parametrize(("precision", "inside", "flag"), [("3xtf32", "tf32x3", False), ("tf32", "tf32", True)])
+    def test_named_precisions(self, backends, score, classifier, images, precision, inside, flag):
+        run = purifier(score, classifier, precision=precision)
+        program = run._prepare(images).programs.for_batch(5)
+        flags = []
+        program.runner.backend.while_capturing = lambda: flags.append(allows_tf32())
+        with torch.no_grad():
+            run(images, seed=1)
+        assert flags == [flag]
+        operations = program.programs.piece("score", 2).operations()
+        assert {node.args[-1] for node in operations if node.target is torch.ops.coupfast.conv3x3.default} == {inside}
+        assert not allows_tf32()
+
+    def test_a_piece_that_is_wrong_is_not_used(self, backends, score, classifier, images, monkeypatch):
+        fuse = cuda.fuse_kernels
+
+        def wrong(graph, *args, **kwargs):
+            fuse(graph, *args, **kwargs)
+            node = next(node for node in graph.operations() if node.target is torch.ops.coupfast.conv3x3.default)
+            node.args = (*node.args[:-2], 1.01, node.args[-1])
+            graph.module.recompile()
+
+        monkeypatch.setattr(cuda, "fuse_kernels", wrong)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="'score' differs from PyTorch's on this device.*doctor"):
+            purifier(score, classifier, options={"graphs": False})(images, seed=1)
+
+
+class TestRefuses:
+    def test_a_cpu_tensor(self, score, classifier, images):
+        with pytest.raises(ValueError, match="runs float32 on a GPU, not torch.float32 on cpu; engine='eager' does"):
+            purifier(score, classifier)(images)
+
+    @pytest.mark.parametrize(
+        ("setup", "message"),
+        [
+            (dict(cuda=None), "built without CUDA"),
+            (dict(capability=(7, 5)), "Tesla T4 has compute capability 7.5.*8.0 and later"),
+            (dict(triton=None), "needs Triton, which is not installed"),
+            (dict(triton="3.1.0"), "needs Triton 3.5 or later, found 3.1.0"),
+            (dict(), None),
+        ],
+        ids=str,
+    )
+    def test_what_is_too_old(self, monkeypatch, setup, message):
+        setup = {"cuda": "12.8", "capability": (9, 0), "triton": "3.8.1+git"} | setup
+        monkeypatch.setattr(torch.version, "cuda", setup["cuda"])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: setup["capability"])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+        def version(name):
+            if setup["triton"] is None:
+                raise cuda.importlib.metadata.PackageNotFoundError(name)
+            return setup["triton"]
+
+        monkeypatch.setattr(cuda.importlib.metadata, "version", version)
+        found = cuda.unavailable(torch.float32, torch.device("cuda"))
+        if message is None:
+            assert found is None
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                raise RuntimeError(found)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"graph": False}, "are compile, graphs, triton; got 'graph'"), ({"graphs": 1}, r"is True or False, got 1")],
+    )
+    def test_options_that_do_not_exist(self, score, classifier, options, message):
+        with pytest.raises(ValueError, match=message):
+            Purifier(score, classifier, engine_options=options)
+
+    def test_precisions_and_options_of_other_engines(self, score, classifier, images):
+        with pytest.raises(ValueError, match="'3xtf32' is for the cuda engine; this purifier runs on 'eager'"):
+            Purifier(score, classifier, engine="eager", precision="3xtf32")(images)
+        with pytest.raises(ValueError, match="engine_options=.* is for the cuda engine"):
+            Purifier(score, classifier, engine="eager", engine_options={"graphs": False})(images)
+
+    def test_3xtf32_without_the_kernels_that_have_it(self, backends, score, classifier, images):
+        with pytest.raises(ValueError, match="precision='3xtf32' is a precision of this project's convolutions"):
+            purifier(score, classifier, precision="3xtf32", options={"triton": False})(images)
+
+    def test_more_images_than_the_largest_bucket(self, backends, score, images, monkeypatch):
+        monkeypatch.setattr(cuda, "BUCKETS", (1, 2))
+        run = purifier(score, None, method="reverse-sde")
+        programs = run._prepare(images).programs
+        with pytest.raises(ValueError, match="up to 2 images at a time, got 5"):
+            programs.for_batch(5)
+
+    def test_states_of_another_kind(self, backends, score, images):
+        program = purifier(score, None, method="reverse-sde")._prepare(images).programs.for_batch(1)
+        noise = cuda.CounterNoise(1, torch.arange(1), torch.zeros(1, dtype=torch.int64))
+        with pytest.raises(ValueError, match="runs torch.float32 states of shape"):
+            program.step(0, images[:1].double(), noise)
+        with pytest.raises(ValueError, match="up to 1 images, got 2"):
+            program.step(0, images[:2], noise)
+
+
+def test_large_batches_go_in_pieces(backends, score, images, monkeypatch):
+    monkeypatch.setattr(cuda, "BUCKETS", (1, 2))
+    monkeypatch.setattr(cuda.CudaPrograms, "largest_batch", 2)
+    run = purifier(score, None, method="reverse-sde")
+    found = both_ways(run, images)
+    expected = both_ways(purifier(score, None, method="reverse-sde", engine="eager"), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+
+
+def test_keeps_slopes_as_bits(backends, score, classifier, images):
+    programs = purifier(score, classifier)._prepare(images).programs
+    program = programs.for_batch(5)
+    noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+    _, kept = program.step(0, images, noise, "slopes")
+    masks = [slope for slope in program._slopes if slope.dtype == torch.bool]
+    assert torch.equal(kept.bits, pack_bits(torch.cat([mask.reshape(-1) for mask in masks])))
+    before = [slope.clone() for slope in program._slopes]
+    for slope in program._slopes:
+        slope.zero_()
+    program._restore(kept)
+    assert all(torch.equal(a, b) for a, b in zip(before, program._slopes, strict=True))
+    _, kept = program.step(0, images, noise, "nothing")
+    assert kept is None
+
+
+def test_auto_takes_it_on_a_gpu(score, monkeypatch):
+    """Nothing runs: only the choice."""
+    purify = __import__("importlib").import_module("coupfast.purify")
+    monkeypatch.setattr(purify, "dtype_and_device", lambda network: (torch.float32, torch.device("cuda")))
+    monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: None)
+    assert purify._choose_engine(score) == ("cuda", None)
+    monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: "no Triton")
+    assert purify._choose_engine(score) == ("eager", "no Triton")
+
+
