@@ -127,7 +127,8 @@ def test_engines_that_refuse_break_or_give_nan(monkeypatch, one_case):
     found = doctor.run(device="cpu")
     statuses = {row["engine"]: row["status"] for row in found["parity"]}
     cpu = "refused" if native.unavailable() else "ok"
-    assert statuses == {"eager": "ok", "cpu": cpu, "refuses": "refused"} | {name: "failed" for name in ("breaks", "nan")}
+    refused = {"cpu": cpu, "cuda": "refused", "refuses": "refused"}
+    assert statuses == {"eager": "ok", "breaks": "failed", "nan": "failed"} | refused
     assert not found["ok"]
     assert not any("refuses" in problem for problem in found["problems"])
     assert "engine refuses on cpu, float64: does not run here (RuntimeError: needs a GPU" in doctor.text(found)
