@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from coupfast_kernels import guided_step, noise
+from coupfast_kernels import group_norm, guided_step, noise
 
 TARGETS = (80, 90, 100)  # A100; H100, H200; B200
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -36,7 +36,7 @@ REGISTERS, THREADS = 65536, 2048
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: a kernel, its arguments by name (tensors, ints, None) and its options."""
+    """One launch: a kernel, its arguments by name (tensors, numbers, None) and its options."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -128,6 +128,81 @@ def cases() -> dict[str, Launch]:
     }
 
 
+#: (channels, height = width, groups) of every GroupNorm in DDPM++ deep; 256 images each.
+GROUP_NORMS = (
+    (128, 32, 32),
+    (256, 32, 32),
+    (384, 32, 32),
+    (128, 16, 32),
+    (256, 16, 32),
+    (384, 16, 32),
+    (512, 16, 32),
+    (256, 8, 32),
+    (512, 8, 32),
+    (256, 4, 32),
+    (512, 4, 32),
+)
+
+
+def group_norm_launch(
+    channels: int,
+    size: int,
+    groups: int,
+    *,
+    batch: int = 256,
+    image_bias: bool = False,
+    residual: bool = False,
+    silu: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> Launch:
+    """The launch of `group_norm_silu` for square maps; 1/√2 behind a residual."""
+    x = torch.empty(batch, channels, size, size).contiguous(memory_format=layout)
+    word, per_image = torch.empty(channels), torch.empty(batch, channels)
+    kernel = "_group_norm_loop_kernel" if group_norm.loops(channels, size * size, groups) else "_group_norm_kernel"
+    added = (per_image if image_bias else None, x if residual else None)
+    return _record(group_norm, kernel, (x, word, word, *added, groups, 1e-6, 2**-0.5 if residual else 1.0, silu))
+
+
+def group_norm_vjp_launch(
+    channels: int,
+    size: int,
+    groups: int,
+    *,
+    batch: int = 256,
+    gh: bool = False,
+    silu: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> Launch:
+    """The launch of its transpose."""
+    h = torch.empty(batch, channels, size, size).contiguous(memory_format=layout)
+    word = torch.empty(channels)
+    kernel = "_group_norm_vjp_loop_kernel" if group_norm.loops(channels, size * size, groups) else "_group_norm_vjp_kernel"
+    arguments = (h, h, h if gh else None, word, word, groups, 1e-6, 2**-0.5 if gh else 1.0, silu)
+    return _record(group_norm, kernel, arguments, "_launch_vjp")
+
+
+def group_norm_cases() -> dict[str, Launch]:
+    """What stands between the convolutions of DDPM++ deep, and the attention's norms; groups beyond the registers; NCHW."""
+    found = {}
+    for shape in GROUP_NORMS:
+        name = f"{shape[0]} at {shape[1]}²"
+        found |= {
+            f"group norm {name}": group_norm_launch(*shape),
+            f"group norm {name}, time": group_norm_launch(*shape, image_bias=True),
+            f"group norm {name}, residual": group_norm_launch(*shape, residual=True),
+            f"group norm {name}: transpose": group_norm_vjp_launch(*shape),
+            f"group norm {name}, residual: transpose": group_norm_vjp_launch(*shape, gh=True),
+        }
+    return found | {
+        "group norm 256 at 16², no silu": group_norm_launch(256, 16, 32, silu=False),
+        "group norm 256 at 16², no silu: transpose": group_norm_vjp_launch(256, 16, 32, silu=False),
+        "group norm 128 at 32², NCHW, residual": group_norm_launch(128, 32, 32, residual=True, layout=torch.contiguous_format),
+        "group norm 128 at 32², NCHW: transpose": group_norm_vjp_launch(128, 32, 32, gh=True, layout=torch.contiguous_format),
+        "group norm 256 at 64², loop, residual": group_norm_launch(256, 64, 32, residual=True),
+        "group norm 256 at 64², loop, residual: transpose": group_norm_vjp_launch(256, 64, 32, gh=True),
+    }
+
+
 def compile_offline(launch: Launch, capability: int) -> Compiled:
     """Compiles a launch as Triton's JIT would on a device of this compute capability (80: 8.0)."""
     signature: dict[str, str] = {}
@@ -135,12 +210,14 @@ def compile_offline(launch: Launch, capability: int) -> Compiled:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
-        if launch.kernel.params[index].is_constexpr or value is None or (not _is_tensor(value) and value == 1):
+        if launch.kernel.params[index].is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if _is_tensor(value):
             signature[name] = {torch.float32: "*fp32", torch.int64: "*i64"}[value.dtype]
             divisible = True  # the allocator's tensors start at multiples of 512 bytes
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             divisible = value % 16 == 0
@@ -192,11 +269,11 @@ def contracted_in_square_roots(count: int, capability: int) -> int:
     return compile_offline(launch, capability).contracted
 
 
-def _record(module: Any, kernel_name: str, arguments: tuple[Any, ...]) -> Launch:
+def _record(module: Any, kernel_name: str, arguments: tuple[Any, ...], launcher: str = "_launch") -> Launch:
     """What a module's launcher hands to its kernel."""
     kernel = getattr(module, kernel_name)
     with mock.patch.object(module, kernel_name, mock.MagicMock()) as stand_in:
-        module._launch(*arguments)
+        getattr(module, launcher)(*arguments)
     call = stand_in.__getitem__.return_value.call_args
     named = dict(zip(kernel.arg_names, call.args, strict=False)) | call.kwargs
     options = {name: value for name, value in named.items() if name not in kernel.arg_names}
@@ -218,7 +295,7 @@ def rows() -> list[tuple[str, ...]]:
     """One row a kernel and architecture, the header first."""
     columns = "kernel, sm, registers, threads/SM, spilled, shared, 128-bit loads, 128-bit stores, FFMA (in sqrt), instructions"
     table = [tuple(columns.split(", "))]
-    for name, launch in cases().items():
+    for name, launch in (cases() | group_norm_cases()).items():
         for capability in TARGETS:
             built = compile_offline(launch, capability)
             roots = contracted_in_square_roots(built.square_roots, capability) if built.square_roots else 0

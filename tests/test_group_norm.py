@@ -25,7 +25,7 @@ SHAPES = [
     (5, 24, 4, 4, 2),
     (3, 10, 3, 3, 2),
     (2, 16, 4, 8, 4),
-    (1, 16, 2, 3, 16),
+    (1, 8, 2, 3, 8),
     (2, 6, 1, 1, 3),
     (2, 7, 5, 3, 1),
 ]
@@ -327,10 +327,10 @@ if INTERPRETED:
 
     @pytest.fixture(params=["registers", "loop"])
     def way(request, monkeypatch):
-        """Every group in registers, or none: then in parts of 64 elements."""
+        """Every group in registers, or none: then in parts of 128 elements."""
         if request.param == "loop":
             monkeypatch.setattr(module, "MOST_IN_REGISTERS", 0)
-            monkeypatch.setattr(module, "LOOP_BLOCK", 64)
+            monkeypatch.setattr(module, "LOOP_BLOCK", 128)
         return request.param
 
     def run(x, weight, bias, groups, eps, *, image_bias=None, residual=None, scale=1.0, silu=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_noise import assert_same_bits, random_words
 
+from coupfast.models.ddpmpp import DDPMpp
 from coupfast_kernels.guided_step import guided_step_ref
 from coupfast_kernels.noise import seed_tensor, standard_normal_ref
 
@@ -15,11 +16,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench.kernel_report import (  # noqa: E402
+    GROUP_NORMS,
     TARGETS,
     Compiled,
     cases,
     compile_offline,
     contracted_in_square_roots,
+    group_norm_cases,
+    group_norm_launch,
+    group_norm_vjp_launch,
     guided_step_launch,
     standard_normal_launch,
 )
@@ -184,3 +189,69 @@ def run_ptx(launch, capability, given):
     for program in range(programs):
         ptx.run(built.ptx, arguments, memory, program, threads=32 * launch.options["num_warps"])
     return {name: memory.get(address, given[name]) for name, address in addresses.items()}
+
+
+# The largest tile, whose transpose needs the most registers; twelve channels a group; one warp; groups that are looped over.
+GROUP_NORM_CASES = group_norm_cases()
+GROUP_NORMS_COMPILED = {
+    "group norm 128 at 32², residual": TARGETS,
+    "group norm 128 at 32², residual: transpose": (90,),
+    "group norm 384 at 32², residual": (90,),
+    "group norm 384 at 32², residual: transpose": TARGETS,
+    "group norm 384 at 16², time": (90,),
+    "group norm 512 at 4²": (90,),
+    "group norm 512 at 4²: transpose": (90,),
+    "group norm 256 at 64², loop, residual": (90,),
+    "group norm 256 at 64², loop, residual: transpose": (90,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [(name, target) for name, targets in GROUP_NORMS_COMPILED.items() for target in targets]
+)
+def test_group_norm_compiles_to_what_is_promised(name, capability):
+    launch = GROUP_NORM_CASES[name]
+    built = compile_offline(launch, capability)
+    assert built.spill_bytes == 0
+    assert built.threads_per_sm >= 512
+    # Words of a warp's sums, three at most at a time.
+    assert built.shared_bytes <= 4096
+    assert built.wide_loads == built.loads
+    assert built.wide_stores == built.stores
+    # h is stored as it was added, and no product goes unrounded into a sum; nothing is widened.
+    assert built.contracted == 0
+    assert ".f64" not in built.ptx
+    approximate = {operation for operation in built.arithmetic if ".approx" in operation or ".full" in operation}
+    assert approximate == {"ex2.approx.f32", "div.full.f32", "rsqrt.approx.ftz.f32"}
+
+    if "BLOCK_P" in launch.arguments:  # read once, written once: no more accesses than a thread's elements take
+        a = launch.arguments
+        quads = a["BLOCK_P"] * a["BLOCK_G"] * a["BLOCK_C"] // (4 * 32 * launch.options["num_warps"])
+        read = sum(a.get(f"{image}_ptr") is not None for image in ("x", "residual", "gy", "gh"))
+        read += "gx_ptr" in a  # h is read by the transpose, written by the other
+        written = 1 if "gx_ptr" in a else 1 + (a["h_ptr"] is not None)
+        words = 2 + (a.get("image_bias_ptr") is not None)
+        assert built.loads == read * quads + words
+        assert built.stores == written * quads
+
+
+def test_every_group_norm_of_the_score_network_is_listed():
+    with torch.device("meta"):
+        network, found = DDPMpp(), set()
+
+        def record(norm, inputs):
+            found.add((norm.num_channels, inputs[0].shape[-1], norm.num_groups))
+
+        for module in network.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(record)
+        network(torch.empty(1, 3, 32, 32), torch.empty(1))
+    assert found == set(GROUP_NORMS)
+
+
+def test_group_norms_of_another_batch_do_not_compile_again():
+    for launch in (group_norm_launch, group_norm_vjp_launch):
+        two, many = (launch(128, 16, 32, batch=batch).arguments for batch in (2, 256))
+        assert {name: value for name, value in two.items() if not isinstance(value, torch.Tensor)} == {
+            name: value for name, value in many.items() if not isinstance(value, torch.Tensor)
+        }

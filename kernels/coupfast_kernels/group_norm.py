@@ -30,7 +30,7 @@ MOST_IN_REGISTERS = 2**14
 ROW_BYTES = 32  # a program takes groups until a pixel's channels fill a sector of memory
 VALUES_A_THREAD = 32  # that stay in registers; twice as many where 16 warps, hence 128 registers a thread, do not suffice
 MOST_WARPS = 16
-LOOP_BLOCK, LOOP_WARPS = 4096, 8  # elements at a time of a group that does not
+LOOP_BLOCK, LOOP_WARPS = 4096, 16  # elements at a time of a group that does not
 
 
 def group_norm_silu_ref(
