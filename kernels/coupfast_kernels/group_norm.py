@@ -30,7 +30,7 @@ MOST_IN_REGISTERS = 2**14
 ROW_BYTES = 32  # a program takes groups until a pixel's channels fill a sector of memory
 VALUES_A_THREAD = 32  # that stay in registers; twice as many where 16 warps, hence 128 registers a thread, do not suffice
 MOST_WARPS = 16
-LOOP_BLOCK, LOOP_WARPS = 4096, 16  # elements at a time of a group that does not
+LOOP_BLOCK, LOOP_WARPS = 2048, 8  # elements at a time of a group that does not
 
 
 def group_norm_silu_ref(
@@ -502,8 +502,8 @@ def _setup_context(ctx, inputs, output):
                 f"group_norm_silu is differentiable in `x` and `residual` only, and `{name}` requires a gradient; freeze the "
                 f"network (requires_grad_(False)) or give `{name}.detach()`"
             )
-    h = output[0] if _adds(image_bias, residual, scale) else x
-    ctx.save_for_backward(h, weight, bias)
+    ctx.adds = _adds(image_bias, residual, scale)
+    ctx.save_for_backward(output[0] if ctx.adds else x, weight, bias)
     ctx.options = (groups, eps, scale, silu)
     ctx.set_materialize_grads(False)  # an h that nobody uses has no gradient, and zeros would be read
 
@@ -511,6 +511,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, gh, gy):
     h, weight, bias = ctx.saved_tensors
     groups, eps, scale, silu = ctx.options
+    gh = gh if ctx.adds else None  # else that of the empty tensor; what comes through x is no business of the operator's
     if gy is None:
         gx = None if gh is None else gh * scale
     else:
