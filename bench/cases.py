@@ -15,7 +15,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,22 @@ import torch
 import torchsde
 from timing import environment, finite_or_none
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import coupfast
 from coupfast.data import load_images
 from coupfast.defenses import METHODS, recipe
+from coupfast.engine.rates import matmul_rate
 from coupfast.purify import ENGINES
 from coupfast.sde import VPSDE, parity_grid, time_grid
 
 NETWORKS = {"paper": ("cifar10-ddpmpp-deep", "wrn-28-10"), "tiny": ("cifar10-tiny", "cifar10-tiny")}
 IMAGE_SHAPE = (3, 32, 32)
+#: What a table of results has of every row, with some more of each benchmark's own.
+COLUMNS = (
+    *("engine", "precision", "network", "t", "batch", "seconds_per_image", "spread", "host_seconds_per_image"),
+    *("launches_per_step", "kernels_per_step", "share_of_matmul", "ratio_to_eager", "within_contract", "device", "torch"),
+)
 _PROBES = 16  # images on which a random classifier is set up
 _KINK_DISTANCE = 4.0  # in standard deviations of a batch norm's input
 
@@ -182,6 +189,27 @@ def purifier_on(grid: np.ndarray, networks: Networks, method: str, **options: ob
     return purifier
 
 
+def pass_flop(networks: Networks, x: torch.Tensor) -> dict[str, int]:
+    """FLOP (2 a multiply-add) that one forward pass of one image takes by direct sums, of `score` and `classifier`.
+
+    A backward pass with respect to the input takes as many again, but for attention, whose 0.3 GMAC count double.
+    """
+    found = {}
+    label = torch.ones(1, device=x.device)
+    for name, call in (("score", lambda: networks.score(x[:1], label)), ("classifier", lambda: networks.classifier(x[:1]))):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        found[name] = counter.get_total_flops()
+    return found
+
+
+def share_of_matmul(flop: float | None, seconds: float | None, case: Case) -> float | None:
+    """FLOP per second as a share of what a float32 matrix product reached in this run; None if either is not known."""
+    if flop is None or seconds is None:
+        return None
+    return flop / seconds / case.machine["matmul_flop_per_second"]
+
+
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a − b|, taken in float64."""
     return float((a.double() - b.double()).abs().max())
@@ -239,6 +267,7 @@ def add_network_options(parser: argparse.ArgumentParser, *, images: str | None) 
     add("--threads", type=positive, help="CPU threads (default: PyTorch's)")
     add("--seed", type=int, default=0, help="of random weights, random images and noise (default 0)")
     add("--json", metavar="FILE", help="write rows and environment there")
+    add("--markdown", action="store_true", help="print the rows as a Markdown table at the end, too")
 
 
 def positive(text: str) -> int:
@@ -260,7 +289,8 @@ def load_case(options: argparse.Namespace) -> Case:
     )
     images = options.images or ("cifar10-20" if options.network == "tiny" else "random")
     x = benchmark_images(images, options.batch, device=device, seed=options.seed)
-    return Case(networks, images, x, environment(device))
+    machine = environment(device) | {"matmul_flop_per_second": matmul_rate(device)}
+    return Case(networks, images, x, machine)
 
 
 def engines_here(case: Case) -> tuple[list[str], list[dict[str, str]]]:
@@ -285,6 +315,16 @@ def steps_to_time(options: argparse.Namespace, num_steps: int) -> int:
         return num_steps
     few = 3 if options.network == "paper" and options.device == "cpu" else num_steps
     return min(num_steps, options.steps_timed or few)
+
+
+def markdown(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as a table to send along with their file; what was not measured is left empty."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (row.get(column) for column in columns)
+        texts = ("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(["", *lines])
 
 
 def write_results(

@@ -28,6 +28,11 @@ evaluates the drift once more than it takes steps, all else times N / K.
 `peak_bytes` is the peak of PyTorch's allocator above the weights for all N steps. It grows by the same amount with every
 step from the second on, so it follows from runs of 2 and 3 steps (`peak_bytes_from_steps`) made for nothing else.
 
+On a GPU `host_seconds_per_image` is what the host was busy with both passes (None on a CPU), and `kernels_per_step` and
+`launches_per_step` are those of both, as in `speed.py`. `share_of_matmul` is the FLOP of all network evaluations that `exact`
+and `detached` plan, by direct sums and every pass counted as a forward one, as a share of what a float32 matrix product reached
+in the same run.
+
 Ratios say how many times faster a row is than `published`, `frozen` and `double-backward` (`ratio_to_eager`).
 """
 
@@ -41,17 +46,21 @@ from typing import Any
 
 import torch
 from cases import (
+    COLUMNS,
     Case,
     Path,
     add_case_options,
     engines_here,
     load_case,
+    markdown,
+    pass_flop,
     published_path,
     purifier_on,
+    share_of_matmul,
     steps_to_time,
     write_results,
 )
-from timing import Summary, interleave, peak_bytes, timed, times_faster
+from timing import Summary, interleave, launches, peak_bytes, rotated, timed, timed_twice, times_faster
 from torch import nn
 
 import coupfast
@@ -91,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(case)
     rows_of = _rows if options.truth == "float64" else _rows_against_exact
     rows = [row for t in options.t for row in rows_of(case, t, options)]
+    if options.markdown:
+        print(markdown(rows, ("mode", *COLUMNS, "forward_seconds_per_image", "backward_seconds_per_image", "rel_error")))
     if options.json:
         write_results(options.json, rows, case, options, engines_that_do_not_run_here=skipped)
     broken = sum(not row["within_contract"] for row in rows)
@@ -109,6 +120,7 @@ class _Mode:
     Attributes:
         extra_evaluations: Drift evaluations of the forward pass besides one a step.
         same_mode: Which float64 gradient `rounding` is measured against: `"exact"`, `"detached"` or None.
+        evaluations: Of each network for one image, by its name; None if nobody plans them.
     """
 
     name: str
@@ -116,6 +128,7 @@ class _Mode:
     purify: Purify
     extra_evaluations: int = 0
     same_mode: str | None = None
+    evaluations: dict[str, int] | None = None
 
     @property
     def key(self) -> str:
@@ -170,8 +183,18 @@ def _modes(case: Case, path: Path, t: float, options: argparse.Namespace) -> lis
                 purifier = purifier_on(
                     path.grid, networks, METHOD, engine=engine, guidance_gradient=name, memory_budget=budget
                 )
-            modes.append(_Mode(name, engine, _replayed(purifier, path), 0, name))
+            modes.append(_Mode(name, engine, _replayed(purifier, path), 0, name, _evaluations(purifier, len(case.x))))
     return modes
+
+
+def _evaluations(purifier: coupfast.Purifier, batch: int) -> dict[str, int]:
+    plan = purifier.plan(batch)
+    pieces = -(-batch // plan.storage.piece)
+    counts: dict[str, int] = {}
+    for kind, count in plan.evaluations.items():
+        network = kind.split()[0]
+        counts[network] = counts.get(network, 0) + count // pieces
+    return counts
 
 
 def _replayed(purifier: coupfast.Purifier, path: Path) -> Purify:
@@ -241,6 +264,10 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
             "ratio_to_published": None,
             "ratio_to_frozen": None,
             "ratio_to_eager": None,
+            "host_seconds_per_image": None,
+            "kernels_per_step": None,
+            "launches_per_step": None,
+            "share_of_matmul": None,
             "memory_budget": options.memory_budget if mode.name in OURS else None,
             # Written so that NaN does not pass.
             "within_contract": mode.name not in OURS or rounding[mode.key] <= bound,
@@ -249,26 +276,43 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
 
     sound = [mode for mode in modes if rows[mode.key]["within_contract"]]
 
-    def measure(mode: _Mode) -> tuple[float, float]:
-        image = x.clone().requires_grad_()
-        forward, purified = timed(lambda: mode.purify(image), x.device)
-        backward, _ = timed(lambda: torch.autograd.grad(purified, image, w), x.device)
-        forward *= (num_steps + mode.extra_evaluations) / (steps + mode.extra_evaluations) / len(x)
-        return forward, backward * num_steps / steps / len(x)
+    images = {mode.key: rotated(x) for mode in sound}
+
+    def measure(mode: _Mode) -> tuple[float, float, float]:
+        """Seconds an image forward, backward, and of the host."""
+        image = next(images[mode.key]).clone().requires_grad_()
+        forward, purified = timed_twice(lambda: mode.purify(image), x.device)
+        backward, _ = timed_twice(lambda: torch.autograd.grad(purified, image, w), x.device)
+        forwards = (num_steps + mode.extra_evaluations) / (steps + mode.extra_evaluations) / len(x)
+        backwards = num_steps / steps / len(x)
+        host = forwards * (forward.host or 0.0) + backwards * (backward.host or 0.0)
+        return forwards * forward.seconds, backwards * backward.seconds, host
 
     turns = interleave({mode.key: lambda mode=mode: measure(mode) for mode in sound}, options.repeats)
-    totals = {key: [forward + backward for forward, backward in samples] for key, samples in turns.items()}
+    totals = {key: [forward + backward for forward, backward, _ in samples] for key, samples in turns.items()}
+    flop = pass_flop(case.networks, x)
     for key, samples in turns.items():
         total = Summary.of(totals[key])
         rows[key] |= {
             "seconds_per_image": total.median,
             "spread": total.spread,
-            "forward_seconds_per_image": Summary.of([forward for forward, _ in samples]).median,
-            "backward_seconds_per_image": Summary.of([backward for _, backward in samples]).median,
+            "forward_seconds_per_image": Summary.of([forward for forward, _, _ in samples]).median,
+            "backward_seconds_per_image": Summary.of([backward for _, backward, _ in samples]).median,
         }
+        if x.device.type == "cuda":
+            rows[key]["host_seconds_per_image"] = Summary.of([host for _, _, host in samples]).median
         for field, name in BASELINES.items():
             baseline = next((mode.key for mode in sound if mode.name == name), None)
             rows[key][field] = times_faster(totals.get(baseline or ""), totals[key])
+
+    for mode in sound:
+        row = rows[mode.key]
+        if mode.evaluations is not None:
+            planned = sum(count * flop[network] for network, count in mode.evaluations.items()) * num_steps / steps
+            row["share_of_matmul"] = share_of_matmul(planned, row["seconds_per_image"], case)
+        counted = launches(lambda mode=mode: _pass_through(mode, x, w), x.device)
+        if counted is not None:
+            row |= {"kernels_per_step": counted.kernels / steps, "launches_per_step": counted.calls / steps}
 
     for key, (peak, from_steps) in _peaks(case, t, num_steps, w, set(turns), options).items():
         rows[key] |= {"peak_bytes": peak, "peak_bytes_from_steps": from_steps}
@@ -413,6 +457,12 @@ def _line(row: dict[str, Any]) -> str:
     ratios = "  ".join(f"{row[field]:.2f}x {name}" for field, name in BASELINES.items() if row[field] is not None)
     scaled = f"  [scaled from {row['steps_timed']} of {row['num_steps']} steps]" if row["scaled"] else ""
     seconds = f"{row['seconds_per_image']:.4g} ± {row['spread']:.2g} s/image"
+    if row["host_seconds_per_image"] is not None:
+        seconds += f" (host {row['host_seconds_per_image']:.4g})"
+    if row["launches_per_step"] is not None:
+        seconds += f", {row['launches_per_step']:.0f} launches of {row['kernels_per_step']:.0f} kernels a step"
+    if row["share_of_matmul"] is not None:
+        seconds += f", {row['share_of_matmul']:.0%} of a matrix product's rate"
     return f"{head} {seconds}  {row['peak_bytes'] / 2**20:.0f} MiB  {ratios}  {errors}{scaled}"
 
 

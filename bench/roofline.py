@@ -167,7 +167,8 @@ def main() -> None:
     for name, work in steps.items():
         macs, moved = sum(w.image_flop for w in work) / 2e9, sum(w.image_bytes for w in work) / 2**20
         weights = sum(w.weight_bytes for w in work) / 2**20
-        print(f"{name} step: {macs:.1f} GMAC and {moved:.0f} MiB an image, {weights:.0f} MiB of weights ({MARK})")
+        counts = f"{len(work)} operations, {macs:.1f} GMAC and {moved:.0f} MiB an image, {weights:.0f} MiB of weights"
+        print(f"{name} step: {counts} ({MARK})")
     for gpu in GPUS:
         rates = f"{gpu.flop_per_second / 1e12:g} TFLOP/s float32, {gpu.bytes_per_second / 1e12:g} TB/s"
         print(f"{gpu.name}: {rates} ({gpu.source})")

@@ -23,6 +23,13 @@ which moves the guidance by up to a percent. Where that can happen, a percent of
 is allowed on top (`allowance`, `allowance_coarse`); unguided methods and random weights, whose ReLUs are kept away from
 their kinks, have none.
 
+On a GPU `seconds_per_image` is the device's time, between two events, and `host_seconds_per_image` what the host was busy with
+a call (None on a CPU). `kernels_per_step` and `launches_per_step` are a whole call's, over its steps, as PyTorch's profiler
+counts them: kernels that ran, and the host's calls that started them, of which a captured graph needs one; None where there is
+no GPU. Repeats take other images each. `share_of_matmul` is the FLOP of the purification by direct sums, over its time, over
+the rate of a large float32 matrix product in the same run (`matmul_flop_per_second` in the environment): algorithms with fewer
+multiplications, and TF32, may exceed 1.
+
 Scaling. Where only the first K of N steps are timed (`scaled`: the default for the paper's networks on a CPU; `--full` runs
 all), times are stated for the whole purification: the engines' times N / K, the reference's times (N + 1) / (K + 1), because
 torchsde evaluates the drift once more per solve than it takes steps.
@@ -40,6 +47,7 @@ from typing import Any
 import numpy as np
 import torch
 from cases import (
+    COLUMNS,
     Case,
     Networks,
     Path,
@@ -47,12 +55,15 @@ from cases import (
     engines_here,
     largest_difference,
     load_case,
+    markdown,
+    pass_flop,
     published_path,
     purifier_on,
+    share_of_matmul,
     steps_to_time,
     write_results,
 )
-from timing import Summary, interleave, timed, times_faster
+from timing import Summary, interleave, launches, rotated, timed_twice, times_faster
 from torch import nn
 
 import coupfast
@@ -84,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in new:
             print(_line(row), flush=True)
         rows += new
+    if options.markdown:
+        print(markdown(rows, ("method", *COLUMNS, "error_float64", "error_float64_eager")))
     if len(options.t) > 1:
         print(_table(rows))
     if options.json:
@@ -99,7 +112,7 @@ class _Contender:
     """Something to time.
 
     Attributes:
-        call: One purification of the batch, the timed steps only.
+        call: One purification of the batch, the timed steps only; of other images each time, the case's own first.
         result: What it makes of the common path, as images.
         own: What `call` makes of its own noise, which is every engine's; None for the reference.
         factor: What its time is multiplied by to state that of all steps.
@@ -182,6 +195,10 @@ def _purifications(
             "spread": None,
             "ratio_to_reference": None,
             "ratio_to_eager": None,
+            "host_seconds_per_image": None,
+            "kernels_per_step": None,
+            "launches_per_step": None,
+            "share_of_matmul": None,
             "parity_max_abs": largest_difference(contender.result, opposite.result) if opposite else None,
             "error_float64": error,
             "error_float64_eager": eager_error,
@@ -195,8 +212,10 @@ def _purifications(
 
     timed_ones = [contender for contender in [*references, *contenders] if rows[contender.name]["within_contract"]]
     # The parity runs took the same steps through the same code: everything is warm.
-    turns = interleave({c.name: lambda c=c: timed(c.call, x.device)[0] for c in timed_ones}, options.repeats)
-    seconds = {c.name: [c.factor / len(x) * sample for sample in turns[c.name]] for c in timed_ones}
+    turns = interleave({c.name: lambda c=c: timed_twice(c.call, x.device)[0] for c in timed_ones}, options.repeats)
+    seconds = {c.name: [c.factor / len(x) * sample.seconds for sample in turns[c.name]] for c in timed_ones}
+    flop = pass_flop(networks, x)
+    step_flop = flop["score"] + (2 * flop["classifier"] if METHODS[method].guidance else 0)
     for name, samples in seconds.items():
         summary = Summary.of(samples)
         rows[name] |= {
@@ -204,16 +223,26 @@ def _purifications(
             "spread": summary.spread,
             "ratio_to_reference": times_faster(seconds[references[0].name], samples) if references else None,
             "ratio_to_eager": times_faster(seconds.get(eager.name), samples),
+            "share_of_matmul": share_of_matmul(step_flop * rows[name]["num_steps"], summary.median, case),
         }
+    for contender in timed_ones:
+        row = rows[contender.name]
+        host = [sample.host for sample in turns[contender.name] if sample.host is not None]
+        if host:
+            row["host_seconds_per_image"] = contender.factor / len(x) * Summary.of(host).median
+        counted = launches(contender.call, x.device)
+        if counted is not None:
+            row |= {"kernels_per_step": counted.kernels / steps, "launches_per_step": counted.calls / steps}
     return list(rows.values())
 
 
 def _reference_contender(case: Case, method: str, t: float, path: Path, *, strict: bool) -> _Contender:
     networks, noising = case.networks, METHODS[method].forward_noising
     classifier = networks.classifier if METHODS[method].guidance else None
-    x_0, device = 2.0 * case.x - 1.0, case.x.device
+    images, device = rotated(case.x), case.x.device
 
     def call() -> torch.Tensor:
+        x_0 = 2.0 * next(images) - 1.0
         with torch.no_grad(), strict_float32(device.type) if strict else contextlib.nullcontext(), path.seeded():
             x_k = purify_published(
                 x_0, networks.score, classifier, t=t, t_end=path.t_end, forward_noising=noising, entropy=path.entropy
@@ -229,10 +258,11 @@ def _engine_contender(
     case: Case, method: str, t: float, engine: str, path: Path, coarse: _Coarse | None
 ) -> _Contender:
     purifier = purifier_on(path.grid, case.networks, method, engine=engine, precision="strict")
+    images = rotated(case.x)
 
     def call() -> torch.Tensor:
         with torch.no_grad():
-            return purifier(case.x, seed=0)  # with its own noise, as users call it
+            return purifier(next(images), seed=0)  # with its own noise, as users call it
 
     # Also the warm-up of what is timed: with counter noise, where `_replay` has the published path's.
     own = _or_nan(call, case.x)
@@ -293,8 +323,10 @@ def _classifier_alone(case: Case, repeats: int) -> dict[str, Any]:
 
     with torch.no_grad():
         error = largest_difference(classify(), case.networks.classifier64(case.x.double()))
-    turns = interleave({"classifier": lambda: timed(classify, case.x.device)[0] / len(case.x)}, repeats)
-    summary = Summary.of(turns["classifier"])
+    turns = interleave({"classifier": lambda: timed_twice(classify, case.x.device)[0]}, repeats)["classifier"]
+    summary = Summary.of([sample.seconds / len(case.x) for sample in turns])
+    host = [sample.host / len(case.x) for sample in turns if sample.host is not None]
+    flop = pass_flop(case.networks, case.x)["classifier"]
     return {
         "method": "classifier alone",
         "engine": "eager",
@@ -309,6 +341,10 @@ def _classifier_alone(case: Case, repeats: int) -> dict[str, Any]:
         "spread": summary.spread,
         "ratio_to_reference": None,
         "ratio_to_eager": None,
+        "host_seconds_per_image": Summary.of(host).median if host else None,
+        "kernels_per_step": None,
+        "launches_per_step": None,
+        "share_of_matmul": share_of_matmul(flop, summary.median, case),
         "parity_max_abs": None,
         "error_float64": error,
         "error_float64_eager": error,
@@ -340,8 +376,13 @@ def _line(row: dict[str, Any]) -> str:
         for key, name in [("ratio_to_reference", "reference"), ("ratio_to_eager", "eager")]
         if row[key] is not None
     )
+    if row["host_seconds_per_image"] is not None:
+        seconds += f" (host {_seconds(row['host_seconds_per_image'])})"
+    if row["launches_per_step"] is not None:
+        seconds += f", {row['launches_per_step']:.0f} launches of {row['kernels_per_step']:.0f} kernels a step"
+    share = f"  {row['share_of_matmul']:.0%} of a matrix product's rate"
     scaled = f"  [scaled from {row['steps_timed']} of {row['num_steps']} steps]" if row["scaled"] else ""
-    return f"{head} {seconds}{ratios}  {errors}{scaled}"
+    return f"{head} {seconds}{ratios}{share}  {errors}{scaled}"
 
 
 def _seconds(value: float) -> str:

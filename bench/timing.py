@@ -8,13 +8,14 @@ median of the repeats' ratios.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from torch.autograd.profiler import profile
 from tqdm import tqdm
 
+from coupfast.engine.calibration import machine_key
 from coupfast.environment import processor, version
 
 Result = TypeVar("Result")
@@ -29,17 +31,76 @@ Result = TypeVar("Result")
 
 def timed(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     """Seconds that one call takes (on CUDA between two events, so without the host's launch-ahead), and its result."""
+    times, result = timed_twice(function, device)
+    return times.seconds, result
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """One call on both clocks.
+
+    Attributes:
+        seconds: Until its result is there; on CUDA between two events.
+        host: On CUDA, until the call returned, with work still in the queue or not; where it is as much as `seconds`, starting
+            kernels is what takes the time. None on a CPU, where it is the same.
+    """
+
+    seconds: float
+    host: float | None
+
+
+def timed_twice(function: Callable[[], Result], device: torch.device) -> tuple[Times, Result]:
+    """What one call takes on the device and on the host, and its result."""
     if device.type != "cuda":
         start = time.perf_counter()
         result = function()
-        return time.perf_counter() - start, result
+        return Times(time.perf_counter() - start, None), result
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
+    start = time.perf_counter()
     first.record()
     result = function()
     last.record()
+    host = time.perf_counter() - start
     last.synchronize()
-    return first.elapsed_time(last) / 1e3, result
+    return Times(first.elapsed_time(last) / 1e3, host), result
+
+
+def rotated(x: torch.Tensor, count: int = 4) -> Iterator[torch.Tensor]:
+    """`x`, then its images moved by some columns, over and over: no call finds in a cache what the last one read."""
+    width = x.shape[-1]
+    return itertools.cycle([x.roll(step * width // count, dims=-1) if step else x for step in range(count)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """What one call starts: `kernels` that ran on the device, and the host's `calls` that started them (a graph is one)."""
+
+    kernels: int
+    calls: int
+
+
+def launches(function: Callable[[], object], device: torch.device) -> Launches | None:
+    """Counted by PyTorch's profiler; None without a CUDA device, where nothing is launched."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as record:
+        function()
+        torch.cuda.synchronize(device)
+    return count_launches(record.events())
+
+
+def count_launches(events: Iterable[Any]) -> Launches:
+    """Of a profiler's events, by `name` and `device_type`. Copies and fills of memory are no kernels."""
+    kernels = calls = 0
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels += not event.name.startswith(("Memcpy", "Memset"))
+        else:
+            calls += event.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch"))
+    return Launches(kernels, calls)
 
 
 def interleave(contenders: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
@@ -115,6 +176,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "gpu": machine_key(device) if device.type == "cuda" else None,
         "torchsde": version("torchsde"),
         "numpy": np.__version__,
         "coupfast": version("coupfast"),

@@ -16,13 +16,16 @@ from coupfast_kernels import native
 BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 ULP = torch.finfo(torch.float32).eps
 
+GPU_FIELDS = ("host_seconds_per_image", "kernels_per_step", "launches_per_step", "share_of_matmul")
 SPEED_FIELDS = {
     *("method", "engine", "precision", "network", "t", "num_steps", "steps_timed", "scaled", "batch", "seconds_per_image"),
     *("spread", "ratio_to_reference", "ratio_to_eager", "parity_max_abs", "error_float64", "device", "torch", "threads"),
+    *GPU_FIELDS,
 }
 GRADIENT_FIELDS = {
     *("mode", "engine", "network", "t", "num_steps", "steps_timed", "scaled", "batch", "seconds_per_image", "peak_bytes"),
     *("rel_error", "cosine", "sign_agreement", "ratio_to_published", "ratio_to_frozen", "ratio_to_eager"),
+    *GPU_FIELDS,
 }
 LAYER_TIMES = ("seconds", "seconds_median", "spread", "gflops", "share_of_sgemm", "ratio_to_eager", "ratio_to_channels_last")
 PEER_TIMES = ("seconds_per_image", "seconds_per_image_best", "spread", "ratio_to_eager", "ratio_to_engine")
@@ -97,6 +100,10 @@ class TestSpeed:
                 # Two steps round a state of order one a few times each: increments, times and labels are the same.
                 assert row["parity_max_abs"] < 16 * ULP, (method, engine)
                 assert row["error_float64"] <= 4 * row["error_float64_eager"] or engine == "reference"
+            # Never guessed where there is no GPU.
+            assert [row[key] for key in GPU_FIELDS[:3]] == [None] * 3
+            assert row["share_of_matmul"] > 0
+        assert environment["matmul_flop_per_second"] > 0
         assert "scaled from 2 of 100 steps" in printed
         assert environment["commit"] is None or len(environment["commit"]) == 40
         text = json.dumps(environment)
@@ -106,6 +113,10 @@ class TestSpeed:
     def test_ratios_are_of_the_times_stated(self, run):
         _, rows, _, _ = run("speed", "--steps-timed", 1, "--methods", "reverse-sde", "--engines", "reference", "eager")
         reference, eager = rows["reverse-sde", "reference"], rows["reverse-sde", "eager"]
+        # The same work in another time, but for one evaluation more that the reference takes.
+        assert eager["share_of_matmul"] / reference["share_of_matmul"] == pytest.approx(
+            reference["seconds_per_image"] / eager["seconds_per_image"]
+        )
         stated = reference["seconds_per_image"] / eager["seconds_per_image"]  # one repeat: its ratio is the median
         assert eager["ratio_to_reference"] == pytest.approx(stated)
         assert reference["ratio_to_eager"] == pytest.approx(1 / stated)
@@ -145,8 +156,10 @@ class TestSpeed:
 
 class TestGradient:
     def test_every_row_says_what_it_is(self, run):
-        code, rows, _, _ = run("gradient", "--steps-timed", 2)
+        code, rows, _, printed = run("gradient", "--steps-timed", 2, "--markdown")
         assert code == 0
+        assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 1 + len(rows)
+        assert all((row["share_of_matmul"] is None) == (mode not in ("exact", "detached")) for (mode, _), row in rows.items())
         modes = __import__("gradient").MODES
         assert {mode for mode, _ in rows} == set(modes)
         for row in rows.values():
@@ -333,6 +346,73 @@ class TestCases:
         pytest.importorskip("foolbox")
         with pytest.raises(ValueError, match="20 images"):
             __import__("cases").benchmark_images("cifar10-20", 21, device=torch.device("cpu"), seed=0)
+
+
+class TestGpu:
+    """What is read off a GPU, without one."""
+
+    def test_launches_are_the_profilers_own(self):
+        timing = __import__("timing")
+        cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+        events = [
+            *((cpu, "cudaLaunchKernel"), (cuda, "void cutlass::Kernel<…>"), (cpu, "aten::conv2d"), (cpu, "cuLaunchKernelEx")),
+            *((cuda, "_guided_step_kernel"), (cpu, "cudaGraphLaunch"), (cuda, "a"), (cuda, "b"), (cuda, "c")),
+            *((cpu, "cudaMemcpyAsync"), (cuda, "Memcpy DtoD (Device -> Device)"), (cuda, "Memset (Device)")),
+            *((cpu, "cudaDeviceSynchronize"), (cpu, "cudaLaunchKernelExC")),
+        ]
+        found = timing.count_launches(types.SimpleNamespace(device_type=kind, name=name) for kind, name in events)
+        assert found == timing.Launches(kernels=5, calls=4)
+        assert timing.launches(lambda: None, torch.device("cpu")) is None
+
+    def test_both_clocks(self, monkeypatch):
+        """The host returns at once from work that takes the device 3 ms."""
+        timing = __import__("timing")
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                order.append("event")
+
+            def synchronize(self):
+                order.append("wait")
+
+            def elapsed_time(self, last):
+                return 3.0
+
+        order = []
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+        clock = iter([10.0, 10.5])
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+        times, result = timing.timed_twice(lambda: order.append("call") or 7, torch.device("cuda"))
+        assert (times, result) == (timing.Times(3e-3, 0.5), 7)
+        assert order == ["wait", "event", "call", "event", "wait"]
+
+    def test_rotated_images_are_others_of_the_same_kind(self):
+        timing = __import__("timing")
+        x = torch.rand(2, 3, 4, 8)
+        images = timing.rotated(x)
+        first = [next(images) for _ in range(5)]
+        assert first[0] is x is first[4]
+        assert not any(torch.equal(a, b) for a, b in zip(first, first[1:], strict=False))
+        assert all(torch.equal(image.sort(dim=-1).values, x.sort(dim=-1).values) for image in first)
+
+    def test_flop_of_a_pass_and_its_share(self):
+        cases = __import__("cases")
+        networks = types.SimpleNamespace(
+            score=lambda x, label: torch.nn.functional.conv2d(x, torch.ones(5, 3, 3, 3), padding=1),
+            classifier=lambda x: x.flatten(1) @ torch.ones(48, 10),
+        )
+        assert cases.pass_flop(networks, torch.ones(2, 3, 4, 4)) == {"score": 2 * 9 * 3 * 5 * 16, "classifier": 2 * 48 * 10}
+        case = types.SimpleNamespace(machine={"matmul_flop_per_second": 100.0})
+        assert cases.share_of_matmul(300.0, 6.0, case) == 0.5
+        assert cases.share_of_matmul(300.0, None, case) is cases.share_of_matmul(None, 6.0, case) is None
+
+    def test_a_table_leaves_out_what_was_not_measured(self):
+        table = __import__("cases").markdown([{"a": 0.123456, "b": None}, {"b": "x", "a": 7}], ("a", "b", "c"))
+        assert table.splitlines() == ["", "| a | b | c |", "|---|---|---|", "| 0.1235 |  |  |", "| 7 | x |  |"]
 
 
 class TestTiming:
