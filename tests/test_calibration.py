@@ -248,6 +248,27 @@ class TestPrecision:
         assert set(module._candidates(torch.device("cuda"), precision)) == names
         assert set(module._candidates(CPU, precision)) == {"library"}
 
+    @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+    def test_the_kernel_packs_a_weight_once(self, precision, monkeypatch):
+        """On the CPU the operator is its definition."""
+        packed, used = [], []
+        pack, convolve = module.pack_weight, module.conv3x3
+
+        def recorded(*arguments, precision):
+            used.append(precision)
+            return convolve(*arguments, precision=precision)
+
+        monkeypatch.setattr(module, "pack_weight", lambda weight: packed.append(weight) or pack(weight))
+        monkeypatch.setattr(module, "conv3x3", recorded)
+        kernel = module._Triton(precision)
+        x, weight = module._example(SHAPE, CPU)
+        # Two sums of 45 products each.
+        tol = 2 * 45 * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), padding=1).max())
+        for _ in range(2):
+            torch.testing.assert_close(kernel(x, weight), right(x, weight), rtol=0, atol=tol)
+        torch.testing.assert_close(kernel(x, 2 * weight), 2 * right(x, weight), rtol=0, atol=2 * tol)
+        assert (len(packed), set(used)) == (2, {precision})
+
     def test_the_library_in_tf32_sets_nothing_for_others(self, monkeypatch):
         seen = []
         monkeypatch.setattr(module.F, "conv2d", lambda *a, **k: seen.append(torch.backends.cudnn.conv.fp32_precision))

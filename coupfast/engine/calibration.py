@@ -35,6 +35,7 @@ import coupfast_kernels
 from coupfast.cache import cache_directory
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rates import device_seconds
+from coupfast_kernels.conv3x3 import conv3x3, pack_weight
 
 try:
     import fcntl
@@ -367,8 +368,6 @@ class _Triton:
         self._packed: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last weight: an engine packs once, too
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        from coupfast_kernels.conv3x3 import conv3x3, pack_weight
-
         if self._packed is None or self._packed[0] is not weight:
             self._packed = (weight, pack_weight(weight))
         return conv3x3(x, self._packed[1], None, precision=self.precision)
