@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,13 +26,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from coupfast_kernels import group_norm, guided_step, noise
+from coupfast_kernels import conv3x3, group_norm, guided_step, noise
 
 TARGETS = (80, 90, 100)  # A100; H100, H200; B200
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 #: Registers of one SM, and the threads it can hold: the same on all three (compute capabilities 8.0, 9.0, 10.0).
 REGISTERS, THREADS = 65536, 2048
+#: Shared memory of one SM in bytes, by compute capability, and what it keeps of it for each program.
+SHARED, SHARED_KEPT = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}, 1 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,10 @@ class Compiled:
         spill_bytes: Stack and local memory per thread.
         shared_bytes: Per program.
         threads_per_sm: How many threads the registers let one SM hold.
+        programs_per_sm: How many programs registers and shared memory let one SM hold.
         wide_loads, wide_stores: 128-bit accesses to global memory in the machine code; `loads`, `stores` are all of them.
+        wide_copies, copies: The same of asynchronous copies from global to shared memory.
+        tensor_core: Machine instructions that multiply matrices.
         instructions: Machine instructions.
         contracted: Machine instructions FFMA, FFMA2 and the like.
         square_roots: `sqrt.rn.f32` in the PTX, which ptxas expands with FFMA.
@@ -64,10 +70,14 @@ class Compiled:
     spill_bytes: int
     shared_bytes: int
     threads_per_sm: int
+    programs_per_sm: int
     wide_loads: int
     loads: int
     wide_stores: int
     stores: int
+    wide_copies: int
+    copies: int
+    tensor_core: int
     instructions: int
     contracted: int
     square_roots: int
@@ -107,6 +117,33 @@ def standard_normal_launch(shape: tuple[int, ...]) -> Launch:
     """The launch of `standard_normal` for a shape."""
     words, scalar = torch.zeros(shape[0], dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     return _record(noise, "_standard_normal_kernel", (list(shape), scalar, words, words, scalar))
+
+
+def conv3x3_launch(
+    shape: tuple[int, ...], out_channels: int, precision: str, config: conv3x3.Config, *, fused: bool = True
+) -> Launch:
+    """The launch of `conv3x3` for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones."""
+    batch, in_channels, height, width = shape
+    x = torch.empty(shape, memory_format=torch.channels_last)
+    y = torch.empty((batch, out_channels, height, width), memory_format=torch.channels_last)
+    added = (torch.empty(out_channels), torch.empty(batch, out_channels), y) if fused else (None, None, None)
+    packed = torch.empty(9 * in_channels, out_channels)
+    return _record(conv3x3, "_conv3x3_kernel", (y, x, packed, *added, 0.5, precision, config))
+
+
+def conv3x3_cases() -> dict[str, Launch]:
+    """Every config and precision. Of its shape a launch's machine code knows which channels are multiples of 16: all but 3."""
+    configs = {
+        f"{precision} {config.block_m} × {config.block_n} × {config.block_k}": (precision, config)
+        for precision in conv3x3.PRECISIONS
+        for config in conv3x3.CONFIGS[precision]
+    }
+    found = {name: conv3x3_launch((8, 128, 32, 32), 128, *how) for name, how in configs.items()}
+    for precision in conv3x3.PRECISIONS:
+        large, narrow = conv3x3.CONFIGS[precision][0], conv3x3.CONFIGS[precision][-3]
+        found[f"{precision}, 3 channels in"] = conv3x3_launch((8, 3, 32, 32), 128, precision, large)
+        found[f"{precision}, 3 channels out"] = conv3x3_launch((8, 128, 32, 32), 3, precision, narrow)
+    return found
 
 
 def cases() -> dict[str, Launch]:
@@ -210,17 +247,19 @@ def compile_offline(launch: Launch, capability: int) -> Compiled:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
-        if launch.kernel.params[index].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        parameter = launch.kernel.params[index]
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
+        if parameter.is_constexpr or value is None or (_is_specialized(parameter, value) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if _is_tensor(value):
             signature[name] = {torch.float32: "*fp32", torch.int64: "*i64"}[value.dtype]
             divisible = True  # the allocator's tensors start at multiples of 512 bytes
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = _is_specialized(parameter, value) and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
@@ -231,6 +270,10 @@ def compile_offline(launch: Launch, capability: int) -> Compiled:
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", machine_code)
     names = Counter(operation.split(".")[0] for operation in operations)
+
+    def wide(instruction: str) -> int:
+        return sum(name.split(".")[0] == instruction and ".128" in name for name in operations)
+
     threads = 32 * launch.options["num_warps"]
     granted = -(-used["REG"] // 8) * 8 * threads  # registers are granted to warps in units of 256
     return Compiled(
@@ -238,10 +281,16 @@ def compile_offline(launch: Launch, capability: int) -> Compiled:
         spill_bytes=used["STACK"] + used["LOCAL"],
         shared_bytes=built.metadata.shared,
         threads_per_sm=min(THREADS, REGISTERS // granted * threads),
-        wide_loads=sum(operation.startswith("LDG") and ".128" in operation for operation in operations),
+        programs_per_sm=min(
+            THREADS // threads, REGISTERS // granted, SHARED[capability] // (built.metadata.shared + SHARED_KEPT)
+        ),
+        wide_loads=wide("LDG"),
         loads=names["LDG"],
-        wide_stores=sum(operation.startswith("STG") and ".128" in operation for operation in operations),
+        wide_stores=wide("STG"),
         stores=names["STG"],
+        wide_copies=wide("LDGSTS"),
+        copies=names["LDGSTS"],
+        tensor_core=sum(count for name, count in names.items() if re.fullmatch(r"\w*MMA", name)),
         instructions=sum(count for name, count in names.items() if name != "NOP"),
         contracted=sum(count for name, count in names.items() if re.fullmatch(r"[FD]FMA\w*", name)),
         square_roots=len(re.findall(r"\bsqrt\.", ptx)),
@@ -284,6 +333,11 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _is_specialized(parameter: Any, value: Any) -> bool:
+    """Whether Triton compiles anew for another such value, as it does for an integer that is 1 or a multiple of 16."""
+    return isinstance(value, int) and not parameter.do_not_specialize
+
+
 def _tool(name: str, cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -316,13 +370,46 @@ def rows() -> list[tuple[str, ...]]:
     return table
 
 
+def conv3x3_rows() -> list[tuple[str, ...]]:
+    """One row a convolution, the header first: what depends on the architecture thrice, for each of `TARGETS`."""
+    columns = ["conv3x3", "threads", "registers", "programs/SM", "spilled", "shared KiB", "128-bit copies, loads", "stores"]
+    table = [(*columns, "FFMA", "tensor-core", "instructions")]
+    for name, launch in conv3x3_cases().items():
+        builds = [compile_offline(launch, capability) for capability in TARGETS]
+
+        def each(text: Callable[[Compiled], str], builds: list[Compiled] = builds) -> str:
+            return " / ".join(text(built) for built in builds)
+
+        table.append(
+            (
+                name,
+                str(32 * launch.options["num_warps"]),
+                each(lambda built: str(built.registers)),
+                each(lambda built: str(built.programs_per_sm)),
+                each(lambda built: f"{built.spill_bytes} B"),
+                each(lambda built: f"{built.shared_bytes / 1024:.0f}"),
+                each(lambda built: f"{built.wide_copies} of {built.copies}, {built.wide_loads} of {built.loads}"),
+                each(lambda built: f"{built.wide_stores} of {built.stores}"),
+                each(lambda built: str(built.contracted)),
+                each(lambda built: str(built.tensor_core)),
+                each(lambda built: str(built.instructions)),
+            )
+        )
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     markdown = parser.parse_args().markdown
-    table = rows()
+    print(f"Compiled offline by Triton {triton.__version__}; no kernel has run.")
+    for table in (rows(), conv3x3_rows()):
+        print()
+        _print(table, markdown)
+
+
+def _print(table: list[tuple[str, ...]], markdown: bool) -> None:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    print(f"Compiled offline by Triton {triton.__version__}; no kernel has run.\n")
     for number, row in enumerate(table):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())

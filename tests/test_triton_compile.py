@@ -1,6 +1,7 @@
 """The kernels compile without a GPU, for A100, H100/H200 and B200, into what their docstrings and kernels/README.md say."""
 
 import os
+import re
 
 import ptx
 import pytest
@@ -8,6 +9,7 @@ import torch
 from test_noise import assert_same_bits, random_words
 
 from coupfast.models.ddpmpp import DDPMpp
+from coupfast_kernels.conv3x3 import CONFIGS
 from coupfast_kernels.guided_step import guided_step_ref
 from coupfast_kernels.noise import seed_tensor, standard_normal_ref
 
@@ -22,6 +24,7 @@ from bench.kernel_report import (  # noqa: E402
     cases,
     compile_offline,
     contracted_in_square_roots,
+    conv3x3_launch,
     group_norm_cases,
     group_norm_launch,
     group_norm_vjp_launch,
@@ -120,6 +123,86 @@ def test_a_batch_does_not_compile_again():
     for name, value in two.items():
         if not isinstance(value, torch.Tensor):
             assert value == many[name], name
+
+
+# Of the convolutions each instruction on each architecture, and what is ragged, once; all configs: bench/kernel_report.py.
+CONVOLUTIONS = [
+    # images, output channels, precision, which config, fused, architecture
+    ((8, 128, 32, 32), 128, "ieee", 0, True, 80),
+    ((8, 128, 32, 32), 128, "ieee", 4, True, 100),
+    ((8, 3, 32, 32), 128, "ieee", 0, False, 90),
+    ((8, 128, 32, 32), 3, "ieee", 6, False, 90),
+    ((8, 128, 32, 32), 128, "tf32x3", 4, True, 80),
+    ((8, 128, 32, 32), 128, "tf32x3", 0, True, 90),
+    ((8, 128, 32, 32), 128, "tf32x3", 4, False, 100),
+    ((8, 128, 32, 32), 128, "tf32", 4, False, 90),
+]
+TENSOR_CORE = {80: "mma.sync.aligned.m16n8k8", 90: "wgmma.mma_async.sync.aligned.m64n", 100: "tcgen05.mma"}
+
+
+@pytest.mark.parametrize(("shape", "out_channels", "precision", "number", "fused", "capability"), CONVOLUTIONS, ids=str)
+def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, precision, number, fused, capability):
+    config = CONFIGS[precision][number]
+    launch = conv3x3_launch(shape, out_channels, precision, config, fused=fused)
+    built = compile_offline(launch, capability)
+    assert built.spill_bytes == 0
+    assert built.programs_per_sm * 32 * config.num_warps >= 256
+    assert ".f64" not in built.ptx
+
+    # 128 bits wherever channels are multiples of 16, each tensor once a program: 4 floats a thread and access. Copies for all
+    # stages but one before the loop, and for one in it.
+    threads = 32 * config.num_warps
+    results = config.block_m * config.block_n // (4 * threads)
+    copies = config.num_stages * (config.block_m + config.block_n) * config.block_k // (4 * threads)
+    if out_channels % 16 == 0:
+        assert built.wide_stores == built.stores == results
+    if shape[1] % 16 == 0 and out_channels % 16 == 0:
+        assert built.copies == built.wide_copies == copies or precision == "tf32"
+        # The residual, and a bias per image; the bias is one value a column.
+        assert built.wide_loads >= (2 * results if fused else 0)
+    elif shape[1] % 16 == 0:
+        assert built.wide_copies == config.num_stages * config.block_m * config.block_k // (4 * threads)  # of pixels
+
+    if precision == "ieee":
+        # Float32 multiply-adds only, as many as there are products, and no sum beside them but the epilogue's: chains.
+        assert "tf32" not in built.ptx
+        assert "mma" not in built.ptx
+        assert built.tensor_core == 0
+        fused_multiply_adds = len(re.findall(r"\bfma\.rn\.f32\s", built.ptx)) + 2 * len(
+            re.findall(r"\bfma\.rn\.f32x2\s", built.ptx)
+        )
+        assert fused_multiply_adds == config.block_m * config.block_n * config.block_k // threads
+        if not fused:
+            assert not re.search(r"\b(add|sub)[.\w]*\.f32", built.ptx)
+    else:
+        assert TENSOR_CORE[capability] in built.ptx
+        assert "tf32" in built.ptx
+        assert built.tensor_core > 0
+        assert built.contracted == 0
+        # Split three ways with correct rounding, or not rounded at all.
+        assert ("cvt.rna.tf32.f32" in built.ptx) == (precision == "tf32x3")
+    if precision == "tf32x3" and not fused:
+        # Every pass of the loop begins a sum of its own on the tensor cores, and adds it to the last in float32.
+        adds = len(re.findall(r"\badd(?:\.rn)?\.f32\s", built.ptx)) + 2 * len(re.findall(r"\badd(?:\.rn)?\.f32x2\s", built.ptx))
+        assert adds == config.block_m * config.block_n // threads
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_layers_share_their_machine_code(precision):
+    """All that a launch's machine code knows of its shape is which channels are multiples of 16."""
+
+    def known(shape, out_channels):
+        launch = conv3x3_launch(shape, out_channels, precision, CONFIGS[precision][0])
+        special = [parameter.name for parameter in launch.kernel.params if not parameter.do_not_specialize]
+        return {name: launch.arguments[name] % 16 == 0 for name in special if isinstance(launch.arguments[name], int)}
+
+    # DDPM++ deep's and a WRN-28-10's, images and maps of any size.
+    first = known((8, 128, 32, 32), 128)
+    layers = [(128, 128), (256, 128), (384, 256), (512, 256), (160, 160), (160, 320), (640, 640)]
+    for number, (in_channels, out_channels) in enumerate(layers):
+        size = (4, 8, 16, 32)[number % 4]
+        assert known((1 + 2 * number, in_channels, size, size), out_channels) == first
+    assert known((8, 3, 32, 32), 128) != first
 
 
 # What `guided_step` and `standard_normal` compile to, run by the machine of tests/ptx.py: the interpreter shows that the

@@ -32,12 +32,12 @@ def bandwidth(device: torch.device) -> float:
 
 @pytest.fixture
 def measure(benchmark, device: torch.device, bandwidth: float) -> Callable[..., None]:
-    """`measure(function, bytes_moved=…)` times a memory-bound function and states its rate as a share of a copy's.
+    """`measure(function, bytes_moved=…)` times a function and states its rate as a share of a copy's, and of `flops` if given.
 
     The table's times include starting the kernel and waiting for it; the rate is taken on the device, from 20 launches.
     """
 
-    def run(function: Callable[[], object], *, bytes_moved: int) -> None:
+    def run(function: Callable[[], object], *, bytes_moved: int, flops: int | None = None) -> None:
         def and_wait() -> None:
             function()
             if device.type == "cuda":
@@ -60,5 +60,7 @@ def measure(benchmark, device: torch.device, bandwidth: float) -> Callable[..., 
             "bytes_per_second": bytes_moved / seconds,
             "share_of_copy": bytes_moved / seconds / bandwidth,
         }
+        if flops is not None:
+            benchmark.extra_info |= {"flops": flops, "flops_per_second": flops / seconds}
 
     return run

@@ -4,7 +4,7 @@
 
 M = batch · height · width rows, N = out_channels columns, K = 9 · in_channels terms: a tap (i, j) of a tile of pixels is that
 tile moved by (i − 1) · width + (j − 1) pixels, so every operand is loaded from `x` itself, and what lies outside of the image
-is masked. Bias, time embedding (a bias per image), residual and scale are applied before the one write.
+is masked. Bias and time embedding (a bias per image) begin the sum; residual and scale end it, before the one write.
 
 The transpose with respect to x is the same convolution with the weights turned over and their channels exchanged: one kernel
 serves both passes with other packed weights. Never a gradient of weights. Bound by arithmetic: judge it by its share of the
@@ -48,19 +48,33 @@ class Config(NamedTuple):
     num_stages: int
 
 
-#: What the tuner chooses from. One BLOCK_K for all, since the tensor cores' sums depend on it and on nothing else here.
-CONFIGS = (
-    Config(128, 128, 32, 8, 3),
-    Config(128, 64, 32, 4, 3),
-    Config(64, 128, 32, 4, 3),
-    Config(128, 32, 32, 4, 3),
-    Config(64, 64, 32, 4, 3),
-    Config(32, 32, 32, 4, 3),
-    Config(128, 16, 32, 4, 3),  # three channels out
-    Config(16, 32, 32, 4, 3),  # small maps of few images
-    Config(16, 16, 32, 2, 3),
-)
-LARGEST_BLOCK_M = max(config.block_m for config in CONFIGS)
+# Three channels out; small maps of few images.
+_SMALL = (Config(128, 16, 32, 4, 3), Config(16, 32, 32, 4, 3), Config(16, 16, 32, 2, 3))
+
+#: What the tuner chooses from, by precision. The tensor cores' sums depend on BLOCK_K, so theirs have one; those of `ieee` do
+#: not, and shorter passes of the loop, which is unrolled, take less room among the instructions.
+CONFIGS: dict[str, tuple[Config, ...]] = {
+    "ieee": (
+        Config(128, 128, 16, 8, 4),
+        Config(128, 64, 16, 4, 4),
+        Config(64, 128, 16, 4, 4),
+        Config(128, 32, 16, 4, 4),
+        Config(64, 64, 16, 2, 4),  # with four warps ptxas takes 96 registers where 112 are needed
+        Config(32, 32, 32, 4, 3),
+        *_SMALL,
+    ),
+    "tf32x3": (
+        Config(128, 128, 32, 8, 3),
+        Config(128, 64, 32, 4, 3),
+        Config(64, 128, 32, 4, 3),
+        Config(128, 32, 32, 4, 3),
+        Config(64, 64, 32, 4, 3),
+        Config(32, 32, 32, 4, 3),
+        *_SMALL,
+    ),
+}
+CONFIGS["tf32"] = CONFIGS["tf32x3"]
+LARGEST_BLOCK_M = max(config.block_m for configs in CONFIGS.values() for config in configs)
 
 WARM_UPS, REPEATS, LAUNCHES = 2, 5, 4  # of the tuner: before, medians of, launches between two events
 
@@ -159,8 +173,8 @@ def _unpack_weight(packed: torch.Tensor) -> torch.Tensor:
 
 
 if triton is not None:
-
-    @triton.jit
+    # Of the integers only the channels decide how wide an access can be; the others need no machine code of their own.
+    @triton.jit(do_not_specialize=["pixels", "height", "width"])
     def _conv3x3_kernel(
         y_ptr,
         x_ptr,
@@ -179,7 +193,10 @@ if triton is not None:
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
-        """`pixels` counts those of all images. Tiles of channels vary fastest, so that neighbours share their pixels in L2."""
+        """`pixels` counts those of all images. Tiles of channels vary fastest, so that neighbours share their pixels in L2.
+
+        No spills; registers and shared memory leave an SM at least 256 threads with every config (sm_80, sm_90, sm_100).
+        """
         column_tiles = tl.cdiv(out_channels, BLOCK_N)
         first = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M  # pixel, among those of all images
         column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,7 +216,14 @@ if triton is not None:
         x_offset = row[:, None] * in_channels + k[None, :]  # [BLOCK_M, BLOCK_K]
         packed_offset = k[:, None] * out_channels + column[None, :]  # [BLOCK_K, BLOCK_N]
         blocks = tl.cdiv(in_channels, BLOCK_K)
+        mask = inside[:, None] & (column < out_channels)[None, :]
+        # The biases begin the sum instead of ending it: loaded here they hold no registers beside the loop's.
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + column, mask=column < out_channels, other=0.0)[None, :]
+        if image_bias_ptr is not None:
+            image = first // plane + place // plane
+            sums += tl.load(image_bias_ptr + (image[:, None] * out_channels + column[None, :]), mask=mask, other=0.0)
         for i in range(9 * blocks):
             tap, channel = i // blocks, i % blocks * BLOCK_K
             moved = ((tap // 3 - 1) * width + (tap % 3 - 1)) * in_channels + channel
@@ -215,14 +239,8 @@ if triton is not None:
             )
             sums = tl.dot(a, b, sums, input_precision=INPUT_PRECISION)
 
-        mask = inside[:, None] & (column < out_channels)[None, :]
         offset = first * out_channels + (row[:, None] * out_channels + column[None, :])  # [BLOCK_M, BLOCK_N]
         y = sums
-        if bias_ptr is not None:
-            y = y + tl.load(bias_ptr + column, mask=column < out_channels, other=0.0)[None, :]
-        if image_bias_ptr is not None:
-            image = first // plane + place // plane
-            y = y + tl.load(image_bias_ptr + (image[:, None] * out_channels + column[None, :]), mask=mask, other=0.0)
         if residual_ptr is not None:
             y = y + tl.load(residual_ptr + offset, mask=mask, other=0.0)
         tl.store(y_ptr + offset, y * scale, mask=mask)
@@ -248,8 +266,8 @@ def conv3x3(
         bias, image_bias, residual: As in `conv3x3_ref`, float32; the biases contiguous, the residual channels_last.
         scale: Rounded once to float32.
         precision: One of `PRECISIONS`, for both passes: "ieee" multiplies and adds in float32; "tf32x3" takes three products on
-            the tensor cores for one, with nearly float32's error; "tf32" takes one, with relative errors of about 2⁻¹¹. The CPU
-            computes the definition in float32 whichever it is.
+            the tensor cores for one, with nearly float32's error; "tf32" takes one, of factors with 10 bits of mantissa. The
+            CPU computes the definition in float32 whichever it is.
 
     Returns:
         A new channels_last tensor, shape (batch, out_channels, height, width).
@@ -259,7 +277,7 @@ def conv3x3(
         RuntimeError: for CUDA tensors without Triton; for a gradient that does not exist (of the weights, of a bias, or of `x`
             without `packed_vjp`); for a first call with a shape while a CUDA graph is captured.
 
-    The first call with a shape, a precision and a device times the `CONFIGS` on that device and keeps the fastest for the
+    The first call with a shape, a precision and a device times its `CONFIGS` on that device and keeps the fastest for the
     process. Before it is timed Triton compiles each, which takes seconds, and keeps the machine code on disk.
     """
     return conv3x3_op(x, packed, packed_vjp, bias, image_bias, residual, scale, precision)
@@ -300,7 +318,7 @@ def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, precision
     with torch.cuda.device_of(x):
         pixels = x.numel() // x.shape[1]
         key = (tuple(x.shape), y.shape[1], precision, x.device)
-        launch(tuned(key, candidates(pixels, y.shape[1]), launch, _seconds))
+        launch(tuned(key, candidates(pixels, y.shape[1], precision), launch, _seconds))
     return y
 
 
@@ -367,10 +385,12 @@ def _launch(y, x, packed, bias, image_bias, residual, scale, precision, config):
         )
 
 
-def candidates(pixels: int, out_channels: int) -> tuple[Config, ...]:
+def candidates(pixels: int, out_channels: int, precision: str) -> tuple[Config, ...]:
     """The configs worth timing: those without a block of twice the whole result's size, or more."""
     return tuple(
-        config for config in CONFIGS if config.block_m < 2 * max(pixels, 16) and config.block_n < 2 * max(out_channels, 16)
+        config
+        for config in CONFIGS[precision]
+        if config.block_m < 2 * max(pixels, 16) and config.block_n < 2 * max(out_channels, 16)
     )
 
 
