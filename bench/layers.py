@@ -21,9 +21,10 @@ inside a network they are colder, and the engine's convolutions also do what sta
 
 Strided convolutions' transposes the engine leaves to PyTorch, in channels last: algorithm "PyTorch".
 
-Parity comes first. A row whose error is more than 4 times eager's gets no times, and the command exits with 1. A ReLU of a
-trained classifier within rounding of its kink may fall on either side: its vjp is allowed a percent more (`allowance`).
-Without a float64 result (`--no-truth`) a whole network has to agree with eager to a relative 1e-4 (and the allowance) instead.
+Parity comes first. A row whose error is more than 4 times eager's gets no times, and the command exits with 1 if the engine
+would have chosen it. A ReLU of a trained classifier within rounding of its kink may fall on either side: its vjp is allowed a
+percent more (`allowance`). Without a float64 result (`--no-truth`) a whole network has to agree with eager to a relative 1e-4
+(and the allowance) instead.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
     if options.json:
         write_results(options.json, rows, case, options, sgemm_multiplications_per_second=limit)
-    broken = sum(not row["within_contract"] for row in rows)
+    # What is not chosen may be less accurate: that may be why.
+    broken = sum(not row["within_contract"] for row in rows if row.get("chosen", True))
     if broken:
         print(f"{broken} of {len(rows)} rows are over their contract and have no times", file=sys.stderr)
     return 1 if broken else 0

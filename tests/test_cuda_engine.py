@@ -213,6 +213,13 @@ class TestGraphs:
             program._put = poisoned
             assert torch.equal(run(images, seed=1), expected)
 
+    def test_one_step_is_warmed_up_where_it_stands(self, backends, score, classifier, images):
+        """A warm-up that moved on would leave the table, which on a GPU nothing survives."""
+        found = both_ways(purifier(score, classifier, num_steps=1), images)
+        expected = both_ways(purifier(score, classifier, num_steps=1, engine="eager"), images)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, ROUNDINGS)
+
     def test_several_purifiers_alive_at_once(self, backends, score, classifier, images):
         runs = [purifier(score, classifier), purifier(score, classifier, t=0.2), purifier(score, None, method="reverse-sde")]
         with torch.no_grad():

@@ -342,7 +342,7 @@ def test_bad_images(score, classifier, images, change, message):
         ({"method": "cuop"}, "did you mean 'coup'"),
         ({"solver": "euler"}, "`solver` is one of"),
         ({"engine": "gpu"}, "`engine` is one of 'auto', 'eager'"),
-        ({"precision": "tf32"}, "`precision` is one of 'strict'"),
+        ({"precision": "bf16"}, "`precision` is one of 'strict'"),
         ({"gradient": "exakt"}, "did you mean 'exact'"),
         ({"guidance_gradient": "none"}, "`guidance_gradient` is one of"),
         ({"guidance_scale": -1.0}, "`guidance_scale` is a finite number"),

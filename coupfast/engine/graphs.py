@@ -96,12 +96,12 @@ class Runner:
         assert self.backend is not None
         before = [buffer.clone() for buffer in self.state]
         try:
-            try:
-                with self.backend.side_stream():
-                    for _ in range(WARM_UPS):
+            for _ in range(WARM_UPS):
+                try:
+                    with self.backend.side_stream():
                         function()
-            finally:
-                self._restore(before)
+                finally:
+                    self._restore(before)  # each time: a step's index must not run out of the table
             return self.backend.capture(function)
         except self.backend.out_of_memory() as error:
             raise MemoryError(f"no memory is left to capture {name!r}: {self.needs()}; use fewer images a call") from error
