@@ -121,6 +121,13 @@ def _scaling(node: fx.Node) -> float | None:
     return number if node.target is aten.mul.Tensor else 1.0 / number
 
 
+def _original(node: Any) -> Any:
+    """What a node is a copy of in another memory format, if it is one: this project's operators make what copies they need."""
+    while isinstance(node, fx.Node) and node.target in (aten.clone.default, aten.contiguous.default):
+        node = node.args[0]
+    return node
+
+
 def _sum(node: fx.Node) -> tuple[Any, Any] | None:
     return node.args if node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2 else None  # type: ignore[return-value]
 
@@ -233,9 +240,13 @@ class _Norms(_Pass):
         gy, x, mean, _, weight, _, _, _, groups, mask = arguments
         assert isinstance(mean, fx.Node)
         norm = mean.args[0] if mean.target is operator.getitem else None
+        # Where the trace is of a GPU, PyTorch's formula makes both maps contiguous before it calls its kernel.
+        gy, x = _original(gy), _original(x)
         if list(mask) != [True, False, False] or not isinstance(norm, fx.Node) or weight is None:
             return
         if norm.target is not aten.native_group_norm.default or not self.is_image(x) or norm.args[2] is None:
+            return
+        if x is not _original(norm.args[0]):
             return
         silu = isinstance(gy, fx.Node) and gy.target is aten.silu_backward.default and self._is_output(gy.args[1], norm)
         if silu:
@@ -257,8 +268,7 @@ class _Norms(_Pass):
             for left in list(node.users):
                 self.graph.erase_node(left)
         self.graph.erase_node(node)
-        if silu:
-            self.graph.eliminate_dead_code()  # so that the forward's norm has one reader again
+        self.graph.eliminate_dead_code()  # so that the forward's norm has one reader again
 
     def _is_output(self, node: Any, norm: fx.Node) -> bool:
         return isinstance(node, fx.Node) and node.target is operator.getitem and node.args == (norm, 0)
@@ -268,6 +278,7 @@ class _Norms(_Pass):
             return
         arguments: Any = node.args
         x, weight, bias, _, _, _, groups, eps = arguments
+        x = _original(x)
         if weight is None or bias is None or not self.is_image(x):
             return
         (item,) = node.users

@@ -1,0 +1,203 @@
+"""This project's kernels in flat graphs: the same values, the right operations replaced, nothing left over."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_score
+from cpu_networks import Net, conv
+from flat_networks import Functions, assert_close, copied, counts, dead, flat, frozen, images
+from torch import nn
+
+from coupfast.engine.flat import TracedScore
+from coupfast.engine.fused import LIBRARY, fuse_kernels
+from coupfast.tracing import trace
+
+OURS = {"conv3x3", "group_norm_silu", "group_norm_silu_vjp"}
+
+
+def every(*shape):
+    return "ieee"
+
+
+def wide(batch, in_channels, out_channels, height, width):
+    return "ieee" if in_channels > 3 and out_channels > 3 else LIBRARY
+
+
+def none(*shape):
+    return LIBRARY
+
+
+def linear(n, out):
+    return nn.Linear(n, out)
+
+
+def _image_bias(n, x):
+    h = n["a"](x)
+    time = n["t"](x.mean(dim=(2, 3)))
+    h = n["b"](F.silu(n["norm"](h))) + time[:, :, None, None]
+    return n["c"](F.silu(n["norm2"](h)))
+
+
+def _image_bias_and_residual(n, x):
+    h = n["a"](x)
+    time = n["t"](x.mean(dim=(2, 3)))
+    return n["c"]((n["b"](F.silu(h)) + time[:, :, None, None] + h) / 2**0.5)
+
+
+def _residual_after(n, x):
+    """The residual is made after the convolution that it is added to."""
+    h = n["a"](x)
+    return n["c"](F.silu(h + n["b"](torch.tanh(x))))
+
+
+def _two_convolutions_added(n, x):
+    return n["c"](n["a"](x) + n["b"](x))
+
+
+def _several_readers(n, x):
+    """A sum and its scale in front of a norm, read by a norm, a convolution and a sum."""
+    h = (n["a"](x) + n["b"](x)) / 2**0.5
+    g = n["c"](F.silu(n["norm"](h)))
+    return n["d"](h) + (g + h) * 0.5
+
+
+def _sum_with_several_readers(n, x):
+    """The sum itself is read, too, so that scaling it needs a pass of its own."""
+    total = n["a"](x) + n["b"](x)
+    return n["c"](F.silu(n["norm"](total * 0.5))) + total
+
+
+def _normalised_twice(n, x):
+    y = n["norm"](n["a"](x))
+    return n["b"](F.silu(y)) + n["c"](y)
+
+
+def _tokens(n, x):
+    h = n["a"](x)
+    return n["b"](n["norm"](h.flatten(2)).view(h.shape))
+
+
+def _pixels(n, x):
+    h = n["a"](x).mean(dim=(2, 3), keepdim=True)
+    return n["c"](F.silu(n["norm"](n["b"](h) + h)))
+
+
+def _shared_bias(n, x):
+    h = n["a"](x)
+    time = n["t"](torch.ones(1, 3, device=x.device))[:, :, None, None].expand(len(x), -1, 1, 1)
+    return n["b"](F.silu(n["norm"](torch.tanh(h) + time)))
+
+
+def _one_row(n, x):
+    return n["c"](F.silu(n["b"](F.silu(n["norm"](n["a"](x))))))
+
+
+def _scaled_back(n, x):
+    return n["b"](n["a"](x) * 3.0 / 7.0 + 0.25)
+
+
+def abcd(**more):
+    return {"a": conv(3, 8), "b": conv(8, 8), "c": conv(8, 5), "norm": norm()} | more
+
+
+def norm(channels=8, groups=4, **options):
+    return nn.GroupNorm(groups, channels, **options)
+
+
+#: name → (layers, forward, image size, convolutions replaced forward, norms replaced forward)
+SPECIAL = {
+    "image bias": (lambda: abcd(t=linear(3, 8), norm2=norm()), _image_bias, 8, 3, 2),
+    "image bias and residual": (lambda: abcd(t=linear(3, 8)), _image_bias_and_residual, 8, 3, 0),
+    "residual after": (lambda: abcd(b=conv(3, 8)), _residual_after, 8, 3, 0),
+    "two convolutions added": (lambda: abcd(b=conv(3, 8)), _two_convolutions_added, 8, 3, 0),
+    "several readers": (lambda: abcd(b=conv(3, 8), c=conv(8, 8), d=conv(8, 8, 1)), _several_readers, 8, 3, 1),
+    "sum with several readers": (lambda: abcd(b=conv(3, 8, 1), c=conv(8, 8)), _sum_with_several_readers, 8, 2, 1),
+    "normalised twice": (lambda: abcd(c=conv(8, 8)), _normalised_twice, 8, 3, 1),
+    "tokens": (lambda: abcd(), _tokens, 8, 2, 0),
+    "pixels": (lambda: abcd(norm=norm(groups=1)), _pixels, 8, 3, 1),
+    "norm without weights": (lambda: abcd(norm=norm(affine=False)), _one_row, 8, 3, 0),
+    "odd maps": (lambda: abcd(), _one_row, (5, 7), 3, 1),
+    "one row": (lambda: abcd(), _one_row, (1, 9), 3, 1),
+    "one pixel": (lambda: abcd(norm=norm(groups=1)), _one_row, 1, 3, 1),
+    "a bias of all images": (lambda: abcd(t=linear(3, 8)), _shared_bias, 8, 2, 1),
+    "scales and a number": (lambda: abcd(), _scaled_back, 8, 2, 0),
+    "reflected padding": (lambda: abcd(b=conv(8, 8, padding_mode="reflect")), _one_row, 8, 2, 1),
+    "same padding": (lambda: abcd(b=conv(8, 8, padding="same")), _one_row, 8, 3, 1),
+}
+
+
+def special(name):
+    layers, forward, *_ = SPECIAL[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return frozen(Net(layers(), forward))
+
+
+def is_3x3(module):
+    options = (module.stride, module.dilation, module.groups) if isinstance(module, nn.Conv2d) else None
+    return options == ((1, 1), (1, 1), 1) and module.kernel_size == (3, 3) and module.padding in ((1, 1), "same")
+
+
+class TestSpecialNetworks:
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize("name", SPECIAL)
+    def test_agrees_with_autograd(self, name, batch):
+        net, (*_, size, convolutions, norms) = Functions(special(name)), SPECIAL[name]
+        x = images(batch, size=size)
+        for kind, (graph, arguments) in net.both(x).items():
+            (expected,) = getattr(net, kind)(*arguments, *net.constants)
+            before = counts(graph)
+            for choose, with_norms in ((every, True), (wide, True), (every, False), (None, True)):
+                fused = copied(graph)
+                fuse_kernels(fused, choose, norms=with_norms)
+                assert_close(fused(*arguments)[0], expected)
+                assert not dead(fused)
+                found = counts(fused)
+                assert found["conv3x3"] == 0 or choose is not None
+                if kind == "forward":
+                    if choose is every:
+                        assert found["conv3x3"] == convolutions
+                    assert found["group_norm_silu"] == (norms if with_norms else 0)
+                    assert found["conv3x3"] + found["convolution"] == before["convolution"]
+                    assert found["group_norm_silu"] + found["native_group_norm"] == before["native_group_norm"]
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_score_network(on):
+    """The one that all this is for: every norm, and every 3 x 3 convolution, wherever it was traced."""
+    score = small_score(torch.float32).requires_grad_(False)
+    labels = torch.tensor([900.0, 500.0, 1.0])
+    traced = TracedScore(trace(score, lambda batch: (torch.zeros(batch, 3, 8, 8), labels[:1].expand(batch).clone())), labels)
+    calls = []
+    for module in score.modules():
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    score(torch.zeros(1, 3, 8, 8), labels[:1])
+    convolutions = sum(map(is_3x3, calls))
+    norms = sum(isinstance(module, nn.GroupNorm) for module in calls)
+
+    def forward(x, step, *constants):
+        with torch.no_grad():
+            return (traced(x, step, *constants),)
+
+    def vjp(x, step, v, *constants):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(traced(leaf, step, *constants), leaf, v)
+
+    x, v, step = images(2), images(2, seed=2), torch.tensor(1)
+    for function, arguments in ((forward, (x, step)), (vjp, (x, step, v))):
+        constants = traced.constants
+        graph = flat(function, arguments, constants, on)
+        fuse_kernels(graph, every, norms=True)
+        found = counts(graph)
+        (expected,) = function(*arguments, *constants)
+        assert_close(graph(*arguments)[0], expected)
+        assert not dead(graph)
+        assert not {"native_group_norm", "native_group_norm_backward", "silu_backward"} & set(found)
+        if function is forward:
+            assert (found["conv3x3"], found["group_norm_silu"]) == (convolutions, norms)
+        else:
+            assert found["group_norm_silu_vjp"] == norms
+            assert found["group_norm_silu"] == norms - 1  # nothing of the last one's output is needed
+            assert found["conv3x3"] == 2 * convolutions - 1
