@@ -1,5 +1,6 @@
 """This project's kernels in flat graphs: the same values, the right operations replaced, nothing left over."""
 
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,22 @@ def _pixels(n, x):
     return n["c"](F.silu(n["norm"](n["b"](h) + h)))
 
 
+def _mask(n, x):
+    return n["c"](n["b"](n["a"](x)) + (torch.tanh(n["a"](x)) > 0))
+
+
+def _bias_of_all_channels(n, x):
+    h = n["a"](x)
+    bias = n["t"](torch.ones(1, 1, device=x.device))[:, :, None, None].expand(*h.shape[:2], 1, 1)
+    return n["b"](F.silu(n["norm"](torch.tanh(h) + bias)))
+
+
+def _bias_by_columns(n, x):
+    h = n["a"](x)
+    bias = (n["t"].weight @ x.mean(dim=(2, 3)).t()).t()[:, :, None, None]  # (batch, channels), images side by side
+    return n["b"](F.silu(n["norm"](torch.tanh(h) + bias))) + bias
+
+
 def _shared_bias(n, x):
     h = n["a"](x)
     time = n["t"](torch.ones(1, 3, device=x.device))[:, :, None, None].expand(len(x), -1, 1, 1)
@@ -115,10 +132,13 @@ SPECIAL = {
     "normalised twice": (lambda: abcd(c=conv(8, 8)), _normalised_twice, 8, 3, 1),
     "tokens": (lambda: abcd(), _tokens, 8, 2, 0),
     "pixels": (lambda: abcd(norm=norm(groups=1)), _pixels, 8, 3, 1),
+    "a mask": (lambda: abcd(), _mask, 8, 4, 0),
     "norm without weights": (lambda: abcd(norm=norm(affine=False)), _one_row, 8, 3, 0),
     "odd maps": (lambda: abcd(), _one_row, (5, 7), 3, 1),
     "one row": (lambda: abcd(), _one_row, (1, 9), 3, 1),
     "one pixel": (lambda: abcd(norm=norm(groups=1)), _one_row, 1, 3, 1),
+    "a bias of all channels": (lambda: abcd(t=linear(1, 1)), _bias_of_all_channels, 8, 2, 1),
+    "a bias by columns": (lambda: abcd(t=linear(3, 8)), _bias_by_columns, 8, 2, 1),
     "a bias of all images": (lambda: abcd(t=linear(3, 8)), _shared_bias, 8, 2, 1),
     "scales and a number": (lambda: abcd(), _scaled_back, 8, 2, 0),
     "reflected padding": (lambda: abcd(b=conv(8, 8, padding_mode="reflect")), _one_row, 8, 2, 1),

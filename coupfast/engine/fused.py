@@ -93,18 +93,21 @@ class _Pass:
         return self.call(place, aten.contiguous.default, (node,), value, {"memory_format": torch.channels_last})
 
     def is_image(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() == 4
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        return isinstance(value, torch.Tensor) and value.dim() == 4 and value.dtype == torch.float32
 
     def is_image_bias(self, node: Any, like: torch.Tensor) -> bool:
         return self.is_image(node) and tuple(self.value(node).shape) == (*like.shape[:2], 1, 1) and like.shape[2:] != (1, 1)
 
     def flat_bias(self, place: fx.Node, bias: fx.Node, *, every_image: bool) -> fx.Node:
         """(batch, channels) of (batch, channels, 1, 1), contiguous; (1, channels) where one row serves all, if that will do."""
-        if bias.target is aten.expand.default and self.is_image(bias.args[0]) and not every_image:
-            (bias, *_) = bias.args  # type: ignore[assignment]
+        if bias.target is aten.expand.default and not every_image:
+            row: Any = bias.args[0]
+            if self.is_image(row) and self.value(row).shape[1] == self.value(bias).shape[1]:
+                bias = row
         value = self.value(bias)[:, :, 0, 0].contiguous()
         rows = self.call(place, aten.reshape.default, (bias, list(value.shape)), value)
-        return self.call(place, aten.clone.default, (rows,), value) if len(value) > 1 else rows
+        return self.call(place, aten.contiguous.default, (rows,), value)
 
 
 def _number(argument: Any) -> float | None:
