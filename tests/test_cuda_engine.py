@@ -265,6 +265,14 @@ class TestGraphs:
         with torch.no_grad(), pytest.raises(MemoryError, match=r"8 images is predicted to need up to \d+ MiB.*fewer images"):
             run(images, seed=1)
 
+    @pytest.mark.parametrize("num_steps", [1, 2])
+    def test_warm_ups_stay_inside_of_the_table(self, backends, score, classifier, images, num_steps):
+        """There are more of them than steps. On a GPU, an index outside of a table is no exception, but the end."""
+        found = both_ways(purifier(score, classifier, num_steps=num_steps), images)
+        expected = both_ways(purifier(score, classifier, num_steps=num_steps, engine="eager"), images)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, ROUNDINGS)
+
     def test_a_wait_for_the_device_cannot_be_captured(self, backends, score, classifier, images):
         """That the stand-in notices, so that its silence elsewhere means something."""
         backend = StandIn()

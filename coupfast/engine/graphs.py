@@ -96,12 +96,15 @@ class Runner:
         assert self.backend is not None
         before = [buffer.clone() for buffer in self.state]
         try:
-            for _ in range(WARM_UPS):
-                try:
-                    with self.backend.side_stream():
+            try:
+                with self.backend.side_stream():
+                    for _ in range(WARM_UPS):
+                        # Each begins where the first did: a second step after a table's last would read beyond it, which
+                        # ends the process's use of a GPU.
+                        self._restore(before)
                         function()
-                finally:
-                    self._restore(before)  # each time: a step's index must not run out of the table
+            finally:
+                self._restore(before)
             return self.backend.capture(function)
         except self.backend.out_of_memory() as error:
             raise MemoryError(f"no memory is left to capture {name!r}: {self.needs()}; use fewer images a call") from error
