@@ -13,6 +13,7 @@ from coupfast.engine import cuda
 from coupfast.engine.calibration import Choice
 from coupfast.engine.precision import allows_tf32
 from coupfast.guidance import pack_bits
+from coupfast_kernels.conv3x3 import pack_weight
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -47,10 +48,11 @@ def backends(monkeypatch):
     return made
 
 
+PIECE = cuda.CudaPrograms.piece
 PIECES: dict = {}
 
 
-def remembered_piece(self, name, bucket, piece=cuda.CudaPrograms.piece):
+def remembered_piece(self, name, bucket, piece=PIECE):
     """Tracing takes a second or two, and the networks of these tests are always the same."""
     activation = None if self.guidance is None else type(self.guidance.classifier.activation)
     options = (self.precision, self.choose is None, self.fuse_norms, self.differentiate_guidance, cuda.fuse_kernels)
@@ -429,6 +431,26 @@ def test_keeps_slopes_as_bits(backends, score, classifier, images):
     assert kept is None
 
 
+def test_graphs_share_their_weights(backends, score, classifier, images, monkeypatch):
+    """Pieces and buckets have the same copies, which stay when a bucket's graphs are let go: a weight's address names it."""
+    monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 1)
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    run = purifier(score, classifier, options={"graphs": False})
+    both_ways(run, images[:2])
+    programs = run._prepare(images).programs
+    before, pairs = programs.weights_bytes(1, gradient=True), len(programs._packed)
+    weights = sum(p.nbytes for network in (score, classifier) for p in network.parameters() if p.dim() == 4)
+    # All but the few that are not 3 x 3: once in channels last, twice packed (as they are, and for the transpose).
+    assert 2 * weights < before < 4 * weights
+    found = both_ways(run, images[:4])
+    assert programs.weights_bytes(1, gradient=True) == before and len(programs._packed) == pairs
+    for ours, theirs in zip(found, both_ways(purifier(score, classifier, engine="eager"), images[:4]), strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+    for weight, packed in programs._packed.values():
+        forward, transposed = pack_weight(weight), pack_weight(weight.flip(2, 3).transpose(0, 1))
+        assert any(packed.shape == right.shape and torch.equal(packed, right) for right in (forward, transposed))
+
+
 def test_auto_takes_it_on_a_gpu(score, monkeypatch):
     """Nothing runs: only the choice."""
     purify = __import__("importlib").import_module("coupfast.purify")
@@ -437,5 +459,3 @@ def test_auto_takes_it_on_a_gpu(score, monkeypatch):
     assert purify._choose_engine(score) == ("cuda", None)
     monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: "no Triton")
     assert purify._choose_engine(score) == ("eager", "no Triton")
-
-

@@ -1,6 +1,5 @@
 """This project's kernels in flat graphs: the same values, the right operations replaced, nothing left over."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +179,45 @@ class TestSpecialNetworks:
                     assert found["group_norm_silu"] == (norms if with_norms else 0)
                     assert found["conv3x3"] + found["convolution"] == before["convolution"]
                     assert found["group_norm_silu"] + found["native_group_norm"] == before["native_group_norm"]
+
+
+class TestPackedWeights:
+    def test_belong_to_all_graphs_of_a_network(self):
+        net = Functions(special("image bias"))
+        packed = {}
+        for graph, _ in net.both(images(2)).values():
+            before = graph.varying + len(graph.constants)
+            fuse_kernels(graph, every, norms=True, packed=packed)
+            nodes = graph.placeholders()
+            assert len(nodes) == graph.varying + len(graph.constants)
+            for node, constant in zip(nodes[before:], graph.constants[before - graph.varying :], strict=True):
+                assert graph.constant_of(node) is constant
+                assert any(constant is made for _, made in packed.values())
+        # Three convolutions, and their transposes.
+        assert sorted(transposed for *_, transposed in packed) == [False] * 3 + [True] * 3
+
+    def test_a_weight_is_not_taken_for_one_that_had_its_address(self):
+        """Networks one after the other, each let go before the next is made: their weights are likely to lie in one place."""
+        packed = {}
+        for seed in range(8):
+            weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(seed))
+            x = images(1, channels=8)
+            graph = flat(lambda x, weight: (F.conv2d(x, weight, padding=1),), (x,), [weight])
+            fuse_kernels(graph, every, norms=False, packed=packed)
+            assert_close(graph(x)[0], F.conv2d(x, weight, padding=1))
+            del graph, weight
+
+    def test_a_weight_and_its_transpose_in_one_place(self):
+        weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+        x = images(2, channels=8)
+
+        def both(x, a, b):
+            return F.conv2d(x, a, padding=1), F.conv2d(x, b, padding=1)
+
+        graph = flat(both, (x,), [weight, weight.transpose(0, 1)])
+        fuse_kernels(graph, every, norms=False, packed={})
+        for found, expected in zip(graph(x), both(x, *graph.constants[:2]), strict=True):
+            assert_close(found, expected)
 
 
 @pytest.mark.parametrize("on", ["cpu", "gpu"])

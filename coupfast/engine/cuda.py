@@ -31,7 +31,7 @@ from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
 from coupfast.engine.calibration import Calibration, ConvolutionShape
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.flat import FlatGraph, TracedClassifier, TracedScore, flatten
-from coupfast.engine.fused import Conv3x3Choice, fuse_kernels
+from coupfast.engine.fused import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.graphs import Backend, CudaBackend, Runner
 from coupfast.engine.precision import float32_precision
 from coupfast.guidance import Guidance, log_confidence, pack_bits, unpack_bits
@@ -128,8 +128,9 @@ class CudaPrograms:
         self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
         self.noisy = bool((table.d != 0.0).any())
         self._traced_score: TracedScore | None = None
+        self._traced_classifier: TracedClassifier | None = None
         self._programs: OrderedDict[int, CudaProgram] = OrderedDict()
-        self._packed: dict[Any, torch.Tensor] = {}
+        self._packed: PackedWeights = {}
         self._lock = threading.RLock()
 
     def for_batch(self, batch: int) -> CudaProgram:
@@ -153,8 +154,12 @@ class CudaPrograms:
         return StepMemory(eager.forward, eager.forward, eager.transpose, eager.transpose, eager.slopes, eager.slopes)
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
-        """Packed weights of the convolutions that this project's kernels run, as far as they are made."""
-        return sum(packed.nbytes for packed in self._packed.values())
+        """Copies of weights, as far as they are made: in channels last, and packed for this project's convolutions."""
+        networks = [self.score] + ([] if self.guidance is None else [self.guidance.classifier])
+        own = {weight.data_ptr() for network in networks for weight in [*network.parameters(), *network.buffers()]}
+        made = [traced.constants for traced in (self._traced_score, self._traced_classifier) if traced is not None]
+        copies = [packed for _, packed in self._packed.values()] + [constant for constants in made for constant in constants]
+        return sum({copy.data_ptr(): copy.nbytes for copy in copies if copy.data_ptr() not in own}.values())
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         kinds = self.eager.evaluations()
@@ -204,7 +209,9 @@ class CudaPrograms:
 
     def _piecewise_linear_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
         assert self.guidance is not None and self.guidance.graph is not None
-        classifier = TracedClassifier(self.guidance.graph)
+        if self._traced_classifier is None:
+            self._traced_classifier = TracedClassifier(self.guidance.graph)
+        classifier = self._traced_classifier
         constants = classifier.constants
         with torch.no_grad():
             logits, *slopes = classifier.evaluate(x, *constants)

@@ -7,6 +7,7 @@ are inputs. It can be compiled whole, captured, counted, and run on tensors with
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,8 +136,9 @@ class TracedScore:
         self.constant_nodes = list(traced.constants)
         self.tables = self._tables(labels)  # [steps, …] each
 
-    @property
+    @functools.cached_property
     def constants(self) -> list[torch.Tensor]:
+        """Tables and weights; one copy of them for all graphs."""
         return [*self.tables, *(_channels_last(self.traced.constants[node]) for node in self.constant_nodes)]
 
     def __call__(self, x_k: torch.Tensor, step: torch.Tensor, *constants: torch.Tensor) -> torch.Tensor:
@@ -174,8 +176,9 @@ class TracedClassifier:
         self.graph = graph
         self.constant_nodes = list(graph.traced.constants)
 
-    @property
+    @functools.cached_property
     def constants(self) -> list[torch.Tensor]:
+        """Weights; one copy of them for all graphs."""
         return [_channels_last(self.graph.traced.constants[node]) for node in self.constant_nodes]
 
     def evaluate(self, x_k: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -24,6 +24,9 @@ aten = torch.ops.aten
 #: (batch, channels in, channels out, height, width) → "library", or the precision of `coupfast_kernels.conv3x3` to take.
 Conv3x3Choice = Callable[[int, int, int, int, int], str]
 LIBRARY = "library"
+#: (address, shape, strides, whether transposed) → weight and packed weight. The weight is kept since its address is its name:
+#: were it let go, another one could have the address next.
+PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], bool], tuple[torch.Tensor, torch.Tensor]]
 
 #: What this project's operators return is in channels last.
 _OPERATORS = {
@@ -33,15 +36,13 @@ _OPERATORS = {
 }
 
 
-def fuse_kernels(
-    graph: FlatGraph, choose: Conv3x3Choice | None, *, norms: bool, packed: dict[Any, torch.Tensor] | None = None
-) -> None:
+def fuse_kernels(graph: FlatGraph, choose: Conv3x3Choice | None, *, norms: bool, packed: PackedWeights | None = None) -> None:
     """Replace what can be replaced, in place.
 
     Args:
         choose: Which convolutions; None replaces none.
         norms: Whether to replace group norms.
-        packed: Packed weights by weight, shared between graphs of the same networks; filled.
+        packed: Packed weights, shared between graphs of the same networks; filled.
     """
     if choose is not None:
         _Convolutions(graph, choose, {} if packed is None else packed).replace()
@@ -136,7 +137,7 @@ def _sum(node: fx.Node) -> tuple[Any, Any] | None:
 
 
 class _Convolutions(_Pass):
-    def __init__(self, graph: FlatGraph, choose: Conv3x3Choice, packed: dict[Any, torch.Tensor]) -> None:
+    def __init__(self, graph: FlatGraph, choose: Conv3x3Choice, packed: PackedWeights) -> None:
         super().__init__(graph)
         self.choose, self.packed = choose, packed
         self._nodes: dict[Any, fx.Node] = {}
@@ -220,11 +221,11 @@ class _Convolutions(_Pass):
 
     def _packed(self, weight: Any, constant: torch.Tensor, *, transposed: bool) -> fx.Node:
         if (weight, transposed) not in self._nodes:
-            key = (constant.data_ptr(), constant.shape, transposed)
+            key = (constant.data_ptr(), constant.shape, constant.stride(), transposed)
             if key not in self.packed:
                 turned = constant.flip(2, 3).transpose(0, 1) if transposed else constant
-                self.packed[key] = pack_weight(turned.contiguous())
-            self._nodes[weight, transposed] = self.flat.add_constant(self.packed[key])
+                self.packed[key] = constant, pack_weight(turned.contiguous())
+            self._nodes[weight, transposed] = self.flat.add_constant(self.packed[key][1])
         return self._nodes[weight, transposed]
 
 
