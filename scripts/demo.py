@@ -50,7 +50,12 @@ def main() -> None:
 
     purifiers = {
         method: coupfast.Purifier(
-            score, classifier if method == "coup" else None, method=method, t=options.t, num_steps=options.num_steps
+            score,
+            classifier if method == "coup" else None,
+            method=method,
+            t=options.t,
+            num_steps=options.num_steps,
+            engine=options.engine,
         )
         for method in options.methods
     }
@@ -168,6 +173,9 @@ def parse_options() -> argparse.Namespace:
         "--batch-size", type=int, default=10, metavar="B", help="images purified at once (default: %(default)s)"
     )
     parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--engine", default="auto", help="what runs the steps: auto (default, the fastest one), eager, cpu or cuda"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("demo-results"), metavar="DIR", help="where to write (default: %(default)s)"
     )

@@ -1,0 +1,117 @@
+"""Where a step of the CPU engine spends its time: `python bench/overhead.py --batch 1`.
+
+Three parts of a guided step, and of its transpose, each the sum of timed calls:
+
+* "kernels": the C++ kernels, called for runs of operations at once;
+* "PyTorch": the operations that are left to PyTorch (attention, resampling, pools, the last linear layer, softmax);
+* "outside": the rest of the step: Python, copies into and out of the arena, time embeddings.
+
+Timing a call takes about a microsecond, which counts as "outside". Shares are of the median step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Case, add_case_options, load_case, write_results
+
+from coupfast import Purifier
+from coupfast.engine import CounterNoise, cpu
+from coupfast.engine.cpu_program import NetworkProgram
+from coupfast.engine.precision import strict_float32
+from coupfast_kernels.convolution import Operations
+
+PARTS = ("kernels", "PyTorch", "outside")
+
+
+class Clock:
+    """Seconds inside of wrapped functions, by part."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        def run(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds[part] += time.perf_counter() - start
+
+        return run
+
+
+def instrument(clock: Clock) -> None:
+    """Let the engine's calls be timed, in this process from now on."""
+    calls = NetworkProgram._calls
+
+    def timed_calls(self: NetworkProgram, region: Any) -> list:
+        made = calls(self, region)
+        for call in made:
+            call.target = clock.timed("PyTorch", call.target)
+        return made
+
+    NetworkProgram._calls = timed_calls  # type: ignore[method-assign]
+    Operations.run = clock.timed("kernels", Operations.run)  # type: ignore[method-assign]
+    cpu.guided_step_cpu = clock.timed("kernels", cpu.guided_step_cpu)
+    torch.autograd.grad = clock.timed("PyTorch", torch.autograd.grad)
+    torch.ops.aten.convolution_backward = clock.timed("PyTorch", torch.ops.aten.convolution_backward)
+
+
+def rows(case: Case, repeats: int, seed: int) -> list[dict[str, Any]]:
+    clock = Clock()
+    instrument(clock)
+    purifier = Purifier(case.networks.score, case.networks.classifier, engine="cpu", num_steps=10)
+    x = case.x
+    program = purifier._prepare(x).programs.for_batch(len(x))
+    noise = CounterNoise(seed, torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64))
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    kept: list[Any] = [None]
+
+    def forward() -> None:
+        kept[0] = program.step(0, 2 * x - 1, noise, "slopes")[1]
+
+    def backward() -> None:
+        program.step_vjp(0, 2 * x - 1, kept[0], v)
+
+    found = []
+    with strict_float32("cpu"):
+        for name, work in (("forward", forward), ("backward", backward)):
+            work()
+            samples = []
+            for _ in range(repeats):
+                clock.seconds = dict.fromkeys(PARTS, 0.0)
+                start = time.perf_counter()
+                work()
+                whole = time.perf_counter() - start
+                clock.seconds["outside"] = whole - clock.seconds["kernels"] - clock.seconds["PyTorch"]
+                samples.append((whole, dict(clock.seconds)))
+            middle = statistics.median_low([whole for whole, _ in samples])
+            parts = next(parts for whole, parts in samples if whole == middle)
+            shares = {part: parts[part] / middle for part in PARTS}
+            found.append({"step": name, "batch": len(x), "seconds": middle, "shares": shares})
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_options(parser, images="random")
+    options = parser.parse_args(arguments)
+    case = load_case(options)
+    measured = rows(case, options.repeats, options.seed)
+    for row in measured:
+        shares = "  ".join(f"{part} {100 * share:.1f} %" for part, share in row["shares"].items())
+        print(f"{row['step']:<9} B={row['batch']}  {1e3 * row['seconds']:.2f} ms  {shares}")
+    if options.json:
+        write_results(options.json, measured, case, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The shares of a step of the CPU engine."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from coupfast_kernels import native
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+REASON = native.unavailable()
+
+
+@pytest.mark.skipif(REASON is not None, reason=REASON or "")
+def test_shares_are_of_a_whole(tmp_path):
+    command = [sys.executable, "bench/overhead.py", "--network", "tiny", "--threads", "1", "--repeats", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=ROOT, env=environment, check=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == ["forward", "backward"]
+    for row in rows:
+        assert sum(row["shares"].values()) == pytest.approx(1.0)
+        assert all(0.0 < share < 1.0 for share in row["shares"].values())
