@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_score
-from cpu_networks import Net, conv
+from cpu_networks import GRAPHS, Net, conv, network
 from flat_networks import Functions, assert_close, copied, counts, dead, flat, frozen, images
 from torch import nn
 
@@ -65,6 +65,12 @@ def _sum_with_several_readers(n, x):
     """The sum itself is read, too, so that scaling it needs a pass of its own."""
     total = n["a"](x) + n["b"](x)
     return n["c"](F.silu(n["norm"](total * 0.5))) + total
+
+
+def _statistics(n, x):
+    h = n["a"](x)
+    y, mean, _ = torch.native_group_norm(h, n["norm"].weight, n["norm"].bias, len(h), 8, h[0, 0].numel(), 4, 1e-5)
+    return n["b"](F.silu(y)) + mean.mean(dim=1)[:, None, None, None]
 
 
 def _normalised_twice(n, x):
@@ -128,6 +134,7 @@ SPECIAL = {
     "two convolutions added": (lambda: abcd(b=conv(3, 8)), _two_convolutions_added, 8, 3, 0),
     "several readers": (lambda: abcd(b=conv(3, 8), c=conv(8, 8), d=conv(8, 8, 1)), _several_readers, 8, 3, 1),
     "sum with several readers": (lambda: abcd(b=conv(3, 8, 1), c=conv(8, 8)), _sum_with_several_readers, 8, 2, 1),
+    "statistics": (lambda: abcd(), _statistics, 8, 2, 0),
     "normalised twice": (lambda: abcd(c=conv(8, 8)), _normalised_twice, 8, 3, 1),
     "tokens": (lambda: abcd(), _tokens, 8, 2, 0),
     "pixels": (lambda: abcd(norm=norm(groups=1)), _pixels, 8, 3, 1),
@@ -179,6 +186,60 @@ class TestSpecialNetworks:
                     assert found["group_norm_silu"] == (norms if with_norms else 0)
                     assert found["conv3x3"] + found["convolution"] == before["convolution"]
                     assert found["group_norm_silu"] + found["native_group_norm"] == before["native_group_norm"]
+
+
+def test_a_map_that_is_written_over():
+    """A convolution's input is no longer there when what it is added to is ready; the kernel stands where the sum did."""
+
+    def function(x, weight):
+        z = x + 1.0
+        h = F.conv2d(z, weight, padding=1)
+        z.mul_(0.25)
+        return (h + torch.tanh(z),)
+
+    x, weight = images(2, channels=8), torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    graph = flat(function, (x,), [weight])
+    fuse_kernels(graph, every, norms=True)
+    assert counts(graph)["conv3x3"] == 1
+    assert_close(graph(x)[0], function(x, weight)[0])
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_ordinary_networks(name, on):
+    """In the forward direction exactly the 3 x 3 convolutions and affine norms of maps that the network calls; in the other all
+    that PyTorch has, too."""
+    made = network(name)
+    calls, ours = [], set()
+    net, x = Functions(made), images(1 + len(name) % 3)
+    for path, module in made.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+        if is_3x3(module):
+            ours.add(net.constants[net.names.index(f"{path}.weight")].data_ptr())
+    with torch.no_grad():
+        made(x)
+    convolutions = sum(map(is_3x3, calls)) - (name == "dead ends")
+    norms = sum(isinstance(module, nn.GroupNorm) for module in calls)
+    place_of_weight = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
+
+    def eligible(graph):
+        found = [node for node in graph.operations() if node.target in place_of_weight]
+        return sum(graph.constant_of(node.args[place_of_weight[node.target]]).data_ptr() in ours for node in found)
+
+    for kind, (graph, arguments) in net.both(x, on).items():
+        (expected,) = getattr(net, kind)(*arguments, *net.constants)
+        before = eligible(graph)
+        fuse_kernels(graph, every, norms=True)
+        assert_close(graph(*arguments)[0], expected)
+        assert not dead(graph) and not eligible(graph)
+        found = counts(graph)
+        if kind == "forward":
+            assert (found["conv3x3"], found["group_norm_silu"]) == (convolutions, norms)
+        else:
+            assert found["group_norm_silu_vjp"] == norms
+            # A convolution whose result only PyTorch's transposes read, for its shape, is no longer there.
+            assert convolutions <= found["conv3x3"] <= before or name == "a detached part"
 
 
 class TestPackedWeights:

@@ -93,23 +93,40 @@ def flatten(
     """Run `function(*varying, *constants)` on tensors without data and keep its operations, those of autograd included.
 
     Raises:
-        ValueError: if it uses a tensor that it was not given.
+        ValueError: if it uses a tensor that it was not given, or writes into one that it was.
         Exception: whatever the function raises.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # takes a second, which only this engine should
 
     varying = [tensor.clone() for tensor in varying]  # one tensor given twice would be one input
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has other operations on every device, and no second derivative
-        module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=False)(*varying, *constants)
+        # Tensors of elsewhere are let in, so that they can be named.
+        module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*varying, *constants)
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            raise ValueError(
+                f"the function uses a tensor that it was not given ({node.target}, which {next(iter(node.users))} reads); "
+                "make it a parameter or a buffer of the network"
+            )
+    if any(writes(node) for node in module.graph.nodes):
+        # So that an operation may be moved to any place between what it reads and what reads it. Of the traced graph rather
+        # than of the function, in which autograd still has to see what the function does.
+        module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*varying, *constants)
+    for node in module.graph.nodes:
+        if writes(node):
+            raise ValueError(f"the function writes into {node.args[0]}, which it was given, by {node.target}")
     for node in list(module.graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-        elif node.op == "get_attr":
-            raise ValueError(f"the function uses a tensor that it was not given ({node.target})")
     module.graph.eliminate_dead_code()
     module.recompile()
     return FlatGraph(module, len(varying), list(constants))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether an operation writes into memory that it was given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 class TracedScore:
