@@ -431,6 +431,50 @@ def test_keeps_slopes_as_bits(backends, score, classifier, images):
     assert kept is None
 
 
+class Flattening(torch.nn.Module):
+    """As VGG ends: maps of several pixels in a row, whose order is that of contiguous memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation = torch.nn.ReLU()
+        self.conv, self.linear = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4 * 16, 10)
+
+    def forward(self, x):
+        h = torch.nn.functional.max_pool2d(self.activation(self.conv(x)), 2)
+        return self.linear(h.view(len(h), -1))
+
+
+@pytest.fixture
+def flattening(monkeypatch):
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return Flattening().eval()
+
+
+def test_a_classifier_that_counts_on_contiguous_maps(backends, score, flattening, images):
+    found = both_ways(purifier(score, flattening), images)
+    expected = both_ways(purifier(score, flattening, engine="eager"), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+
+
+def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch):
+    """The strides of its check are those of its use: it would be compiled again for others, and be another piece."""
+    strides = {}
+
+    def compiled(module, **options):
+        def run(*inputs):
+            strides.setdefault(module, set()).add(tuple((tensor.shape, tensor.stride()) for tensor in inputs))
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    both_ways(purifier(score, flattening, options={"compile": True}), images)
+    assert len(strides) == 5 and all(len(seen) == 1 for seen in strides.values())
+
+
 def test_graphs_share_their_weights(backends, score, classifier, images, monkeypatch):
     """Pieces and buckets have the same copies, which stay when a bucket's graphs are let go: a weight's address names it."""
     monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 1)

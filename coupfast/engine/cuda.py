@@ -455,11 +455,12 @@ class CudaProgram:
             return torch.randn(like.shape, generator=generator).to(like.device).contiguous(memory_format=torch.channels_last)
 
         x, v = random(self.x), random(self.x)
+        as_given = x.contiguous()  # a network may ask for it, by a `view`
         with torch.enable_grad():
             if name.startswith("score"):
                 # The last step's label: one that was read behind the trace's back would show.
                 k = self.table.num_steps - 1
-                leaf = x.clone().requires_grad_()
+                leaf = as_given.clone().requires_grad_()
                 eps_hat = programs.score(leaf, programs.eager.labels[k].expand(self.bucket))
                 step = torch.full((), k, dtype=torch.int64, device=x.device)
                 wanted = eps_hat.detach()
@@ -469,14 +470,17 @@ class CudaProgram:
                     inputs = (x, step, v)
             elif name in ("gradient", "hvp"):
                 assert guidance is not None
-                wanted = guidance.gradient(x)[0] if name == "gradient" else guidance.hvp(x, v)
+                wanted = guidance.gradient(as_given)[0] if name == "gradient" else guidance.hvp(as_given, v)
                 inputs = (x,) if name == "gradient" else (x, v)
             else:
                 assert guidance is not None and guidance.graph is not None
-                logits, slopes = guidance.graph.evaluate(x, keep_slopes=True)
-                wanted, sides, inputs = logits.detach(), [slope.side() for slope in slopes], (x,)
+                logits, slopes = guidance.graph.evaluate(as_given, keep_slopes=True)
+                wanted, inputs = logits.detach(), (x,)
                 if name != "evaluate":
-                    leaf = v.clone().requires_grad_()
+                    # In the strides of the buffers that the piece will read: it is compiled for its inputs' strides.
+                    pairs = zip(self._slopes, slopes, strict=True)
+                    sides = [torch.empty_like(buffer).copy_(slope.side()) for buffer, slope in pairs]
+                    leaf = v.contiguous().requires_grad_()
                     product = guidance.graph.linear(leaf, slopes)
                     wanted, inputs = product.detach(), (v, *sides)
                     if name == "cotangent":
