@@ -27,4 +27,4 @@ def test_fewer_in_every_row(launches, capsys):
     assert eager[0] > flat[0] > fused[0] > graph[0] == 2
     assert flat[1] > fused[1] > graph[1] == 2
     # Noise by its definition alone is over 400 operations.
-    assert eager[0] - flat[0] > 350
+    assert eager[0] - fused[0] > 400

@@ -178,13 +178,14 @@ class CudaPrograms:
     def piece(self, name: str, bucket: int) -> FlatGraph:
         """One flat graph of a bucket, with this project's kernels in it, not compiled."""
         x = self.example.new_zeros(bucket, *self.example.shape[1:]).contiguous(memory_format=torch.channels_last)
-        if name.startswith("score"):
-            flat = self._score_piece(name, x)
-        elif self.piecewise_linear:
-            flat = self._piecewise_linear_piece(name, x)
-        else:
-            flat = self._smooth_piece(name, x)
-        fuse_kernels(flat, self.choose, norms=self.fuse_norms, packed=self._packed)
+        with self._lock:  # traces and packed weights are all programs'
+            if name.startswith("score"):
+                flat = self._score_piece(name, x)
+            elif self.piecewise_linear:
+                flat = self._piecewise_linear_piece(name, x)
+            else:
+                flat = self._smooth_piece(name, x)
+            fuse_kernels(flat, self.choose, norms=self.fuse_norms, packed=self._packed)
         return flat
 
     def _score_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
@@ -290,7 +291,7 @@ class CudaProgram:
         self.seed, self.ids, self.draw = words(), words(bucket), words(bucket)
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
         backend = None if programs.backend is None else programs.backend()
-        self.runner = Runner(state, backend, self._needs)
+        self.runner = Runner(state, backend, functools.partial(_needs, programs, bucket))
         self._pieces: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {}
         self._turn = threading.RLock()
         self._order = _Order(example.device)
@@ -498,18 +499,19 @@ class CudaProgram:
                 f"'compile') leaves it out, engine='eager' does without all"
             )
 
-    def _needs(self) -> str:
-        memory = self.programs.memory(self.bucket)
-        return (
-            f"a step of {self.bucket} images is predicted to need up to {memory.forward / 2**20:.0f} MiB, its transpose "
-            f"{memory.transpose / 2**20:.0f} MiB, above weights"
-        )
-
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
         precision: Literal["ieee", "tf32"] = "tf32" if self.programs.precision == "tf32" else "ieee"
         with self._turn, self._order, torch.no_grad(), float32_precision(self.x.device.type, precision):
             yield
+
+
+def _needs(programs: CudaPrograms, bucket: int) -> str:
+    memory = programs.memory(bucket)
+    return (
+        f"a step of {bucket} images is predicted to need up to {memory.forward / 2**20:.0f} MiB, its transpose "
+        f"{memory.transpose / 2**20:.0f} MiB, above weights"
+    )
 
 
 @dataclasses.dataclass

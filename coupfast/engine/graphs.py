@@ -7,6 +7,7 @@ buffers before, and what a replay leaves is read from static buffers after it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -38,31 +39,54 @@ class Backend(Protocol):
         ...
 
 
+# One capture at a time in a process: PyTorch's random state and the garbage collector belong to all threads.
+_CAPTURE = threading.Lock()
+
+
 class CudaBackend:
-    """CUDA graphs with a memory pool of their own."""
+    """CUDA graphs with a memory pool and a stream of their own: graphs captured on one stream share its workspaces."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
 
     def capture(self, function: Callable[[], None]) -> Recording:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile.
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            function()
+        with _CAPTURE, torch.cuda.device(self.device), _without_garbage_collection():
+            # The outer stream again at the end, also where the capture's own end raises.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                # Other threads of the process may use the device meanwhile.
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    function()
         return graph
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:
         with torch.cuda.device(self.device):
-            stream, outer = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(outer)
-            with torch.cuda.stream(stream):
-                yield
-            outer.wait_stream(stream)
+            outer = torch.cuda.current_stream()
+            self.stream.wait_stream(outer)
+            try:
+                with torch.cuda.stream(self.stream):
+                    yield
+            finally:
+                outer.wait_stream(self.stream)
 
     def out_of_memory(self) -> type[BaseException]:
         return torch.cuda.OutOfMemoryError
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A graph that is destroyed while another is captured would end the capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Runner:
@@ -106,9 +130,10 @@ class Runner:
             finally:
                 self._restore(before)
             return self.backend.capture(function)
-        except self.backend.out_of_memory() as error:
-            raise MemoryError(f"no memory is left to capture {name!r}: {self.needs()}; use fewer images a call") from error
         except Exception as error:
+            if _caused_by(error, self.backend.out_of_memory()):
+                message = f"no memory is left to capture {name!r}: {self.needs()}; use fewer images a call"
+                raise MemoryError(message) from error
             raise RuntimeError(
                 f"{name!r} cannot be captured as a graph ({type(error).__name__}: {error}); "
                 f"engine_options={{'graphs': False}} runs the same work without"
@@ -117,3 +142,12 @@ class Runner:
     def _restore(self, before: list[torch.Tensor]) -> None:
         for buffer, value in zip(self.state, before, strict=True):
             buffer.copy_(value)
+
+
+def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether an error is of a kind, or followed one of that kind: the end of a failed capture raises, too."""
+    while error is not None:
+        if isinstance(error, kind):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
