@@ -1,9 +1,16 @@
 """Strict fp32 inside, the caller's settings outside."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from coupfast.engine.precision import _OWNERS, strict_float32
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def settings() -> list[str]:
@@ -38,3 +45,30 @@ def test_covers_every_backend_with_tf32():
         if hasattr(getattr(getattr(torch.backends, backend), operation, None), "fp32_precision")
     }
     assert found - {"mkldnn.rnn"} == {"cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv"}
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("user", ["default", "highest", "high", "medium", "new setting"])
+def test_what_the_compiler_reads_can_be_read(user, precision):
+    """PyTorch raises where its older and its newer settings disagree; each process begins with neither set."""
+    script = f"""
+import torch
+from coupfast.engine.precision import _OWNERS, allows_tf32, float32_precision
+user = {user!r}
+if user == "new setting":
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+elif user != "default":
+    torch.set_float32_matmul_precision(user)
+before = [owner.fp32_precision for owner in _OWNERS.values()]
+for _ in range(2):
+    with float32_precision("cpu", {precision!r}):
+        assert torch.get_float32_matmul_precision() == {dict(ieee="highest", tf32="high")[precision]!r}
+        assert torch.backends.cuda.matmul.allow_tf32 == ({precision!r} == "tf32")
+        assert torch.backends.cudnn.conv.fp32_precision == {precision!r}
+        assert allows_tf32() == ({precision!r} == "tf32")
+    assert [owner.fp32_precision for owner in _OWNERS.values()] == before
+    if user not in ("default", "new setting"):
+        assert torch.get_float32_matmul_precision() == user
+"""
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels"))
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": path})

@@ -20,11 +20,25 @@ def float32_precision(device_type: str, precision: Literal["ieee", "tf32"]) -> I
     """fp32 as IEEE 754 has it in everything that runs inside, or TF32 in CUDA's matmuls and convolutions; the caller's settings
     are back afterwards."""
     before = {setting: owner.fp32_precision for setting, owner in _OWNERS.items()}
+    legacy = _legacy_precision()
     with torch.autocast(device_type, enabled=False), contextlib.ExitStack() as restore:
         for setting, owner in _OWNERS.items():
             restore.callback(setattr, owner, "fp32_precision", before[setting])
-            owner.fp32_precision = precision if setting.startswith("cud") else "ieee"
+        # The older setting has to agree: PyTorch's compiler reads it, and reading raises where the two say different things.
+        if legacy is not None:
+            restore.callback(torch.set_float32_matmul_precision, legacy)
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+        for setting, owner in _OWNERS.items():
+            if precision == "ieee" or setting.startswith("cudnn"):
+                owner.fp32_precision = precision
         yield
+
+
+def _legacy_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller set both, and differently
+        return None
 
 
 def strict_float32(device_type: str) -> contextlib.AbstractContextManager[None]:
