@@ -190,6 +190,20 @@ class TestGraphs:
         found, _ = program.step(1, x_1, noise)  # the same once more, not the step after it
         assert_close(found, expected, ROUNDINGS)
 
+    def test_after_an_error_everything_is_loaded_again(self, backends, score, classifier, images, monkeypatch):
+        programs = purifier(score, classifier)._prepare(images).programs
+        noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        program = programs.for_batch(5)
+        x_1, _ = program.step(0, images, noise)
+        expected, _ = program.step(1, x_1, noise)
+        x_1, _ = program.step(0, images, noise)
+        with monkeypatch.context() as patch:
+            patch.setattr(program.runner, "run", lambda name, function: {}[name])
+            with pytest.raises(KeyError):
+                program.step(0, images, noise)
+        found, _ = program.step(1, x_1, noise)
+        assert torch.equal(found, expected)
+
     def test_a_partial_batch_needs_no_graph_of_its_own(self, backends, score, classifier, images):
         run = purifier(score, classifier)
         with torch.no_grad():

@@ -307,7 +307,8 @@ class CudaProgram:
         batch = len(x_k)
         counter = noise if isinstance(noise, CounterNoise) and self.programs.noisy else None
         with self._exclusively():
-            if self._forward is None or not self._forward.leads_to(k, x_k, noise):
+            before, self._forward = self._forward, None  # after an error nobody knows what the buffers hold
+            if before is None or not before.leads_to(k, x_k, noise):
                 self._load(k, x_k, counter)
             name = "step" if counter is None else "step with noise"
             self.runner.run(name, lambda: self._step(counter is not None))
@@ -325,7 +326,8 @@ class CudaProgram:
         batch = len(x_k)
         programs = self.programs
         with self._exclusively():
-            if self._backward is None or not self._backward.leads_to(k, v, None):
+            before, self._backward = self._backward, None
+            if before is None or not before.leads_to(k, v, None):
                 self._put(self.v, v)
                 self.step_back.fill_(k)
             self._put(self.x_back, x_k)
