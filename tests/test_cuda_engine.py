@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relu_classifier, silu_classifier, small_score
 from graph_backend import OutOfMemory, StandIn
-from test_adjoint import weights
+from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 
 from coupfast import Purifier
 from coupfast.engine import cuda
@@ -111,6 +111,18 @@ def test_agrees_with_eager(backends, score, images, method, make_classifier):
         assert_close(ours, theirs, ROUNDINGS)
     assert OurKernels.chosen
     assert backends and all(graph.replays for backend in backends for graph in backend.graphs)
+
+
+@pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier])
+def test_float32_error_is_that_of_plain_autograd(backends, images, make_classifier):
+    noise_source = Purifier(small_score(), make_classifier(), num_steps=4, engine="eager")
+    noise = rows(noise_source, images.double())
+    expected = plain_autograd(noise_source, images.double(), noise)
+    single = purifier(small_score(torch.float32), make_classifier(torch.float32))
+    ours = relative_error(gradient(single, images, noise.float()).double(), expected)
+    theirs = relative_error(plain_autograd(single, images, noise.float()).double(), expected)
+    assert ours < 4 * theirs
+    assert theirs < 1e-4  # no ReLU of these few flips between the precisions: the comparison is of rounding
 
 
 @pytest.mark.parametrize("options", [{"graphs": False}, {"triton": False}, {"graphs": False, "triton": False}], ids=str)
