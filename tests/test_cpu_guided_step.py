@@ -196,7 +196,7 @@ class TestParts:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setattr(native, "SOURCES", folder)
         native._load.cache_clear()
-        yield native.library(isa)
+        yield native.load(isa)
         native._load.cache_clear()
 
     def test_all_radii_and_all_angles(self, parts):

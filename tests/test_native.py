@@ -56,7 +56,7 @@ from coupfast_kernels import native
 native.SOURCES = Path(sys.argv[1])
 if sys.argv[2] == "without locks":
     native.fcntl = None
-print(json.dumps({"answer": native.library().answer(), **native.describe()}))
+print(json.dumps({"answer": native.load().answer(), **native.describe()}))
 """
 
 
@@ -131,9 +131,9 @@ def wait_until(condition) -> None:
 
 def test_is_built_once_and_then_found(caplog):
     caplog.set_level(logging.INFO)
-    library = native.library()
+    library = native.load()
     assert library.answer() == 42
-    assert native.library() is library and native.library(native.isas()[0]) is library
+    assert native.load() is library and native.load(native.isas()[0]) is library
     built = native.describe()
     assert [record.levelname for record in caplog.records] == ["INFO"] and built["path"] in caplog.text
     assert built["isa"] == native.isas()[0] and built["build_seconds"] > 0
@@ -147,7 +147,7 @@ def test_is_built_once_and_then_found(caplog):
 def test_lies_in_the_users_cache_and_belongs_to_the_user_alone():
     mask = os.umask(0)
     try:
-        native.library()
+        native.load()
     finally:
         os.umask(mask)
     (entry,) = entries()
@@ -159,7 +159,7 @@ def test_lies_in_the_users_cache_and_belongs_to_the_user_alone():
 
 @pytest.mark.parametrize("isa", native.isas())
 def test_every_isa_of_this_machine_is_compiled_for_and_rounds_twice(isa):
-    library = native.library(isa)
+    library = native.load(isa)
     library.isa.restype = ctypes.c_char_p
     assert library.isa() == isa.encode()
     if isa != "neon":
@@ -188,17 +188,17 @@ def test_the_kernels_compile_for_neon(tmp_path):
 
 
 def test_libraries_share_no_static_variables(monkeypatch):
-    first = native.library("portable")
+    first = native.load("portable")
     monkeypatch.setenv("COUPFAST_CXXFLAGS", "-DOTHER")
     forget()
-    second = native.library("portable")
+    second = native.load("portable")
     assert [first.next(), first.next(), second.next()] == [1, 2, 1]
 
 
 def test_threads_share_one_build(gate):
     (gate / "open").touch()
     found = []
-    threads = [threading.Thread(target=lambda: found.append(native.library())) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(native.load())) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -247,7 +247,7 @@ def test_a_killed_builder_leaves_no_lock_and_no_entry(gate, sources):
     wait_until(lambda: [path.name for path in left.iterdir()] == ["kernels.so"])  # its compiler is done
     os.utime(left, (0, 0))
     entries()[0].unlink()
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
     assert not left.exists()
 
 
@@ -255,12 +255,12 @@ def test_gives_up_waiting_and_builds_for_itself(gate, sources, monkeypatch, capl
     first = start(sources, gate / "first")
     wait_until(lambda: compilations(gate) == 1)
     monkeypatch.setattr(native, "PATIENCE_SECONDS", 0.0)
-    thread = threading.Thread(target=native.library)
+    thread = threading.Thread(target=native.load)
     thread.start()
     wait_until(lambda: compilations(gate) == 2)
     (gate / "open").touch()
     thread.join()
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
     assert "has held" in caplog.text and "for this process alone" in caplog.text
     assert Path(native.describe()["path"]).parent != cache_directory("native")
     assert finish(first)["answer"] == 42
@@ -294,7 +294,7 @@ def test_a_damaged_entry_is_reported_and_built_again(damage, sources, tmp_path):
 
 
 def test_an_entry_that_others_can_write_to_is_built_again(caplog):
-    native.library()
+    native.load()
     (entry,) = entries()
     before = entry.stat().st_ino
     entry.chmod(0o770)
@@ -311,17 +311,17 @@ def test_a_folder_that_others_can_write_to_is_not_used(caplog):
     folder = cache_directory("native")
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
     assert "can be written by others (mode 0777)" in caplog.text
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_of_another_user_is_not_used(caplog, monkeypatch):
     user = os.geteuid()
-    native.library()
+    native.load()
     forget()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
     assert f"belongs to user {user}, not to {user + 1}" in caplog.text
     assert Path(native.describe()["path"]) not in entries()
 
@@ -345,19 +345,19 @@ def test_an_entry_that_the_loader_refuses_is_built_elsewhere(caplog, monkeypatch
         return load(path)
 
     monkeypatch.setattr(ctypes, "CDLL", refuse_the_cache)
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
     assert "failed to map segment" in caplog.text
 
     forget()
     (native.SOURCES / "answer.h").write_text("int elsewhere();\n#define ANSWER elsewhere()\n")
     with pytest.raises(native.NativeUnavailable, match="cannot be built or loaded.*elsewhere"):
-        native.library()
+        native.load()
 
 
 def test_without_a_compiler_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(native.NativeUnavailable, match=r"none of g\+\+, c\+\+, clang\+\+ is on PATH; install .*, e.g. g\+\+"):
-        native.library()
+        native.load()
     assert "CXX=" in native.unavailable()
     with pytest.raises(native.NativeUnavailable):
         native.describe()
@@ -381,7 +381,7 @@ def test_a_failing_compiler_is_quoted_and_not_asked_again(gate, sources):
     (gate / "open").touch()
     (sources / "kernels.cpp").write_text("int answer() { return nothing_here; }\n")
     with pytest.raises(native.NativeUnavailable, match="nothing_here") as caught:
-        native.library()
+        native.load()
     assert "-std=c++17" in str(caught.value) and str(sources / "kernels.cpp") in str(caught.value)
     assert native.unavailable() == str(caught.value)
     assert compilations(gate) == 1
@@ -389,12 +389,12 @@ def test_a_failing_compiler_is_quoted_and_not_asked_again(gate, sources):
 
     (sources / "kernels.cpp").write_text(SOURCE)
     assert native.unavailable() is None
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
 
 
 def test_sources_that_change_while_they_are_compiled_are_compiled_again(gate, sources):
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(native.library().answer()))
+    thread = threading.Thread(target=lambda: answers.append(native.load().answer()))
     thread.start()
     wait_until(lambda: compilations(gate) == 1)
     (sources / "answer.h").write_text("#define ANSWER 43\n")
@@ -446,10 +446,10 @@ def test_another_source_compiler_or_flag_is_another_key(sources, monkeypatch):
 
 
 def test_a_changed_source_is_built_and_loaded(sources):
-    assert native.library().answer() == 42
+    assert native.load().answer() == 42
     (sources / "answer.h").write_text("#define ANSWER 43\n")
     forget()
-    assert native.library().answer() == 43
+    assert native.load().answer() == 43
     assert len(entries()) == 2
 
 
@@ -486,10 +486,10 @@ def test_an_isa_that_the_cpu_lacks_is_refused(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(native, "_cpu_features", lambda: frozenset(native.AVX2))
     with pytest.raises(native.NativeUnavailable, match="`isa` asks for .*'avx512', this x86_64 machine runs avx2, portable"):
-        native.library("avx512")
+        native.load("avx512")
     monkeypatch.setenv("COUPFAST_CPU_ISA", "neon")
     with pytest.raises(native.NativeUnavailable, match="COUPFAST_CPU_ISA asks for .*'neon'"):
-        native.library()
+        native.load()
     assert "avx1024" in native.unavailable("avx1024")
 
 

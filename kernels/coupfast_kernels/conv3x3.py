@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.library import custom_op
 
 try:
     import triton
@@ -296,7 +297,7 @@ def conv3x3(
 
 
 # Returns a new tensor, unlike `guided_step_out`: among convolutions a captured graph's pool places the activations itself.
-@torch.library.custom_op(
+@custom_op(
     "coupfast::conv3x3",
     mutates_args=(),
     device_types="cpu",

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.library import custom_op
 
 from coupfast_kernels import native
 
@@ -90,7 +91,7 @@ def library() -> ctypes.CDLL:
     Raises:
         native.NativeUnavailable: if they cannot be built here.
     """
-    kernels = native.library()
+    kernels = native.load()
     kernels.coupfast_conv_scratch.restype = ctypes.c_int64
     kernels.coupfast_packed_floats.restype = ctypes.c_int64
     process = ctypes.CDLL(None)
@@ -203,7 +204,7 @@ def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: in
     return max(1, min(rows, tiles // -(-out_width // tile)))
 
 
-@torch.library.custom_op("coupfast::packed_conv2d", mutates_args=(), device_types="cpu")
+@custom_op("coupfast::packed_conv2d", mutates_args=(), device_types="cpu")
 def packed_conv2d(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
 ) -> torch.Tensor:

@@ -103,7 +103,7 @@ class _Loaded:
     library: ctypes.CDLL
 
 
-def library(isa: str | None = None) -> ctypes.CDLL:
+def load(isa: str | None = None) -> ctypes.CDLL:
     """The compiled kernels, built if this user has not built them before; later calls give the same object.
 
     Args:
@@ -122,16 +122,16 @@ def library(isa: str | None = None) -> ctypes.CDLL:
 
 
 def unavailable(isa: str | None = None) -> str | None:
-    """Why `library(isa)` would raise, or None. Builds it, since nothing less tells; a failed build is not repeated."""
+    """Why `load(isa)` would raise, or None. Builds it, since nothing less tells; a failed build is not repeated."""
     try:
-        library(isa)
+        load(isa)
     except NativeUnavailable as error:
         return str(error)
     return None
 
 
 def describe(isa: str | None = None) -> dict[str, Any]:
-    """What `library(isa)` is and where it came from, for records; builds it if needed and raises as it does.
+    """What `load(isa)` is and where it came from, for records; builds it if needed and raises as it does.
 
     Returns:
         `isa`, `compiler` (path, with arguments if CXX has some), `version` (its first line), `flags` (a list), `path` of the
