@@ -36,6 +36,16 @@ def test_strict_inside_and_restored_outside(matmul):
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("fixed, by_time", [(False, False), (False, True), (True, True)])
+def test_cudnn_repeats_its_bits_inside(monkeypatch, fixed, by_time):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", fixed)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", by_time)
+    with pytest.raises(KeyError), strict_float32("cpu"):
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+        raise KeyError
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (fixed, by_time)
+
+
 def test_covers_every_backend_with_tf32():
     """A torch that grows another fp32 setting on a convolution or matmul backend must be looked at."""
     found = {

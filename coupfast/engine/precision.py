@@ -1,11 +1,12 @@
-"""Which arithmetic float32 operations take, for the duration of a call: no autocast, and TF32 only where it was asked for."""
+"""Which arithmetic float32 operations take, for the duration of a call: no autocast, TF32 only where it was asked for, and on a
+GPU none of cuDNN's algorithms whose bits differ from call to call."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,10 +19,18 @@ _OWNERS = {setting: operator.attrgetter(setting)(torch.backends) for setting in 
 @contextlib.contextmanager
 def float32_precision(device_type: str, precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """fp32 as IEEE 754 has it in everything that runs inside, or TF32 in CUDA's matmuls and convolutions; the caller's settings
-    are back afterwards."""
+    are back afterwards.
+
+    cuDNN's algorithms that add in whichever order their threads come (some of a convolution's transposes do) are left out, and
+    so is its choice by a trial's time, which may end either way: one image would not give the same bits twice.
+    """
     before = {setting: owner.fp32_precision for setting, owner in _OWNERS.items()}
     legacy = _legacy_precision()
+    cudnn: Any = torch.backends.cudnn
     with torch.autocast(device_type, enabled=False), contextlib.ExitStack() as restore:
+        for name, value in (("deterministic", True), ("benchmark", False)):
+            restore.callback(setattr, cudnn, name, getattr(cudnn, name))
+            setattr(cudnn, name, value)
         for setting, owner in _OWNERS.items():
             restore.callback(setattr, owner, "fp32_precision", before[setting])
         # The older setting has to agree: PyTorch's compiler reads it, and reading raises where the two say different things.
