@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -256,8 +256,9 @@ class PiecewiseLinearGraph:
 
         return self._interpret(x_k, run), slopes
 
-    def linear(self, v: torch.Tensor, slopes: list[Slope]) -> torch.Tensor:
-        """J v, a linear and differentiable function of `v`; shape (batch, classes)."""
+    def linear(self, v: torch.Tensor, slopes: Sequence[Slope | torch.Tensor]) -> torch.Tensor:
+        """J v, a linear and differentiable function of `v`; shape (batch, classes). `slopes` are packed, or as `kink` returns
+        them."""
         remaining = iter(slopes)
 
         def run(node: fx.Node, args: tuple, kwargs: dict) -> Any:

@@ -350,7 +350,8 @@ class TestPrecision:
         assert {node.args[-1] for node in operations if node.target is torch.ops.coupfast.conv3x3.default} == {inside}
         assert allows_tf32() == before
 
-    def test_a_piece_that_is_wrong_is_not_used(self, backends, score, classifier, images, monkeypatch):
+    @pytest.mark.parametrize("graphs", [True, False])
+    def test_a_piece_that_is_wrong_is_not_used(self, backends, score, classifier, images, monkeypatch, graphs):
         fuse = cuda.fuse_kernels
 
         def wrong(graph, *args, **kwargs):
@@ -360,8 +361,23 @@ class TestPrecision:
             graph.module.recompile()
 
         monkeypatch.setattr(cuda, "fuse_kernels", wrong)
-        with torch.no_grad(), pytest.raises(RuntimeError, match="'score' differs from PyTorch's on this device.*doctor"):
-            purifier(score, classifier, options={"graphs": False})(images, seed=1)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="^the cuda engine's 'score' differs from PyTorch's on this.*doctor"):
+            purifier(score, classifier, options={"graphs": graphs})(images, seed=1)
+
+    def test_slopes_that_are_wrong_are_not_used(self, backends, score, classifier, images, monkeypatch):
+        def compiled(module, **options):
+            def run(*inputs):
+                results = module(*inputs)
+                masks = [result.clone() if result.dtype == torch.bool else result for result in results]
+                if masks[-1].dtype == torch.bool:
+                    masks[-1][0, 0] = ~masks[-1][0, 0]  # one channel of one image
+                return tuple(masks)
+
+            return run
+
+        monkeypatch.setattr(torch, "compile", compiled)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="'slopes' differs from PyTorch's on this device"):
+            purifier(score, classifier, options={"compile": True, "graphs": False})(images, seed=1)
 
 
 class TestRefuses:
@@ -460,16 +476,36 @@ def test_keeps_slopes_as_bits(backends, score, classifier, images):
 
 
 class Flattening(torch.nn.Module):
-    """As VGG ends: maps of several pixels in a row, whose order is that of contiguous memory."""
+    """As VGG ends: maps of several pixels in a row, whose order is that of contiguous memory; with a tensor of its own making."""
 
-    def __init__(self):
+    def __init__(self, activation):
         super().__init__()
-        self.activation = torch.nn.ReLU()
+        self.activation = activation
         self.conv, self.linear = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4 * 16, 10)
 
     def forward(self, x):
         h = torch.nn.functional.max_pool2d(self.activation(self.conv(x)), 2)
+        h = h * torch.tensor([0.5, 1.0, 1.5, 2.0]).view(1, 4, 1, 1)
         return self.linear(h.view(len(h), -1))
+
+
+class Attending(Flattening):
+    """Smooth, with attention over the pixels, which PyTorch has fused operations for."""
+
+    def forward(self, x):
+        tokens = self.activation(self.conv(x)).view(len(x), 4, -1).transpose(1, 2)
+        tokens = torch.nn.functional.scaled_dot_product_attention(tokens, 0.5 * tokens, tokens)
+        return self.linear(tokens.transpose(1, 2).reshape(len(x), 64, -1).mean(2))
+
+
+@pytest.fixture(params=[(Flattening, torch.nn.ReLU), (Flattening, torch.nn.SiLU), (Attending, torch.nn.GELU)], ids=str)
+def awkward(request, monkeypatch):
+    """A classifier that other formats of memory, tensors of nowhere and fused operations are awkward for."""
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    network, activation = request.param
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return network(activation()).eval()
 
 
 @pytest.fixture
@@ -477,14 +513,32 @@ def flattening(monkeypatch):
     monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        return Flattening().eval()
+        return Flattening(torch.nn.ReLU()).eval()
 
 
-def test_a_classifier_that_counts_on_contiguous_maps(backends, score, flattening, images):
-    found = both_ways(purifier(score, flattening), images)
-    expected = both_ways(purifier(score, flattening, engine="eager"), images)
+def test_awkward_classifiers(backends, score, awkward, images):
+    found = both_ways(purifier(score, awkward), images)
+    expected = both_ways(purifier(score, awkward, engine="eager"), images)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, ROUNDINGS)
+
+
+@pytest.mark.parametrize("network", ["score net", "classifier"])
+def test_what_cannot_be_a_graph_is_named(backends, score, classifier, images, monkeypatch, network):
+    class Deciding(torch.nn.Module):
+        def __init__(self, inner, activation=None):
+            super().__init__()
+            self.inner, self.activation = inner, activation
+
+        def forward(self, *inputs):
+            out = self.inner(*inputs)
+            return out if float(out.detach().mean()) > 1e9 else 2.0 * out
+
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    networks = {"score net": score, "classifier": classifier}
+    networks[network] = Deciding(networks[network], torch.nn.ReLU()).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match=f"the {network} cannot be made a graph .* engine='eager'"):
+        purifier(*networks.values())(images, seed=1)
 
 
 def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch):

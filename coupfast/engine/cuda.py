@@ -26,17 +26,18 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
 from coupfast.engine.calibration import Calibration, ConvolutionShape
 from coupfast.engine.eager import EagerProgram
-from coupfast.engine.flat import FlatGraph, TracedClassifier, TracedScore, flatten
+from coupfast.engine.flat import FlatGraph, TracedClassifier, TracedLogits, TracedScore, flatten
 from coupfast.engine.fused import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.graphs import Backend, CudaBackend, Runner
 from coupfast.engine.precision import float32_precision
 from coupfast.guidance import Guidance, log_confidence, pack_bits, unpack_bits
 from coupfast.solvers import CoefficientTable
-from coupfast.tracing import trace
+from coupfast.tracing import Trace, trace
 from coupfast_kernels.guided_step import guided_step
 from coupfast_kernels.noise import seed_tensor
 
@@ -129,6 +130,7 @@ class CudaPrograms:
         self.noisy = bool((table.d != 0.0).any())
         self._traced_score: TracedScore | None = None
         self._traced_classifier: TracedClassifier | None = None
+        self._traced_logits: TracedLogits | None = None
         self._programs: OrderedDict[int, CudaProgram] = OrderedDict()
         self._packed: PackedWeights = {}
         self._lock = threading.RLock()
@@ -157,7 +159,8 @@ class CudaPrograms:
         """Copies of weights, as far as they are made: in channels last, and packed for this project's convolutions."""
         networks = [self.score] + ([] if self.guidance is None else [self.guidance.classifier])
         own = {weight.data_ptr() for network in networks for weight in [*network.parameters(), *network.buffers()]}
-        made = [traced.constants for traced in (self._traced_score, self._traced_classifier) if traced is not None]
+        traces = (self._traced_score, self._traced_classifier, self._traced_logits)
+        made = [traced.constants for traced in traces if traced is not None]
         copies = [packed for _, packed in self._packed.values()] + [constant for constants in made for constant in constants]
         return sum({copy.data_ptr(): copy.nbytes for copy in copies if copy.data_ptr() not in own}.values())
 
@@ -237,29 +240,30 @@ class CudaPrograms:
 
     def _smooth_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
         assert self.guidance is not None
-        classifier = self.guidance.classifier
-        weights = dict([*classifier.named_parameters(), *classifier.named_buffers()])
+        if self._traced_logits is None:
+            classifier, example = self.guidance.classifier, self.example
+            self._traced_logits = TracedLogits(
+                self._trace("classifier", classifier, lambda batch: (example.new_zeros(batch, *example.shape[1:]),))
+            )
+        logits = self._traced_logits
 
-        def confidence(x: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
-            def call(image: torch.Tensor) -> torch.Tensor:
-                return torch.func.functional_call(classifier, dict(zip(weights, values, strict=True)), (image,))
+        def confidence(x: torch.Tensor, constants: Sequence[torch.Tensor]) -> torch.Tensor:
+            return log_confidence(lambda image: logits(image, *constants), x)[0].sum()  # type: ignore[arg-type]
 
-            return log_confidence(call, x)[0].sum()  # type: ignore[arg-type]
-
-        def gradient(x: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def gradient(x: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
-                return torch.autograd.grad(confidence(leaf, values), leaf)
+                return torch.autograd.grad(confidence(leaf, constants), leaf)
 
-        def hvp(x: torch.Tensor, v: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def hvp(x: torch.Tensor, v: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
-                (g,) = torch.autograd.grad(confidence(leaf, values), leaf, create_graph=True)
+                (g,) = torch.autograd.grad(confidence(leaf, constants), leaf, create_graph=True)
                 return torch.autograd.grad(g, leaf, v)
 
         if name == "gradient":
-            return flatten(gradient, (x,), list(weights.values()))
-        return flatten(hvp, (x, x), list(weights.values()))
+            return flatten(gradient, (x,), logits.constants)
+        return flatten(hvp, (x, x), logits.constants)
 
     def _score_trace(self) -> TracedScore:
         if self._traced_score is None:
@@ -268,8 +272,19 @@ class CudaPrograms:
             def arguments(batch: int) -> tuple[torch.Tensor, ...]:
                 return example.new_zeros(batch, *example.shape[1:]), labels[:1].expand(batch).clone()
 
-            self._traced_score = TracedScore(trace(lambda x, labels: self.score(x, labels), arguments), labels)
+            self._traced_score = TracedScore(self._trace("score net", self.score, arguments), labels)
         return self._traced_score
+
+    def _trace(self, name: str, network: nn.Module, arguments: Callable[[int], tuple[torch.Tensor, ...]]) -> Trace:
+        # Fused attention is another operation on every device, and has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            try:
+                return trace(lambda *inputs: network(*inputs), arguments)
+            except Exception as error:
+                raise ValueError(
+                    f"the {name} cannot be made a graph for the cuda engine ({type(error).__name__}: {error}); engine='eager' "
+                    "runs it as it is"
+                ) from error
 
 
 class CudaProgram:
@@ -310,6 +325,7 @@ class CudaProgram:
             before, self._forward = self._forward, None  # after an error nobody knows what the buffers hold
             if before is None or not before.leads_to(k, x_k, noise):
                 self._load(k, x_k, counter)
+            self._make(self._guided("score", "evaluate", "cotangent", smooth="gradient"))
             name = "step" if counter is None else "step with noise"
             self.runner.run(name, lambda: self._step(counter is not None))
             d = self.table.row(k)[3]
@@ -332,9 +348,11 @@ class CudaProgram:
                 self.step_back.fill_(k)
             self._put(self.x_back, x_k)
             curved = programs.guidance is not None and programs.differentiate_guidance
+            if curved:
+                self._make(self._guided("score vjp", "evaluate", "tangent", "cotangent", smooth="hvp"))
+            else:
+                self._make(["score vjp"])
             if curved and programs.piecewise_linear:
-                # Its outputs are buffers that both ways of getting slopes write.
-                self._ensure_evaluated()
                 if saved is None:
                     self.runner.run("slopes", self._evaluate_back)
                 else:
@@ -415,11 +433,6 @@ class CudaProgram:
         buffer[: len(values)].copy_(values)
         buffer[len(values) :].zero_()  # what was left there could grow without bound over many runs
 
-    def _ensure_evaluated(self) -> None:
-        """Make the buffers of slopes before anything is captured that reads them."""
-        if self._p is None:
-            self.runner.run("slopes", self._evaluate_back)
-
     def _keep(self) -> _Kept:
         assert self._p is not None
         masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
@@ -438,6 +451,20 @@ class CudaProgram:
             slope.copy_(indices)
 
     # --- pieces -----------------------------------------------------------------------------------------------------------
+
+    def _guided(self, score: str, *piecewise_linear: str, smooth: str) -> list[str]:
+        """Names of pieces, by the kind of guidance."""
+        if self.programs.guidance is None:
+            return [score]
+        return [score, *(piecewise_linear if self.programs.piecewise_linear else [smooth])]
+
+    def _make(self, names: Sequence[str]) -> None:
+        """Make pieces, and the buffers of slopes, before anything that uses them is captured: a piece that is wrong is wrong
+        without graphs, too."""
+        for name in names:
+            if name == "evaluate" and self._p is None:
+                self._evaluate(self.x)
+            self._piece(name)
 
     def _piece(self, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         """A piece, compiled, and compared with PyTorch's own result before it is first used."""
@@ -490,9 +517,18 @@ class CudaProgram:
                         u = torch.randn(logits.shape, generator=generator).to(logits)
                         (wanted,) = torch.autograd.grad(product, leaf, u)
                         inputs = (u, *sides)
-        found = piece(*inputs)[0]
+        found, *sides = piece(*inputs)
         # TF32 keeps 11 bits; in float32 a ReLU on its kink may fall on either side where slopes are not given.
-        limit = 3e-2 if programs.precision == "tf32" or name in ("gradient", "hvp") else 1e-4
+        at_kinks = 3e-2
+        limit = at_kinks if programs.precision == "tf32" or name in ("gradient", "hvp") else 1e-4
+        self._require_close(name, found, wanted, limit)
+        if name == "evaluate":
+            assert guidance is not None and guidance.graph is not None
+            # Slopes by what they make of a tangent: of a maximum of equal values either index is right.
+            with torch.no_grad():
+                self._require_close("slopes", guidance.graph.linear(v, sides), guidance.graph.linear(v, slopes), at_kinks)
+
+    def _require_close(self, name: str, found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
         difference = float((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float32).tiny))
         if not difference <= limit:
             raise RuntimeError(

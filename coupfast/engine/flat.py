@@ -183,20 +183,37 @@ class TracedScore:
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-class TracedClassifier:
+class TracedLogits:
+    """A classifier's trace on states in the [-1, 1] scale or images in [0, 1], whichever it was made of."""
+
+    def __init__(self, traced: Trace) -> None:
+        self.traced = traced
+        self.constant_nodes = list(traced.constants)
+
+    @functools.cached_property
+    def constants(self) -> list[torch.Tensor]:
+        """Weights; one copy of them for all graphs."""
+        return [_channels_last(self.traced.constants[node]) for node in self.constant_nodes]
+
+    def __call__(self, x: torch.Tensor, *constants: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes)."""
+        return self._run(x, constants, _plain)
+
+    def _run(self, x: torch.Tensor, constants: tuple, run: Callable[[fx.Node, tuple, dict], Any]) -> torch.Tensor:
+        values: dict[fx.Node, Any] = dict(zip(self.constant_nodes, constants, strict=True))
+        values[self.traced.operations[0].node] = x
+        return _run(self.traced, values, len(x), run=run)
+
+
+class TracedClassifier(TracedLogits):
     """A piecewise linear classifier's value, slopes, and the two products with its Jacobian at given slopes.
 
     Slopes are bool masks, and indices where the network takes a maximum over a window.
     """
 
     def __init__(self, graph: PiecewiseLinearGraph) -> None:
+        super().__init__(graph.traced)
         self.graph = graph
-        self.constant_nodes = list(graph.traced.constants)
-
-    @functools.cached_property
-    def constants(self) -> list[torch.Tensor]:
-        """Weights; one copy of them for all graphs."""
-        return [_channels_last(self.graph.traced.constants[node]) for node in self.constant_nodes]
 
     def evaluate(self, x_k: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """f(x_k) of shape (batch, classes), then the slopes."""
@@ -231,17 +248,16 @@ class TracedClassifier:
             v = u.new_zeros(len(u), *image_shape).contiguous(memory_format=torch.channels_last).requires_grad_()
             return torch.autograd.grad(self.tangent(v, slopes, *constants), v, u)[0]
 
-    def _run(self, x: torch.Tensor, constants: tuple, run: Callable[[fx.Node, tuple, dict], Any]) -> torch.Tensor:
-        values: dict[fx.Node, Any] = dict(zip(self.constant_nodes, constants, strict=True))
-        values[self.graph.traced.operations[0].node] = x
-        return _run(self.graph.traced, values, len(x), run=run)
+
+def _plain(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _run(
     traced: Trace,
     values: dict[fx.Node, Any],
     batch: int,
-    run: Callable[[fx.Node, tuple, dict], Any] = lambda node, args, kwargs: node.target(*args, **kwargs),  # type: ignore[operator]
+    run: Callable[[fx.Node, tuple, dict], Any] = _plain,
     skip: set[fx.Node] = frozenset(),  # type: ignore[assignment]
 ) -> torch.Tensor:
     """A trace's output, `values` holding its placeholders and constants (and whatever is found already)."""
