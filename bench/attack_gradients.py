@@ -2,8 +2,9 @@
 
     python bench/attack_gradients.py --json bench/results/attack_gradients.json
 
-The defense is the same in every row; only the gradient that the attacker follows differs. Every attacked image is judged on
-fresh draws that no attack has seen. Rows are written as they finish, and a rerun with the same options takes up where the
+The defense is the same in every row; only the gradient that the attacker follows differs. Every image is judged at the point
+where the attack saw the highest loss, on fresh draws that no attack has seen: APGD itself returns an image as it came where it
+saw no failure. Rows are written as they finish, and a rerun with the same options takes up where the
 last one stopped. A small study on small networks: it ranks gradients, it does not rank defenses.
 """
 
@@ -15,13 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack
 from timing import environment
 from torch import nn
 from tqdm import tqdm
 
 import coupfast
 from coupfast.data import load_images
+from coupfast.evaluation.attacks.autoattack import APGD
+from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.protocols import wilson_interval
 from coupfast.models.checkpoints import state_dict_sha256
 
@@ -48,6 +50,7 @@ def main() -> None:
         "iterations": options.iterations,
         "eot_iter": options.eot_iter,
         "eps_255": options.eps,
+        "judged_images": "highest mean loss",
         "judging_draws": options.draws,
         "seed": options.seed,
         "threads": options.threads,
@@ -79,25 +82,19 @@ def attack(
     """Attack with one gradient, judge on fresh draws."""
     purifier = coupfast.Purifier(score, classifier, t=options.t, num_steps=options.num_steps, **MODES[mode])
     defense = coupfast.PurifiedClassifier(purifier, classifier, seed=options.seed)
-    apgd = APGDAttack(
-        defense,
-        n_iter=options.iterations,
-        norm="Linf",
-        eps=options.eps / 255,
-        loss="ce",
-        eot_iter=options.eot_iter,
-        seed=options.seed,
-        device="cpu",
-    )
+    apgd = APGD("Linf", options.eps / 255, iterations=options.iterations, eot_iter=options.eot_iter)
     start = time.perf_counter()
-    x_adv = apgd.perturb(x, y)
+    result = apgd.run(Defense(defense), x, y, seed=options.seed)
     seconds = time.perf_counter() - start
-    assert float((x_adv.detach() - x).abs().max()) <= options.eps / 255 + 1e-6
+    x_adv = result.strongest
+    assert x_adv is not None and float((x_adv - x).abs().max()) <= options.eps / 255 + 1e-6
     clean, robust = (verdicts(defense, images, y, options.draws) for images in (x, x_adv))
     one = int(robust[0].sum())
     return {
         "mode": mode,
         "options": MODES[mode],
+        "unchanged": int((x_adv == x).flatten(1).all(dim=1).sum()),
+        "apgd_standing": result.curve[-1],
         "robust_one_draw": one,
         "wilson_95": wilson_interval(one, len(y)),
         "robust_mean": float(robust.float().mean()),

@@ -361,7 +361,7 @@ class TestPrecision:
             graph.module.recompile()
 
         monkeypatch.setattr(cuda, "fuse_kernels", wrong)
-        with torch.no_grad(), pytest.raises(RuntimeError, match="^the cuda engine's 'score' differs from PyTorch's on this.*doctor"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="^the cuda engine's 'score' differs from PyTorch's.*doctor"):
             purifier(score, classifier, options={"graphs": graphs})(images, seed=1)
 
     def test_slopes_that_are_wrong_are_not_used(self, backends, score, classifier, images, monkeypatch):
@@ -476,7 +476,7 @@ def test_keeps_slopes_as_bits(backends, score, classifier, images):
 
 
 class Flattening(torch.nn.Module):
-    """As VGG ends: maps of several pixels in a row, whose order is that of contiguous memory; with a tensor of its own making."""
+    """As VGG ends: maps of several pixels in a row, in the order of contiguous memory; and with a tensor of its own making."""
 
     def __init__(self, activation):
         super().__init__()

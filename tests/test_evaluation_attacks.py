@@ -1,13 +1,14 @@
 """The attacks: equal to pyautoattack's own, within their budgets, and honest about what they cost."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from evaluation_cases import labelled, plain, purified, purified_bpda
 
 from coupfast.evaluation.attacks import SUITES, attack_from_dict, attack_to_dict, suite
-from coupfast.evaluation.runner import attacked_images
+from coupfast.evaluation.attacks.autoattack import APGD, OFFERS
 from coupfast.evaluation.runs import evaluate
 from coupfast.evaluation.spec import Spec
 
@@ -37,13 +38,15 @@ def test_equals_run_standard_evaluation(version, norm, eps, shard, tmp_path):
     spec = Spec(attack=name, norm=norm, eps=eps, seeding="autoattack", shard=shard, draws=1, **cuts)
     with evaluate(spec, tmp_path / "run", build=plain, images=(x, y)) as ledger:
         records = ledger.done()
-        ours = torch.from_numpy(attacked_images(ledger, list(spec.stages()), records, range(12), x.numpy()))
+        ours = x.clone()
         standing = set(range(12))
         predictions = y.clone()
         for stage in ("clean", *spec.stages()):
             for record in (record for record in records.values() if record.unit.stage == stage):
                 for image, prediction in zip(record.unit.images, record.result["predictions"], strict=True):
                     predictions[image] = prediction
+                if stage != "clean":
+                    ours[list(record.unit.images)] = torch.from_numpy(ledger.arrays(record)["x_adv"])
                 standing &= (standing - set(record.unit.images)) | set(record.result["standing"])
     fallen = [image for image in range(12) if image not in standing]
     assert standing == set(torch.nonzero(y_adv == y).flatten().tolist())
@@ -206,3 +209,88 @@ def test_published_sizes():
     assert sum(cost.gradient for cost in rand) == 4040
     assert sum(cost.gradient for cost in standard) == 1910
     assert 5900 < sum(cost.forward for cost in standard) < 6000
+
+
+class Watched(torch.nn.Module):
+    """A defense that notes what it is asked; `wrong_at` are queries in which it is made to misclassify image 0."""
+
+    def __init__(self, model, y, wrong_at=()):
+        super().__init__()
+        self.model, self.y, self.wrong_at, self.asked = model, y, wrong_at, []
+
+    def forward(self, x):
+        logits = self.model(x)
+        if len(self.asked) in self.wrong_at:
+            logits = logits.clone()
+            logits[0] = 5.0 * torch.nn.functional.one_hot((self.y[0] + 1) % 10, 10)
+        self.asked.append((x.detach().clone(), logits.detach().clone()))  # Square writes into them
+        return logits
+
+
+@pytest.mark.parametrize("norm, eps", [("Linf", 1 / 255), ("L2", 0.05)])
+@pytest.mark.parametrize(
+    "name, stage", [("autoattack-rand", "apgd-ce"), *(("autoattack-standard", s) for s in ("apgd-t", "fab-t", "square"))]
+)
+def test_the_strongest_image_is_the_one_of_the_highest_mean_loss_in_the_ball(name, stage, norm, eps):
+    x, y = labelled(3)
+    eps *= 20 if stage == "fab-t" else 1  # which asks beyond its radius first
+    attack = small_suite(name, norm, eps)[stage]
+    defense = plain("cpu")
+    defense.model = Watched(defense.model, y)
+    with torch.random.fork_rng():
+        result = attack.run(defense, x, y, seed=2)
+    draws = getattr(attack, "eot_iter", 1)
+    for image in range(3):
+        best, at = -math.inf, x[image]
+        points = []  # of this image, in order, with their losses
+        for asked, logits in defense.model.asked:
+            for row, answer in zip(asked, logits, strict=True):
+                nearest = int((row - x).flatten(1).norm(dim=1).argmin())
+                if nearest == image:
+                    points.append((row, float(torch.nn.functional.cross_entropy(answer, y[image]))))
+        at_once = [points[i : i + draws] for i in range(len(points))]
+        for group in (g for g in at_once if len(g) == draws and all(torch.equal(p, g[0][0]) for p, _ in g)):
+            delta = (group[0][0] - x[image]).flatten()
+            size = float(delta.abs().max() if norm == "Linf" else delta.norm())
+            mean = sum(loss for _, loss in group) / draws
+            if 0 < size <= eps + 1e-6 and mean > best:
+                best, at = mean, group[0][0]
+        assert best > -math.inf
+        torch.testing.assert_close(float(result.loss[image]), best, rtol=1e-6, atol=1e-6)
+        assert torch.equal(result.strongest[image], at)
+
+
+def test_an_attack_that_saw_no_failure_is_judged_by_what_it_tried():
+    """AutoAttack returns the image as it came."""
+    x, y = labelled(3)
+    attack = APGD("Linf", 1e-4, iterations=5)
+    defense = plain("cpu")
+    with torch.random.fork_rng():
+        result = attack.run(defense, x, y, seed=0)
+    assert torch.equal(result.x_adv, x)
+    before, after = (torch.nn.functional.cross_entropy(defense(t), y, reduction="none") for t in (x, result.strongest))
+    assert bool((after > before).all())
+    torch.testing.assert_close(result.loss, after.detach())
+
+
+def test_an_image_misclassified_at_the_first_look_is_offered_again():
+    x, y = labelled(3)
+    attack = APGD("Linf", 1 / 255, iterations=3)
+    defense = plain("cpu")
+    defense.model = Watched(defense.model, y, wrong_at={0})
+    with torch.random.fork_rng():
+        result = attack.run(defense, x, y, seed=0)
+    assert torch.equal(result.x_adv[0], x[0])  # the attack's own verdict
+    assert not torch.equal(result.strongest[0], x[0]) and float(result.loss[0]) > 0
+    assert len(result.curve) == 4  # of the first offer
+
+
+def test_an_image_that_is_never_right_is_left_as_it_came():
+    x, y = labelled(3, wrong=[1])
+    defense = plain("cpu")
+    defense.model = Watched(defense.model, y)
+    with torch.random.fork_rng():
+        result = APGD("Linf", 1 / 255, iterations=3).run(defense, x, y, seed=0)
+    assert torch.equal(result.strongest[1], x[1]) and float(result.loss[1]) == -math.inf
+    again = [asked for asked, _ in defense.model.asked if len(asked) == 1]
+    assert len(again) == OFFERS - 1 and all(torch.equal(asked[0], x[1]) for asked in again)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError, Outcome
+from coupfast.evaluation.ledger import DATABASE, VERSION, Ledger, LedgerError, Outcome
 from coupfast.evaluation.units import Unit
 
 UNIT = Unit("apgd-ce", 3, (4, 5))
@@ -147,7 +147,7 @@ def test_other_files(tmp_path, folder):
     with sqlite3.connect(folder / DATABASE) as database:
         database.execute("UPDATE run SET version = 7")
     database.close()
-    with pytest.raises(LedgerError, match="is of version 7, this coupfast reads version 1"):
+    with pytest.raises(LedgerError, match=f"is of version 7, this coupfast reads version {VERSION}"):
         Ledger(folder)
     (folder / DATABASE).write_bytes(b"not a database, but long enough to be looked at" * 10)
     with pytest.raises(LedgerError, match="file is not a database"):

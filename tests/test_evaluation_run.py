@@ -53,6 +53,8 @@ def test_units_hold_what_protocols_need(tmp_path):
         clean, judged = records["clean-00000"], records["judge-00000"]
         assert clean.unit.images == (0, 1) and clean.result["standing"] == [0]  # image 1 has a wrong label
         assert np.shape(judged.result["clean"]) == np.shape(judged.result["attacked"]) == (3, 2)
+        # It is offered to the attack, which may see it right in another draw; it never is, and stays as it came.
+        assert records["apgd-ce-00000"].unit.images == (0, 1) and judged.result["unchanged"] == [1]
         arrays = ledger.arrays(judged)
         assert arrays["clean_logits"].shape == (3, 2, 10)
         np.testing.assert_array_equal(arrays["clean_logits"].argmax(axis=2), judged.result["clean"])
@@ -62,7 +64,7 @@ def test_units_hold_what_protocols_need(tmp_path):
         x, _ = labelled(5)
         assert np.abs(attack["x_adv"] - x[[2, 3]].numpy()).max() <= SMALL.eps + 1e-6
         forward = sum(record.forward_images for record in records.values())
-        assert forward > 0 and sum(record.gradient_images for record in records.values()) > forward
+        assert forward > 0 and sum(record.gradient_images for record in records.values()) > 0
 
 
 def test_judging_noise_is_common_to_defenses_and_shards(tmp_path):
@@ -172,7 +174,6 @@ def alive(pid):
         return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
 
 
 def test_a_unit_that_kills_its_workers_is_named(tmp_path, monkeypatch):
@@ -323,7 +324,7 @@ def test_a_worker_with_other_software_or_weights_refuses():
     older = dataclasses.replace(rules, environment={**rules.environment, "torch": "0.4"})
     with pytest.raises(ValueError, match='would not give the same bits: environment.torch was "0.4" and is'):
         worker_module.Worker(older, purified, "cpu")
-    with pytest.raises(ValueError, match="would not give the same bits: .*defense.gradient was \"exact\" and is \"bpda\""):
+    with pytest.raises(ValueError, match='would not give the same bits: .*defense.gradient was "exact" and is "bpda"'):
         worker_module.Worker(rules, purified_bpda, "cpu")
 
 

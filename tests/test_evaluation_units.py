@@ -24,6 +24,14 @@ def test_shards_run_through_the_stages_by_themselves():
     assert names(schedule.ready(standing)) == [("a-00000", (1,)), ("judge-00001", (2, 3)), ("b-00002", (4,))]
 
 
+def test_randomized_defenses_are_attacked_where_one_clean_draw_was_wrong():
+    schedule = Schedule(images=4, shard=2, attacks=("a", "b"), attack_all=True)
+    standing = {"clean-00000": [1], "clean-00001": []}
+    assert names(schedule.ready(standing)) == [("a-00000", (0, 1)), ("a-00001", (2, 3))]
+    standing |= {"a-00000": [0], "a-00001": []}
+    assert names(schedule.ready(standing)) == [("b-00000", (0,)), ("judge-00001", (2, 3))]
+
+
 def test_regrouped_shards_wait_and_are_cut_anew():
     schedule = Schedule(images=5, shard=2, attacks=("a", "b"), regroup=True)
     standing = {"clean-00000": [1], "clean-00001": [2, 3]}

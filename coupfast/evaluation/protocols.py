@@ -45,11 +45,13 @@ class Judged:
             after each stage, and right at all of them, as AutoAttack counts.
         logits: Of the judge's fresh draws, (draws, images, classes).
         labels: (images,).
+        unchanged: Of attacked images, how many are as they came, since no attack got to try anything else.
     """
 
     official: np.ndarray
     logits: np.ndarray
     labels: np.ndarray
+    unchanged: int = 0
 
     @property
     def right(self) -> np.ndarray:
@@ -131,9 +133,11 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
     records = list(ledger.done().values())
     official = {"clean": np.ones(count, dtype=bool), "attacked": np.ones(count, dtype=bool)}
     logits: dict[str, dict[int, np.ndarray]] = {"clean": {}, "attacked": {}}
+    as_they_came = {"clean": 0, "attacked": 0}
     for record in records:
         if record.unit.stage == JUDGE:
             arrays = ledger.arrays(record)
+            as_they_came["attacked"] += len(record.result.get("unchanged", ()))
             for kind in logits:
                 if f"{kind}_logits" in arrays:
                     columns = arrays[f"{kind}_logits"].swapaxes(0, 1)
@@ -150,7 +154,7 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
         )
     labels = np.array(ledger.configuration["images"]["labels"])
     return {
-        kind: Judged(official[kind], np.stack([rows[image] for image in range(count)], axis=1), labels)
+        kind: Judged(official[kind], np.stack([rows[image] for image in range(count)], axis=1), labels, as_they_came[kind])
         for kind, rows in logits.items()
         if rows
     }
@@ -167,7 +171,17 @@ def table(verdicts: Mapping[str, Judged]) -> str:
             count = f"{found.value * found.images:g}/{found.images}"
             cells.append(f"{100 * found.value:5.1f} % {f'({count})':11s} [{100 * low:5.1f}, {100 * high:5.1f}]")
         lines.append(f"{describe(protocol, draws):34s}" + "".join(f"{cell:34s}" for cell in cells))
+    if "attacked" in verdicts and verdicts["attacked"].unchanged:
+        lines.append(unchanged(verdicts["attacked"]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def unchanged(attacked: Judged) -> str:
+    """In words, how many attacked images are no other than clean ones."""
+    return (
+        f"{attacked.unchanged} of {len(attacked.labels)} attacked images are clean ones: misclassified at every first look, "
+        "they were not attacked"
+    )
 
 
 def scores(verdicts: Judged, protocol: str) -> np.ndarray:

@@ -173,9 +173,14 @@ def _accuracies(run: Run) -> Table:
         ("protocol", *run.verdicts),
         rows,
         f"{_summary(run)}. Intervals of 95 %: Wilson's over images; then, from resampled images and draws, a bootstrap's. The "
-        f"clean accuracy by a protocol is what its attacked accuracy is to be compared with. An attacked image is the one that "
-        f"fooled the defense, or else what the last stage left that changed it.",
+        f"clean accuracy by a protocol is what its attacked accuracy is to be compared with. The official verdict is about the "
+        f"images that each attack returns, the others about those at which an attack saw the highest loss.{_unchanged(run)}",
     )
+
+
+def _unchanged(run: Run) -> str:
+    attacked = run.verdicts.get("attacked")
+    return f" {protocols.unchanged(attacked)}." if attacked is not None and attacked.unchanged else ""
 
 
 def _summary(run: Run) -> str:

@@ -69,17 +69,19 @@ def run(
 def attacked_images(
     ledger: Ledger, attacks: Sequence[str], records: Mapping[str, Record], images: Sequence[int], x: np.ndarray
 ) -> np.ndarray:
-    """What each image has become: what fooled the defense; else what the last stage that changed the image left."""
+    """What each image has become: its strongest form by the loss that any stage saw, else what the last stage left of it."""
     result = {image: x[image] for image in images}
-    for stage in attacks:  # an image is in no stage after the one that fooled it
+    highest = dict.fromkeys(images, -np.inf)
+    for stage in attacks:
         for record in records.values():
             if record.unit.stage != stage or not set(record.unit.images) & set(result):
                 continue
-            x_adv = ledger.arrays(record)["x_adv"]
-            fallen = set(record.unit.images) - set(_standing(record))
-            for position, image in enumerate(record.unit.images):
-                if image in result and (image in fallen or not np.array_equal(x_adv[position], x[image])):
-                    result[image] = x_adv[position]
+            arrays = ledger.arrays(record)
+            forms = arrays.get("x_strongest", arrays["x_adv"])
+            losses = arrays.get("loss", np.full(len(forms), np.inf))  # of an attack that does not tell, the last counts
+            for image, form, loss in zip(record.unit.images, forms, losses, strict=True):
+                if image in result and (loss > highest[image] or loss == np.inf):
+                    result[image], highest[image] = form, float(loss)
     return np.stack([result[image] for image in images])
 
 
@@ -101,7 +103,7 @@ class _Progress:
     """A bar over images at stages, an image that falls counting for all stages that it is spared."""
 
     def __init__(self, schedule: Schedule, cost: Mapping[str, int], done: Iterable[Record], disable: bool) -> None:
-        self._stages = [CLEAN, *schedule.attacks]
+        self._stages, self._all = [CLEAN, *schedule.attacks], schedule.attack_all
         self._cost, self._fooled, self._units, self._purified = cost, 0, 0, 0
         self._started = time.monotonic()
         before = sum(self._count(record) for record in done)
@@ -124,7 +126,7 @@ class _Progress:
         """What a unit that is done takes off the work, at most."""
         unit = record.unit
         done = len(unit.images) * self._cost[unit.stage]
-        if unit.stage != JUDGE:
+        if unit.stage != JUDGE and not (unit.stage == CLEAN and self._all):
             fallen = len(unit.images) - len(_standing(record))
             self._fooled += fallen
             done += fallen * sum(self._cost[stage] for stage in self._stages[self._stages.index(unit.stage) + 1 :])

@@ -141,7 +141,9 @@ class Spec:
 
     def schedule(self, images: int) -> Schedule:
         """The units of a run on that many images."""
-        return Schedule(images, self.shard, tuple(self.stages()), regroup=self.seeding == "autoattack")
+        like_autoattack = self.seeding == "autoattack"
+        attack_all = self.method != NO_DEFENSE and not like_autoattack
+        return Schedule(images, self.shard, tuple(self.stages()), regroup=like_autoattack, attack_all=attack_all)
 
     def rules(self, defense: Mapping[str, Any]) -> Rules:
         """What a worker needs; `defense` describes the one that it has to build."""

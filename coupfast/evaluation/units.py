@@ -41,12 +41,15 @@ class Schedule:
         shard: Images of a shard.
         attacks: Stages of the attack, in order; `CLEAN` comes before and `JUDGE`, on all images, after them.
         regroup: Cut the standing images into new shards before every stage.
+        attack_all: Attack images that the clean verdict found misclassified, too: a randomized defense may be right about them
+            in the next draw, and is judged on many.
     """
 
     images: int
     shard: int
     attacks: tuple[str, ...]
     regroup: bool = False
+    attack_all: bool = False
 
     def ready(self, standing: Mapping[str, Sequence[int]]) -> list[Unit]:
         """Units that are not done and whose images are known.
@@ -66,7 +69,8 @@ class Schedule:
                 units += waiting
                 if waiting:
                     break
-                left = tuple(image for unit in stage_units for image in standing[unit.name])
+                if stage != CLEAN or not self.attack_all:
+                    left = tuple(image for unit in stage_units for image in standing[unit.name])
         return units
 
 

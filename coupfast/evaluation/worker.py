@@ -138,7 +138,10 @@ class Worker:
             "standing": [image for image, stands in zip(unit.images, right, strict=True) if stands],
             "curve": list(found.curve),
         }
-        return result, {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
+        tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
+        if found.strongest is not None and found.loss is not None:
+            tensors |= {"x_strongest": found.strongest, "loss": found.loss}
+        return result, tensors
 
     def _judge(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         # By image and draw and nothing else: two defenses in runs of equal seeds meet the same noise.
@@ -158,6 +161,9 @@ class Worker:
                     rows.append(self.defense(inputs[name], ids=ids, draw=draw))
             logits = torch.stack(rows)  # [draws, images, classes]
             tensors[f"{kind}_logits"] = logits
+            if kind == "attacked":
+                same = (inputs["x"] == inputs["x_adv"]).flatten(1).all(dim=1).tolist()
+                result["unchanged"] = [image for image, is_same in zip(unit.images, same, strict=True) if is_same]
             result[kind] = logits.argmax(dim=2).tolist()
             shown = [i for i, image in enumerate(unit.images) if image < self.rules.paths]
             if shown:

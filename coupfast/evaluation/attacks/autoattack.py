@@ -1,17 +1,24 @@
-"""The attacks of AutoAttack (Croce and Hein 2020), in pyautoattack's unmodified code, set up as its `AutoAttack` does."""
+"""The attacks of AutoAttack (Croce and Hein 2020), in pyautoattack's unmodified code, set up as its `AutoAttack` does.
+
+They return an image as it came if they saw the defense fail nowhere, or at their very first look. With a defense that draws
+noise neither says that the attack found nothing: what it asked is watched, and where its loss was highest is kept beside.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional
 
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.defense import Defense
+
+#: How often an image is offered to an attack that does not begin because its first look at it finds it misclassified already.
+OFFERS = 8
 
 _LOGGER = logging.getLogger("auto-attack")  # pyautoattack's own
 
@@ -27,7 +34,7 @@ class APGD(Attack):
     eot_iter: int = 1
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        seen = _Predictions(defense)
+        seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter)
         settings = {
             "norm": self.norm,
             "eps": self.eps,
@@ -37,10 +44,10 @@ class APGD(Attack):
             "loss": self.loss,
             "logger": _LOGGER,
         }
-        x_adv = _perturb("autopgd_base.APGDAttack", settings, seen, x, y, seed=seed)
-        return Result(x_adv, self._curve(seen, y))
+        x_adv = _perturb("autopgd_base.APGDAttack", settings, seen, seed=seed)
+        return seen.result(x_adv, self._curve(seen, y))
 
-    def _curve(self, seen: _Predictions, y: torch.Tensor) -> tuple[int, ...]:
+    def _curve(self, seen: _Seen, y: torch.Tensor) -> tuple[int, ...]:
         # APGD looks once at all images, then attacks those that are right; the last EOT sample of an iteration is its verdict.
         attacked = seen.plain[0] == y
         standing = torch.ones(int(attacked.sum()), dtype=torch.bool, device=y.device)
@@ -74,7 +81,8 @@ class TargetedAPGD(Attack):
             "n_target_classes": self.target_classes,
             "logger": _LOGGER,
         }
-        return Result(_perturb("autopgd_base.APGDAttack_targeted", settings, defense, x, y, seed=seed))
+        seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter)
+        return seen.result(_perturb("autopgd_base.APGDAttack_targeted", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
         return Cost(1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter)
@@ -97,7 +105,8 @@ class FABTargeted(Attack):
             "targeted": True,
             "n_target_classes": self.target_classes,
         }
-        return Result(_perturb("fab_pt.FABAttack_PT", settings, defense, x, y, seed=seed))
+        seen = _Seen(defense, x, y, self.norm, self.eps)
+        return seen.result(_perturb("fab_pt.FABAttack_PT", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
         return Cost(1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations)
@@ -113,40 +122,74 @@ class Square(Attack):
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {"norm": self.norm, "eps": self.eps, "n_queries": self.queries, "p_init": 0.8, "resc_schedule": False}
-        return Result(_perturb("square.SquareAttack", settings, defense, x, y, seed=seed))
+        seen = _Seen(defense, x, y, self.norm, self.eps)
+        return seen.result(_perturb("square.SquareAttack", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
         return Cost(self.queries + 3, 0)
 
 
-class _Predictions:
-    """Between an attack and the defense: what the attack sees the images classified as."""
+class _Seen:
+    """Between an attack and the defense: what the attack asked, and what it got to see.
 
-    def __init__(self, defense: Defense) -> None:
-        self.defense = defense
+    Args:
+        defense: Answers.
+        x: The images under attack.
+        y: Their labels.
+        norm, eps: The ball around each.
+        draws: How often the attack asks at one point, one time after the other.
+    """
+
+    def __init__(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, norm: str, eps: float, *, draws: int = 1) -> None:
+        self.defense, self.x, self.y, self.norm, self.eps, self.draws = defense, x, y, norm, eps, draws
         self.plain: list[torch.Tensor] = []
         self.with_gradient: list[torch.Tensor] = []
+        self.offers = 1  # predictions are those of the first
+        self.begun = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._strongest, self._loss = x.clone(), torch.full((len(x),), -float("inf"), device=x.device)
+        self._point, self._sum, self._count = x.clone(), torch.zeros_like(self._loss), torch.zeros_like(y)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.defense(x)
-        (self.with_gradient if x.requires_grad else self.plain).append(logits.detach().argmax(dim=1))
+        if self.offers == 1:
+            (self.with_gradient if x.requires_grad else self.plain).append(logits.detach().argmax(dim=1))
+        self._keep(x.detach(), logits.detach())
         return logits
 
+    def result(self, x_adv: torch.Tensor, curve: tuple[int, ...] = ()) -> Result:
+        return Result(x_adv, curve, self._strongest, self._loss)
 
-def _perturb(
-    name: str,
-    settings: dict[str, Any],
-    defense: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    seed: int,
-) -> torch.Tensor:
+    def _keep(self, x: torch.Tensor, logits: torch.Tensor) -> None:
+        # Attacks ask about some of the images at a time, and do not say which; one is nearest to itself.
+        images = torch.cdist(x.flatten(1), self.x.flatten(1)).argmin(dim=1)
+        change = (x - self.x[images]).flatten(1)
+        size = change.abs().amax(dim=1) if self.norm == "Linf" else change.norm(dim=1)
+        self.begun[images[size > 0]] = True
+        # A little more than eps is rounding; FAB asks far outside, too.
+        inside = (size > 0) & (size <= self.eps + 1e-6) & (x >= 0).flatten(1).all(1) & (x <= 1).flatten(1).all(1)
+        images, x = images[inside], x[inside]
+        loss = functional.cross_entropy(logits[inside], self.y[images], reduction="none")
+        again = (x == self._point[images]).flatten(1).all(dim=1) & (self._count[images] < self.draws)
+        self._point[images] = x
+        self._sum[images] = torch.where(again, self._sum[images], 0.0) + loss
+        self._count[images] = torch.where(again, self._count[images], 0) + 1
+        mean = self._sum[images] / self.draws
+        higher = (self._count[images] == self.draws) & (mean > self._loss[images])
+        self._strongest[images[higher]], self._loss[images[higher]] = x[higher], mean[higher]
+
+
+def _perturb(name: str, settings: dict[str, Any], seen: _Seen, *, seed: int) -> torch.Tensor:
     """What pyautoattack's "module.class" `name`, with these settings and one restart, makes of images."""
     module, name = name.split(".")
-    attack = getattr(_pyautoattack(module), name)(defense, n_restarts=1, seed=seed, device=x.device, **settings)
+    attack = getattr(_pyautoattack(module), name)(seen, n_restarts=1, seed=seed, device=seen.x.device, **settings)
     with torch.no_grad():
-        return attack.perturb(x, y).detach()
+        x_adv = attack.perturb(seen.x, seen.y).detach()
+        # Its verdict stands; but with another draw at the first look there is an attack, whose images are worth having.
+        while seen.offers < OFFERS and not bool(seen.begun.all()):
+            seen.offers += 1
+            left = ~seen.begun
+            attack.perturb(seen.x[left], seen.y[left])
+    return x_adv
 
 
 def _pyautoattack(module: str) -> Any:

@@ -23,13 +23,19 @@ class Result:
     """What an attack leaves.
 
     Attributes:
-        x_adv: Its best images, in [0, 1].
+        x_adv: The images that it returns, in [0, 1]: what its own verdict is about.
         curve: Images that the attack had not yet seen misclassified, at its starting point and after each iteration; empty if
             it does not tell.
+        strongest: The images to judge a randomized defense by, where those are others: the ones inside of the ball at which the
+            attack saw the highest loss. An attack that returns an image as it came wherever it saw no failure (AutoAttack's
+            do) would be judged by clean images there.
+        loss: The mean cross-entropy that it saw at them, −inf where it has tried no point but the image itself.
     """
 
     x_adv: torch.Tensor
     curve: tuple[int, ...] = ()
+    strongest: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
 
 
 class Attack(abc.ABC):
