@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from coupfast.tracing import Trace, trace
+from coupfast.tracing import LINEAR_VIEWS, Trace, trace
 
 logger = logging.getLogger(__name__)
 
@@ -135,23 +135,9 @@ def _bit_positions(device: torch.device) -> torch.Tensor:
 # --- piecewise-linear classifiers -------------------------------------------------------------------------------------
 
 # Linear in their first argument, everything else being constant; applied to a tangent as they are.
-_LINEAR = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+_LINEAR = LINEAR_VIEWS | {
     aten.flatten.using_ints,
-    aten.expand.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
     aten.clone.default,
-    aten.alias.default,
-    aten.contiguous.default,
     aten.neg.default,
     aten.mean.dim,
     aten.mean.default,

@@ -16,6 +16,27 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+aten = torch.ops.aten
+
+#: Operations that only look at one tensor another way (or copy it into another format, if it is not in that), and that
+#: autograd sees through.
+LINEAR_VIEWS = {
+    aten.contiguous.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.alias.default,
+}
+
 
 class PerImage(int):
     """An integer argument that is this many times the batch size."""

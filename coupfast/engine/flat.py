@@ -16,30 +16,12 @@ from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.guidance import PiecewiseLinearGraph, kink
-from coupfast.tracing import Trace
+from coupfast.tracing import LINEAR_VIEWS, Trace
 
 aten = torch.ops.aten
 
 #: Operations that only look at memory another way (or copy it into another format, if it is not in that): not counted.
-VIEWS = {
-    aten.contiguous.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.alias.default,
-    aten.detach.default,
-}
+VIEWS = LINEAR_VIEWS | {aten.split.Tensor, aten.split_with_sizes.default, aten.detach.default}
 
 
 @dataclasses.dataclass
