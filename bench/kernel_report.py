@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import tables
 import torch
 import triton
 import triton.backends.nvidia
@@ -405,16 +406,7 @@ def main() -> None:
     print(f"Compiled offline by Triton {triton.__version__}; no kernel has run.")
     for table in (rows(), conv3x3_rows()):
         print()
-        _print(table, markdown)
-
-
-def _print(table: list[tuple[str, ...]], markdown: bool) -> None:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for number, row in enumerate(table):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
-        if markdown and number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        print(*tables.lines(table, markdown=markdown), sep="\n")
 
 
 if __name__ == "__main__":

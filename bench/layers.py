@@ -36,6 +36,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tables
 import torch
 import torch.nn.functional as F
 from cases import IMAGE_SHAPE, Case, add_network_options, load_case, positive, write_results
@@ -439,8 +440,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         share = "" if row["share_of_sgemm"] is None else f"{100 * row['share_of_sgemm']:.0f} %"
         ratios = [f"{row[key]:.2f}" for key in ("ratio_to_eager", "ratio_to_channels_last")]
         table.append([*head, f"{1e6 * row['seconds']:.1f}", f"{row['gflops']:.1f}", share, *ratios, errors])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return tables.lines(table)
 
 
 def _network_line(row: dict[str, Any]) -> str:

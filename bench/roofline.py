@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+import tables
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,12 +178,7 @@ def main() -> None:
     for row in rows(steps):
         shares = (_percent(row["shares"][part]) for part in PARTS)
         table.append((row["gpu"], str(row["batch"]), row["step"], f"{1e3 * row['seconds']:.2f}", *shares, row["basis"]))
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for number, line in enumerate(table):
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
-        if markdown and number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print(*tables.lines(table, markdown=markdown), sep="\n")
 
 
 if __name__ == "__main__":
