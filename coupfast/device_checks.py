@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from coupfast.engine.calibration import FLOAT32_LIMIT, STRICT_FACTOR, TF32_LIMIT
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rates import copy_bandwidth, device_seconds, matmul_rate
+from coupfast.environment import one_line
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import Purifier
 from coupfast_kernels.conv3x3 import conv3x3, conv3x3_ref, pack_weight
@@ -134,7 +135,7 @@ def _row(kernel: str, case: str, check: Callable[..., tuple[float, float]], *arg
     try:
         error, bound = check(*arguments)
     except Exception as failure:  # whatever a kernel does wrong is what this report is for
-        return row | {"status": "failed", "error": None, "bound": None, "detail": _one_line(failure)}
+        return row | {"status": "failed", "error": None, "bound": None, "detail": one_line(failure)}
     if not math.isfinite(error):
         return row | {"status": "failed", "error": None, "bound": bound, "detail": "values that are not finite"}
     detail = f"error {error:.2e}, bound {bound:.2e}" if bound else f"{error:.0f} elements with other bits"
@@ -269,7 +270,7 @@ def check_engine(
                 purifier = construct(*networks, method=method, engine=name, num_steps=_STEPS, **more)
                 purifier.plan(len(x), image_shape=tuple(x.shape[1:]))
             except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-                raise _Refused(_one_line(error)) from error
+                raise _Refused(one_line(error)) from error
             found = _both(purifier, x, direction)
             if name != "eager":
                 # A program that is run again may write where it wrote before: the first results must survive, and be repeated.
@@ -316,7 +317,7 @@ def _judge(run: Callable[[], list[torch.Tensor]], exact: list[torch.Tensor], bou
     except _Refused as error:
         return {"status": "refused", "detail": str(error)}
     except Exception as error:  # whatever an engine does wrong is what this report is for
-        return {"status": "failed", "detail": _one_line(error)}
+        return {"status": "failed", "detail": one_line(error)}
     errors = [max(_relative_error(each, right) for each in found[i::2]) for i, right in enumerate(exact)]
     if not all(map(math.isfinite, errors)):
         return {"status": "failed", "detail": "values that are not finite"}
@@ -373,7 +374,7 @@ def measure_rates(device: torch.device, unsound: set[str], *, images: int = 64, 
                 row |= {kind: amount, f"{kind}_per_second": amount / seconds, "share": amount / seconds / rate}
                 found["kernels"].append(row)
     except Exception as error:  # a card without memory left, or one that a kernel has stopped
-        found["problem"] = _one_line(error)
+        found["problem"] = one_line(error)
     return found
 
 
@@ -408,8 +409,3 @@ def _by(shape: tuple[int, ...]) -> str:
 def _relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     error = float((value.double() - exact).norm() / exact.norm())
     return math.inf if math.isnan(error) else error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -367,13 +367,13 @@ def _compare(
         purifier = Purifier(score, classifier, num_steps=_STEPS, **options)
         purifier.plan(len(x), image_shape=tuple(x.shape[1:]))  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        return {"status": "refused", "detail": _one_line(error)}
+        return {"status": "refused", "detail": environment.one_line(error)}
     try:
         image = x.clone().requires_grad_()
         purified = purifier(image, seed=_SEED)
         (gradient,) = torch.autograd.grad(purified, image, direction.to(x.dtype))
     except Exception as error:  # whatever an engine does wrong is what this report is for
-        return {"status": "failed", "detail": _one_line(error)}
+        return {"status": "failed", "detail": environment.one_line(error)}
     # Both sides of a float64 comparison round, so twice the factor.
     scale = 1.0 if x.dtype == torch.float32 else 2.0 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     errors = [_relative_error(a, b) for a, b in zip((purified.detach(), gradient), exact, strict=True)]
@@ -416,8 +416,3 @@ def _where(row: dict[str, Any]) -> tuple[str, str]:
 
 def _relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

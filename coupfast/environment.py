@@ -33,3 +33,9 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor that does not say its name
         return platform.processor() or platform.machine()
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a record keeps it: its type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -35,6 +35,7 @@ import coupfast_kernels
 from coupfast.cache import cache_directory
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rates import device_seconds
+from coupfast.environment import one_line
 from coupfast_kernels.conv3x3 import conv3x3, pack_weight
 
 try:
@@ -193,7 +194,7 @@ class Calibration:
                     if not found <= limit:
                         refused[name] = f"its error against float64 is {found:.2e}, over {limit:.2e}"
                 except Exception as error:  # whatever a kernel does wrong on a GPU nobody has tried it on
-                    refused[name] = _one_line(error)
+                    refused[name] = one_line(error)
                     passing |= isinstance(error, torch.cuda.OutOfMemoryError)
             del truth
             for repeat in range(REPEATS):
@@ -203,7 +204,7 @@ class Calibration:
                     try:
                         samples.setdefault(name, []).append(_finite_seconds(self.timer(calls[name])))
                     except Exception as error:
-                        refused[name] = _one_line(error)
+                        refused[name] = one_line(error)
                         passing |= isinstance(error, torch.cuda.OutOfMemoryError)
         for name, reason in refused.items():
             if name != LIBRARY:
@@ -248,7 +249,7 @@ class Calibration:
                 raise ValueError("it is of another machine or version than its name says")
             return {_shape_of(row): self._choice_of(row) for row in document["choices"]}
         except (KeyError, TypeError, ValueError) as error:
-            self._say("%s is damaged (%s); its choices of convolutions are made anew", self.file, _one_line(error))
+            self._say("%s is damaged (%s); its choices of convolutions are made anew", self.file, one_line(error))
             return {}
 
     def _choice_of(self, row: dict[str, Any]) -> Choice:
@@ -457,8 +458,3 @@ def _replace(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
