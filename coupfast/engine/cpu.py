@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
 from coupfast.engine.cpu_program import NetworkProgram, WeightStore, Workspace
-from coupfast.engine.eager import EagerProgram
+from coupfast.engine.eager import EagerProgram, guidance_of
 from coupfast.engine.fusion import Convolution, FusedNetwork, fuse
 from coupfast.engine.memory import available_bytes
 from coupfast.guidance import Guidance, Linearization, scaled_logits
@@ -417,5 +417,4 @@ def prepare(
         if example.dtype == torch.float32 and example.device.type == "cpu":
             raise native.NativeUnavailable(reason)
         raise ValueError(f"{reason}; engine='eager' does")
-    guidance = Guidance(classifier, example) if classifier is not None and table.guided else None
-    return CpuPrograms(score, guidance, table, example, differentiate_guidance)
+    return CpuPrograms(score, guidance_of(classifier, table, example), table, example, differentiate_guidance)

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
 from coupfast.engine.calibration import Calibration, ConvolutionShape
-from coupfast.engine.eager import EagerProgram
+from coupfast.engine.eager import EagerProgram, guidance_of
 from coupfast.engine.flat import FlatGraph, TracedClassifier, TracedLogits, TracedScore, flatten
 from coupfast.engine.fused import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.graphs import Backend, CudaBackend, Runner
@@ -650,7 +650,6 @@ def prepare(
         if example.device.type == "cuda" and example.dtype == torch.float32:
             raise RuntimeError(f"{reason}; engine='eager' runs without")
         raise ValueError(f"{reason}; engine='eager' does")
-    guidance = Guidance(classifier, example) if classifier is not None and table.guided else None
     choose = None
     if chosen.triton:
         calibration = Calibration(example.device, precision=precision)
@@ -661,7 +660,7 @@ def prepare(
 
     return CudaPrograms(
         score,
-        guidance,
+        guidance_of(classifier, table, example),
         table,
         example,
         differentiate_guidance,

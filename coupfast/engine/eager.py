@@ -138,6 +138,11 @@ def _weights(network: nn.Module) -> list[torch.Tensor]:
     return [*network.parameters(), *network.buffers()]
 
 
+def guidance_of(classifier: nn.Module | None, table: CoefficientTable, example: torch.Tensor) -> Guidance | None:
+    """What guides the steps of a table; None if nothing does."""
+    return Guidance(classifier, example) if classifier is not None and table.guided else None
+
+
 def prepare(
     score: nn.Module,
     classifier: nn.Module | None,
@@ -154,5 +159,4 @@ def prepare(
         example: A state; its image shape, dtype and device are those of all states to come.
         differentiate_guidance: Whether `step_vjp` includes the Hessian of the guidance.
     """
-    guidance = Guidance(classifier, example) if classifier is not None and table.guided else None
-    return EagerProgram(score, guidance, table, example, differentiate_guidance)
+    return EagerProgram(score, guidance_of(classifier, table, example), table, example, differentiate_guidance)
