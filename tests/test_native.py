@@ -52,10 +52,10 @@ CHILD = """
 import json, logging, sys
 from pathlib import Path
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-from coupfast_kernels import native
+from coupfast_kernels import locks, native
 native.SOURCES = Path(sys.argv[1])
 if sys.argv[2] == "without locks":
-    native.fcntl = None
+    locks.fcntl = None
 print(json.dumps({"answer": native.load().answer(), **native.describe()}))
 """
 

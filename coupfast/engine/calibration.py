@@ -23,8 +23,7 @@ import os
 import platform
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,7 @@ from coupfast.engine.precision import strict_float32
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import one_line
 from coupfast_kernels.conv3x3 import conv3x3, pack_weight
-
-try:
-    import fcntl
-except ImportError:  # not on every system
-    fcntl = None  # type: ignore[assignment]
+from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +263,8 @@ class Calibration:
         """Add a choice to the file; returns the file's own, where another process has written one meanwhile."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.file.with_suffix(".lock")):
+            # Where there are no locks, writers may lose rows.
+            with locked(self.file.with_suffix(".lock"), work="writes choices of convolutions", patience=PATIENCE_SECONDS):
                 choices = self._read()
                 if shape in choices:
                     return choices[shape]
@@ -423,28 +419,6 @@ def _capturing(device: torch.device) -> bool:
 
 def _shape_of(row: dict[str, Any]) -> ConvolutionShape:
     return ConvolutionShape(*(row[field.name] for field in dataclasses.fields(ConvolutionShape)))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which the system gives back when its holder ends. Where there are no locks, writers may lose rows."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        started = time.monotonic()
-        while fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - started > PATIENCE_SECONDS:
-                    raise TimeoutError(f"another process has held {path} for {PATIENCE_SECONDS:.0f} s") from None
-                time.sleep(0.02)
-            except OSError as error:
-                logger.debug("no locks beside %s: %s", path, error)
-                break
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -30,15 +30,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not on every system
-    fcntl = None  # type: ignore[assignment]
+from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +335,7 @@ def _from_cache(recipe: _Recipe, folder: Path) -> tuple[Path, float | None]:
     for path in _entries(recipe, folder):
         if _fault(path) is None:
             return path, None
-    with _locked(folder):
+    with locked(folder / "lock", work="builds C++ kernels", patience=PATIENCE_SECONDS):
         for path in _entries(recipe, folder):  # another process may have been faster
             fault = _fault(path)
             if fault is None:
@@ -366,37 +362,6 @@ def _fault(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error}"
     return None if found == path.stem.partition("-")[2] else f"is damaged: its SHA-256 is {found}, not that in its name"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system gives it back when its holder ends, however it ends; the file stays.
-
-    Raises:
-        TimeoutError: (an OSError) if another process holds it for longer than `PATIENCE_SECONDS`.
-    """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)  # not inherited by the compiler
-    try:
-        started = time.monotonic()
-        waiting = False
-        while fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    logger.info("waiting for another process that builds C++ kernels")
-                    waiting = True
-                if time.monotonic() - started > PATIENCE_SECONDS:
-                    message = f"another process has held {folder / 'lock'} for {PATIENCE_SECONDS:.0f} s"
-                    raise TimeoutError(message) from None
-                time.sleep(0.05)
-            except OSError as error:
-                logger.debug("no locks in %s: %s", folder, error)
-                break
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_stale(folder: Path) -> None:
