@@ -136,6 +136,14 @@ def _sum(node: fx.Node) -> tuple[Any, Any] | None:
     return node.args if node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2 else None  # type: ignore[return-value]
 
 
+def _added_to(node: fx.Node, user: fx.Node) -> Any:
+    """What a user of a node adds to it; None if it is no sum, or one of the node with itself."""
+    terms = _sum(user)
+    if terms is None or terms[0] is terms[1]:
+        return None
+    return terms[1] if terms[0] is node else terms[0]
+
+
 class _Convolutions(_Pass):
     def __init__(self, graph: FlatGraph, choose: Conv3x3Choice, packed: PackedWeights) -> None:
         super().__init__(graph)
@@ -177,13 +185,10 @@ class _Convolutions(_Pass):
         image_bias, residual, scale, last = None, None, 1.0, node
         while len(last.users) == 1:
             (user,) = last.users
-            terms, factor = _sum(user), _scaling(user)
+            other, factor = _added_to(last, user), _scaling(user)
             if factor is not None and user.args[0] is last:
                 scale *= factor
-            elif terms is not None and scale == 1.0:
-                other = terms[1] if terms[0] is last else terms[0]
-                if other is last:
-                    break
+            elif other is not None and scale == 1.0:
                 if image_bias is None and residual is None and self.is_image_bias(other, self.value(node)):
                     image_bias = other
                 elif residual is None and self.is_image(other) and self.value(other).shape == self.value(node).shape:
@@ -259,11 +264,9 @@ class _Norms(_Pass):
         (item,) = node.users
         if len(item.users) == 1:
             (user,) = item.users
-            terms = _sum(user)
-            if terms is not None and terms[0] is not terms[1]:
-                other = terms[1] if terms[0] is item else terms[0]
-                if self.is_image(other) and self.value(other).shape == self.value(x).shape:
-                    gh, place, item = other, user, user
+            other = _added_to(item, user)
+            if self.is_image(other) and self.value(other).shape == self.value(x).shape:
+                gh, place, item = other, user, user
         args = (x, gy, gh, weight, norm.args[2], groups, norm.args[7], 1.0, bool(silu))
         new = self.kernel(place, torch.ops.coupfast.group_norm_silu_vjp.default, args, self.value(x))
         item.replace_all_uses_with(new)
