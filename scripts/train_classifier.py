@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -99,19 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     command.set_defaults(function=train)
 
     command = commands.add_parser("evaluate", help="print the held-out accuracy as JSON")
-    add = command.add_argument
-    add("--weights", type=Path, required=True, help="safetensors written by `train`")
-    add("--data", type=Path, required=True, help="test images: npz (jpeg, offsets, labels) or torchvision root")
-    add("--first", type=int, default=0, help="number of the first image (default: %(default)s)")
-    add("--count", type=int, help="number of images (default: all)")
-    add("--batch", type=int, default=100, help="images per call (default: %(default)s)")
-    training.add_device_arguments(command)
+    training.add_evaluation_arguments(command, batch=100)
+    command.add_argument("--count", type=int, help="number of images (default: all)")
     command.set_defaults(function=evaluate)
 
-    args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    args.function(args)
+    training.run(parser, argv)
 
 
 if __name__ == "__main__":

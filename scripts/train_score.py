@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -143,21 +142,14 @@ def main(argv: list[str] | None = None) -> None:
     command.set_defaults(function=train)
 
     command = commands.add_parser("evaluate", help="print the held-out eps-MSE at each time as JSON")
+    training.add_evaluation_arguments(command, batch=50)
     add = command.add_argument
-    add("--weights", type=Path, required=True, help="safetensors written by `train`")
-    add("--data", type=Path, required=True, help="test images: npz (jpeg, offsets, labels) or torchvision root")
-    add("--t", type=float, nargs="+", default=[0.01, 0.03, 0.06, 0.1, 0.15], help="times (default: %(default)s)")
-    add("--first", type=int, default=0, help="number of the first image (default: %(default)s)")
     add("--count", type=int, default=200, help="number of images (default: %(default)s)")
-    add("--batch", type=int, default=50, help="images per call (default: %(default)s)")
+    add("--t", type=float, nargs="+", default=[0.01, 0.03, 0.06, 0.1, 0.15], help="times (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise; equal seeds judge two networks on the same noise")
-    training.add_device_arguments(command)
     command.set_defaults(function=evaluate)
 
-    args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    args.function(args)
+    training.run(parser, argv)
 
 
 if __name__ == "__main__":

@@ -91,12 +91,29 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, lr: float, batch:
     add("--log-steps", type=int, default=100, help="steps between lines of the log (default: %(default)s)")
     add("--seed", type=int, default=0, help="order of images and all draws (default: %(default)s)")
     add("--bf16", action="store_true", help="bfloat16 autocast; float32 otherwise")
-    add_device_arguments(parser)
+    _add_device_arguments(parser)
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+def add_evaluation_arguments(parser: argparse.ArgumentParser, *, batch: int) -> None:
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="safetensors written by `train`")
+    add("--data", type=Path, required=True, help="test images: npz (jpeg, offsets, labels) or torchvision root")
+    add("--first", type=int, default=0, help="number of the first image (default: %(default)s)")
+    add("--batch", type=int, default=batch, help="images per call (default: %(default)s)")
+    _add_device_arguments(parser)
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """Call the `function` of the command that was given."""
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    args.function(args)
 
 
 def train(
