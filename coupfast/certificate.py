@@ -28,7 +28,6 @@ from coupfast import reference
 from coupfast.engine import CounterNoise
 from coupfast.engine.memory import AllocationAccount, available_bytes
 from coupfast.engine.networks import frozen
-from coupfast.engine.precision import strict_float32
 from coupfast.purify import PurifiedClassifier, Purifier
 from coupfast_kernels.noise import standard_normal_ref
 
@@ -314,7 +313,7 @@ def check_gradient(
     last_seed = purifier.last_seed
     try:
         # The caller's no_grad, inference mode and autocast must not reach in here.
-        with torch.inference_mode(False), torch.enable_grad(), strict_float32(x.device.type):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             probe, probe_ids = x[:images].detach().clone(), chosen_ids[:images].clone()
             bar = tqdm(
                 total=1 + max(draws, 1) + (directions + 1 if directions else 0) * len(steps),

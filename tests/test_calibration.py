@@ -164,7 +164,8 @@ class TestChoice:
         transposed = dataclasses.replace(SHAPE, in_channels=SHAPE.out_channels, out_channels=SHAPE.in_channels)
         assert [calibration.choose(shape).candidate for shape in (SHAPE, transposed)] == ["one way", "library"]
 
-    def test_candidates_get_channels_last_and_strict_float32(self, calibrate):
+    @pytest.mark.parametrize("precision, conv", [("strict", "ieee"), ("fast", "ieee"), ("3xtf32", "ieee"), ("tf32", "tf32")])
+    def test_candidates_get_channels_last_and_what_the_engine_computes_in(self, calibrate, precision, conv):
         seen = []
 
         def looks(x, weight):
@@ -173,8 +174,8 @@ class TestChoice:
             return right(x, weight)
 
         before = torch.backends.cudnn.conv.fp32_precision
-        calibrate({"library": right, "looks": looks}).choose(SHAPE)
-        assert seen == [(True, "ieee")]
+        calibrate({"library": right, "looks": looks}, precision=precision).choose(SHAPE)
+        assert seen == [(True, conv)]
         assert torch.backends.cudnn.conv.fp32_precision == before
 
 
@@ -268,14 +269,6 @@ class TestPrecision:
             torch.testing.assert_close(kernel(x, weight), right(x, weight), rtol=0, atol=tol)
         torch.testing.assert_close(kernel(x, 2 * weight), 2 * right(x, weight), rtol=0, atol=2 * tol)
         assert (len(packed), set(used)) == (2, {precision})
-
-    def test_the_library_in_tf32_sets_nothing_for_others(self, monkeypatch):
-        seen = []
-        monkeypatch.setattr(module.F, "conv2d", lambda *a, **k: seen.append(torch.backends.cudnn.conv.fp32_precision))
-        with strict_float32("cpu"):
-            module._library_tf32(None, None)
-            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-        assert seen == ["tf32"]
 
     def test_what_it_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="one of strict, fast, 3xtf32, tf32, got 'half'"):

@@ -32,3 +32,24 @@ def test_machine_counts_the_cores_of_this_process(monkeypatch):
     assert environment.machine()["cores"] == 3
     monkeypatch.delattr(environment.os, "sched_getaffinity")
     assert environment.machine()["cores"] == 11
+
+
+def test_the_newest_cuda_of_the_driver(monkeypatch):
+    class Library:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = 12080
+            return 0
+
+    monkeypatch.setattr(environment.ctypes, "CDLL", Library)
+    assert environment.driver_cuda() == (12, 8)
+    monkeypatch.setattr(Library, "cuDriverGetVersion", lambda self, pointer: 999)
+    assert environment.driver_cuda() is None
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(environment.ctypes, "CDLL", missing)
+    assert environment.driver_cuda() is None

@@ -4,11 +4,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from coupfast.engine.precision import _OWNERS, strict_float32
+from coupfast.engine.precision import _OWNERS, allows_tf32, float32_precision, strict_float32
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -74,6 +75,7 @@ for _ in range(2):
         assert torch.get_float32_matmul_precision() == {dict(ieee="highest", tf32="high")[precision]!r}
         assert torch.backends.cuda.matmul.allow_tf32 == ({precision!r} == "tf32")
         assert torch.backends.cudnn.conv.fp32_precision == {precision!r}
+        assert torch.backends.cudnn.allow_tf32 == ({precision!r} == "tf32")
         assert allows_tf32() == ({precision!r} == "tf32")
     assert [owner.fp32_precision for owner in _OWNERS.values()] == before
     if user not in ("default", "new setting"):
@@ -81,3 +83,63 @@ for _ in range(2):
 """
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels"))
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": path})
+
+
+class TestThreads:
+    def test_one_that_ends_first_takes_nothing_from_the_others(self):
+        inside, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+        def first():
+            with strict_float32("cpu"):
+                inside.set()
+                leave.wait(60)
+            left.set()
+
+        before = settings()
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert inside.wait(60)
+        with strict_float32("cpu"):
+            leave.set()
+            assert left.wait(60)
+            assert not allows_tf32()
+            assert settings() == ["ieee"] * 5 + ["False"]
+        thread.join()
+        assert settings() == before
+
+    def test_another_precision_waits(self):
+        order, inside = [], threading.Event()
+
+        def other():
+            inside.wait(60)
+            with float32_precision("cpu", "tf32"):
+                order.append(("tf32", allows_tf32()))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        with strict_float32("cpu"):
+            inside.set()
+            thread.join(0.3)
+            assert thread.is_alive()
+            order.append(("ieee", allows_tf32()))
+        thread.join(60)
+        assert order == [("ieee", False), ("tf32", True)]
+
+    def test_threads_that_go_over_to_the_same_precision_do_not_wait_for_each_other(self):
+        together, seen = threading.Barrier(2), []
+
+        def both():
+            with strict_float32("cpu"):
+                together.wait(60)
+                with float32_precision("cpu", "tf32"):
+                    seen.append(allows_tf32())
+                seen.append(allows_tf32())
+
+        threads = [threading.Thread(target=both, daemon=True) for _ in range(2)]
+        before = settings()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(seen) == [False, False, True, True]
+        assert settings() == before

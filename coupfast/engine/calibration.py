@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import math
-import operator
 import os
 import platform
 import tempfile
@@ -32,9 +31,9 @@ import torch.nn.functional as F
 
 import coupfast_kernels
 from coupfast.cache import cache_directory
-from coupfast.engine.precision import strict_float32
+from coupfast.engine.precision import float32_precision
 from coupfast.engine.rates import device_seconds
-from coupfast.environment import one_line
+from coupfast.environment import driver_cuda, one_line
 from coupfast_kernels.conv3x3 import conv3x3, pack_weight
 from coupfast_kernels.locks import locked
 
@@ -177,7 +176,7 @@ class Calibration:
         samples: dict[str, list[float]] = {}
         passing = False  # a candidate that failed for a reason that may be gone tomorrow
         # The outer settings must not decide what is compared, and no graph is wanted of these calls.
-        with torch.no_grad(), strict_float32(self.device.type):
+        with float32_precision(self.device.type, "tf32" if self.precision == "tf32" else "ieee"), torch.no_grad():
             x, weight = _example(shape, self.device)
             truth = F.conv2d(x.double(), weight.double(), padding=1)
             limit = self._limit(_error(F.conv2d(x, weight, padding=1), truth))
@@ -317,8 +316,8 @@ def _driver() -> str | None:
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
     except (OSError, IndexError):
-        version = getattr(torch._C, "_cuda_getDriverVersion", None)
-        return f"CUDA {version()}" if version is not None else None
+        newest = driver_cuda()
+        return None if newest is None else "CUDA {}.{}".format(*newest)
 
 
 @functools.cache
@@ -333,7 +332,7 @@ def _source_hash() -> str:
 
 
 def _candidates(device: torch.device, precision: str) -> dict[str, Candidate]:
-    found: dict[str, Candidate] = {LIBRARY: _library_tf32 if precision == "tf32" else _library}
+    found: dict[str, Candidate] = {LIBRARY: _library}
     if device.type == "cuda":
         found["triton-ieee"] = _Triton("ieee")
         if precision == "3xtf32":
@@ -345,16 +344,6 @@ def _candidates(device: torch.device, precision: str) -> dict[str, Candidate]:
 
 def _library(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, weight, padding=1)
-
-
-def _library_tf32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    settings = operator.attrgetter("conv")(torch.backends.cudnn)  # which its stubs do not know
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32"
-    try:
-        return F.conv2d(x, weight, padding=1)
-    finally:
-        settings.fp32_precision = before
 
 
 class _Triton:
