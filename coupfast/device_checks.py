@@ -269,6 +269,8 @@ def check_engine(
             try:
                 purifier = construct(*networks, method=method, engine=name, num_steps=_STEPS, **more)
                 purifier.plan(len(x), image_shape=tuple(x.shape[1:]))
+            except torch.AcceleratorError:  # a device that fails has refused nothing
+                raise
             except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
                 raise _Refused(one_line(error)) from error
             found = _both(purifier, x, direction)

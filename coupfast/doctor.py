@@ -366,6 +366,8 @@ def _compare(
     try:
         purifier = Purifier(score, classifier, num_steps=_STEPS, **options)
         purifier.plan(len(x), image_shape=tuple(x.shape[1:]))  # type: ignore[arg-type]
+    except torch.AcceleratorError as error:  # a device that fails has refused nothing
+        return {"status": "failed", "detail": environment.one_line(error)}
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         return {"status": "refused", "detail": environment.one_line(error)}
     try:

@@ -666,8 +666,10 @@ def _choose_engine(score: nn.Module) -> tuple[str, str | None]:
     """The fastest engine for this network, and why it is not a faster one."""
     found = dtype_and_device(score)
     fast = {"cpu": ("cpu", cpu.unavailable), "cuda": ("cuda", cuda.unavailable)}
-    if found is None or found[1].type not in fast or found[0] != torch.float32:
-        return "eager", None
+    if found is None:
+        return "eager", "the score net has no weights to go by"
+    if found[1].type not in fast or found[0] != torch.float32:
+        return "eager", f"the others run float32 on {' or '.join(fast)}, not {found[0]} on {found[1].type}"
     engine, unavailable = fast[found[1].type]
     reason = unavailable(*found)
     return ("eager", reason) if reason else (engine, None)

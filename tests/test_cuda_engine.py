@@ -1,18 +1,24 @@
 """The CUDA engine without a GPU: its pieces on the CPU, its graphs by a stand-in that records and replays, its limits."""
 
+import contextlib
+import sys
 import threading
+import types
 
 import pytest
 import torch
 from conftest import relu_classifier, silu_classifier, small_score
 from graph_backend import OutOfMemory, StandIn
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
 from coupfast.engine import cuda
 from coupfast.engine.calibration import Choice
+from coupfast.engine.graphs import CudaBackend
 from coupfast.engine.precision import allows_tf32
-from coupfast.guidance import pack_bits
+from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.conv3x3 import pack_weight
 
 EPS = torch.finfo(torch.float32).eps
@@ -286,6 +292,38 @@ class TestGraphs:
         with torch.no_grad():
             assert torch.equal(run(images, seed=1), expected)
 
+    @pytest.mark.parametrize("ends", [True, False], ids=["capture ended", "its end raised"])
+    def test_a_capture_that_cannot_be_ended_leaves_the_allocator_usable(self, monkeypatch, ends):
+        calls = []
+
+        def end(device, pool):
+            calls.append(("end", device, pool))
+            if ends:
+                raise RuntimeError("not currently recording to this pool")
+
+        @contextlib.contextmanager
+        def graph(*args, **options):
+            yield
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+        for name, stand_in in {
+            "graph_pool_handle": lambda: (0, 7),
+            "Stream": lambda device: None,
+            "CUDAGraph": lambda: None,
+            "device": lambda device: contextlib.nullcontext(),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "current_stream": lambda: None,
+            "graph": graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        release = lambda device, pool: calls.append(("release", device, pool))  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+        with pytest.raises(RuntimeError, match="previous error"):
+            CudaBackend(torch.device("cuda:1")).capture(lambda: None)
+        # Its own end gives the pool back, if it comes so far.
+        assert calls == [("end", 1, (0, 7))] + ([] if ends else [("release", 1, (0, 7))])
+
     def test_out_of_memory_says_what_was_needed(self, backends, score, classifier, images):
         run = purifier(score, classifier)
         program = run._prepare(images).programs.for_batch(5)
@@ -390,24 +428,22 @@ class TestRefuses:
         [
             (dict(cuda=None), "built without CUDA"),
             (dict(capability=(7, 5)), "Tesla T4 has compute capability 7.5.*8.0 and later"),
-            (dict(triton=None), "needs Triton, which is not installed"),
+            (dict(driver=(11, 8)), "driver serves CUDA 11.8, and this PyTorch is built with 12.8: update the driver"),
+            (dict(triton=None), "needs Triton .*triton.*; PyTorch's builds for CUDA"),
             (dict(triton="3.1.0"), "needs Triton 3.5 or later, found 3.1.0"),
             (dict(), None),
         ],
         ids=str,
     )
     def test_what_is_too_old(self, monkeypatch, setup, message):
-        setup = {"cuda": "12.8", "capability": (9, 0), "triton": "3.8.1+git"} | setup
+        setup = {"cuda": "12.8", "driver": (12, 2), "capability": (9, 0), "triton": "3.8.1+git"} | setup
         monkeypatch.setattr(torch.version, "cuda", setup["cuda"])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: setup["capability"])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
 
-        def version(name):
-            if setup["triton"] is None:
-                raise cuda.importlib.metadata.PackageNotFoundError(name)
-            return setup["triton"]
-
-        monkeypatch.setattr(cuda.importlib.metadata, "version", version)
+        monkeypatch.setattr(cuda, "driver_cuda", lambda: setup["driver"])
+        triton = None if setup["triton"] is None else types.SimpleNamespace(__version__=setup["triton"])
+        monkeypatch.setitem(sys.modules, "triton", triton)
         found = cuda.unavailable(torch.float32, torch.device("cuda"))
         if message is None:
             assert found is None
@@ -557,6 +593,53 @@ def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, fla
     assert len(strides) == 5 and all(len(seen) == 1 for seen in strides.values())
 
 
+@pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier])
+def test_making_a_piece_computes_nothing_on_its_bucket(score, make_classifier):
+    """It would take the memory of all activations at once, which nobody counts on."""
+
+    class Convolutions(TorchDispatchMode):
+        batches: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default and not isinstance(args[0], FakeTensor):
+                self.batches.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    classifier = make_classifier(torch.float32).requires_grad_(False)
+    example = torch.zeros(1, 3, 8, 8)
+    table = purifier(score, classifier, engine="eager").recipe.table
+    programs = cuda.CudaPrograms(score.requires_grad_(False), Guidance(classifier, example), table, example, True)
+    with Convolutions():
+        for name in programs.piece_names():
+            programs.piece(name, 64)
+    assert set(Convolutions.batches) <= {1, 2, 3}  # traces
+
+
+def test_attention_in_a_score_net_is_plain_operations(backends, classifier, images, monkeypatch):
+    """Fused ones have no transpose that a trace without a gradient could be of, and are not IEEE float32 everywhere."""
+
+    class Attending(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_score(torch.float32)
+
+        def forward(self, x, labels):
+            h = self.inner(x, labels)
+            tokens = h.flatten(2).transpose(1, 2).contiguous()
+            tokens = torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+            return h + tokens.transpose(1, 2).reshape(h.shape)
+
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    score = Attending().eval()
+    run = purifier(score, classifier)
+    found, expected = both_ways(run, images), both_ways(purifier(score, classifier, engine="eager"), images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, ROUNDINGS)
+    programs = run._prepare(images).programs
+    names = [str(node.target) for name in ("score", "score vjp") for node in programs.piece(name, 8).operations()]
+    assert names and not [name for name in names if "scaled_dot_product" in name]
+
+
 def test_graphs_share_their_weights(backends, score, classifier, images, monkeypatch):
     """Pieces and buckets have the same copies, which stay when a bucket's graphs are let go: a weight's address names it."""
     monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 1)
@@ -585,3 +668,5 @@ def test_auto_takes_it_on_a_gpu(score, monkeypatch):
     assert purify._choose_engine(score) == ("cuda", None)
     monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: "no Triton")
     assert purify._choose_engine(score) == ("eager", "no Triton")
+    monkeypatch.setattr(purify, "dtype_and_device", lambda network: (torch.float64, torch.device("cuda")))
+    assert purify._choose_engine(score) == ("eager", "the others run float32 on cpu or cuda, not torch.float64 on cuda")

@@ -232,6 +232,16 @@ class TestEngine:
             assert [(row["status"], row["detail"]) for row in rows] == [("failed", detail)] * 2
             assert all("without 'triton'" in row["culprit"] for row in rows)
 
+    def test_a_device_that_fails_has_not_refused(self):
+        def stops(score, classifier, *, engine, **options):
+            if engine != "eager":
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            return Stub(right)
+
+        rows = list(device_checks.check_engine(CPU, engine="stops", build=stops))
+        assert [row["status"] for row in rows] == ["failed"] * 2
+        assert all(map(device_checks._bad, rows))
+
     def test_one_that_refuses_is_no_problem(self):
         def refuse(score, classifier, *, engine, **options):
             if engine != "eager":

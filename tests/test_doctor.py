@@ -122,13 +122,16 @@ def test_engines_that_refuse_break_or_give_nan(monkeypatch, one_case):
     def nan(score, classifier, table, example, **options):
         return eager.prepare(score, classifier, dataclasses.replace(table, d=table.d * np.nan), example, **options)
 
-    for name, prepare in (("refuses", refuse), ("breaks", breaks), ("nan", nan)):
+    def stops(score, classifier, table, example, **options):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    for name, prepare in (("refuses", refuse), ("breaks", breaks), ("nan", nan), ("stops", stops)):
         monkeypatch.setitem(ENGINES, name, prepare)
     found = doctor.run(device="cpu")
     statuses = {row["engine"]: row["status"] for row in found["parity"]}
     cpu = "refused" if native.unavailable() else "ok"
     refused = {"cpu": cpu, "cuda": "refused", "refuses": "refused"}
-    assert statuses == {"eager": "ok", "breaks": "failed", "nan": "failed"} | refused
+    assert statuses == {"eager": "ok", "breaks": "failed", "nan": "failed", "stops": "failed"} | refused
     assert not found["ok"]
     assert not any("refuses" in problem for problem in found["problems"])
     assert "engine refuses on cpu, float64: does not run here (RuntimeError: needs a GPU" in doctor.text(found)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relu_classifier, silu_classifier, small_score
 from cpu_networks import GRAPHS, network
-from flat_networks import Functions, assert_close, channels_last, dead, images
+from flat_networks import Functions, assert_close, channels_last, counts, dead, images
 from torch import nn
 
 from coupfast.engine.flat import VIEWS, TracedClassifier, TracedScore, flatten, writes
@@ -121,6 +121,8 @@ class TestClassifier:
         cotangent = flatten(lambda u, *r: (traced.cotangent(x.shape[1:], u, r[:count], *r[count:]),), (u, *slopes), constants)
         tangent = flatten(lambda v, *r: (traced.tangent(v, r[:count], *r[count:]),), (v, *slopes), constants)
         assert_close(cotangent(u, *slopes)[0], transposed)
+        # No convolution of the zeros that it is the transpose at.
+        assert counts(cotangent)["convolution"] == 0 < counts(cotangent)["convolution_backward"]
         (product,) = tangent(v, *slopes)
         # ⟨u, J v⟩ = ⟨Jᵀu, v⟩, image by image.
         left, right = (u.double() * product).sum(1), (transposed.double() * v).flatten(1).sum(1)

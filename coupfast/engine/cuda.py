@@ -17,15 +17,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
@@ -34,7 +34,8 @@ from coupfast.engine.eager import EagerProgram, guidance_of
 from coupfast.engine.flat import FlatGraph, TracedClassifier, TracedLogits, TracedScore, flatten
 from coupfast.engine.fused import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.graphs import Backend, CudaBackend, Runner
-from coupfast.engine.precision import float32_precision
+from coupfast.engine.precision import Precision, float32_precision
+from coupfast.environment import driver_cuda
 from coupfast.guidance import Guidance, log_confidence, pack_bits, unpack_bits
 from coupfast.solvers import CoefficientTable
 from coupfast.tracing import Trace, trace
@@ -217,8 +218,7 @@ class CudaPrograms:
             self._traced_classifier = TracedClassifier(self.guidance.graph)
         classifier = self._traced_classifier
         constants = classifier.constants
-        with torch.no_grad():
-            logits, *slopes = classifier.evaluate(x, *constants)
+        logits, *slopes = (torch.zeros_like(like, device=x.device) for like in self._results(classifier, x))
         count = len(slopes)
 
         def evaluate(x: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -237,6 +237,11 @@ class CudaPrograms:
         if name == "tangent":
             return flatten(tangent, (x, *slopes), constants)
         return flatten(cotangent, (logits, *slopes), constants)
+
+    def _results(self, classifier: TracedClassifier, x: torch.Tensor) -> list[torch.Tensor]:
+        """Shapes and strides of a value and its slopes; a run of the trace itself would hold all of its activations."""
+        with FakeTensorMode() as mode, torch.no_grad():
+            return list(classifier.evaluate(*(mode.from_tensor(tensor) for tensor in (x, *classifier.constants))))
 
     def _smooth_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
         assert self.guidance is not None
@@ -539,8 +544,8 @@ class CudaProgram:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        precision: Literal["ieee", "tf32"] = "tf32" if self.programs.precision == "tf32" else "ieee"
-        with self._turn, self._order, torch.no_grad(), float32_precision(self.x.device.type, precision):
+        precision: Precision = "tf32" if self.programs.precision == "tf32" else "ieee"
+        with float32_precision(self.x.device.type, precision), self._turn, self._order, torch.no_grad():
             yield
 
 
@@ -601,6 +606,12 @@ def unavailable(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the cuda engine runs float32 on a GPU, not {dtype} on {device.type}"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA (for ROCm?), which the cuda engine's graphs and kernels are made for"
+    driver = driver_cuda()
+    if driver is not None and driver[0] < int(torch.version.cuda.split(".")[0]):
+        return (
+            f"the NVIDIA driver serves CUDA {driver[0]}.{driver[1]}, and this PyTorch is built with {torch.version.cuda}: "
+            f"update the driver, or install a PyTorch for CUDA {driver[0]}"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return (
@@ -612,9 +623,10 @@ def unavailable(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def _triton_unavailable() -> str | None:
     try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "the cuda engine needs Triton, which is not installed; PyTorch's builds for CUDA on Linux bring it"
+        import triton
+    except ImportError as error:
+        return f"the cuda engine needs Triton ({error}); PyTorch's builds for CUDA on Linux bring it"
+    version = triton.__version__
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST_TRITON:
         return f"the cuda engine needs Triton {LEAST_TRITON[0]}.{LEAST_TRITON[1]} or later, found {version}"
     return None

@@ -20,8 +20,11 @@ from coupfast.tracing import LINEAR_VIEWS, Trace
 
 aten = torch.ops.aten
 
-#: Operations that only look at memory another way (or copy it into another format, if it is not in that): not counted.
-VIEWS = LINEAR_VIEWS | {aten.split.Tensor, aten.split_with_sizes.default, aten.detach.default}
+#: Operations that compute nothing: they look at memory another way, copy it into another format, or ask for it. Not counted.
+VIEWS = LINEAR_VIEWS | {aten.split.Tensor, aten.split_with_sizes.default, aten.detach.default, aten.empty.memory_format}
+
+#: Derivatives that read no more than the shape of their second argument (of a convolution's, the one for its input).
+_OF_A_SHAPE = {aten.convolution_backward.default, aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default}
 
 
 @dataclasses.dataclass
@@ -101,9 +104,27 @@ def flatten(
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    _forget_unread(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return FlatGraph(module, len(varying), list(constants))
+
+
+def _forget_unread(graph: fx.Graph) -> None:
+    """Give derivatives that read a shape only an empty tensor of it: what computed its values may then be dead."""
+    for node in list(graph.nodes):
+        if node.target not in _OF_A_SHAPE or (len(node.args) == 11 and node.args[10] != [True, False, False]):
+            continue
+        unread: Any = node.args[1]
+        value = unread.meta["val"]
+        formats = [f for f in (torch.contiguous_format, torch.channels_last) if value.is_contiguous(memory_format=f)]
+        if not formats:
+            continue
+        options = {"dtype": value.dtype, "device": value.device, "memory_format": formats[0]}
+        with graph.inserting_before(node):
+            empty = graph.call_function(aten.empty.memory_format, (list(value.shape),), options)
+        empty.meta["val"] = value
+        node.update_arg(1, empty)
 
 
 def writes(node: fx.Node) -> bool:

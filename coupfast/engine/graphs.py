@@ -54,12 +54,23 @@ class CudaBackend:
     def capture(self, function: Callable[[], None]) -> Recording:
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE, torch.cuda.device(self.device), _without_garbage_collection():
-            # The outer stream again at the end, also where the capture's own end raises.
-            with torch.cuda.stream(torch.cuda.current_stream()):
-                # Other threads of the process may use the device meanwhile.
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                    function()
+            try:
+                # The outer stream again at the end, also where the capture's own end raises.
+                with torch.cuda.stream(torch.cuda.current_stream()):
+                    # Other threads of the process may use the device meanwhile.
+                    with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                        function()
+            except BaseException:
+                self._end_allocations()
+                raise
         return graph
+
+    def _end_allocations(self) -> None:
+        """What the end of a capture leaves undone where it raises: the allocator would go on allocating to the capture's pool,
+        and refuse every later one."""
+        with contextlib.suppress(RuntimeError):  # it has been done: the capture itself could be ended
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:
