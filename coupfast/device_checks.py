@@ -136,8 +136,8 @@ def _row(kernel: str, case: str, check: Callable[..., tuple[float, float]], *arg
         error, bound = check(*arguments)
     except Exception as failure:  # whatever a kernel does wrong is what this report is for
         return row | {"status": "failed", "error": None, "bound": None, "detail": one_line(failure)}
-    if not math.isfinite(error):
-        return row | {"status": "failed", "error": None, "bound": bound, "detail": "values that are not finite"}
+    if not math.isfinite(error) or not math.isfinite(bound):
+        return row | {"status": "failed", "error": None, "bound": None, "detail": "values that are not finite"}
     detail = f"error {error:.2e}, bound {bound:.2e}" if bound else f"{error:.0f} elements with other bits"
     return row | {"status": "ok" if error <= bound else "mismatch", "error": error, "bound": bound, "detail": detail}
 
@@ -321,7 +321,7 @@ def _judge(run: Callable[[], list[torch.Tensor]], exact: list[torch.Tensor], bou
     except Exception as error:  # whatever an engine does wrong is what this report is for
         return {"status": "failed", "detail": one_line(error)}
     errors = [max(_relative_error(each, right) for each in found[i::2]) for i, right in enumerate(exact)]
-    if not all(map(math.isfinite, errors)):
+    if not all(map(math.isfinite, errors + bounds)):
         return {"status": "failed", "detail": "values that are not finite"}
     agrees = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
     return {

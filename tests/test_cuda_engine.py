@@ -196,6 +196,20 @@ class TestGraphs:
             run(images, seed=1)
         assert loads == [0]
 
+    @pytest.mark.parametrize("memory_budget, kept", [("least", False), (10**9, True)], ids=["rebuilt", "kept"])
+    def test_one_graph_forwards_and_one_backwards(self, backends, score, classifier, images, memory_budget, kept):
+        """Whether a step's slopes were kept or are found again within the same graph."""
+        run = purifier(score, classifier, memory_budget=memory_budget)
+        both_ways(run, images)
+        (backend,) = backends
+        forward, backward = backend.graphs
+        assert (forward.replays, backward.replays) == (4, 4)
+        guided = torch.ops.coupfast.guided_step_out.default
+        assert [graph.operations.count(guided) for graph in (forward, backward)] == [1, 1]
+        # The score net has softmaxes of its own, as many in either; slopes that are found again come with one more.
+        ours, theirs = (graph.operations.count(torch.ops.aten._softmax.default) for graph in (forward, backward))
+        assert ours - theirs == kept
+
     def test_a_changed_state_is_loaded_again(self, backends, score, classifier, images):
         programs = purifier(score, classifier)._prepare(images).programs
         noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))

@@ -232,6 +232,14 @@ class TestEngine:
             assert [(row["status"], row["detail"]) for row in rows] == [("failed", detail)] * 2
             assert all("without 'triton'" in row["culprit"] for row in rows)
 
+    def test_nothing_agrees_with_a_definition_that_is_not_finite(self):
+        def build(score, classifier, *, engine, **options):
+            rounded = engine == "eager" and next(score.parameters()).dtype == torch.float32
+            return Stub((lambda x: x * float("nan")) if rounded else right)
+
+        rows = list(device_checks.check_engine(CPU, engine="stub", build=build))
+        assert [row["status"] for row in rows] == ["failed"] * 2
+
     def test_a_device_that_fails_has_not_refused(self):
         def stops(score, classifier, *, engine, **options):
             if engine != "eager":

@@ -105,7 +105,8 @@ def launched(program, mode, curved):
     """Operations of a step with noise, of one without, and of a transpose."""
     watches = []
     with mode, torch.no_grad():
-        for work in (lambda: program._step(True), lambda: program._step(False), lambda: program._transpose(curved)):
+        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.programs.piecewise_linear)
+        for work in (lambda: program._step(True), lambda: program._step(False), backwards):
             work()  # makes buffers
             with Watch() as watch:
                 work()

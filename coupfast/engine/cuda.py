@@ -357,12 +357,11 @@ class CudaProgram:
                 self._make(self._guided("score vjp", "evaluate", "tangent", "cotangent", smooth="hvp"))
             else:
                 self._make(["score vjp"])
-            if curved and programs.piecewise_linear:
-                if saved is None:
-                    self.runner.run("slopes", self._evaluate_back)
-                else:
-                    self._restore(saved)
-            self.runner.run("transpose", lambda: self._transpose(curved))
+            rebuilds = curved and programs.piecewise_linear and saved is None
+            if curved and programs.piecewise_linear and not rebuilds:
+                self._restore(saved)
+            name = "step and transpose" if rebuilds else "transpose"
+            self.runner.run(name, lambda: self._transpose(curved, rebuilds=rebuilds))
             v_k = self.v[:batch].clone(memory_format=torch.contiguous_format)
             self._backward = _Continuation(k - 1, v_k, v_k._version, None)
         return v_k
@@ -398,11 +397,10 @@ class CudaProgram:
         torch._foreach_copy_(self._slopes, slopes)
         return self._p
 
-    def _evaluate_back(self) -> None:
-        self._evaluate(self.x_back)
-
-    def _transpose(self, curved: bool) -> None:
+    def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
         programs = self.programs
+        if rebuilds:
+            self._evaluate(self.x_back)
         (u,) = self._piece("score vjp")(self.x_back, self.step_back, self.v)
         w = None
         if curved and programs.piecewise_linear:
