@@ -1,6 +1,7 @@
 """The CUDA engine without a GPU: its pieces on the CPU, its graphs by a stand-in that records and replays, its limits."""
 
 import contextlib
+import gc
 import sys
 import threading
 import types
@@ -369,6 +370,19 @@ class TestGraphs:
             for batch in (1, 2, 4, 1):
                 run(images[:batch], seed=1)
         assert len(backends) == 4  # one image's had to go
+
+
+    def test_one_that_is_let_go_has_done_its_work(self, backends, score, images, monkeypatch):
+        monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 1)
+        run = purifier(score, None, method="reverse-sde", options={"graphs": False})
+        waited = []
+        with torch.no_grad():
+            run(images[:1], seed=0)
+            programs = run._prepare(images).programs
+            programs.for_batch(1)._order._last = types.SimpleNamespace(synchronize=lambda: waited.append(1))
+            run(images[:2], seed=0)
+        gc.collect()
+        assert waited == [1]
 
 
 class TestPrecision:

@@ -321,6 +321,11 @@ class CudaProgram:
         self._forward: _Continuation | None = None
         self._backward: _Continuation | None = None
 
+    def __del__(self) -> None:
+        # The allocator would give the buffers' memory to others while a stream that it knows nothing of still works on it.
+        if hasattr(self, "_order"):
+            self._order.finish()
+
     # --- a step -----------------------------------------------------------------------------------------------------------
 
     def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
@@ -578,6 +583,12 @@ class _Order:
     def __enter__(self) -> None:
         if self.device.type == "cuda" and self._last is not None:
             torch.cuda.current_stream(self.device).wait_event(self._last)
+
+    def finish(self) -> None:
+        """Wait for the last call's work."""
+        if self._last is not None:
+            with contextlib.suppress(RuntimeError):  # a device that has failed, or is gone with the interpreter
+                self._last.synchronize()
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
