@@ -20,16 +20,16 @@ SHAPE = ConvolutionShape(2, 5, 4, 6, 7)
 CPU = torch.device("cpu")
 
 
-def right(x, weight):
-    return F.conv2d(x, weight, padding=1)
+def right(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 def off_by(relative):
     """Every value wrong by this much of itself: that is its error in the Euclidean norm, too."""
-    return lambda x, weight: (F.conv2d(x.double(), weight.double(), padding=1) * (1.0 + relative)).float()
+    return lambda x, weight, bias: (F.conv2d(x.double(), weight.double(), bias.double(), padding=1) * (1.0 + relative)).float()
 
 
-def raises(x, weight):
+def raises(x, weight, bias):
     raise RuntimeError("no kernel image is available\nand more lines")
 
 
@@ -61,7 +61,7 @@ def calibrate(tmp_path):
 
 class TestChoice:
     def test_the_fastest_of_the_right_ones(self, calibrate):
-        candidates = {"library": right, "slow": off_by(0.0), "fast": lambda x, weight: right(x, weight)}
+        candidates = {"library": right, "slow": off_by(0.0), "fast": lambda x, weight, bias: right(x, weight, bias)}
         found = calibrate(candidates, {"library": 2.0, "slow": 3.0, "fast": 1.0}).choose(SHAPE)
         assert (found.candidate, found.seconds, found.refused) == ("fast", {"library": 2.0, "slow": 3.0, "fast": 1.0}, {})
         assert set(found.errors) == set(candidates)
@@ -90,11 +90,11 @@ class TestChoice:
         [
             (off_by(1e-4), "its error against float64 is 1.00e-04, over"),
             (raises, "RuntimeError: no kernel image is available"),
-            (lambda x, w: right(x, w) * float("nan"), "ValueError: it gives 336 of 336 values that are not finite"),
-            (lambda x, w: right(x, w)[:1], "not float32 of (2, 4, 6, 7)"),
-            (lambda x, w: right(x, w).double(), "it gives torch.float64"),
-            (lambda x, w: F.conv2d(x, w.flip(2, 3), padding=1), "its error against float64 is"),
-            (lambda x, w: F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), w), "its error against float64 is"),
+            (lambda x, w, b: right(x, w, b) * float("nan"), "ValueError: it gives 336 of 336 values that are not finite"),
+            (lambda x, w, b: right(x, w, b)[:1], "not float32 of (2, 4, 6, 7)"),
+            (lambda x, w, b: right(x, w, b).double(), "it gives torch.float64"),
+            (lambda x, w, b: F.conv2d(x, w.flip(2, 3), b, padding=1), "its error against float64 is"),
+            (lambda x, w, b: F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), w, b), "its error against float64 is"),
         ],
         ids=["wrong", "raises", "nan", "shape", "dtype", "turned over", "borders"],
     )
@@ -111,8 +111,8 @@ class TestChoice:
         assert "bad" not in calibration.timer.calls
 
     def test_one_value_wrong_in_one_image(self, calibrate):
-        def one_off(x, weight):
-            y = right(x, weight)
+        def one_off(x, weight, bias):
+            y = right(x, weight, bias)
             y[1, 2, 3, 4] += 1e-3 * y.abs().max()
             return y
 
@@ -121,7 +121,7 @@ class TestChoice:
     def test_values_that_are_not_written(self, calibrate):
         """A result in memory that a right one left behind must not pass for it."""
 
-        def nothing(x, weight):
+        def nothing(x, weight, bias):
             return torch.empty(SHAPE.batch, SHAPE.out_channels, SHAPE.height, SHAPE.width)
 
         assert "lazy" in calibrate({"library": right, "lazy": nothing}).choose(SHAPE).refused
@@ -130,11 +130,11 @@ class TestChoice:
         class Tired:
             calls = 0
 
-            def __call__(self, x, weight):
+            def __call__(self, x, weight, bias):
                 self.calls += 1
                 if self.calls > 3:
                     raise RuntimeError("tired")
-                return right(x, weight)
+                return right(x, weight, bias)
 
         folder = calibrate({"library": right}).folder
         calibration = Calibration(CPU, candidates={"library": right, "tired": Tired()}, folder=folder)
@@ -157,8 +157,8 @@ class TestChoice:
     def test_its_transpose_is_another_shape(self, calibrate):
         """A kernel may be right one way only."""
 
-        def one_way(x, weight):
-            return right(x, weight) * (2.0 if x.shape[1] == SHAPE.out_channels else 1.0)
+        def one_way(x, weight, bias):
+            return right(x, weight, bias) * (2.0 if x.shape[1] == SHAPE.out_channels else 1.0)
 
         calibration = calibrate({"library": right, "one way": one_way}, {"library": 2.0, "one way": 1.0})
         transposed = dataclasses.replace(SHAPE, in_channels=SHAPE.out_channels, out_channels=SHAPE.in_channels)
@@ -168,10 +168,10 @@ class TestChoice:
     def test_candidates_get_channels_last_and_what_the_engine_computes_in(self, calibrate, precision, conv):
         seen = []
 
-        def looks(x, weight):
+        def looks(x, weight, bias):
             seen.append((x.is_contiguous(memory_format=torch.channels_last), torch.backends.cudnn.conv.fp32_precision))
             assert not torch.is_grad_enabled()
-            return right(x, weight)
+            return right(x, weight, bias)
 
         before = torch.backends.cudnn.conv.fp32_precision
         calibrate({"library": right, "looks": looks}, precision=precision).choose(SHAPE)
@@ -193,8 +193,8 @@ class TestPrecision:
     def test_strict_is_four_times_the_library(self, calibrate):
         """The yardstick is PyTorch's own convolution, whatever calls itself library."""
         with strict_float32("cpu"):
-            x, weight = module._example(SHAPE, CPU)
-            error = module._error(right(x, weight), F.conv2d(x.double(), weight.double(), padding=1))
+            x, weight, bias = module._example(SHAPE, CPU)
+            error = module._error(right(x, weight, bias), F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
         limit = 4.0 * max(error, 2.0**-24)
         # Each is rounded to float32 on top, by 2⁻²⁴ of itself at most.
         candidates = {"library": off_by(0.0), "within": off_by(limit - 2.0**-24), "beyond": off_by(limit + 2.0**-24)}
@@ -214,16 +214,17 @@ class TestPrecision:
         def truncated(t):
             return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
-        def tf32(x, weight, part=to_tf32):
-            return F.conv2d(part(x).double(), part(weight).double(), padding=1).float()
+        def tf32(x, weight, bias, part=to_tf32):
+            return F.conv2d(part(x).double(), part(weight).double(), bias.double(), padding=1).float()
 
-        def tf32x3(x, weight):
+        def tf32x3(x, weight, bias):
             x_big, w_big = to_tf32(x), to_tf32(weight)
             x_small, w_small = to_tf32(x - x_big), to_tf32(weight - w_big)
             pairs = ((x_small, w_big), (x_big, w_small), (x_big, w_big))
-            return sum(F.conv2d(a.double(), b.double(), padding=1) for a, b in pairs).float()
+            products = sum(F.conv2d(a.double(), b.double(), padding=1) for a, b in pairs)
+            return (products + bias.double().view(1, -1, 1, 1)).float()
 
-        cut = lambda x, weight: tf32(x, weight, truncated)  # noqa: E731
+        cut = lambda x, weight, bias: tf32(x, weight, bias, truncated)  # noqa: E731
         candidates = {"library": right, "tf32": tf32, "truncated": cut, "tf32x3": tf32x3}
         shape = ConvolutionShape(1, 64, 8, 6, 6)  # enough of everything for errors to be their mean
         found = {p: calibrate(candidates, precision=p).choose(shape) for p in ("strict", "3xtf32", "tf32")}
@@ -246,8 +247,25 @@ class TestPrecision:
         ],
     )
     def test_candidates_of_a_gpu(self, precision, names):
-        assert set(module._candidates(torch.device("cuda"), precision)) == names
-        assert set(module._candidates(CPU, precision)) == {"library"}
+        assert set(module._candidates(torch.device("cuda"), precision, None)) == names
+        assert set(module._candidates(torch.device("cuda"), precision, torch.compile)) == names | {"compiled"}
+        assert set(module._candidates(CPU, precision, None)) == {"library"}
+
+    def test_the_library_is_compiled_once_a_shape_as_a_piece_is(self, tmp_path):
+        """Each in a module of its own: a compiler gives a function up that it has compiled eight times."""
+        compiled, ran = [], []
+
+        def compiler(graph):
+            compiled.append(graph)
+            return lambda *inputs: ran.append(1) or graph(*inputs)
+
+        calibration = Calibration(CPU, folder=tmp_path, compiler=compiler)
+        for channels in range(1, 4):
+            found = calibration.choose(dataclasses.replace(SHAPE, in_channels=channels))
+            assert found.refused == {} and set(found.seconds) == {"library", "compiled"}
+        assert len(compiled) == 3 < len(ran) and len({id(graph.forward.__code__) for graph in compiled}) == 3
+        targets = {node.target for node in compiled[0].graph.nodes if node.op == "call_function"}
+        assert targets == {torch.ops.aten.convolution.default}
 
     @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
     def test_the_kernel_packs_a_weight_once(self, precision, monkeypatch):
@@ -262,12 +280,13 @@ class TestPrecision:
         monkeypatch.setattr(module, "pack_weight", lambda weight: packed.append(weight) or pack(weight))
         monkeypatch.setattr(module, "conv3x3", recorded)
         kernel = module._Triton(precision)
-        x, weight = module._example(SHAPE, CPU)
-        # Two sums of 45 products each.
-        tol = 2 * 45 * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), padding=1).max())
+        x, weight, bias = module._example(SHAPE, CPU)
+        # Two sums of 45 products and a bias each.
+        tol = 2 * 46 * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
         for _ in range(2):
-            torch.testing.assert_close(kernel(x, weight), right(x, weight), rtol=0, atol=tol)
-        torch.testing.assert_close(kernel(x, 2 * weight), 2 * right(x, weight), rtol=0, atol=2 * tol)
+            torch.testing.assert_close(kernel(x, weight, bias), right(x, weight, bias), rtol=0, atol=tol)
+        doubled = kernel(x, 2 * weight, 2 * bias)
+        torch.testing.assert_close(doubled, 2 * right(x, weight, bias), rtol=0, atol=2 * tol)
         assert (len(packed), set(used)) == (2, {precision})
 
     def test_what_it_refuses(self, tmp_path):
@@ -455,7 +474,7 @@ class TestFile:
         assert "another process has held" in caplog.text
 
     def test_a_refusal_for_want_of_memory_is_not_kept(self, calibrate):
-        def hungry(x, weight):
+        def hungry(x, weight, bias):
             raise torch.cuda.OutOfMemoryError("tried to allocate 20 GiB")
 
         calibration = calibrate({"library": right, "hungry": hungry})

@@ -30,7 +30,7 @@ class OurKernels:
 
     chosen: list = []
 
-    def __init__(self, device, *, precision):
+    def __init__(self, device, *, precision, compiler):
         self.precision = {"3xtf32": "tf32x3", "tf32": "tf32"}.get(precision, "ieee")
 
     def choose(self, shape):
@@ -383,6 +383,15 @@ class TestGraphs:
             run(images[:2], seed=0)
         gc.collect()
         assert waited == [1]
+
+
+@pytest.mark.parametrize("candidate, ours", [("library", 0), ("compiled", 0), ("triton-ieee", 1)])
+def test_convolutions_are_those_that_calibration_chose(backends, score, images, monkeypatch, candidate, ours):
+    monkeypatch.setattr(OurKernels, "choose", lambda self, shape: Choice(candidate, {}, {}, {}))
+    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    run = purifier(score, None, method="reverse-sde")
+    found = {node.target for node in run._prepare(images).programs.piece("score", 1).operations()}
+    assert (torch.ops.coupfast.conv3x3.default in found) == ours
 
 
 class TestPrecision:

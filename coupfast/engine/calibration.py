@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import coupfast_kernels
 from coupfast.cache import cache_directory
+from coupfast.engine.flat import flatten
 from coupfast.engine.precision import float32_precision
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import driver_cuda, one_line
@@ -58,7 +59,8 @@ REPEATS = 9  # timings of a candidate, of which the median counts
 FORMAT = 1  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
 
-Candidate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Candidate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Compiler = Callable[[torch.fx.GraphModule], Callable[..., Any]]
 Timer = Callable[[Callable[[], object]], float]
 
 
@@ -105,7 +107,8 @@ class Calibration:
         device: Where the convolutions run.
         precision: "strict", "fast", "3xtf32" or "tf32": which candidates there are, and how large their error may be.
         folder: Where choices are kept; None takes `calibration` in the user's cache (`coupfast.cache`).
-        candidates: By name, functions (x, weight) → y in place of the package's own; "library" must be among them.
+        compiler: What compiles the pieces that the library's convolutions are in; None where nothing does.
+        candidates: By name, functions (x, weight, bias) → y in place of the package's own; "library" must be among them.
         timer: Seconds that a call takes. None takes CUDA events, on a CPU the wall clock.
 
     Raises:
@@ -120,13 +123,14 @@ class Calibration:
         *,
         precision: str = "strict",
         folder: str | Path | None = None,
+        compiler: Compiler | None = None,
         candidates: Mapping[str, Candidate] | None = None,
         timer: Timer | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"`precision` is one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.device, self.precision = torch.device(device), precision
-        self.candidates = dict(_candidates(self.device, precision) if candidates is None else candidates)
+        self.candidates = dict(_candidates(self.device, precision, compiler) if candidates is None else candidates)
         if LIBRARY not in self.candidates:
             raise ValueError(f"`candidates` must have {LIBRARY!r}, which is what remains; got {', '.join(self.candidates)}")
         self.timer = timer or functools.partial(device_seconds, device=self.device)
@@ -177,10 +181,10 @@ class Calibration:
         passing = False  # a candidate that failed for a reason that may be gone tomorrow
         # The outer settings must not decide what is compared, and no graph is wanted of these calls.
         with float32_precision(self.device.type, "tf32" if self.precision == "tf32" else "ieee"), torch.no_grad():
-            x, weight = _example(shape, self.device)
-            truth = F.conv2d(x.double(), weight.double(), padding=1)
-            limit = self._limit(_error(F.conv2d(x, weight, padding=1), truth))
-            calls = {name: functools.partial(function, x, weight) for name, function in self.candidates.items()}
+            arguments = _example(shape, self.device)
+            truth = _library(*(tensor.double() for tensor in arguments))
+            limit = self._limit(_error(_library(*arguments), truth))
+            calls = {name: functools.partial(function, *arguments) for name, function in self.candidates.items()}
             for name, call in calls.items():
                 try:
                     _poison(truth)
@@ -331,8 +335,10 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-def _candidates(device: torch.device, precision: str) -> dict[str, Candidate]:
+def _candidates(device: torch.device, precision: str, compiler: Compiler | None) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {LIBRARY: _library}
+    if compiler is not None:
+        found["compiled"] = _Compiled(compiler)
     if device.type == "cuda":
         found["triton-ieee"] = _Triton("ieee")
         if precision == "3xtf32":
@@ -342,8 +348,23 @@ def _candidates(device: torch.device, precision: str) -> dict[str, Candidate]:
     return found
 
 
-def _library(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.conv2d(x, weight, padding=1)
+def _library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+class _Compiled:
+    """The library's convolution as a compiled piece has it: what is added behind it is fused, the format of memory planned."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler = compiler
+        self._made: tuple[torch.Tensor, Callable[..., Any]] | None = None  # for the last weight
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if self._made is None or self._made[0] is not weight:
+            # A module of its own for each shape: compilers count how often they compiled one function.
+            graph = flatten(lambda *given: (_library(*given),), (x,), (weight, bias))
+            self._made = weight, self.compiler(graph.module)
+        return self._made[1](x, weight, bias)[0]
 
 
 class _Triton:
@@ -353,19 +374,20 @@ class _Triton:
         self.precision = precision
         self._packed: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last weight: an engine packs once, too
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self._packed is None or self._packed[0] is not weight:
             self._packed = (weight, pack_weight(weight))
-        return conv3x3(x, self._packed[1], None, precision=self.precision)
+        return conv3x3(x, self._packed[1], None, bias, precision=self.precision)
 
 
-def _example(shape: ConvolutionShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _example(shape: ConvolutionShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normal images, channels last, and weights that keep the result's size; the same ones at every call on a device."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape.batch, shape.in_channels, shape.height, shape.width, generator=generator, device=device)
     weight = torch.randn(shape.out_channels, shape.in_channels, 3, 3, generator=generator, device=device)
     weight /= math.sqrt(9 * shape.in_channels)
-    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+    bias = 0.1 * torch.randn(shape.out_channels, generator=generator, device=device)
+    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last), bias
 
 
 def _poison(like: torch.Tensor) -> None:

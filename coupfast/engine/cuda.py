@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine import CounterNoise, Keep, Noise, StepMemory
-from coupfast.engine.calibration import Calibration, ConvolutionShape
+from coupfast.engine.calibration import LIBRARY, Calibration, ConvolutionShape
 from coupfast.engine.eager import EagerProgram, guidance_of
 from coupfast.engine.flat import FlatGraph, TracedClassifier, TracedLogits, TracedScore, flatten
 from coupfast.engine.fused import Conv3x3Choice, PackedWeights, fuse_kernels
@@ -671,13 +671,15 @@ def prepare(
         if example.device.type == "cuda" and example.dtype == torch.float32:
             raise RuntimeError(f"{reason}; engine='eager' runs without")
         raise ValueError(f"{reason}; engine='eager' does")
+    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False) if chosen.compile else None
     choose = None
     if chosen.triton:
-        calibration = Calibration(example.device, precision=precision)
+        calibration = Calibration(example.device, precision=precision, compiler=compiler)
 
         def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
             shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
-            return calibration.choose(shape).candidate.removeprefix("triton-")
+            kind, _, precision = calibration.choose(shape).candidate.partition("triton-")
+            return LIBRARY if kind else precision
 
     return CudaPrograms(
         score,
@@ -687,7 +689,7 @@ def prepare(
         differentiate_guidance,
         precision=precision,
         backend=(lambda: CudaBackend(example.device)) if chosen.graphs else None,
-        compiler=functools.partial(torch.compile, fullgraph=True, dynamic=False) if chosen.compile else None,
+        compiler=compiler,
         choose=choose,
         fuse_norms=chosen.triton,
     )
