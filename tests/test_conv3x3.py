@@ -3,6 +3,7 @@
 The interpreter multiplies in float32 whatever the precision: it does not round to TF32. What TF32 costs is shown of the model.
 """
 
+import contextlib
 import logging
 import math
 import mmap
@@ -350,6 +351,26 @@ class TestTuning:
         assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
         assert "shared memory" in caplog.text
         assert "invalid argument" in caplog.text
+
+    def test_tries_no_more_than_asked_for(self, monkeypatch):
+        """And remembers that choice for such calls alone."""
+        asked = []
+        monkeypatch.setattr(module, "triton", object())
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+        monkeypatch.setattr(module, "_launch", lambda *arguments: None)
+        monkeypatch.setattr(module, "tuned", lambda key, configs, *rest: asked.append((key, configs)) or configs[0])
+        x, weight, _, _ = layer((2, 5, 16, 16), 64, "plain")
+
+        def call():
+            module._on_cuda(x, pack_weight(weight), None, None, None, None, 1.0, "ieee")
+
+        call()
+        with module.trying(2):
+            call()
+        call()
+        (first, every), (second, two), (third, again) = asked
+        assert first == third != second
+        assert every == again and two == every[:2] != every
 
     def test_says_why_none_runs(self):
         def launch(config):

@@ -16,11 +16,12 @@ whatever the config: the tuner's choice moves no bit. `kernels/README.md` says w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import statistics
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,21 @@ WARM_UPS, REPEATS, LAUNCHES = 2, 5, 4  # of the tuner: before, medians of, launc
 
 _chosen: dict[Hashable, Config] = {}  # by shape, precision and device
 _one_tuner = threading.Lock()
+_most: int | None = None  # configs that are tried
+
+
+@contextlib.contextmanager
+def trying(most: int) -> Iterator[None]:
+    """Try that many configs of a shape and no more, where a result counts and not its time: each takes seconds to compile.
+
+    For all threads: a backward pass on a GPU runs in one of its own.
+    """
+    global _most
+    before, _most = _most, most
+    try:
+        yield
+    finally:
+        _most = before
 
 
 def conv3x3_ref(
@@ -330,8 +346,8 @@ def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, precision
 
     with torch.cuda.device_of(x):
         pixels = x.numel() // x.shape[1]
-        key = (tuple(x.shape), y.shape[1], precision, x.device)
-        launch(tuned(key, candidates(pixels, y.shape[1], precision), launch, _seconds))
+        key = (tuple(x.shape), y.shape[1], precision, x.device, _most)
+        launch(tuned(key, candidates(pixels, y.shape[1], precision)[:_most], launch, _seconds))
     return y
 
 
