@@ -518,8 +518,17 @@ class TestRefuses:
         noise = cuda.CounterNoise(1, torch.arange(1), torch.zeros(1, dtype=torch.int64))
         with pytest.raises(ValueError, match="runs torch.float32 states of shape"):
             program.step(0, images[:1].double(), noise)
+        with pytest.raises(ValueError, match=r"states of shape \(3, 8, 8\) on cpu, got .* meta"):
+            program.step(0, images[:1].to("meta"), noise)
         with pytest.raises(ValueError, match="up to 1 images, got 2"):
             program.step(0, images[:2], noise)
+
+    def test_tensors_on_two_gpus(self, backends, score, classifier, images, monkeypatch):
+        places = iter([torch.device("cpu"), torch.device("cuda:1")])
+        purify = sys.modules["coupfast.purify"]
+        monkeypatch.setattr(purify, "dtype_and_device", lambda network: (torch.float32, next(places)))
+        with pytest.raises(ValueError, match=r"images are on cpu, the classifier is on cuda:1; move one of them"):
+            purifier(score, classifier)(images)
 
 
 def test_large_batches_go_in_pieces(backends, score, images, monkeypatch):
