@@ -117,6 +117,13 @@ def test_paired_comparison():
         compare(better, of(PREDICTIONS), "single")
 
 
+def test_other_images_with_equal_labels_are_not_compared():
+    first, second = (dataclasses.replace(of(PREDICTIONS), x_sha256=letter * 64) for letter in "ab")
+    assert compare(first, first, "single").difference == 0
+    with pytest.raises(ValueError, match=r"needs the same images, and these are others \(SHA-256 a{16} against b{16}\)"):
+        compare(first, second, "single")
+
+
 def test_pairing_removes_what_is_common():
     """Two defenses that differ on few images: the interval of the difference is narrower than that of either."""
     rng = np.random.default_rng(3)

@@ -7,12 +7,13 @@ import re
 
 import numpy as np
 import pytest
-from evaluation_cases import SMALL, plain, run
+from evaluation_cases import SMALL, labelled, plain, run
 from PIL import Image
 
 from coupfast.evaluation import report
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import judged
+from coupfast.evaluation.runs import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,22 @@ def test_runs_that_cannot_be_compared_say_why(runs, tmp_path):
     parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "fewer")])
     (text,) = [part for part in parts if part.title == "plain against fewer"]
     assert "the same images" in text.lines
+
+
+def test_other_pixels_with_equal_labels_are_not_the_same_images(runs, tmp_path):
+    x, y = labelled(5, wrong=[1])
+    evaluate(SMALL, tmp_path / "brighter", build=plain, images=((x + 0.01).clamp(0, 1), y)).close()
+    parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "brighter")])
+    (text,) = [part for part in parts if part.title.startswith("plain against brighter")]
+    assert "needs the same images, and these are others" in text.lines
+
+
+def test_common_noise_is_claimed_of_the_judges_draws_only(runs, tmp_path):
+    run(tmp_path / "reseeded", dataclasses.replace(SMALL, seed=5), build=plain).close()
+    parts = report.sections([report.read(runs / "plain"), report.read(runs / "purified"), report.read(tmp_path / "reseeded")])
+    notes = {part.title: part.note for part in parts if "against" in part.title}
+    assert "The same images, in the judge's draws common noise (the official row's" in notes["plain against purified, attacked"]
+    assert "The same images, noise of their own" in notes["plain against reseeded, attacked"]
 
 
 def test_attacks_that_differ_are_pointed_out(runs, tmp_path):

@@ -46,12 +46,14 @@ class Judged:
         logits: Of the judge's fresh draws, (draws, images, classes).
         labels: (images,).
         unchanged: Of attacked images, how many are as they came, since no attack got to try anything else.
+        x_sha256: Of the run's clean images: two runs of equal ones are of the same images.
     """
 
     official: np.ndarray
     logits: np.ndarray
     labels: np.ndarray
     unchanged: int = 0
+    x_sha256: str = ""
 
     @property
     def right(self) -> np.ndarray:
@@ -152,9 +154,11 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
             f"the run in {ledger.folder} is not finished: {len(logits['clean'])} of {count} images are judged; "
             f"continue it with: coupfast evaluate --resume {ledger.folder}"
         )
-    labels = np.array(ledger.configuration["images"]["labels"])
+    labels, x_sha256 = np.array(ledger.configuration["images"]["labels"]), str(ledger.configuration["images"]["x_sha256"])
     return {
-        kind: Judged(official[kind], np.stack([rows[image] for image in range(count)], axis=1), labels, as_they_came[kind])
+        kind: Judged(
+            official[kind], np.stack([rows[image] for image in range(count)], axis=1), labels, as_they_came[kind], x_sha256
+        )
         for kind, rows in logits.items()
         if rows
     }
@@ -214,7 +218,10 @@ def accuracy(verdicts: Judged, protocol: str) -> Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two defenses on the same images (and, in the judge's draws, the same noise) by one protocol.
+    """Two defenses on the same images by one protocol.
+
+    In the judge's draws they meet the same noise where their runs have one seed. The official verdicts' noise follows units, so
+    it is common only to units of one name that hold the same images.
 
     Attributes:
         difference: Accuracy of the first minus that of the second.
@@ -249,6 +256,11 @@ def compare(first: Judged, second: Judged, protocol: str) -> Comparison:
     Raises:
         ValueError: if the two are not of the same images and, for the judge's draws, as many draws.
     """
+    if first.x_sha256 != second.x_sha256:
+        raise ValueError(
+            f"a paired comparison needs the same images, and these are others (SHA-256 {first.x_sha256[:16]} against "
+            f"{second.x_sha256[:16]})"
+        )
     if not np.array_equal(first.labels, second.labels) or len(first.logits) != len(second.logits):
         raise ValueError(
             f"a paired comparison needs the same images and as many draws: {len(first.labels)} images and {len(first.logits)} "

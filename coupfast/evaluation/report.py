@@ -206,7 +206,12 @@ def _radius(spec: Mapping[str, Any]) -> str:
 def _comparison(first: Run, second: Run) -> list[Section]:
     names = (first.name, second.name)
     seeds = {run.configuration["spec"]["seed"] for run in (first, second)}
-    noise = "common noise" if len(seeds) == 1 else "noise of their own"
+    noise = "noise of their own, since their seeds differ"
+    if len(seeds) == 1:
+        noise = (
+            "in the judge's draws common noise (the official row's follows units of work: it is common only where stage, shard "
+            "and the images in it are)"
+        )
     parts: list[Section] = []
     for kind in ("clean", "attacked"):
         if kind not in first.verdicts or kind not in second.verdicts:
