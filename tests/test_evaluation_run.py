@@ -197,7 +197,7 @@ class Broken(torch.nn.Module):
 
     def forward(self, x):
         if len(x) > 1:
-            raise RuntimeError("no such thing")
+            raise KeyError("no such thing")  # whatever it is
         return self.model(x)
 
 
@@ -207,7 +207,7 @@ def broken(device):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_unit_that_raises_is_named_and_tried_again(tmp_path, workers):
-    with pytest.raises(UnitFailed, match="unit clean-0000. failed: .*no such thing"):
+    with pytest.raises(UnitFailed, match="unit clean-0000. failed: KeyError: .*no such thing"):
         run(tmp_path / "run", build=broken, workers=workers)
     with sqlite3.connect(tmp_path / "run" / DATABASE) as database:
         assert ("failed",) in database.execute("SELECT state FROM units").fetchall()
@@ -343,6 +343,22 @@ def test_bad_images_are_refused_before_any_work(tmp_path, change, message):
     y[0] = 9
     with pytest.raises(ValueError, match=message):
         evaluate(SMALL, tmp_path / "run", build=plain, images=change(x, y))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (Spec(attack="autoattack-standard", target_classes=10), "`target_classes` is at most 9 for a classifier of 10 classes"),
+        (Spec(attack="apgd-ce", norm="L2", eps=7.0), "`eps` = 7 reaches every image in .0, 1. of 48 values, .* 6.928 apart"),
+    ],
+)
+def test_an_attack_that_does_not_fit_is_refused_before_any_work(tmp_path, spec, message):
+    x, _ = labelled(2)
+    small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)).eval()
+    images = (x[:, :, :4, :4].contiguous(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=message):
+        evaluate(spec, tmp_path / "run", build=lambda device: Defense(small), images=images)
     assert not (tmp_path / "run").exists()
 
 

@@ -72,8 +72,8 @@ class InProcess:
         task = self._tasks.popleft()
         try:
             return self._worker.execute(task), "0"
-        except (ArithmeticError, RuntimeError, ValueError, MemoryError) as error:
-            raise UnitFailed(task.unit.name, f"unit {task.unit.name} failed: {error}") from error
+        except Exception as error:
+            raise UnitFailed(task.unit.name, f"unit {task.unit.name} failed: {_line(error)}") from error
 
     def close(self) -> None:
         pass
@@ -187,11 +187,15 @@ def _serve(pipe: Any, make: Callable[[str], Worker], device: str) -> None:
             answer = worker.execute(task)
         except Exception as error:
             logger.debug("%s", traceback.format_exc())
-            answer = f"{type(error).__name__}: {error}"
+            answer = _line(error)
         try:
             pipe.send(answer)
         except OSError:
             return
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _die_with_parent() -> None:

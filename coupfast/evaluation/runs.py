@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def evaluate(
     build = build or spec.build
     x, y = images or spec.load()
     defense = build(_devices(spec.device, 1)[0])
-    check_images(defense, x, y, torch.device(spec.device))
+    check_images(spec, defense, x, y)
     found = configuration(spec, defense, x, y)
     if resume:
         ledger = Ledger(folder)
@@ -98,8 +99,8 @@ def evaluate(
     return Ledger(folder, read_only=True)
 
 
-def check_images(defense: Defense, x: torch.Tensor, y: torch.Tensor, device: torch.device) -> None:
-    """ValueError if these are no images in [0, 1] with labels that the defense knows."""
+def check_images(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> None:
+    """ValueError if these are no images in [0, 1] with labels that the defense knows, or the attack does not fit them."""
     if x.dtype != torch.float32 or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"images are float32 of shape (n, channels, height, width), got {x.dtype} of {tuple(x.shape)}")
     low, high = float(x.min()), float(x.max())
@@ -109,9 +110,18 @@ def check_images(defense: Defense, x: torch.Tensor, y: torch.Tensor, device: tor
         raise ValueError(f"labels are int64, one per image: {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}")
     model = defense.model if defense.purified is None else defense.purified.classifier
     with torch.no_grad():
-        classes = model(x[:1].to(device)).shape[1]
+        classes = model(x[:1].to(torch.device(spec.device))).shape[1]
     if int(y.min()) < 0 or int(y.max()) >= classes:
         raise ValueError(f"labels are in [0, {classes}), the classes of the classifier, got [{int(y.min())}, {int(y.max())}]")
+    stages = spec.stages()
+    if stages and spec.norm == "L2" and spec.eps >= math.sqrt(x[0].numel()):
+        raise ValueError(
+            f"`eps` = {spec.eps:g} reaches every image in [0, 1] of {x[0].numel()} values, which are at most "
+            f"{math.sqrt(x[0].numel()):.4g} apart in L2"
+        )
+    targets = max((getattr(attack, "target_classes", 0) for attack in stages.values()), default=0)
+    if targets >= classes:
+        raise ValueError(f"`target_classes` is at most {classes - 1} for a classifier of {classes} classes, got {targets}")
 
 
 def _devices(device: str, workers: int) -> list[str]:

@@ -87,9 +87,8 @@ class Spec:
             raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
-        for name, least in (("shard", 1), ("draws", 1), ("paths", 0), ("threads", 1), ("iterations", 1), ("eot_iter", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
+        for name, least in (("shard", 1), ("draws", 1), ("paths", 0), ("threads", 1)):
+            if (value := getattr(self, name)) < least:
                 raise ValueError(f"`{name}` is at least {least}, got {value!r}")
         self.stages()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def suite(name: str, norm: str, eps: float, changes: Mapping[str, Any] | None = 
         changes: Fields to set in every stage that has them (`iterations`, `eot_iter`, `queries`, `target_classes`, …).
 
     Raises:
-        ValueError: for an unknown name, norm or radius, or a field that no stage has.
+        ValueError: for an unknown name, norm or radius, a field that no stage has, or a value that makes no sense.
     """
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.4)
@@ -59,18 +60,26 @@ def suite(name: str, norm: str, eps: float, changes: Mapping[str, Any] | None = 
         raise ValueError(f"`attack` is one of {', '.join(SUITES)}, got {name!r}{hint}")
     if norm not in ("Linf", "L2"):
         raise ValueError(f"`norm` is 'Linf' or 'L2', got {norm!r}")
-    if not eps > 0:
-        raise ValueError(f"`eps` is a radius above 0 for images in [0, 1], got {eps!r}; 8/255 is {8 / 255:.6f}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"`eps` is a finite radius above 0 for images in [0, 1], got {eps!r}; 8/255 is {8 / 255:.6f}")
     if norm == "Linf" and eps >= 1:
         raise ValueError(f"`eps` = {eps:g} reaches every image in [0, 1]; in 0-255 units? {eps:g}/255 is {eps / 255:.6f}")
-    if eps > 100:
-        raise ValueError(f"`eps` = {eps:g} reaches every image in [0, 1]; published radii in L2 are 0.5 to 3")
+    if norm == "L2" and eps >= 8:
+        published = "published radii are 0.5 to 3"
+        raise ValueError(f"`eps` = {eps:g} in L2, where {published}; in 0-255 units? {eps:g}/255 is {eps / 255:.6f}")
     stages = SUITES[name](norm, eps)
     changes = {key: value for key, value in (changes or {}).items() if value is not None}
     unused = {key for key in changes if not any(key in _fields(attack) for attack in stages.values())}
     if unused:
         known = sorted({field for attack in stages.values() for field in _fields(attack)} - {"norm", "eps"})
         raise ValueError(f"{name!r} has no {', '.join(sorted(unused))} to set; it has {', '.join(known) or 'nothing to set'}")
+    for field in ("iterations", "eot_iter", "queries", "target_classes"):
+        if field in changes and changes[field] < 1:
+            raise ValueError(f"`{field}` is at least 1, got {changes[field]!r}")
+    if "step_size" in changes and not 0 < changes["step_size"] < math.inf:
+        raise ValueError(f"`step_size` is a finite number above 0 for images in [0, 1], got {changes['step_size']!r}")
+    if "amount" in changes and not 0 < changes["amount"] <= 1:
+        raise ValueError(f"`amount` is a share of pixels in (0, 1], got {changes['amount']!r}")
     return {
         stage: dataclasses.replace(attack, **{k: v for k, v in changes.items() if k in _fields(attack)})  # type: ignore[type-var]
         for stage, attack in stages.items()
