@@ -37,6 +37,9 @@ class RayWorkers:
         except ModuleNotFoundError as error:
             raise ImportError(f'Ray is not installed ({error}); install it with: pip install "coupfast[cluster]"') from error
         self._ray, self.size = ray, size
+        self._idle: list[tuple[int, Any]] = []
+        self._busy: dict[Any, tuple[int, Any, Task]] = {}
+        self._deaths: collections.Counter[str] = collections.Counter()
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             # Connects to RAY_ADDRESS or a cluster on this machine; starts one here if there is neither.
@@ -53,9 +56,7 @@ class RayWorkers:
         remote: Any = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0)(_Actor)
         # Ray shows each actor its own GPU as the first one.
         self._new = lambda: remote.remote(make, "cuda:0" if gpus else "cpu")
-        self._idle: list[tuple[int, Any]] = [(number, self._new()) for number in range(size)]
-        self._busy: dict[Any, tuple[int, Any, Task]] = {}
-        self._deaths: collections.Counter[str] = collections.Counter()
+        self._idle += [(number, self._new()) for number in range(size)]
 
     def submit(self, task: Task) -> None:
         number, actor = self._idle.pop()
