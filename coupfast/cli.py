@@ -320,7 +320,7 @@ def _spec(options: argparse.Namespace) -> Spec:
             defaults["device"] = _device(stored["device"])
         options = _parser({options.command: defaults}).parse_args(options.argv)
     values = vars(options) | {"num_steps": options.steps, "images": options.input, "clamp": not options.no_clamp}
-    values["device"] = options.device.type
+    values["device"] = str(options.device)
     return Spec(**{field.name: values[field.name] for field in dataclasses.fields(Spec) if values[field.name] is not None})
 
 

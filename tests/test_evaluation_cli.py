@@ -90,6 +90,12 @@ def test_an_attack_gets_the_gradient_that_it_is_made_for(networks, tmp_path, att
         assert list(ledger.configuration["stages"]) == [attack[0]]
 
 
+def test_a_gpu_by_its_number_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run("evaluate", "--device", "cuda:1", "--out", "run") == 2
+    assert "got 'cuda:1': workers take one GPU each" in capsys.readouterr().err
+
+
 def test_unknown_attack(capsys):
     with pytest.raises(SystemExit):
         run("evaluate", "--attack", "autoatack", "--out", "run")

@@ -15,7 +15,7 @@ import torch
 from evaluation_cases import SMALL, labelled, plain, purified, purified_bpda, run
 
 from coupfast.evaluation import ledger as ledger_module
-from coupfast.evaluation import pools
+from coupfast.evaluation import pools, runs
 from coupfast.evaluation import worker as worker_module
 from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError
@@ -372,11 +372,20 @@ def test_an_attack_that_does_not_fit_is_refused_before_any_work(tmp_path, spec, 
         ({"seeding": "time"}, "`seeding` is one of unit, autoattack"),
         ({"shard": 0}, "`shard` is at least 1"),
         ({"seed": -1}, "`seed` is an integer"),
+        ({"device": "cuda:1"}, "`device` is cpu or cuda, got 'cuda:1': .*CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_bad_specs(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runs._devices("cuda", 1) == ["cuda:0"] and runs._devices("cuda", 2) == ["cuda:0", "cuda:1"]
+    with pytest.raises(ValueError, match="3 workers need a GPU each, and there are 2; use fewer --workers"):
+        runs._devices("cuda", 3)
+    assert runs._devices("cpu", 3) == ["cpu"] * 3
 
 
 def test_more_images_than_exist():

@@ -85,6 +85,11 @@ class Spec:
             raise ValueError(f"`method` is one of {', '.join((NO_DEFENSE, *METHODS))}, got {self.method!r}")
         if self.seeding not in SEEDINGS:
             raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"`device` is cpu or cuda, got {self.device!r}: workers take one GPU each, from the first; which those are, "
+                f"CUDA_VISIBLE_DEVICES says"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
         for name, least in (("shard", 1), ("draws", 1), ("paths", 0), ("threads", 1)):
