@@ -241,21 +241,28 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError("say where the run is kept: --out RUN starts one, --resume RUN continues one")
     folder = options.resume or options.out
     spec = _spec(options)
-    command = shlex.join(["coupfast", *options.argv])
-    notes = {}
-    if options.plan:
+    if options.certify < 0:
+        raise ValueError(f"`--certify` is a number of images, got {options.certify}")
+    if options.certify and spec.method == NO_DEFENSE:
+        raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
+
+    def predict() -> dict[str, Any]:
         predicted = planning.plan(spec, workers=options.workers)
-        print(predicted)
-        notes["plan"] = predicted.to_dict()
+        print(predicted, flush=True)
+        return predicted.to_dict()
+
+    notes: dict[str, Callable[[], Any]] = {}
+    if options.plan:
+        notes["plan"] = predict
     if options.certify:
-        notes["certificate"] = _certificate(spec, options.certify)
+        notes["certificate"] = lambda: _certificate(spec, options.certify)
     with evaluate(
         spec,
         folder,
         resume=options.resume is not None,
         workers=options.workers,
         cluster=options.cluster,
-        command=command,
+        command=shlex.join(["coupfast", *options.argv]),
         notes=notes,
         progress=sys.stderr.isatty(),
     ) as ledger:
@@ -268,8 +275,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _certificate(spec: Spec, images: int) -> dict[str, Any]:
     defense = spec.build(str(torch.device(spec.device)))
-    if defense.purified is None:
-        raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
+    assert defense.purified is not None
     x, y = spec.load()
     return check_gradient(defense.purified, x[:images].to(spec.device), y[:images], images=images).to_dict()
 

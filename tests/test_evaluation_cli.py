@@ -122,6 +122,32 @@ def test_plan_before_and_after(networks, tmp_path, capsys):
     assert "started without a plan" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--out", "taken"), "holds a run already"),
+        (("--out", "file/run"), "cannot be made a run's folder"),
+        (("--resume", "taken", "--t", "0.02"), "started with another configuration"),
+        (("--out", "run", "--limit", "5"), "asks for 5 images"),
+        (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
+        (("--out", "run", "--attack", "autoattack-standard", "--target-classes", "10"), "`target_classes` is at most 9"),
+        (("--out", "run", "--certify", "-1"), "`--certify` is a number of images"),
+        (("--out", "run", "--method", "none"), "with --method none there is none"),
+    ],
+)
+def test_plans_and_certifies_nothing_that_it_cannot_run(networks, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    if "taken" in arguments:
+        assert run("evaluate", *networks, *SMALL, "--out", "taken") == 0
+    monkeypatch.setattr(cli.planning, "plan", lambda *_, **__: pytest.fail("planned"))
+    monkeypatch.setattr(cli, "check_gradient", lambda *_, **__: pytest.fail("certified"))
+    small = SMALL if "--attack" not in arguments else SMALL[:4]
+    assert run("evaluate", *networks, *small, "--plan", "--certify", "1", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_report(networks, tmp_path, capsys):
     assert run("evaluate", *networks, *SMALL, "--certify", "1", "--out", tmp_path / "run") == 0
     capsys.readouterr()

@@ -388,6 +388,14 @@ def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
     assert runs._devices("cpu", 3) == ["cpu"] * 3
 
 
+def test_too_few_gpus_are_refused_before_any_work(tmp_path, monkeypatch):
+    images = labelled(2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 workers need a GPU each, and there are 1"):
+        evaluate(dataclasses.replace(SMALL, device="cuda"), tmp_path / "run", build=pytest.fail, images=images, workers=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_more_images_than_exist():
     with pytest.raises(ValueError, match="asks for 21 images, and cifar10-20 has 20"):
         dataclasses.replace(SMALL, limit=21).load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -34,7 +35,7 @@ def evaluate(
     build: Callable[[str], Defense] | None = None,
     images: tuple[torch.Tensor, torch.Tensor] | None = None,
     command: str = "",
-    notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Callable[[], Any]] | None = None,
     progress: bool = False,
 ) -> Ledger:
     """Run an evaluation to its end. Killed at any moment, it loses the units in flight and nothing else.
@@ -49,7 +50,8 @@ def evaluate(
             several workers.
         images: (x, y) instead of what `spec` names.
         command: What a reader has to type to repeat the run.
-        notes: To keep beside the results, as JSON has it: a plan, a certificate.
+        notes: What makes something to keep beside the results (a plan, a certificate), as JSON has it. Called when all checks
+            are done, before the first unit.
         progress: Show a bar.
 
     Returns:
@@ -66,36 +68,35 @@ def evaluate(
     if cluster not in CLUSTERS:
         raise ValueError(f"`cluster` is one of {', '.join(CLUSTERS)}, got {cluster!r}")
     build = build or spec.build
+    devices = _devices(spec.device, workers if cluster == "none" else 1)
     x, y = images or spec.load()
-    defense = build(_devices(spec.device, 1)[0])
+    defense = build(devices[0])
     check_images(spec, defense, x, y)
     found = configuration(spec, defense, x, y)
-    if resume:
-        ledger = Ledger(folder)
-    else:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        ledger = Ledger.create(folder, found, command=command, started=now)
-    with ledger:
-        if changed := difference(ledger.configuration, found):
-            raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
-        for name, value in (notes or {}).items():
-            ledger.note(name, value)
-        rules = spec.rules(found["defense"])
-        make = functools.partial(Worker, rules, build)
-        pool: Pool
-        if cluster == "ray":
-            from coupfast.evaluation.cluster import RayWorkers
+    rules = spec.rules(found["defense"])
+    make = functools.partial(Worker, rules, build)
+    pool: Pool
+    if cluster == "ray":
+        from coupfast.evaluation.cluster import RayWorkers
 
-            pool = RayWorkers(make, workers, gpus=spec.device == "cuda", threads=spec.threads)
-        elif workers == 1:
-            # The defense that was checked is the one that runs.
-            pool = InProcess(functools.partial(Worker, rules, lambda device: defense), _devices(spec.device, 1)[0])
+        pool = RayWorkers(make, workers, gpus=spec.device == "cuda", threads=spec.threads)
+    elif workers == 1:
+        # The defense that was checked is the one that runs.
+        pool = InProcess(functools.partial(Worker, rules, lambda device: defense), devices[0])
+    else:
+        pool = Processes(make, devices)
+    with contextlib.closing(pool):
+        if resume:
+            ledger = Ledger(folder)
         else:
-            pool = Processes(make, _devices(spec.device, workers))
-        try:
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            ledger = Ledger.create(folder, found, command=command, started=now)
+        with ledger:
+            if changed := difference(ledger.configuration, found):
+                raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+            for name, make_note in (notes or {}).items():
+                ledger.note(name, make_note())
             runner.run(ledger, spec.schedule(len(x)), x.numpy(), y.numpy(), pool, cost=spec.cost(), progress=progress)
-        finally:
-            pool.close()
     return Ledger(folder, read_only=True)
 
 
