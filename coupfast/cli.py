@@ -267,6 +267,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     ) as ledger:
         count = ledger.configuration["images"]["count"]
+        if options.plan:
+            print(planning.beside(planning.Plan.from_dict(ledger.notes()["plan"]), planning.happened(ledger)))
         print(f"{spec.method} under {spec.attack}, {spec.norm} {spec.eps:.6g}, {count} images; 95 % intervals")
         print(protocols.table(protocols.judged(ledger)))
         print(f"everything is in {folder}: coupfast report {folder}; fingerprint of the results {ledger.fingerprint()[:16]}")
@@ -539,7 +541,7 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     evaluate_.add_argument("--out", metavar="RUN", help="folder of a new run")
     evaluate_.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own options")
     evaluate_.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
-    evaluate_.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run")
+    evaluate_.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run, once")
     evaluate_.add_argument(
         "--certify", type=int, default=0, metavar="N", help="keep a certificate of the gradient, from N images, with the run"
     )

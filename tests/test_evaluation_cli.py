@@ -10,6 +10,7 @@ import torch
 from conftest import small_score
 
 from coupfast import cli
+from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
@@ -110,14 +111,20 @@ def test_the_papers_options():
     assert (spec.score, spec.classifier, spec.score_weights) == ("cifar10-ddpmpp-deep", "wrn-28-10", "random")
 
 
-def test_plan_before_and_after(networks, tmp_path, capsys):
+def test_plan_before_and_after(networks, tmp_path, monkeypatch, capsys):
     assert run("plan", *networks, *SMALL, "--probe-steps", "1", "--workers", "3", "--price", "2") == 0
     assert re.search(r"apgd-ce +4 +8 +12 ", capsys.readouterr().out)
     assert run("evaluate", *networks, *SMALL, "--plan", "--out", tmp_path / "run") == 0
     capsys.readouterr()
     assert run("plan", "--run", tmp_path / "run") == 0
-    assert "what happened, at the probe's speed" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "what happened, at the probe's speed" in found
+    # The prediction is the one that the run was started with.
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: pytest.fail("planned again"))
+    assert run("evaluate", "--resume", tmp_path / "run", "--plan") == 0
+    assert capsys.readouterr().out.startswith(found)
     assert run("evaluate", *networks, *SMALL, "--out", tmp_path / "other") == 0
+    capsys.readouterr()
     assert run("plan", "--run", tmp_path / "other") == 2
     assert "started without a plan" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ def evaluate(
         images: (x, y) instead of what `spec` names.
         command: What a reader has to type to repeat the run.
         notes: What makes something to keep beside the results (a plan, a certificate), as JSON has it. Called when all checks
-            are done, before the first unit.
+            are done, before the first unit, unless the run has it already.
         progress: Show a bar.
 
     Returns:
@@ -94,8 +94,10 @@ def evaluate(
         with ledger:
             if changed := difference(ledger.configuration, found):
                 raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+            kept = ledger.notes()
             for name, make_note in (notes or {}).items():
-                ledger.note(name, make_note())
+                if name not in kept:  # a plan that is made half way is no prediction of the run
+                    ledger.note(name, make_note())
             runner.run(ledger, spec.schedule(len(x)), x.numpy(), y.numpy(), pool, cost=spec.cost(), progress=progress)
     return Ledger(folder, read_only=True)
 
