@@ -2,8 +2,10 @@
 
 import os
 import resource
+import shutil
 import signal
 import sqlite3
+import tempfile
 import time
 
 import numpy as np
@@ -133,6 +135,32 @@ def test_a_ledger_that_cannot_be_written(folder):
             with pytest.raises(LedgerError, match="cannot be read or written .attempt to write a readonly database.*--resume"):
                 write()
         assert list(ledger.done()) == [UNIT.name]
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(folder):
+    assert {path.name for path in folder.iterdir()} == {DATABASE, "lock", "units"}  # its log went when it was closed
+    place = tempfile.mkdtemp()
+    try:
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        os.chmod(place, 0o555)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                if os.geteuid() == 0:  # which modes do not stop
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                assert not os.access(place, os.W_OK)
+                with Ledger(place, read_only=True) as ledger:
+                    (record,) = ledger.done().values()
+                    assert (record.unit, ledger.notes()) == (UNIT, {}) and len(ledger.arrays(record)["x_adv"]) == 2
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        os.chmod(place, 0o755)
+        shutil.rmtree(place)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -276,11 +276,23 @@ class Ledger:
 
 def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
     # quote() by as_uri: a folder may have any name. Autocommit outside `with connection`, transactions inside.
-    uri = path.absolute().as_uri() + ("?mode=ro" if read_only else "")
+    uri = path.absolute().as_uri()
+    if read_only:
+        database = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=30)
+        try:
+            database.execute("SELECT count(*) FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            database.close()
+            # Readers of a database with a log share a file beside it, and where that is gone and cannot be made they are turned
+            # away in one of these ways. Where there is no log either, nothing is in it and nobody can be writing.
+            refused = any(words in str(error) for words in ("unable to open", "readonly database"))
+            if not refused or path.with_name(f"{path.name}-wal").exists():
+                raise
+            database = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
+        return database
     database = sqlite3.connect(uri, uri=True, timeout=30)
-    if not read_only:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
     return database
 
 
