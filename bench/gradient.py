@@ -229,15 +229,15 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
         raise SystemExit("--memory-budget auto keeps what fits of the steps that run, so it cannot be scaled; add --full")
     x = case.x
     path = published_path(2.0 * x - 1.0, t=t, steps=steps, forward_noising=False, entropy=options.seed)
-    truths, w = _float64_gradients(case, path)
+    truths, w = float64_gradients(case, path)
     modes = _modes(case, path, t, options)
 
     # These passes are the warm-up, too.
     gradients = {mode.key: _pass_through(mode, x, w) for mode in modes}
     rounding = {
-        mode.key: _relative_error(gradients[mode.key], truths[mode.same_mode]) for mode in modes if mode.same_mode is not None
+        mode.key: relative_error(gradients[mode.key], truths[mode.same_mode]) for mode in modes if mode.same_mode is not None
     }
-    eager = _eager_rounding(case, path, w, truths["exact"], rounding)
+    eager = eager_rounding(case, path, w, truths["exact"], rounding)
     bound = max(CONTRACT * eager, FLIPPED_RELU if case.networks.relus_may_flip else 0.0)
     rows: dict[str, dict[str, Any]] = {}
     for mode in modes:
@@ -257,7 +257,7 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
             "backward_seconds_per_image": None,
             "peak_bytes": None,
             "peak_bytes_from_steps": None,
-            "rel_error": _relative_error(v, v64),
+            "rel_error": relative_error(v, v64),
             "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
             "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
             "rounding": rounding.get(mode.key),
@@ -364,7 +364,7 @@ def _rows_against_exact(case: Case, t: float, options: argparse.Namespace) -> li
             "seconds_per_image": total.median,
             "spread": total.spread,
             "truth": "exact, eager, float32",
-            "rel_error": _relative_error(v, v64),
+            "rel_error": relative_error(v, v64),
             "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
             "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
             "within_contract": True,
@@ -409,7 +409,7 @@ def _pass_through(mode: _Mode, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor
     return torch.autograd.grad(mode.purify(image), image, w)[0]
 
 
-def _float64_gradients(case: Case, path: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def float64_gradients(case: Case, path: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The discrete gradients in float64, with and without the guidance's Hessian, and the cotangent w in float32."""
     networks, x = case.networks, case.x.double()
     with torch.no_grad():
@@ -431,7 +431,7 @@ def _float64_gradients(case: Case, path: Path) -> tuple[dict[str, torch.Tensor],
     return gradients, w
 
 
-def _eager_rounding(
+def eager_rounding(
     case: Case, path: Path, w: torch.Tensor, truth: torch.Tensor, rounding: dict[str, float]
 ) -> float:
     """The error that float32 back-propagation makes; the measure of all engines'."""
@@ -441,10 +441,10 @@ def _eager_rounding(
     score, classifier = frozen(case.networks.score), frozen(case.networks.classifier)
     image = case.x.clone().requires_grad_()
     (v,) = torch.autograd.grad(discrete_adjoint(image, score, classifier, path), image, w)
-    return _relative_error(v, truth)
+    return relative_error(v, truth)
 
 
-def _relative_error(v: torch.Tensor, v64: torch.Tensor) -> float:
+def relative_error(v: torch.Tensor, v64: torch.Tensor) -> float:
     v, v64 = v.double().flatten(1), v64.flatten(1)
     return float(((v - v64).norm(dim=1) / v64.norm(dim=1)).mean())
 

@@ -150,11 +150,11 @@ def _purifications(
     num_steps = len(parity_grid(t)) - 1
     steps = steps_to_time(options, num_steps)
     path = published_path(2.0 * x - 1.0, t=t, steps=steps, forward_noising=noising, entropy=options.seed)
-    truth, allowance = _definition(networks, method, x, path.noise, path.grid)
+    truth, allowance = definition(networks, method, x, path.noise, path.grid)
     coarse: _Coarse | None = None
     if steps < num_steps:
         grid = time_grid(t, steps)
-        coarse = _Coarse(grid, *_definition(networks, method, x, path.noise, grid))
+        coarse = _Coarse(grid, *definition(networks, method, x, path.noise, grid))
     # The eager engine's errors are the measure of all others', whether it is timed or not.
     eager, *others = (
         _engine_contender(case, method, t, name, path, coarse)
@@ -289,7 +289,7 @@ def _or_nan(purified: Callable[[], torch.Tensor], x: torch.Tensor) -> torch.Tens
         return torch.full_like(x, float("nan"))
 
 
-def _definition(
+def definition(
     networks: Networks, method: str, x: torch.Tensor, noise: torch.Tensor, grid: np.ndarray
 ) -> tuple[torch.Tensor, float]:
     """The purified images by `purify_ref` in float64, and what flipped ReLUs are allowed to move them by."""
