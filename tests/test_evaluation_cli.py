@@ -113,7 +113,7 @@ def test_the_papers_options():
 
 def test_plan_before_and_after(networks, tmp_path, monkeypatch, capsys):
     assert run("plan", *networks, *SMALL, "--probe-steps", "1", "--workers", "3", "--price", "2") == 0
-    assert re.search(r"apgd-ce +4 +8 +12 ", capsys.readouterr().out)
+    assert re.search(r"apgd-ce +4 +36 +12 ", capsys.readouterr().out)
     assert run("evaluate", *networks, *SMALL, "--plan", "--out", tmp_path / "run") == 0
     capsys.readouterr()
     assert run("plan", "--run", tmp_path / "run") == 0

@@ -218,7 +218,8 @@ def _costs(spec: Spec) -> list[tuple[str, int, int]]:
     """Stage, images without and with a gradient, for each image."""
     stages = spec.stages()
     # A verdict on one fresh draw follows each attack.
-    attacks = [(name, attack.cost().forward + 1, attack.cost().gradient) for name, attack in stages.items()]
+    costs = {name: attack.cost() for name, attack in stages.items()}
+    attacks = [(name, cost.forward + cost.again + 1, cost.gradient) for name, cost in costs.items()]
     return [(CLEAN, 1, 0), *attacks, (JUDGE, spec.draws * (2 if stages else 1), 0)]
 
 

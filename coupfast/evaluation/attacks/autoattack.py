@@ -58,7 +58,7 @@ class APGD(Attack):
         return tuple(curve)
 
     def cost(self) -> Cost:
-        return Cost(forward=1, gradient=(self.iterations + 1) * self.eot_iter)
+        return Cost(1, (self.iterations + 1) * self.eot_iter, again=OFFERS - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,9 @@ class TargetedAPGD(Attack):
         return seen.result(_perturb("autopgd_base.APGDAttack_targeted", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
-        return Cost(1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter)
+        return Cost(
+            1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter, again=OFFERS - 1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,9 @@ class FABTargeted(Attack):
         return seen.result(_perturb("fab_pt.FABAttack_PT", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
-        return Cost(1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations)
+        return Cost(
+            1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations, again=OFFERS - 1
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Square(Attack):
         return seen.result(_perturb("square.SquareAttack", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
-        return Cost(self.queries + 3, 0)
+        return Cost(self.queries + 3, 0, again=OFFERS - 1)
 
 
 class _Seen:

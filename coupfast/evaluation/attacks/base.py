@@ -12,10 +12,15 @@ from coupfast.evaluation.defense import Defense
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Images through the defense, at most: without a gradient, and with one."""
+    """Images through the defense that one takes which survives everything: without a gradient, and with one.
+
+    Attributes:
+        again: Without a gradient, at most, besides: looks at an image that does not begin because it is seen misclassified.
+    """
 
     forward: int
     gradient: int
+    again: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,4 +59,4 @@ class Attack(abc.ABC):
 
     @abc.abstractmethod
     def cost(self) -> Cost:
-        """Of one image that survives everything."""
+        """Of one image, at most."""
