@@ -134,9 +134,8 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
         count, shape = len(x), x.shape[1:]
     measured = probe(spec, shape, images=probe_images, steps=probe_steps)
     stages = []
-    for name, forward, gradient in _costs(spec):
-        seconds = count * (forward * measured.forward + gradient * measured.gradient)
-        stages.append(Stage(name, count, count * forward, count * gradient, seconds))
+    for name, forward, gradient in _counts(spec, count):
+        stages.append(Stage(name, count, forward, gradient, forward * measured.forward + gradient * measured.gradient))
     return Plan(tuple(stages), workers, measured, price)
 
 
@@ -214,13 +213,14 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _costs(spec: Spec) -> list[tuple[str, int, int]]:
-    """Stage, images without and with a gradient, for each image."""
+def _counts(spec: Spec, images: int) -> list[tuple[str, int, int]]:
+    """Stage, images through the defense without and with a gradient, in a run on that many images."""
     stages = spec.stages()
     # A verdict on one fresh draw follows each attack.
     costs = {name: attack.cost() for name, attack in stages.items()}
-    attacks = [(name, cost.forward + cost.again + 1, cost.gradient) for name, cost in costs.items()]
-    return [(CLEAN, 1, 0), *attacks, (JUDGE, spec.draws * (2 if stages else 1), 0)]
+    attacks = [(name, images * (cost.forward + cost.again + 1), images * cost.gradient) for name, cost in costs.items()]
+    judge = images * spec.draws * (2 if stages else 1) + spec.path_cost(images)
+    return [(CLEAN, images, 0), *attacks, (JUDGE, judge, 0)]
 
 
 def _seconds(defense: Defense, x: torch.Tensor, gradient: bool) -> float:

@@ -169,6 +169,13 @@ class Spec:
         return {CLEAN: 1, **attacks, JUDGE: self.draws * (2 if stages else 1)}
 
 
+    def path_cost(self, images: int) -> int:
+        """Images that the judge purifies to show their way, in a run on that many."""
+        if self.method == NO_DEFENSE:
+            return 0
+        return min(self.paths, images) * (2 if self.stages() else 1)
+
+
 def paper(norm: str) -> dict[str, Any]:
     """The fields of a `Spec` that the paper has otherwise: its images, networks, radius and time. Weights are the reader's."""
     networks = {"score": "cifar10-ddpmpp-deep", "classifier": "wrn-28-10"}

@@ -177,6 +177,7 @@ class Worker:
         purified = self.defense.purified
         if purified is None:
             return {"images": x}
+        self.defense.forward_images += len(x)  # past the defense's own count
         with torch.no_grad():
             x_pure, states = purified.purifier(x, seed=seed, ids=ids, draw=0, return_trajectory=True)
             on_the_way = [purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]
