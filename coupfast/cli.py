@@ -241,13 +241,15 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError("say where the run is kept: --out RUN starts one, --resume RUN continues one")
     folder = options.resume or options.out
     spec = _spec(options)
+    if options.price is not None and not options.plan:
+        raise ValueError("`--price` is for --plan, which says what the run will cost")
     if options.certify < 0:
         raise ValueError(f"`--certify` is a number of images, got {options.certify}")
     if options.certify and spec.method == NO_DEFENSE:
         raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
 
     def predict() -> dict[str, Any]:
-        predicted = planning.plan(spec, workers=options.workers)
+        predicted = planning.plan(spec, workers=options.workers, price=options.price)
         print(predicted, flush=True)
         return predicted.to_dict()
 
@@ -542,6 +544,7 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     evaluate_.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own options")
     evaluate_.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
     evaluate_.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run, once")
+    evaluate_.add_argument("--price", type=float, metavar="P", help="with --plan: of a worker and hour, in any currency")
     evaluate_.add_argument(
         "--certify", type=int, default=0, metavar="N", help="keep a certificate of the gradient, from N images, with the run"
     )

@@ -70,6 +70,7 @@ def test_evaluate_and_resume(networks, tmp_path, capsys):
         (("--out", "run", "--limit", "5"), "asks for 5 images, and .* has 4"),
         (("--out", "run", "--attack", "apgd-ce", "--queries", "5"), "'apgd-ce' has no queries"),
         (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
+        (("--out", "run", "--price", "1"), "`--price` is for --plan"),
     ],
 )
 def test_says_what_is_wrong_before_any_work(networks, tmp_path, monkeypatch, capsys, arguments, message):
@@ -114,11 +115,11 @@ def test_the_papers_options():
 def test_plan_before_and_after(networks, tmp_path, monkeypatch, capsys):
     assert run("plan", *networks, *SMALL, "--probe-steps", "1", "--workers", "3", "--price", "2") == 0
     assert re.search(r"apgd-ce +4 +36 +12 ", capsys.readouterr().out)
-    assert run("evaluate", *networks, *SMALL, "--plan", "--out", tmp_path / "run") == 0
+    assert run("evaluate", *networks, *SMALL, "--plan", "--price", "2", "--out", tmp_path / "run") == 0
     capsys.readouterr()
     assert run("plan", "--run", tmp_path / "run") == 0
     found = capsys.readouterr().out
-    assert "what happened, at the probe's speed" in found
+    assert "what happened, at the probe's speed" in found and "cost at 2 a worker and hour: at most " in found
     # The prediction is the one that the run was started with.
     monkeypatch.setattr(planning, "probe", lambda *_, **__: pytest.fail("planned again"))
     assert run("evaluate", "--resume", tmp_path / "run", "--plan") == 0

@@ -56,12 +56,19 @@ def test_a_run_takes_at_most_what_was_planned(tmp_path):
     for stage in found:
         forward, gradient = per_image[stage.name]
         assert stage.forward <= stage.images * forward and stage.gradient <= stage.images * gradient
-        assert stage.seconds > 0
+        assert stage.seconds > 0 and 2**25 < stage.peak_bytes < 2**40
     assert found[0].images == found[1].images == found[-1].images == 5 > found[2].images
     # The image whose label is wrong is looked at as often as it is offered, and spared its gradients.
     assert found[1].gradient == 4 * per_image["apgd-ce"][1]
     # Of the judge all is known: three draws of all images, clean and attacked, and the ways of the first three.
     assert found[-1].forward == 2 * (3 * 5 + 3) == 5 * per_image["judge"][0]
+
+
+def test_beside_says_cost_and_memory():
+    predicted = Plan((Stage("clean", 4, 4, 0, 7200.0),), 1, Probe(1.0, 2.0, 1, 1, 1, 3 * 2**20), 5.0)
+    text = beside(predicted, [Stage("clean", 4, 4, 0, 1800.0, 200 * 2**20), Stage("a", 4, 4, 0, 1800.0, 100 * 2**20)])
+    assert "cost at 5 a worker and hour: at most 10.00 predicted, 5.00 happened" in text
+    assert "memory of a worker: 3 MiB, besides Python and torch, predicted, 200 MiB happened" in text
 
 
 def test_beside():

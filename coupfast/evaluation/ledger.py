@@ -31,14 +31,15 @@ except ImportError:  # not a POSIX system
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # 2: what attacks saw at their strongest images
+VERSION = 3  # 2: what attacks saw at their strongest images; 3: memory of units
 DATABASE, LOCK, FILES = "ledger.sqlite", "lock", "units"
 
 _TABLES = """
 CREATE TABLE run (version INTEGER NOT NULL, configuration TEXT NOT NULL, command TEXT NOT NULL, started TEXT NOT NULL);
 CREATE TABLE units (
     name TEXT PRIMARY KEY, stage TEXT NOT NULL, images TEXT NOT NULL, state TEXT NOT NULL, worker TEXT,
-    result TEXT, file TEXT, sha256 TEXT, forward_images INTEGER, gradient_images INTEGER, seconds REAL, error TEXT
+    result TEXT, file TEXT, sha256 TEXT, forward_images INTEGER, gradient_images INTEGER, seconds REAL, peak_bytes INTEGER,
+    error TEXT
 );
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -58,6 +59,7 @@ class Outcome:
         arrays: Images and logits, for the unit's file.
         forward_images, gradient_images: Images through the defense, without and with a gradient.
         seconds: Time that the unit took, by a clock that does not jump.
+        peak_bytes: Most memory that the worker has had: of a CPU's all of its process, of a GPU what torch had for this unit.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Outcome:
     forward_images: int
     gradient_images: int
     seconds: float
+    peak_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Record:
     forward_images: int
     gradient_images: int
     seconds: float
+    peak_bytes: int
     worker: str
 
 
@@ -181,7 +185,7 @@ class Ledger:
             with self._database as database:
                 database.execute(
                     "UPDATE units SET state = 'done', worker = ?, result = ?, file = ?, sha256 = ?, forward_images = ?, "
-                    "gradient_images = ?, seconds = ? WHERE name = ? AND state = 'running'",
+                    "gradient_images = ?, seconds = ?, peak_bytes = ? WHERE name = ? AND state = 'running'",
                     (
                         worker,
                         json.dumps(outcome.result),
@@ -190,6 +194,7 @@ class Ledger:
                         outcome.forward_images,
                         outcome.gradient_images,
                         outcome.seconds,
+                        outcome.peak_bytes,
                         outcome.name,
                     ),
                 )
@@ -198,8 +203,8 @@ class Ledger:
         """All units that are done, by name."""
         with _explained(self.folder):
             rows = self._database.execute(
-                "SELECT name, stage, images, result, file, sha256, forward_images, gradient_images, seconds, worker "
-                "FROM units WHERE state = 'done' ORDER BY name"
+                "SELECT name, stage, images, result, file, sha256, forward_images, gradient_images, seconds, peak_bytes, "
+                "worker FROM units WHERE state = 'done' ORDER BY name"
             ).fetchall()
         return {
             row[0]: Record(
@@ -210,7 +215,8 @@ class Ledger:
                 forward_images=row[6],
                 gradient_images=row[7],
                 seconds=row[8],
-                worker=row[9],
+                peak_bytes=row[9],
+                worker=row[10],
             )
             for row in rows
         }

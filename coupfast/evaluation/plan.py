@@ -53,6 +53,7 @@ class Stage:
         images: That enter it.
         forward, gradient: Images through the defense.
         seconds: Of work, all workers together.
+        peak_bytes: Of what happened, the most that a worker had; see `Outcome`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Stage:
     forward: int
     gradient: int
     seconds: float
+    peak_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +186,7 @@ def happened(ledger: Ledger) -> list[Stage]:
             before.forward + record.forward_images,
             before.gradient + record.gradient_images,
             before.seconds + record.seconds,
+            max(before.peak_bytes, record.peak_bytes),
         )
     order = [CLEAN, *ledger.configuration["stages"], JUDGE]
     return [stages[name] for name in order if name in stages]
@@ -202,6 +205,15 @@ def beside(predicted: Plan, found: list[Stage]) -> str:
     expected = forward * predicted.probe.forward + gradient * predicted.probe.gradient
     seconds = sum(stage.seconds for stage in found)
     lines.append(f"what happened, at the probe's speed: {duration(expected)}; it took {duration(seconds)}")
+    if predicted.price is not None:
+        work = sum(stage.seconds for stage in predicted.stages)
+        costs = (f"{predicted.price * spent / 3600:.2f}" for spent in (work, seconds))
+        lines.append(f"cost at {predicted.price:g} a worker and hour: at most {next(costs)} predicted, {next(costs)} happened")
+    memory = predicted.probe.memory
+    lines.append(
+        f"memory of a worker: {'not' if memory is None else f'{memory / 2**20:.0f} MiB, besides Python and torch,'} predicted, "
+        f"{max((stage.peak_bytes for stage in found), default=0) / 2**20:.0f} MiB happened, on a CPU the whole process"
+    )
     return "\n".join(lines)
 
 

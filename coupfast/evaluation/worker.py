@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -107,6 +108,8 @@ class Worker:
         """The same task gives the same bits on every worker."""
         started = time.monotonic()
         self.defense.reset()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with self._settings():
             inputs = {name: torch.from_numpy(array).to(self.device) for name, array in task.arrays.items()}
             do = self._judge if task.unit.stage == JUDGE else self._attack
@@ -118,7 +121,16 @@ class Worker:
             forward_images=self.defense.forward_images,
             gradient_images=self.defense.gradient_images,
             seconds=time.monotonic() - started,
+            peak_bytes=self._peak_bytes(),
         )
+
+    def _peak_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # which only POSIX systems have, as a run needs it
+
+        # In KiB but for macOS.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def _attack(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         x, y, seed = inputs["x"], inputs["y"], self.rules.seed
