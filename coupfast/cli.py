@@ -555,7 +555,7 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
         "plan",
         _plan,
         "Say what an evaluation would take, from a short probe on this machine; or, of a run, the plan beside what happened",
-        "Networks without weights take as long: --score-weights random --classifier-weights random.",
+        "Of networks that do not ship with the package no weights are needed: random ones take as long, and the plan says so.",
     )
     plan.add_argument("--run", dest="run_", metavar="RUN", help="compare this run with the plan that it was started with")
     plan.add_argument("--workers", type=int, default=1, metavar="N", help="that share the work")
@@ -610,8 +610,8 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper",
         action="store_true",
-        help="the paper's images, networks, times and radii (for --norm) unless given; they need the weights: --score-weights, "
-        "--classifier-weights",
+        help="the paper's images, networks, times and radii (for --norm) unless given; an evaluation needs their weights: "
+        "--score-weights, --classifier-weights",
     )
     group = parser.add_argument_group("the attack (settings left out are the published ones)")
     group.add_argument("--attack", choices=attacks.SUITES, default=spec.attack, help="what attacks")

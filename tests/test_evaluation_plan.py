@@ -35,6 +35,23 @@ def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):
     assert "1 " not in str(found).splitlines()[-1] and str(found).endswith("8 workers: 9.0 days")
 
 
+def test_named_networks_need_no_weights_and_the_plan_says_that_they_are_random(monkeypatch):
+    built = []
+
+    def probe(spec, *_, **__):
+        built.append((spec.score_weights, spec.classifier_weights))
+        return Probe(1.0, 3.0, 1, 2, 100, None)
+
+    monkeypatch.setattr(planning, "probe", probe)
+    found = plan(Spec(**paper("L2")))
+    assert str(found).startswith("random weights: cifar10-ddpmpp-deep, wrn-28-10 (trained ones take as long)")
+    assert Plan.from_dict(found.to_dict()) == found
+    assert plan(Spec(**paper("L2"), score_weights="a.pth")).random == ("wrn-28-10",)
+    assert plan(Spec(**paper("L2"), method="none")).random == ("wrn-28-10",)
+    assert "random" not in str(plan(Spec()))
+    assert built == [("random", "random"), ("a.pth", "random"), ("random", "random"), (None, None)]
+
+
 def test_scaling_of_a_probe_is_that_of_its_steps(monkeypatch):
     """A clock that counts steps: a classifier takes 1 s, a step 10 s; with gradients three times that."""
 

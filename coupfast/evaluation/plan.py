@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.defense import NO_DEFENSE, Defense
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.spec import Spec
 from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast.models.zoo import needs_weights
 from coupfast.purify import PurifiedClassifier, Purifier
 
 #: Named sets of images and how many they are.
@@ -73,12 +74,14 @@ class Plan:
         workers: That share the work.
         probe: What the times come from.
         price: Of a worker and hour; None if not given.
+        random: Networks that had random weights.
     """
 
     stages: tuple[Stage, ...]
     workers: int
     probe: Probe
     price: float | None = None
+    random: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -91,7 +94,8 @@ class Plan:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Plan:
         stages = tuple(Stage(**stage) for stage in fields["stages"])
-        return Plan(stages, fields["workers"], Probe(**fields["probe"]), fields["price"])
+        probe = Probe(**fields["probe"])
+        return Plan(stages, fields["workers"], probe, fields["price"], tuple(fields["random"]))
 
     def __str__(self) -> str:
         probe = self.probe
@@ -101,6 +105,8 @@ class Plan:
             + (f", scaled from {probe.steps} of {probe.of_steps} steps" if probe.steps < probe.of_steps else ""),
             f"{'at most, no image falling:':28s}{'images':>8s}{'forward':>12s}{'gradient':>12s}{'time':>12s}",
         ]
+        if self.random:
+            lines.insert(0, f"random weights: {', '.join(self.random)} (trained ones take as long)")
         for stage in self.stages:
             lines.append(f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}")
         forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
@@ -118,8 +124,8 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     """Probe and count.
 
     Args:
-        spec: What would be evaluated. Networks without weights ("random") take as long as those with; of a named set of images
-            that is not here, the size is known, and its images are not read.
+        spec: What would be evaluated. Networks take as long with random weights as with others: a name whose weights are not
+            given gets them. Of a named set of images that is not here, the size is known, and its images are not read.
         workers: That would share it.
         probe_images: Batch of the probe.
         probe_steps: Steps of the probe's purification, of the steps that a purification has.
@@ -127,6 +133,13 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     """
     if workers < 1 or probe_images < 1 or probe_steps < 1:
         raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
+    score, classifier = (
+        "random" if weights is None and needs_weights(name) else weights
+        for name, weights in ((spec.score, spec.score_weights), (spec.classifier, spec.classifier_weights))
+    )
+    spec = dataclasses.replace(spec, score_weights=score, classifier_weights=classifier)
+    networks = [(spec.score, score)] if spec.method != NO_DEFENSE else []
+    random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
     if spec.images in IMAGES:
         count, shape = spec.limit or IMAGES[spec.images], torch.Size((3, 32, 32))
         if count > IMAGES[spec.images]:
@@ -138,7 +151,7 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     stages = []
     for name, forward, gradient in _counts(spec, count):
         stages.append(Stage(name, count, forward, gradient, forward * measured.forward + gradient * measured.gradient))
-    return Plan(tuple(stages), workers, measured, price)
+    return Plan(tuple(stages), workers, measured, price, random)
 
 
 def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:

@@ -71,6 +71,12 @@ def classifier_names() -> list[str]:
     return sorted([*_CLASSIFIERS, _RESNET18_AT])
 
 
+def needs_weights(name: str) -> bool:
+    """Whether `load_score` or `load_classifier` knows an architecture by this name and the package has no weights for it."""
+    known = name in _SCORES or _classifier_config(name, None) is not None
+    return known and name not in _SHIPPED_SCORE and name not in _SHIPPED_CLASSIFIER
+
+
 def load_score(
     source: str | Path | nn.Module,
     *,
