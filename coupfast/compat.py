@@ -42,7 +42,8 @@ def import_robustbench() -> types.ModuleType:
             "robustbench imports pkg_resources, which setuptools has up to version 80 only; "
             'install an older one with: pip install "setuptools<81"'
         )
-    modules = {} if _found("autoattack") else autoattack_modules()
+    modules = {} if _autoattack_is_installed() else autoattack_modules()
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:
         with warnings.catch_warnings():
@@ -57,6 +58,7 @@ def import_robustbench() -> types.ModuleType:
     finally:
         for name in modules:
             sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 def autoattack_modules() -> dict[str, types.ModuleType]:
@@ -113,6 +115,14 @@ def autoattack_modules() -> dict[str, types.ModuleType]:
 def _found(name: str) -> bool:
     # A module put into sys.modules by hand has no spec, and find_spec raises for it.
     return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def _autoattack_is_installed() -> bool:
+    # A script of somebody's on the path, such as this project's own benchmark, may have the name: the attacks are a package.
+    if "autoattack" in sys.modules:
+        return hasattr(sys.modules["autoattack"], "AutoAttack")
+    spec = importlib.util.find_spec("autoattack")
+    return spec is not None and spec.submodule_search_locations is not None
 
 
 def _check_torchvision() -> None:

@@ -105,6 +105,18 @@ def test_the_real_autoattack_is_preferred(run):
     assert lines == ["the original True"]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_script_of_the_same_name_is_no_autoattack(run, loaded):
+    script = {"autoattack.py": "print('a script')\n"}
+    code = f"""
+        if {loaded}: import autoattack
+        print(compat.import_robustbench().benchmark()[1:], hasattr(sys.modules.get("autoattack"), "AutoAttack"))
+        print("autoattack" in sys.modules)
+    """
+    lines = printed(run(code, ROBUSTBENCH, PYAUTOATTACK, script, TORCHVISION, PKG_RESOURCES))
+    assert lines == ["a script"] * loaded + ["('x', 'y', 7) False", str(loaded)]
+
+
 def test_an_alias_made_elsewhere_is_left_alone(run):
     code = """
         import pyautoattack, pyautoattack.state
