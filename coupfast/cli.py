@@ -266,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         cluster=options.cluster,
         command=shlex.join(["coupfast", *options.argv]),
         notes=notes,
-        progress=sys.stderr.isatty(),
+        progress=True,
     ) as ledger:
         count = ledger.configuration["images"]["count"]
         if options.plan:

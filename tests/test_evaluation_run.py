@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -15,7 +16,7 @@ import torch
 from evaluation_cases import SMALL, labelled, plain, purified, purified_bpda, run
 
 from coupfast.evaluation import ledger as ledger_module
-from coupfast.evaluation import pools, runs
+from coupfast.evaluation import pools, runner, runs
 from coupfast.evaluation import worker as worker_module
 from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError
@@ -79,6 +80,29 @@ def test_judging_noise_is_common_to_defenses_and_shards(tmp_path):
     # Batches of other sizes round convolutions otherwise; another noise would differ by far more.
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
     assert np.abs(logits[0][0] - logits[0][1]).max() > 0.01
+
+
+def test_progress_is_said_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "EVERY", 0.0)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
+    with run(tmp_path / "run", progress=True) as ledger:
+        records = ledger.done()
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(records)
+    fooled = set()
+    for record in (record for record in records.values() if record.unit.stage.startswith("apgd")):
+        fooled |= {*record.unit.images} - {*record.result["standing"]}
+    pattern = r"evaluate: (\d+) %, (\d+) images fooled, (\d+) units done, ([\d.e+]+) purifications/s, at most .* left"
+    found = [re.fullmatch(pattern, line).groups() for line in [*lines, last]]
+    assert [int(units) for _, _, units, _ in found] == [*range(1, len(records) + 1), len(records)]
+    shares = [int(share) for share, *_ in found]
+    assert shares == sorted(shares) and shares[-1] == 100
+    assert int(found[-1][1]) == len(fooled) > 0
+    assert all(float(rate) > 0 for *_, rate in found)
+    assert last.endswith("at most 0.0 s left")
+    run(tmp_path / "quiet").close()
+    assert capsys.readouterr().err == ""
 
 
 # --- killed -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from coupfast.evaluation.ledger import Ledger, Record
+from coupfast.evaluation.plan import duration
 from coupfast.evaluation.pools import Pool, UnitFailed
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule, Unit
 from coupfast.evaluation.worker import Task
+
+EVERY = 30.0  # seconds from one line of progress to the next
 
 
 def run(
@@ -34,7 +38,7 @@ def run(
         y: Labels, int64.
         pool: Workers; closed by the caller.
         cost: Images through the defense that one image takes at each stage, at most: for the time that is left.
-        progress: Show a bar.
+        progress: Show a bar on stderr; where that is no terminal, a line every half minute.
 
     Raises:
         UnitFailed: if a unit cannot be done; the others in flight are lost, those recorded are not.
@@ -44,7 +48,7 @@ def run(
     records = ledger.done()
     standing = {name: _standing(record) for name, record in records.items()}
     in_flight: dict[str, Unit] = {}
-    with _Progress(schedule, cost, records.values(), disable=not progress) as bar:
+    with _Progress(schedule, cost, records.values(), show=progress) as bar:
         while True:
             for unit in schedule.ready(standing):
                 if len(in_flight) < pool.size and unit.name not in in_flight:
@@ -100,27 +104,45 @@ def _standing(record: Record) -> tuple[int, ...]:
 
 
 class _Progress:
-    """A bar over images at stages, an image that falls counting for all stages that it is spared."""
+    """How far the images are through the stages, an image that falls counting for all stages that it is spared."""
 
-    def __init__(self, schedule: Schedule, cost: Mapping[str, int], done: Iterable[Record], disable: bool) -> None:
+    def __init__(self, schedule: Schedule, cost: Mapping[str, int], done: Iterable[Record], show: bool) -> None:
         self._stages, self._all = [CLEAN, *schedule.attacks], schedule.attack_all
         self._cost, self._fooled, self._units, self._purified = cost, 0, 0, 0
         self._started = time.monotonic()
         before = sum(self._count(record) for record in done)
-        total = schedule.images * sum(cost.values())
-        self._bar = tqdm(total=total, initial=before, desc="evaluate", unit="image", unit_scale=True, disable=disable)
+        self._before = self._done = before
+        self._total = schedule.images * sum(cost.values())
+        bar = show and sys.stderr.isatty()
+        self._lines, self._said = show and not bar, self._started
+        self._bar = tqdm(total=self._total, initial=before, desc="evaluate", unit="image", unit_scale=True, disable=not bar)
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
+        if self._lines and self._purified:
+            self._say()
 
     def finished(self, record: Record) -> None:
         self._purified += record.forward_images + record.gradient_images
-        self._bar.update(self._count(record))
+        done = self._count(record)
+        self._done += done
+        self._bar.update(done)
+        self._bar.set_postfix_str(self._state())
+        if self._lines and time.monotonic() - self._said >= EVERY:
+            self._say()
+
+    def _state(self) -> str:
         rate = self._purified / max(time.monotonic() - self._started, 1e-9)
-        self._bar.set_postfix_str(f"{self._fooled} fooled, {self._units} units done, {rate:.3g} purifications/s")
+        return f"{self._fooled} images fooled, {self._units} units done, {rate:.3g} purifications/s"
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        left = (self._said - self._started) * (self._total - self._done) / max(self._done - self._before, 1)
+        share = f"{100 * self._done / self._total:.0f} %"
+        print(f"evaluate: {share}, {self._state()}, at most {duration(left)} left", file=sys.stderr, flush=True)
 
     def _count(self, record: Record) -> int:
         """What a unit that is done takes off the work, at most."""

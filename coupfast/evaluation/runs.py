@@ -52,7 +52,7 @@ def evaluate(
         command: What a reader has to type to repeat the run.
         notes: What makes something to keep beside the results (a plan, a certificate), as JSON has it. Called when all checks
             are done, before the first unit, unless the run has it already.
-        progress: Show a bar.
+        progress: Show a bar on stderr; where that is no terminal, a line every half minute.
 
     Returns:
         The ledger, open for reading.
