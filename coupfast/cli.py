@@ -628,7 +628,13 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeding", choices=SEEDINGS, default=spec.seeding, help="a seed for each unit, or AutoAttack's one")
     group.add_argument("--shard", type=int, default=spec.shard, metavar="N", help="images of a unit of work, which is a batch")
     group.add_argument("--draws", type=int, default=spec.draws, metavar="N", help="fresh draws that judge each image")
-    group.add_argument("--paths", type=int, default=spec.paths, metavar="N", help="images whose purification the report shows")
+    group.add_argument(
+        "--paths",
+        type=_paths,
+        default=spec.paths,
+        metavar="N|I,J,...",
+        help="images whose purification the report shows: the first N, or by number from 0 (one alone: '7,')",
+    )
     group.add_argument("--threads", type=int, default=spec.threads, metavar="N", help="CPU threads of a worker")
     group.add_argument(
         "--memory-gib", type=float, metavar="GIB", help="that a purification may take above the weights; without it the least"
@@ -639,6 +645,13 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     _add_defense(parser, [*METHODS, NO_DEFENSE])
     parser.set_defaults(seed=spec.seed)
+
+
+def _paths(text: str) -> int | tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number) if "," in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images and no list of them; say 4 or 0,5,7") from error
 
 
 def _fraction(text: str) -> float:

@@ -104,6 +104,11 @@ def test_unknown_attack(capsys):
     assert "invalid choice: 'autoatack'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text, paths", [("4", 4), ("0,5,7", (0, 5, 7)), ("7,", (7,))])
+def test_paths_are_a_number_or_numbers(text, paths):
+    assert cli._parser().parse_args(["evaluate", "--paths", text]).paths == paths
+
+
 def test_the_papers_options():
     options = cli._parser().parse_args(["evaluate", "--paper", "--norm", "L2", "--out", "run", "--score-weights", "random"])
     options.argv = ["evaluate", "--paper", "--norm", "L2", "--out", "run", "--score-weights", "random"]

@@ -17,11 +17,11 @@ def test_plans_networks_without_weights():
     assert [(stage.name, stage.forward, stage.gradient) for stage in found.stages] == [
         ("clean", 3, 0),
         ("apgd-ce", 27, 9),
-        ("judge", 60 + 3 * 2, 0),  # the ways of three images, clean and attacked
+        ("judge", 60 + 3 * 4, 0),  # the ways of three images, clean and attacked, with noise and without
     ]
     assert (found.probe.steps, found.probe.of_steps) == (1, 4)
     assert found.probe.gradient > found.probe.forward > 0
-    assert found.seconds == pytest.approx((96 * found.probe.forward + 9 * found.probe.gradient) / 2)
+    assert found.seconds == pytest.approx((102 * found.probe.forward + 9 * found.probe.gradient) / 2)
     assert found.probe.memory > 5 * 2**20  # the networks alone are 1.3 and 0.7 million weights
     text = str(found)
     assert "scaled from 1 of 4 steps" in text and "2 workers" in text and "cost: " in text
@@ -78,7 +78,7 @@ def test_a_run_takes_at_most_what_was_planned(tmp_path):
     # The image whose label is wrong is looked at as often as it is offered, and spared its gradients.
     assert found[1].gradient == 4 * per_image["apgd-ce"][1]
     # Of the judge all is known: three draws of all images, clean and attacked, and the ways of the first three.
-    assert found[-1].forward == 2 * (3 * 5 + 3) == 5 * per_image["judge"][0]
+    assert found[-1].forward == 2 * (3 * 5 + 2 * 3) == 5 * per_image["judge"][0]
 
 
 def test_beside_says_cost_and_memory():

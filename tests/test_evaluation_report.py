@@ -7,7 +7,8 @@ import re
 
 import numpy as np
 import pytest
-from evaluation_cases import SMALL, labelled, plain, run
+import torch
+from evaluation_cases import SMALL, labelled, plain, purified, run
 from PIL import Image
 
 from coupfast.evaluation import report
@@ -74,6 +75,30 @@ def test_shown_images_are_in_order_over_shards(runs):
     assert shown["images"].tolist() == [0, 1, 2]  # shards are of two
     assert shown["clean_images"].shape == (3, 3, 8, 8) and shown["clean_confidences"].shape == (3, 3, 10)
     assert shown["clean_logits"].shape == (3, 3, 10)
+
+
+def test_chosen_images_are_shown(tmp_path):
+    run(tmp_path / "chosen", dataclasses.replace(SMALL, paths=(3, 1)), command="x").close()
+    found = report.read(tmp_path / "chosen")
+    assert found.shown["images"].tolist() == [1, 3]  # the second of both shards
+    x, _ = labelled(5)
+    np.testing.assert_array_equal(found.shown["clean_images"], x[[1, 3]].numpy())
+    np.testing.assert_array_equal(found.shown["clean_logits"], found.verdicts["clean"].logits[:, [1, 3]])
+
+
+def test_the_path_is_without_noise_and_shows_the_label_and_what_beats_it(runs):
+    found = report.read(runs / "purified")
+    purifier = purified("cpu").purified.purifier
+    x = torch.from_numpy(found.shown["attacked_images"])
+    with torch.no_grad():
+        _, states = purifier(x, noise=torch.zeros(2, *x.shape), return_trajectory=True)
+        confidences = purified("cpu").purified.classifier(((states[-1] + 1) / 2).clamp(0, 1)).softmax(dim=1)
+    torch.testing.assert_close(torch.from_numpy(found.shown["attacked_confidences"][-1]), confidences, rtol=1e-4, atol=1e-5)
+    labels = found.verdicts["clean"].labels
+    for number in range(3):
+        others = [c for c in range(10) if c != labels[number]]
+        assert report._competitor(found, number) == max(others, key=lambda c: confidences[number, c])
+    assert "Without noise, as in the paper's Fig. 2a: of the label" in report._path_picture(found).note
 
 
 def test_runs_that_cannot_be_compared_say_why(runs, tmp_path):

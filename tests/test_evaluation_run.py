@@ -396,6 +396,8 @@ def test_an_attack_that_does_not_fit_is_refused_before_any_work(tmp_path, spec, 
         ({"seeding": "time"}, "`seeding` is one of unit, autoattack"),
         ({"shard": 0}, "`shard` is at least 1"),
         ({"seed": -1}, "`seed` is an integer"),
+        ({"paths": -1}, "`paths` is a number of images or their numbers from 0, got -1"),
+        ({"paths": (3, -2)}, "`paths` is a number of images or their numbers"),
         ({"device": "cuda:1"}, "`device` is cpu or cuda, got 'cuda:1': .*CUDA_VISIBLE_DEVICES"),
     ],
 )
@@ -425,7 +427,16 @@ def test_more_images_than_exist():
         dataclasses.replace(SMALL, limit=21).load()
 
 
+def test_paths_name_images_that_exist(tmp_path):
+    with pytest.raises(ValueError, match="`paths` names image 5, and there are 5, numbered from 0"):
+        run(tmp_path / "run", dataclasses.replace(SMALL, paths=(0, 5)))
+
+
 def test_spec_is_json(tmp_path):
     with run(tmp_path / "run", count=2) as ledger:
         spec = json.loads(json.dumps(ledger.configuration["spec"]))
         assert type(SMALL)(**spec) == SMALL
+    chosen = dataclasses.replace(SMALL, paths=(1, 0))
+    with run(tmp_path / "chosen", chosen, count=2) as ledger:
+        assert type(SMALL)(**ledger.configuration["spec"]) == chosen
+    run(tmp_path / "chosen", chosen, count=2, resume=True).close()

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from coupfast.data import CIFAR10_CLASSES
+from coupfast.defenses import METHODS
 from coupfast.evaluation import plan, protocols
 from coupfast.evaluation.ledger import Ledger, Record
 from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Judged
 from coupfast.evaluation.units import JUDGE
+from coupfast.evaluation.worker import chosen
 
 # Distinguishable also without colour vision (Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -90,11 +92,11 @@ def read(folder: str | Path) -> Run:
         images: list[int] = []
         for record in records.values():
             if record.unit.stage == JUDGE:
-                kept = [image for image in record.unit.images if image < ledger.configuration["spec"]["paths"]]
-                images += kept
+                kept = chosen(ledger.configuration["spec"]["paths"], record.unit.images)
+                images += [record.unit.images[i] for i in kept]
                 for name, array in ledger.arrays(record).items() if kept else ():
                     if name.endswith("_logits"):
-                        array = array[:, : len(kept)]  # kept images are a shard's first
+                        array = array[:, kept]
                     parts.setdefault(name, []).append(array)
         axis = {name: 0 if name.endswith(("_images", "_purified")) else 1 for name in parts}
         return Run(
@@ -338,8 +340,7 @@ def _curve_picture(runs: Sequence[Run]) -> Picture:
     axes.set_xlabel("iteration of the attack (0: its starting point)")
     axes.set_ylabel("not yet seen to fail, % of all")
     axes.set_ylim(0, 102)
-    ticks = axes.get_xticks()
-    axes.set_xticks([t for t in ticks if t == int(t) and 0 <= t < max(len(c) for run in runs for c in _curves(run).values())])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, loc="upper right")
     return Picture(
         "Accuracy against iterations",
@@ -349,24 +350,44 @@ def _curve_picture(runs: Sequence[Run]) -> Picture:
     )
 
 
+def _competitor(run: Run, number: int) -> int:
+    """The likeliest class but for its own at the end of a shown image's way: attacked, where there was an attack."""
+    kind = "attacked" if "attacked_confidences" in run.shown else "clean"
+    last = run.shown[f"{kind}_confidences"][-1, number].copy()
+    last[run.verdicts["clean"].labels[run.shown["images"][number]]] = -1
+    return int(last.argmax())
+
+
 def _path_picture(run: Run) -> Picture:
-    figure = _figure(7.0, 3.6)
-    axes = figure.add_subplot()
-    labels = run.verdicts["clean"].labels
-    for number, image in enumerate(run.shown["images"]):
-        for kind, style in (("clean", "-"), ("attacked", "--")):
-            if f"{kind}_confidences" in run.shown:
-                confidence = run.shown[f"{kind}_confidences"][:, number, labels[image]]
-                name = f"{_class_name(run, labels[image])} ({image})" if kind == "clean" else None
-                axes.plot(confidence, style, color=_COLOURS[number % len(_COLOURS)], label=name, linewidth=1.5)
-    axes.set_xlabel("step of the purification")
-    axes.set_ylabel("confidence in the label")
-    axes.set_ylim(-0.02, 1.02)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    images, labels = run.shown["images"], run.verdicts["clean"].labels
+    columns = min(len(images), 2)
+    rows = -(-len(images) // columns)
+    figure = _figure(3.7 * columns + 1.2, 2.5 * rows + 0.3)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(images) :]:
+        panel.set_axis_off()
+    for number, image in enumerate(images):
+        panel, competitor = panels[number], _competitor(run, number)
+        for colour, of in zip(_COLOURS, (labels[image], competitor), strict=False):
+            for kind, style in (("attacked", "-"), ("clean", ":")):
+                if f"{kind}_confidences" in run.shown:
+                    confidence = run.shown[f"{kind}_confidences"][:, number, of]
+                    label = f"{_class_name(run, of)}{' (the label)' if of == labels[image] else ''}, {kind}"
+                    panel.plot(confidence, style, color=colour, label=label, linewidth=1.5)
+        panel.set_title(f"image {image}", fontsize=9)
+        panel.set_ylim(-0.02, 1.02)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(fontsize=6, loc="center right")
+    figure.supxlabel("step of the purification", fontsize=9)
+    figure.supylabel("confidence", fontsize=9)
+    noiseless = "Without noise, as in the paper's Fig. 2a"
+    if METHODS[run.configuration["defense"]["method"]].forward_noising:
+        noiseless += " (nor any before the first step, which this method has otherwise)"
     return Picture(
         f"{run.name}: confidence along the purification",
         _png(figure),
-        "Solid: clean images; dashed: attacked ones. One draw. The classifier sees the state as it is, noise included.",
+        f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
+        "state as it is.",
     )
 
 

@@ -116,6 +116,8 @@ def check_images(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor)
         classes = model(x[:1].to(torch.device(spec.device))).shape[1]
     if int(y.min()) < 0 or int(y.max()) >= classes:
         raise ValueError(f"labels are in [0, {classes}), the classes of the classifier, got [{int(y.min())}, {int(y.max())}]")
+    if not isinstance(spec.paths, int) and spec.paths and spec.paths[-1] >= len(x):
+        raise ValueError(f"`paths` names image {spec.paths[-1]}, and there are {len(x)}, numbered from 0")
     stages = spec.stages()
     if stages and spec.norm == "L2" and spec.eps >= math.sqrt(x[0].numel()):
         raise ValueError(

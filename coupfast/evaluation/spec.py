@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from coupfast.defenses import METHODS
 from coupfast.evaluation.attacks import Attack, attack_to_dict, suite, suite_gradient
 from coupfast.evaluation.defense import NO_DEFENSE, Defense
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule
-from coupfast.evaluation.worker import Rules, environment
+from coupfast.evaluation.worker import Rules, chosen, environment
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import PurifiedClassifier, Purifier
 
@@ -39,7 +40,7 @@ class Spec:
             that still stand are batched anew before each stage, as AutoAttack does it.
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
-        paths: How many images, the first ones, keep their way through the purification for the report.
+        paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
         threads: CPU threads of a worker.
         device: "cpu" or "cuda"; with several workers each "cuda" worker has a GPU of its own.
     """
@@ -76,7 +77,7 @@ class Spec:
     seeding: str = "unit"
     shard: int = 16
     draws: int = 10
-    paths: int = 4
+    paths: int | tuple[int, ...] = 4
     threads: int = 1
     device: str = "cpu"
 
@@ -92,7 +93,11 @@ class Spec:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
-        for name, least in (("shard", 1), ("draws", 1), ("paths", 0), ("threads", 1)):
+        if not isinstance(self.paths, int):
+            object.__setattr__(self, "paths", tuple(sorted(set(self.paths))))  # a list, where it comes from JSON
+        if self.paths != () and (self.paths if isinstance(self.paths, int) else self.paths[0]) < 0:
+            raise ValueError(f"`paths` is a number of images or their numbers from 0, got {self.paths!r}")
+        for name, least in (("shard", 1), ("draws", 1), ("threads", 1)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"`{name}` is at least {least}, got {value!r}")
         self.stages()
@@ -173,7 +178,8 @@ class Spec:
         """Images that the judge purifies to show their way, in a run on that many."""
         if self.method == NO_DEFENSE:
             return 0
-        return min(self.paths, images) * (2 if self.stages() else 1)
+        # With noise and without.
+        return 2 * len(chosen(self.paths, range(images))) * (2 if self.stages() else 1)
 
 
 def paper(norm: str) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def paper(norm: str) -> dict[str, Any]:
 def configuration(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
     """All that a run's results depend on, as JSON has it."""
     return {
-        "spec": dataclasses.asdict(spec),
+        "spec": json.loads(json.dumps(dataclasses.asdict(spec))),
         "stages": {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()},
         "defense": defense.describe(),
         "images": {"count": len(x), "shape": list(x.shape[1:]), "x_sha256": _sha256(x), "labels": y.tolist()},

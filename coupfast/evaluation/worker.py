@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Rules:
         seed: The run's.
         attack_seed: Every attack takes the run's seed as it is, as AutoAttack does, and not one of its unit.
         draws: Fresh draws that judge each image.
-        paths: How many images, the first of the run, keep their way through the purification.
+        paths: Which images keep their way through the purification; see `chosen`.
         threads: Of a worker.
         environment: Where the run was started; see `environment`.
         defense: What the run was started with; see `Defense.describe`.
@@ -51,10 +51,15 @@ class Rules:
     seed: int
     attack_seed: bool
     draws: int
-    paths: int
+    paths: int | Sequence[int]
     threads: int
     environment: Mapping[str, Any]
     defense: Mapping[str, Any]
+
+
+def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
+    """Where in `images` those are that keep their way through the purification: the first ones of a run, or the ones named."""
+    return [i for i, image in enumerate(images) if (image < paths if isinstance(paths, int) else image in paths)]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Worker:
                 same = (inputs["x"] == inputs["x_adv"]).flatten(1).all(dim=1).tolist()
                 result["unchanged"] = [image for image, is_same in zip(unit.images, same, strict=True) if is_same]
             result[kind] = logits.argmax(dim=2).tolist()
-            shown = [i for i, image in enumerate(unit.images) if image < self.rules.paths]
+            shown = chosen(self.rules.paths, unit.images)
             if shown:
                 tensors |= {
                     f"{kind}_{name}": tensor for name, tensor in self._path(inputs[name][shown], ids[shown], seed).items()
@@ -185,13 +190,16 @@ class Worker:
         return result, tensors
 
     def _path(self, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-        """Images through the purification at draw 0: what comes out, and the classifier's confidences on the way."""
+        """Images through the purification: what comes out at draw 0, and confidences on the way without noise."""
         purified = self.defense.purified
         if purified is None:
             return {"images": x}
-        self.defense.forward_images += len(x)  # past the defense's own count
+        self.defense.forward_images += 2 * len(x)  # past the defense's own count
         with torch.no_grad():
-            x_pure, states = purified.purifier(x, seed=seed, ids=ids, draw=0, return_trajectory=True)
+            x_pure = purified.purifier(x, seed=seed, ids=ids, draw=0)
+            # As in the paper's Fig. 2a: "to focus on the purification process, we do not consider Brownian motion".
+            silence = x.new_zeros(purified.purifier.recipe.num_noises, *x.shape)
+            _, states = purified.purifier(x, noise=silence, return_trajectory=True)
             on_the_way = [purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]
         return {"images": x, "purified": x_pure, "confidences": torch.stack(on_the_way)}  # [steps + 1, images, classes]
 
