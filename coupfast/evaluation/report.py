@@ -363,7 +363,7 @@ def _path_picture(run: Run) -> Picture:
     columns = min(len(images), 2)
     rows = -(-len(images) // columns)
     figure = _figure(3.7 * columns + 1.2, 2.5 * rows + 0.3)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for panel in panels[len(images) :]:
         panel.set_axis_off()
     for number, image in enumerate(images):
@@ -377,7 +377,7 @@ def _path_picture(run: Run) -> Picture:
         panel.set_title(f"image {image}", fontsize=9)
         panel.set_ylim(-0.02, 1.02)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.legend(fontsize=6, loc="center right")
+        panel.legend(fontsize=6, loc="best")
     figure.supxlabel("step of the purification", fontsize=9)
     figure.supylabel("confidence", fontsize=9)
     noiseless = "Without noise, as in the paper's Fig. 2a"
