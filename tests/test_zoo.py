@@ -230,7 +230,11 @@ def test_diffusers_networks_that_do_not_serve(config, message):
 
 def test_real_diffusers_network():
     diffusers = pytest.importorskip("diffusers")
-    unet = diffusers.UNet2DModel(
+    try:
+        network = diffusers.UNet2DModel
+    except RuntimeError as error:  # it imports torchvision, which may have been made for another torch
+        pytest.skip(f"diffusers does not load here: {' '.join(str(error).split())}")
+    unet = network(
         sample_size=8,
         block_out_channels=(8, 8),
         layers_per_block=1,
