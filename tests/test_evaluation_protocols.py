@@ -19,6 +19,7 @@ from coupfast.evaluation.protocols import (
     judged,
     mcnemar,
     scores,
+    table,
     wilson_interval,
 )
 
@@ -148,6 +149,13 @@ def test_contradictions():
     assert contradictions(names, {"single": conclusion(-1), "worst": conclusion(0)}) == [
         "B is better by 'single', which 'worst' cannot confirm"
     ]
+
+
+def test_columns_hold_averages_and_many_images():
+    for verdicts in (of(PREDICTIONS), of(np.zeros((2, 10000), int))):
+        lines = table({"clean": verdicts, "attacked": verdicts}).splitlines()
+        assert len({line.rindex("[") for line in lines[1:]}) == 1
+    assert "(1.8/3)" in table({"clean": of(PREDICTIONS)}) and "(1/3)" in table({"clean": of(PREDICTIONS)})
 
 
 def test_reads_a_run(tmp_path):

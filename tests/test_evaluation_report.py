@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def runs(tmp_path_factory):
     """A purified and a plain defense under the same attack."""
     folder = tmp_path_factory.mktemp("runs")
     spec = dataclasses.replace(SMALL, paths=3)
-    run(folder / "purified", spec, command="coupfast evaluate --out 'a b' < & >").close()
+    run(folder / "purified", spec, command="coupfast evaluate --out 'a b' --t 0.1 '<&>'").close()
     run(folder / "plain", spec, build=plain).close()
     return folder
 
@@ -36,7 +37,9 @@ def test_a_page_that_needs_nothing_else(runs, tmp_path):
     for picture in pictures:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         assert pixels.shape[1] > 400 and pixels.std() > 10
-    assert "coupfast evaluate --out &#x27;a b&#x27; &lt; &amp; &gt;" in text
+    # Into a folder that does not hold this run.
+    assert "coupfast evaluate --out &#x27;a b-again&#x27; --t 0.1 &#x27;&lt;&amp;&gt;&#x27;" in text
+    assert re.search(r"<p>2 runs; reported on \d{4}-\d\d-\d\d\.</p>", text)
     markdown = tables.read_text()
     for title in ("purified: accuracy", "purified against plain, attacked", "plain: by class", "plain: what it took"):
         assert f"<h2>{title}</h2>" in text and f"## {title}" in markdown
@@ -59,6 +62,36 @@ def test_numbers_are_those_of_the_ledger(runs):
     assert any(name == "defense.score_sha256" and len(value) == 64 for name, value in configuration.rows)
     classes = next(part for part in parts if part.title == "purified: by class")
     assert sum(int(row[1]) for row in classes.rows) == 5
+
+
+def test_the_configuration_shows_what_was_set_and_the_stages_what_follows(runs):
+    parts = {part.title: part for part in report.sections([report.read(runs / "purified")])}
+    rows = dict(parts["purified: configuration, versions, hashes"].rows)
+    assert rows["spec.iterations"] == "3" and "spec.queries" not in rows and "null" not in rows.values()
+    stages = parts["purified: stages of the attack"]
+    (dlr,) = [dict(zip(stages.header, row, strict=True)) for row in stages.rows if row[0] == "apgd-dlr"]
+    assert (dlr["loss"], dlr["iterations"], dlr["eot_iter"]) == ("dlr", "3", "2")
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
+    copies = [tmp_path / part / "same" / "run" for part in ("one", "two")]
+    for copy in copies:
+        shutil.copytree(runs / "plain", copy)
+    titles = [part.title for part in report.sections([report.read(copy) for copy in copies])]
+    assert "one/same/run against two/same/run, attacked" in titles and "two/same/run: accuracy" in titles
+    with pytest.raises(ValueError, match="reported on twice"):
+        report.sections([report.read(copies[0]), report.read(copies[0])])
+
+
+def test_guidance_and_assumptions_are_named_where_there_are_any(runs):
+    found = report.read(runs / "purified")
+    assert "gradient exact, guidance exact;" in report._summary(found)
+    configuration = {**found.configuration, "defense": {**found.configuration["defense"], "method": "reverse-sde"}}
+    assert "guidance" not in report._summary(dataclasses.replace(found, configuration=configuration))
+    assert report._assumed(found) == ""
+    spec = {**found.configuration["spec"], "attack": "bpda-eot-20", "eot_iter": None, "step_size": 0.01}
+    assumed = dataclasses.replace(found, configuration={**found.configuration, "spec": spec})
+    assert report._assumed(assumed) == " That EOT 15 is an assumption of this project: the paper does not state it legibly."
 
 
 def test_curves_are_of_all_images(runs):

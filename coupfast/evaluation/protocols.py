@@ -167,17 +167,22 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
 def table(verdicts: Mapping[str, Judged]) -> str:
     """Accuracies of a run by every protocol, in text."""
     draws = len(verdicts["clean"].logits)
-    lines = [f"{'':34s}" + "".join(f"{kind:34s}" for kind in verdicts)]
+    lines = [f"{'':34s}" + "".join(f"{kind:38s}" for kind in verdicts)]
     for protocol in (OFFICIAL, *PROTOCOLS):
         cells = []
         for found in (accuracy(kind, protocol) for kind in verdicts.values()):
             low, high = found.wilson
-            count = f"{found.value * found.images:g}/{found.images}"
-            cells.append(f"{100 * found.value:5.1f} % {f'({count})':11s} [{100 * low:5.1f}, {100 * high:5.1f}]")
-        lines.append(f"{describe(protocol, draws):34s}" + "".join(f"{cell:34s}" for cell in cells))
+            cells.append(f"{100 * found.value:5.1f} % {f'({count(found)})':13s} [{100 * low:5.1f}, {100 * high:5.1f}]")
+        lines.append(f"{describe(protocol, draws):34s}" + "".join(f"{cell:38s}" for cell in cells))
     if "attacked" in verdicts and verdicts["attacked"].unchanged:
         lines.append(unchanged(verdicts["attacked"]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def count(found: Accuracy) -> str:
+    """Of how many images how many; an average over draws need not be whole."""
+    right = found.value * found.images
+    return f"{right:.0f}/{found.images}" if abs(right - round(right)) < 1e-6 else f"{right:.1f}/{found.images}"
 
 
 def unchanged(attacked: Judged) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import datetime
 import html
 import io
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from coupfast.data import CIFAR10_CLASSES
 from coupfast.defenses import METHODS
 from coupfast.evaluation import plan, protocols
+from coupfast.evaluation.attacks import ASSUMED
 from coupfast.evaluation.ledger import Ledger, Record
 from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Judged
 from coupfast.evaluation.units import JUDGE
@@ -126,16 +129,23 @@ def write(folders: Sequence[str | Path], target: str | Path) -> tuple[Path, Path
         Both paths.
     """
     parts = sections([read(folder) for folder in folders])
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    about = f"{len(folders)} run{'s' * (len(folders) > 1)}; reported on {today}."
     page = Path(target)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(to_html(parts), encoding="utf-8")
+    page.write_text(to_html(parts, about), encoding="utf-8")
     tables = page.with_suffix(".md")
-    tables.write_text(to_markdown(parts), encoding="utf-8")
+    tables.write_text(to_markdown(parts, about), encoding="utf-8")
     return page, tables
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Everything that a report says, in order."""
+    """Everything that a report says, in order.
+
+    Raises:
+        ValueError: if a run is there twice.
+    """
+    runs = _told_apart(runs)
     parts: list[Section] = [_accuracies(run) for run in runs]
     for pair in itertools.combinations(runs, 2):
         parts += _comparison(*pair)
@@ -149,8 +159,20 @@ def sections(runs: Sequence[Run]) -> list[Section]:
                 parts.append(_path_picture(run))
             parts.append(_gallery(run))
     for run in runs:
-        parts += [_time(run), *_certificate(run), _configuration(run), _again(run)]
+        parts += [_time(run), *_certificate(run), _configuration(run), *_stages(run), _again(run)]
     return parts
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Runs whose folders have one name get as much of the folders above as it takes."""
+    places = [run.folder.resolve().parts for run in runs]
+    if len(set(places)) < len(places):
+        raise ValueError("a run is to be reported on twice; name every folder once")
+    names, depth = [run.name for run in runs], 1
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(place[-depth:]) for place in places]
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -158,7 +180,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 def _cell(found: Accuracy) -> str:
     low, high = found.wilson
-    text = f"{100 * found.value:.1f} % ({found.value * found.images:.4g}/{found.images}), {100 * low:.1f} to {100 * high:.1f}"
+    text = f"{100 * found.value:.1f} % ({protocols.count(found)}), {100 * low:.1f} to {100 * high:.1f}"
     if found.bootstrap is not None:
         text += f"; {100 * found.bootstrap[0]:.1f} to {100 * found.bootstrap[1]:.1f}"
     return text
@@ -176,7 +198,8 @@ def _accuracies(run: Run) -> Table:
         rows,
         f"{_summary(run)}. Intervals of 95 %: Wilson's over images; then, from resampled images and draws, a bootstrap's. The "
         f"clean accuracy by a protocol is what its attacked accuracy is to be compared with. The official verdict is about the "
-        f"images that each attack returns, the others about those at which an attack saw the highest loss.{_unchanged(run)}",
+        f"images that each attack returns, the others about those at which an attack saw the highest loss.{_unchanged(run)}"
+        f"{_assumed(run)}",
     )
 
 
@@ -185,13 +208,19 @@ def _unchanged(run: Run) -> str:
     return f" {protocols.unchanged(attacked)}." if attacked is not None and attacked.unchanged else ""
 
 
+def _assumed(run: Run) -> str:
+    spec = run.configuration["spec"]
+    assumed = [words for field, words in ASSUMED.get(spec["attack"], {}).items() if spec[field] is None]
+    return f" That {' and that '.join(assumed)} of this project: the paper does not state it legibly." if assumed else ""
+
+
 def _summary(run: Run) -> str:
     spec, defense = run.configuration["spec"], run.configuration["defense"]
     name = "no defense"
     if defense["method"] != "none":
         name = (
-            f"{defense['method']}, t = {defense['t']:g} in {defense['num_steps']} steps, gradient {defense['gradient']}, "
-            f"guidance {defense['guidance_gradient']}"
+            f"{defense['method']}, t = {defense['t']:g} in {defense['num_steps']} steps, gradient {defense['gradient']}"
+            + (f", guidance {defense['guidance_gradient']}" if METHODS[defense["method"]].guidance else "")
         )
     attack = spec["attack"] if spec["attack"] == "none" else f"{spec['attack']} {spec['norm']} {_radius(spec)}"
     sizes = "; ".join(
@@ -296,7 +325,11 @@ def _certificate(run: Run) -> list[Section]:
     if certificate is None:
         return []
     fields = {**certificate, **{f"overall.{name}": value for name, value in (certificate["overall"] or {}).items()}}
-    rows = [(name, str(value)) for name, value in fields.items() if not isinstance(value, (list, dict))]
+    rows = [
+        (name, f"{value:.3g}" if isinstance(value, float) else str(value))
+        for name, value in fields.items()
+        if not isinstance(value, (list, dict))
+    ]
     note = f"Of {len(certificate['ids'])} images, against float64 back-propagation through the definition; see check-gradient."
     return [Table(f"{run.name}: certificate of the gradient that the attack followed", ("what", "value"), rows, note)]
 
@@ -305,13 +338,29 @@ def _configuration(run: Run) -> Table:
     rows = [("started", run.started), ("fingerprint of the results", run.fingerprint)]
     for section in ("environment", "defense", "images", "spec"):
         for name, value in run.configuration[section].items():
-            if name != "labels":
+            if name != "labels" and (section, value) != ("spec", None):  # what was not set follows from the stages below
                 rows.append((f"{section}.{name}", value if isinstance(value, str) else json.dumps(value)))
     return Table(f"{run.name}: configuration, versions, hashes", ("what", "value"), rows)
 
 
+def _stages(run: Run) -> list[Section]:
+    stages: dict[str, dict[str, Any]] = run.configuration["stages"]
+    if not stages:
+        return []
+    fields = list(dict.fromkeys(name for stage in stages.values() for name in stage))
+    rows = [(stage, *(str(values.get(name, "")) for name in fields)) for stage, values in stages.items()]
+    return [Table(f"{run.name}: stages of the attack", ("stage", *fields), rows)]
+
+
 def _again(run: Run) -> Text:
-    return Text(f"{run.name}: the command to repeat it", run.command or "(started from Python)")
+    words = shlex.split(run.command)
+    for i, word in enumerate(words):
+        # Into a folder of its own: the one that was named holds this run.
+        if word == "--out" and i + 1 < len(words):
+            words[i + 1] += "-again"
+        elif word.startswith("--out="):
+            words[i] += "-again"
+    return Text(f"{run.name}: the command to repeat it", shlex.join(words) or "(started from Python)")
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -456,13 +505,14 @@ p { color: #444; max-width: 50rem; } img { max-width: 100%; } pre { background: 
 """
 
 
-def to_html(parts: Sequence[Section]) -> str:
+def to_html(parts: Sequence[Section], about: str) -> str:
     """A page that needs no other file."""
     render: dict[type, Callable[[Any], str]] = {Table: _html_table, Picture: _html_picture, Text: _html_text}
     body = "\n".join(f"<h2>{html.escape(part.title)}</h2>\n{render[type(part)](part)}" for part in parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>coupfast report</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n<h1>Evaluation of purification defenses</h1>\n{body}\n</body>\n</html>\n"
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>Evaluation of purification defenses</h1>\n"
+        f"<p>{html.escape(about)}</p>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -484,7 +534,7 @@ def _html_text(text: Text) -> str:
     return f"<pre>{html.escape(text.lines)}</pre>"
 
 
-def to_markdown(parts: Sequence[Section]) -> str:
+def to_markdown(parts: Sequence[Section], about: str) -> str:
     """The tables and texts; pictures are in the HTML."""
     blocks = []
     for part in parts:
@@ -494,7 +544,7 @@ def to_markdown(parts: Sequence[Section]) -> str:
             blocks.append(f"## {part.title}\n\n" + (f"{part.note}\n\n" if part.note else "") + rows)
         elif isinstance(part, Text):
             blocks.append(f"## {part.title}\n\n```\n{part.lines}\n```")
-    return "\n\n".join(["# Evaluation of purification defenses", *blocks]) + "\n"
+    return "\n\n".join(["# Evaluation of purification defenses", about, *blocks]) + "\n"
 
 
 def _escaped(cell: str) -> str:

@@ -16,7 +16,7 @@ from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.attacks.corruption import SaltAndPepper
 from coupfast.evaluation.attacks.pgd import PGD
 
-__all__ = ["SUITES", "Attack", "Cost", "Result", "attack_from_dict", "attack_to_dict", "suite", "suite_gradient"]
+__all__ = ["ASSUMED", "SUITES", "Attack", "Cost", "Result", "attack_from_dict", "attack_to_dict", "suite", "suite_gradient"]
 
 _CLASSES: dict[str, type[Attack]] = {c.__name__: c for c in (APGD, TargetedAPGD, FABTargeted, Square, PGD, SaltAndPepper)}
 
@@ -39,6 +39,13 @@ SUITES: dict[str, Callable[[str, float], dict[str, Attack]]] = {
     "bpda-eot-20": lambda norm, eps: {"bpda-eot-20": PGD(norm, eps, iterations=20, mean="logits", drop="mean")},
     "pgd-eot": lambda norm, eps: {"pgd-eot": PGD(norm, eps, iterations=40, random_start=True)},
     "salt-and-pepper": lambda norm, eps: {"salt-and-pepper": SaltAndPepper()},
+}
+
+
+#: What a suite has on assumption, by the field that would set it: COUP's paper does not state it legibly.
+ASSUMED: dict[str, dict[str, str]] = {
+    "bpda-eot-20": {"eot_iter": "EOT 15 is an assumption", "step_size": "the step size of 2/255 is an assumption"},
+    "salt-and-pepper": {"amount": "5 % of pixels is an assumption"},
 }
 
 
