@@ -614,16 +614,32 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--score-weights, --classifier-weights",
     )
     group = parser.add_argument_group("the attack (settings left out are the published ones)")
-    group.add_argument("--attack", choices=attacks.SUITES, default=spec.attack, help="what attacks")
+    # No choices: `Spec` says what was meant.
+    assumed = "; ".join(f"{name}: {', '.join(words.values())}" for name, words in attacks.ASSUMED.items())
+    group.add_argument(
+        "--attack",
+        default=spec.attack,
+        metavar="NAME",
+        help=f"{', '.join(attacks.SUITES)} (where the paper is not legible, {assumed})".replace("%", "%%"),
+    )
     group.add_argument("--norm", choices=("Linf", "L2"), default=spec.norm, help="of the attack")
-    group.add_argument("--eps", type=_fraction, default=spec.eps, metavar="E", help="radius in [0, 1], such as 8/255")
-    group.add_argument("--iterations", type=int, metavar="N", help="of APGD, FAB and PGD")
-    group.add_argument("--eot-iter", type=int, metavar="N", help="draws of the noise that a gradient is averaged over")
-    group.add_argument("--queries", type=int, metavar="N", help="of Square")
-    group.add_argument("--target-classes", type=int, metavar="N", help="of APGD-T and FAB-T")
-    group.add_argument("--step-size", type=_fraction, metavar="A", help="of PGD")
-    group.add_argument("--drop", choices=("never", "any", "mean"), help="when PGD leaves an image: once any draw is wrong, ...")
-    group.add_argument("--amount", type=float, metavar="P", help="share of pixels that salt and pepper changes")
+    group.add_argument("--eps", type=_fraction, default="8/255", metavar="E", help="radius for images in [0, 1]")
+    group.add_argument("--iterations", type=int, metavar="N", help="of APGD and FAB: 100; of PGD: 40, in bpda-eot-20: 20")
+    group.add_argument(
+        "--eot-iter",
+        type=int,
+        metavar="N",
+        help="draws of the noise that a gradient is averaged over: 20 in autoattack-rand, 15 of PGD, else 1",
+    )
+    group.add_argument("--queries", type=int, metavar="N", help="of Square: 5000")
+    group.add_argument("--target-classes", type=int, metavar="N", help="of APGD-T and FAB-T: 9")
+    group.add_argument("--step-size", type=_fraction, metavar="A", help="of PGD: 2/255 in Linf, eps / 5 in L2")
+    group.add_argument(
+        "--drop",
+        choices=("never", "any", "mean"),
+        help="when PGD leaves an image: never (pgd-eot), once any draw is wrong, or the mean logits are (bpda-eot)",
+    )
+    group.add_argument("--amount", type=float, metavar="P", help="share of pixels that salt and pepper changes: 0.05")
     group = parser.add_argument_group("the evaluation")
     group.add_argument("--seeding", choices=SEEDINGS, default=spec.seeding, help="a seed for each unit, or AutoAttack's one")
     group.add_argument("--shard", type=int, default=spec.shard, metavar="N", help="images of a unit of work, which is a batch")
@@ -643,7 +659,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance-gradient", choices=GUIDANCE_GRADIENTS, default="exact", help="detached: as COUP's published code has it"
     )
-    _add_defense(parser, [*METHODS, NO_DEFENSE])
+    _add_defense(parser, [*METHODS, NO_DEFENSE], seeds="[0, 2**63)")
     parser.set_defaults(seed=spec.seed)
 
 
@@ -662,7 +678,9 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number; say 0.5 or 8/255") from error
 
 
-def _add_defense(parser: argparse.ArgumentParser, methods: Sequence[str] = tuple(METHODS)) -> None:
+def _add_defense(
+    parser: argparse.ArgumentParser, methods: Sequence[str] = tuple(METHODS), *, seeds: str = "[0, 2**64)"
+) -> None:
     """Options of the purifier, as `coupfast.purify` has them."""
     group = parser.add_argument_group("the purification")
     group.add_argument(
@@ -677,7 +695,7 @@ def _add_defense(parser: argparse.ArgumentParser, methods: Sequence[str] = tuple
     group.add_argument("--guidance-scale", type=float, default=1.0, metavar="L", help="the paper's lambda, at least 0")
     group.add_argument("--solver", choices=SOLVERS, default="euler-maruyama", help="how the SDE is integrated")
     group.add_argument("--no-clamp", action="store_true", help="do not clip the state to [-1, 1] (DiffPure's code does not)")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="fixes the noise; in [0, 2**64)")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help=f"fixes the noise; in {seeds}")
     group.add_argument(
         "--score",
         default="cifar10-tiny",

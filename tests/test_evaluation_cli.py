@@ -98,10 +98,26 @@ def test_a_gpu_by_its_number_is_refused(monkeypatch, capsys):
     assert "got 'cuda:1': workers take one GPU each" in capsys.readouterr().err
 
 
-def test_unknown_attack(capsys):
+@pytest.mark.parametrize("command", ["evaluate", "plan"])
+def test_unknown_attack(command, capsys):
+    assert run(command, "--attack", "autoatack-rand", *(["--out", "run"] if command == "evaluate" else [])) == 2
+    assert "got 'autoatack-rand'; did you mean 'autoattack-rand'?" in capsys.readouterr().err
+
+
+def test_help_says_what_is_published_and_what_is_assumed(capsys):
     with pytest.raises(SystemExit):
-        run("evaluate", "--attack", "autoatack", "--out", "run")
-    assert "invalid choice: 'autoatack'" in capsys.readouterr().err
+        run("evaluate", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "(default: 8/255)",
+        "of PGD: 2/255 in Linf, eps / 5 in L2",
+        "changes: 0.05",
+        "of Square: 5000",
+        "in [0, 2**63)",
+        "5 % of pixels is an assumption",
+        "EOT 15 is an assumption",
+    ):
+        assert words in text
 
 
 @pytest.mark.parametrize("text, paths", [("4", 4), ("0,5,7", (0, 5, 7)), ("7,", (7,))])
