@@ -139,6 +139,8 @@ class CudaPrograms:
     def for_batch(self, batch: int) -> CudaProgram:
         """The program of the smallest bucket that holds so many images.
 
+        Also where a larger one is there already: what a batch gives must not depend on which batches came before it.
+
         Raises:
             ValueError: for more images than the largest bucket.
         """
