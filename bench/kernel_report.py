@@ -95,7 +95,7 @@ def guided_step_launch(
     classifier_input: bool = False,
 ) -> Launch:
     """The launch of `guided_step` for states of a shape."""
-    x = torch.empty(shape).contiguous(memory_format=layout)
+    x = torch.empty(shape, memory_format=layout)
     words = torch.zeros(shape[0], dtype=torch.int64)
     scalar = torch.zeros((), dtype=torch.int64)
     return _record(
@@ -194,7 +194,7 @@ def group_norm_launch(
     layout: torch.memory_format = torch.channels_last,
 ) -> Launch:
     """The launch of `group_norm_silu` for square maps; 1/√2 behind a residual."""
-    x = torch.empty(batch, channels, size, size).contiguous(memory_format=layout)
+    x = torch.empty((batch, channels, size, size), memory_format=layout)
     word, per_image = torch.empty(channels), torch.empty(batch, channels)
     kernel = "_group_norm_loop_kernel" if group_norm.loops(channels, size * size, groups) else "_group_norm_kernel"
     added = (per_image if image_bias else None, x if residual else None)
@@ -212,7 +212,7 @@ def group_norm_vjp_launch(
     layout: torch.memory_format = torch.channels_last,
 ) -> Launch:
     """The launch of its transpose."""
-    h = torch.empty(batch, channels, size, size).contiguous(memory_format=layout)
+    h = torch.empty((batch, channels, size, size), memory_format=layout)
     word = torch.empty(channels)
     kernel = "_group_norm_vjp_loop_kernel" if group_norm.loops(channels, size * size, groups) else "_group_norm_vjp_kernel"
     arguments = (h, h, h if gh else None, word, word, groups, 1e-6, 2**-0.5 if gh else 1.0, silu)
