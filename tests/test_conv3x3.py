@@ -12,6 +12,7 @@ import os
 import pytest
 import torch
 from test_noise import assert_same_bits, run_interpreted
+from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -246,7 +247,7 @@ class TestOperator:
         checks = ("test_schema", "test_faketensor") + (
             ("test_autograd_registration", "test_aot_dispatch_dynamic") * differentiable
         )
-        torch.library.opcheck(torch.ops.coupfast.conv3x3.default, (*arguments, SCALE, "ieee"), test_utils=checks)
+        library.opcheck(torch.ops.coupfast.conv3x3.default, (*arguments, SCALE, "ieee"), test_utils=checks)
 
     @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4)], ids=str)
     def test_nothing(self, shape):

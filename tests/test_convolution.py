@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,9 +28,9 @@ DIRECT, F2, F4 = kernels.DIRECT, kernels.F2, kernels.F4
 def isa(request, monkeypatch):
     """Each of this machine's instruction sets in turn."""
     monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     yield request.param
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -648,7 +649,7 @@ def test_packed_conv2d(tile, kernel, stride, with_bias):
         y = kernels.packed_conv2d(image, *arguments[1:])
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
-    torch.library.opcheck(torch.ops.coupfast.packed_conv2d.default, arguments)
+    library.opcheck(torch.ops.coupfast.packed_conv2d.default, arguments)
     op = torch.ops.coupfast.packed_conv2d
     graph = make_fx(lambda x, packed: op(x, packed, bias, *arguments[3:]).relu(), tracing_mode="real")(x, packed)
     assert any(node.target is op.default for node in graph.graph.nodes)

@@ -31,9 +31,9 @@ WORDS = [(0, 0), (2**64 - 1, 2**32 - 2), (2**63, 1), (0x0123456789ABCDEF, FORWAR
 @pytest.fixture(params=native.isas())
 def isa(request, monkeypatch):
     monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
-    convolution.library.cache_clear()
+    convolution.compiled.cache_clear()
     yield request.param
-    convolution.library.cache_clear()
+    convolution.compiled.cache_clear()
 
 
 def formats(shape):

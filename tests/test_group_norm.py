@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_guided_step import CHANNELS_LAST, CONTIGUOUS, images, poisoned
 from test_noise import assert_same_bits, run_interpreted
+from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -237,9 +238,9 @@ class TestOperator:
         x.requires_grad_()
         some = (image_bias, residual.requires_grad_()) if added else (None, None)
         options = (groups, 1e-3, ROOT_HALF if added else 1.0, True)
-        torch.library.opcheck(torch.ops.coupfast.group_norm_silu.default, (x, weight, bias, *some, *options))
+        library.opcheck(torch.ops.coupfast.group_norm_silu.default, (x, weight, bias, *some, *options))
         arguments = (x.detach(), gy, gh if added else None, weight, bias, *options)
-        torch.library.opcheck(torch.ops.coupfast.group_norm_silu_vjp.default, arguments)
+        library.opcheck(torch.ops.coupfast.group_norm_silu_vjp.default, arguments)
 
     @pytest.mark.parametrize("name", ["weight", "bias", "image_bias"])
     def test_refuses_gradients_that_it_does_not_have(self, name):

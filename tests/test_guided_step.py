@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from test_noise import assert_same_bits, random_words, run_interpreted
+from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -139,7 +140,7 @@ class TestOperator:
     def test_pytorch_finds_the_operator_consistent(self):
         x, eps_hat, g = images((2, 3, 4, 4), 3)
         arguments = (torch.empty_like(x), torch.empty_like(x), x, eps_hat, g, table(), torch.tensor(1), *device_noise(2))
-        torch.library.opcheck(torch.ops.coupfast.guided_step_out.default, arguments)
+        library.opcheck(torch.ops.coupfast.guided_step_out.default, arguments)
 
     def test_refuses(self):
         x, eps_hat, g = images((2, 3, 4, 4), 3)

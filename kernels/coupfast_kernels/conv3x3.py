@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.library import custom_op
+from torch import library
 
 try:
     import triton
@@ -313,7 +313,7 @@ def conv3x3(
 
 
 # Returns a new tensor, unlike `guided_step_out`: among convolutions a captured graph's pool places the activations itself.
-@custom_op(
+@library.custom_op(
     "coupfast::conv3x3",
     mutates_args=(),
     device_types="cpu",

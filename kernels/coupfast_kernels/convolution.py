@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.library import custom_op
+from torch import library
 
 from coupfast_kernels import native
 
@@ -85,7 +85,7 @@ _Operation = _structure("Operation", i64="kind", p="parameters")
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """The compiled kernels, sharing PyTorch's threads.
 
     Raises:
@@ -112,7 +112,7 @@ class Operations:
         self._array = (_Operation * max(1, len(structures)))()
         for operation, structure in zip(self._array, structures, strict=False):
             operation.kind, operation.parameters = _KINDS[type(structure)], ctypes.addressof(structure)
-        self._library = library()
+        self._library = compiled()
 
     def run(self, threads: int) -> None:
         """All of them, in order."""
@@ -156,7 +156,7 @@ def plain_conv(
 
 def scratch_floats(conv: ctypes.Structure, threads: int) -> int:
     """Floats of scratch memory that `conv` needs, for its `block_rows`."""
-    return library().coupfast_conv_scratch(ctypes.byref(conv), threads)
+    return compiled().coupfast_conv_scratch(ctypes.byref(conv), threads)
 
 
 def pack_weights(weight: torch.Tensor, tile: int, *, transposed: bool = False) -> torch.Tensor:
@@ -187,9 +187,9 @@ def pack_weights(weight: torch.Tensor, tile: int, *, transposed: bool = False) -
         in_stride=weight.stride(in_axis),
         weights=weight.data_ptr(),
     )
-    packed = torch.empty(library().coupfast_packed_floats(ctypes.byref(pack)), dtype=torch.float32)
+    packed = torch.empty(compiled().coupfast_packed_floats(ctypes.byref(pack)), dtype=torch.float32)
     pack.to = packed.data_ptr()
-    library().coupfast_pack(ctypes.byref(pack), torch.get_num_threads())
+    compiled().coupfast_pack(ctypes.byref(pack), torch.get_num_threads())
     return packed
 
 
@@ -204,7 +204,7 @@ def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: in
     return max(1, min(rows, tiles // -(-out_width // tile)))
 
 
-@custom_op("coupfast::packed_conv2d", mutates_args=(), device_types="cpu")
+@library.custom_op("coupfast::packed_conv2d", mutates_args=(), device_types="cpu")
 def packed_conv2d(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
@@ -225,7 +225,7 @@ def packed_conv2d(
         raise ValueError(f"a {height} x {width} map is smaller than the {kernel} x {kernel} kernel")
     shape = _Pack(tile=tile, out_channels=out_channels, channels=channels, kernel_height=kernel, kernel_width=kernel)
     for name, tensor, floats in (
-        ("packed", packed, library().coupfast_packed_floats(ctypes.byref(shape))),
+        ("packed", packed, compiled().coupfast_packed_floats(ctypes.byref(shape))),
         ("bias", bias, out_channels),
     ):
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != floats or not tensor.is_contiguous()):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.library import custom_op
+from torch import library
 
 try:
     import triton
@@ -463,7 +463,7 @@ def group_norm_silu(
 
 # Returns new tensors: the caching allocator's pool of a captured graph owns them, and a functional graph can reorder them.
 # An operator may not return its argument, so h is an empty (0,) where it would be `x`.
-@custom_op(
+@library.custom_op(
     "coupfast::group_norm_silu",
     mutates_args=(),
     device_types="cpu",
@@ -487,7 +487,7 @@ def _(x, weight, bias, image_bias, residual, groups, eps, scale, silu):
     return h, torch.empty_like(x)
 
 
-@custom_op(
+@library.custom_op(
     "coupfast::group_norm_silu_vjp",
     mutates_args=(),
     device_types="cpu",

@@ -13,7 +13,7 @@ that one captured CUDA graph serves every step, seed and image. Bits equal to th
 from __future__ import annotations
 
 import torch
-from torch.library import custom_op
+from torch import library
 
 from coupfast_kernels.noise import standard_normal_ref
 
@@ -201,7 +201,7 @@ def guided_step(
 
 # Writes into tensors that are given instead of returning new ones: a captured graph reads and writes fixed addresses, so a
 # result of its own would have to be copied into the static buffer, two more passes over a map that needs four.
-@custom_op(
+@library.custom_op(
     "coupfast::guided_step_out",
     mutates_args=("y", "classifier_input"),
     device_types="cpu",

@@ -96,7 +96,7 @@ class _Loaded:
     recipe: _Recipe
     path: Path
     seconds: float | None
-    library: ctypes.CDLL
+    kernels: ctypes.CDLL
 
 
 def load(isa: str | None = None) -> ctypes.CDLL:
@@ -114,7 +114,7 @@ def load(isa: str | None = None) -> ctypes.CDLL:
 
     A new entry of the cache is logged at INFO; a damaged entry or an unusable cache is a warning (see the module).
     """
-    return _loaded(isa).library
+    return _loaded(isa).kernels
 
 
 def unavailable(isa: str | None = None) -> str | None:

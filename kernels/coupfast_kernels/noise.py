@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.library import custom_op
+from torch import library
 
 try:
     import triton
@@ -285,7 +285,7 @@ def standard_normal(
     return _standard_normal(list(shape), seed, ids, draw, step)
 
 
-@custom_op(
+@library.custom_op(
     "coupfast::standard_normal",
     mutates_args=(),
     device_types="cpu",
