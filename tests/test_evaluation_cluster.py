@@ -1,5 +1,6 @@
 """Runs on a real local Ray: the same bits, whoever is killed."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -9,7 +10,10 @@ import time
 import pytest
 from evaluation_cases import run
 
-from coupfast.evaluation.ledger import Ledger, LedgerError
+from coupfast.evaluation import cluster
+from coupfast.evaluation.ledger import Ledger, LedgerError, Outcome
+from coupfast.evaluation.units import Unit
+from coupfast.evaluation.worker import Task
 
 pytest.importorskip("ray", reason='needs Ray: pip install "coupfast[cluster]"')
 if not pathlib.Path("/proc/self/task").exists():
@@ -24,7 +28,8 @@ def reference(tmp_path_factory):
         return ledger.fingerprint()
 
 
-def work(folder, resume):
+@contextlib.contextmanager
+def local_ray():
     # Ray's workers import what the tests import.
     os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -33,9 +38,13 @@ def work(folder, resume):
 
     # A cluster of its own, without dashboard, whatever the machine runs otherwise.
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
-    with run(folder, resume=resume, workers=2, cluster="ray"):
-        pass
+    yield
     ray.shutdown()
+
+
+def work(folder, resume):
+    with local_ray(), run(folder, resume=resume, workers=2, cluster="ray"):
+        pass
 
 
 def start(folder, resume=False):
@@ -99,3 +108,42 @@ def test_the_node_is_killed_on_the_way(reference, tmp_path):
         assert process.exitcode != 0 or ledger.fingerprint() == reference
     with run(tmp_path / "run", resume=True) as ledger:
         assert ledger.fingerprint() == reference
+
+
+class Slow:
+    """A worker that says every tenth of a second that an image is through, for two seconds."""
+
+    def __init__(self, device):
+        pass
+
+    def execute(self, task, passed):
+        for _ in range(20):
+            time.sleep(0.1)
+            passed(1)
+        return Outcome(task.unit.name, {}, {}, 20, 0, 2.0)
+
+
+def watch(told):
+    cluster._EVERY = 0.2
+    with local_ray():
+        pool = cluster.RayWorkers(Slow, 2, gpus=False, threads=1)
+        for index in range(2):
+            pool.submit(Task(Unit("clean", index, (0,)), {}))
+        for _ in range(2):
+            outcome, _ = pool.next(lambda name, images: told.put((name, images)))
+            assert outcome.forward_images == 20
+        pool.close()
+    told.put(None)
+
+
+def test_says_how_far_a_unit_is():
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    process = context.Process(target=watch, args=(told,))
+    process.start()
+    heard = list(iter(lambda: told.get(timeout=300), None))
+    process.join(60)
+    assert process.exitcode == 0
+    for unit in ("clean-00000", "clean-00001"):
+        images = [images for name, images in heard if name == unit]
+        assert len(images) > 1 and all(number > 0 for number in images) and sum(images) <= 20

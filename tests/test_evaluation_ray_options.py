@@ -29,7 +29,8 @@ def ray(monkeypatch):
 @pytest.mark.parametrize("gpus, devices", [(True, ["cuda:0"] * 2), (False, ["cpu"] * 2)])
 def test_an_actor_asks_for_its_threads_and_for_one_gpu(ray, gpus, devices):
     RayWorkers(None, 2, gpus=gpus, threads=2).close()
-    assert ray.asked == [{"num_cpus": 2, "num_gpus": int(gpus)}]
+    (asked,) = ray.asked
+    assert (asked["num_cpus"], asked["num_gpus"]) == (2, int(gpus))
     # Ray shows an actor its own GPU as the first one.
     assert ray.devices == devices
 

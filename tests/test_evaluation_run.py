@@ -1,6 +1,7 @@
 """Whole runs: the same bits however they are cut up, interrupted, resumed or spread over workers."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -19,10 +20,12 @@ from coupfast.evaluation import ledger as ledger_module
 from coupfast.evaluation import pools, runner, runs
 from coupfast.evaluation import worker as worker_module
 from coupfast.evaluation.defense import Defense
-from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError
+from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError, Outcome
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.evaluation.runs import evaluate
 from coupfast.evaluation.spec import Spec
+from coupfast.evaluation.units import Schedule, Unit
+from coupfast.evaluation.worker import Task
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +92,14 @@ def test_progress_is_said_where_there_is_no_terminal(tmp_path, monkeypatch, caps
     with run(tmp_path / "run", progress=True) as ledger:
         records = ledger.done()
     *lines, last = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(records)
+    assert len(lines) > 2 * len(records)  # within units, too
     fooled = set()
     for record in (record for record in records.values() if record.unit.stage.startswith("apgd")):
         fooled |= {*record.unit.images} - {*record.result["standing"]}
     pattern = r"evaluate: (\d+) %, (\d+) images fooled, (\d+) units done, ([\d.e+]+) purifications/s, at most .* left"
     found = [re.fullmatch(pattern, line).groups() for line in [*lines, last]]
-    assert [int(units) for _, _, units, _ in found] == [*range(1, len(records) + 1), len(records)]
+    units = [int(units) for _, _, units, _ in found]
+    assert units == sorted(units) and set(units) == {*range(len(records) + 1)}
     shares = [int(share) for share, *_ in found]
     assert shares == sorted(shares) and shares[-1] == 100
     assert int(found[-1][1]) == len(fooled) > 0
@@ -103,6 +107,41 @@ def test_progress_is_said_where_there_is_no_terminal(tmp_path, monkeypatch, caps
     assert last.endswith("at most 0.0 s left")
     run(tmp_path / "quiet").close()
     assert capsys.readouterr().err == ""
+
+
+class Counting:
+    """A worker whose units say three times that two images are through; the first process that has one dies of the second."""
+
+    def __init__(self, flag, device):
+        self.flag = flag
+
+    def execute(self, task, passed):
+        for _ in range(3):
+            passed(2)
+            if not self.flag.exists():
+                self.flag.touch()
+                os._exit(1)
+        return Outcome(task.unit.name, {}, {}, 6, 0, 0.0)
+
+
+def test_processes_say_how_far_a_unit_is(tmp_path):
+    pool = pools.Processes(functools.partial(Counting, tmp_path / "flag"), ["cpu"])
+    told = []
+    pool.submit(Task(Unit("clean", 0, (0,)), {}))
+    outcome, _ = pool.next(lambda name, images: told.append((name, images)))
+    pool.close()
+    assert outcome.forward_images == 6
+    assert told in ([("clean-00000", 2)] * 3, [("clean-00000", 2)] * 4)  # what a dead worker said may be lost
+
+
+def test_progress_stays_within_what_a_unit_can_take(capsys):
+    """A unit that is done again, since its worker died, is counted again."""
+    schedule, unit = Schedule(4, 2, ("attack",)), Unit("attack", 0, (0, 1))
+    with runner._Progress(schedule, {"clean": 1, "attack": 10, "judge": 1}, [], show=True) as progress:
+        for _ in range(100):
+            progress.passed(unit, 2)
+        progress._say()
+    assert capsys.readouterr().err.startswith(f"evaluate: {100 * 20 / 48:.0f} %, 0 images fooled, 0 units done")
 
 
 # --- killed -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ from coupfast.evaluation.pools import ATTEMPTS, UnitFailed
 from coupfast.evaluation.worker import Task, Worker
 
 logger = logging.getLogger(__name__)
+
+_EVERY = 5.0  # seconds from one question to a busy worker to the next
+_WATCH = "watch"  # the group of threads that answers
 
 
 class RayWorkers:
@@ -53,7 +57,9 @@ class RayWorkers:
                 f"{size} workers need {', '.join(f'{count} {kind}s' for kind, count in short.items())}, and the Ray cluster "
                 f"has {', '.join(f'{there.get(kind, 0):g}' for kind in short)}; use fewer --workers or --threads"
             )
-        remote: Any = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0)(_Actor)
+        # A thread of its own for questions, since the other one is at work.
+        options: dict[str, Any] = {"num_cpus": threads, "num_gpus": 1 if gpus else 0, "concurrency_groups": {_WATCH: 1}}
+        remote: Any = ray.remote(**options)(_Actor)
         # Ray shows each actor its own GPU as the first one.
         self._new = lambda: remote.remote(make, "cuda:0" if gpus else "cpu")
         self._idle += [(number, self._new()) for number in range(size)]
@@ -62,9 +68,13 @@ class RayWorkers:
         number, actor = self._idle.pop()
         self._busy[actor.execute.remote(task)] = (number, actor, task)
 
-    def next(self) -> tuple[Outcome, str]:
+    def next(self, passed: Callable[[str, int], object]) -> tuple[Outcome, str]:
         while True:
-            (ready, *_), _ = self._ray.wait(list(self._busy), num_returns=1)
+            done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=_EVERY)
+            if not done:
+                self._ask(passed)
+                continue
+            (ready,) = done
             number, actor, task = self._busy.pop(ready)
             name = task.unit.name
             try:
@@ -82,6 +92,17 @@ class RayWorkers:
                 return answer, str(number)
             raise UnitFailed(name, f"unit {name} failed: {answer}")
 
+    def _ask(self, passed: Callable[[str, int], object]) -> None:
+        """How far the busy workers are; one that does not answer at once is not waited for."""
+        questions = {
+            actor.passed.options(concurrency_group=_WATCH).remote(): task.unit.name for _, actor, task in self._busy.values()
+        }
+        answered, _ = self._ray.wait(list(questions), num_returns=len(questions), timeout=_EVERY)
+        for question in answered:
+            with contextlib.suppress(self._ray.exceptions.RayError):  # it died; `next` finds out
+                if images := self._ray.get(question):
+                    passed(questions[question], images)
+
     def close(self) -> None:
         if self._started_ray:
             self._ray.shutdown()
@@ -96,10 +117,20 @@ class _Actor:
     def __init__(self, make: Callable[[str], Worker], device: str) -> None:
         self._make, self._device = make, device
         self._worker: Worker | None = None
+        self._images = 0
+
+    def passed(self) -> int:
+        """Images through the defense since the last question."""
+        images, self._images = self._images, 0
+        return images
 
     def execute(self, task: Task) -> Outcome | str:
         try:
             self._worker = self._worker or self._make(self._device)
-            return self._worker.execute(task)
+            self._images = 0
+            return self._worker.execute(task, self._count)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+
+    def _count(self, images: int) -> None:
+        self._images += images

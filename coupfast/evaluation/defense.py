@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ class Defense(nn.Module):
     Attributes:
         forward_images: Images that went through without a gradient being recorded, since `reset`.
         gradient_images: Images that went through with one.
+        passed: Told of each call's images when they are through; None if nobody asks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.forward_images = self.gradient_images = 0
+        self.passed: Callable[[int], object] | None = None
         self.eval()
 
     @property
@@ -85,4 +87,7 @@ class Defense(nn.Module):
             self.gradient_images += len(x)
         else:
             self.forward_images += len(x)
-        return self.model(x) if self.purified is None else self.model(x, ids=ids, draw=draw)
+        logits = self.model(x) if self.purified is None else self.model(x, ids=ids, draw=draw)
+        if self.passed is not None:
+            self.passed(len(x))
+        return logits

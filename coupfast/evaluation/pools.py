@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -45,8 +46,12 @@ class Pool(Protocol):
     def submit(self, task: Task) -> None:
         """Take a task; called while fewer than `size` are in flight."""
 
-    def next(self) -> tuple[Outcome, str]:
+    def next(self, passed: Callable[[str, int], object]) -> tuple[Outcome, str]:
         """The next outcome and the worker's name; waits for it.
+
+        Args:
+            passed: Told meanwhile, now and then, that in a unit of that name so many more images are through the defense. A
+                unit that is done again counts again.
 
         Raises:
             UnitFailed: if a task raised, or its workers died `ATTEMPTS` times.
@@ -68,10 +73,10 @@ class InProcess:
     def submit(self, task: Task) -> None:
         self._tasks.append(task)
 
-    def next(self) -> tuple[Outcome, str]:
+    def next(self, passed: Callable[[str, int], object]) -> tuple[Outcome, str]:
         task = self._tasks.popleft()
         try:
-            return self._worker.execute(task), "0"
+            return self._worker.execute(task, functools.partial(passed, task.unit.name)), "0"
         except Exception as error:
             raise UnitFailed(task.unit.name, f"unit {task.unit.name} failed: {_line(error)}") from error
 
@@ -105,7 +110,7 @@ class Processes:
         except OSError:
             pass  # It died in between: `next` sees that and replaces it.
 
-    def next(self) -> tuple[Outcome, str]:
+    def next(self, passed: Callable[[str, int], object]) -> tuple[Outcome, str]:
         while True:
             waiting = {member.pipe: member for member in self._members if member.task is not None}
             for pipe in multiprocessing.connection.wait(list(waiting)):
@@ -116,6 +121,9 @@ class Processes:
                     answer = member.pipe.recv()
                 except (EOFError, OSError):
                     self._replace(member, task)
+                    continue
+                if isinstance(answer, int):
+                    passed(task.unit.name, answer)
                     continue
                 member.task = None
                 if isinstance(answer, Outcome):
@@ -172,7 +180,7 @@ class _Member:
 
 
 def _serve(pipe: Any, make: Callable[[str], Worker], device: str) -> None:
-    """A worker's process: tasks in, outcomes or errors out, until the other end is gone."""
+    """A worker's process: tasks in; numbers of images that are through, and outcomes or errors, out, until nobody is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent deals with it.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = None
@@ -184,7 +192,7 @@ def _serve(pipe: Any, make: Callable[[str], Worker], device: str) -> None:
         answer: Outcome | str
         try:
             worker = worker or make(device)
-            answer = worker.execute(task)
+            answer = worker.execute(task, pipe.send)
         except Exception as error:
             logger.debug("%s", traceback.format_exc())
             answer = _line(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +60,7 @@ def run(
             if not in_flight:
                 return
             try:
-                outcome, worker = pool.next()
+                outcome, worker = pool.next(lambda name, images: bar.passed(in_flight[name], images))
             except UnitFailed as failure:
                 ledger.fail(failure.name, str(failure))
                 raise
@@ -109,13 +110,15 @@ class _Progress:
     def __init__(self, schedule: Schedule, cost: Mapping[str, int], done: Iterable[Record], show: bool) -> None:
         self._stages, self._all = [CLEAN, *schedule.attacks], schedule.attack_all
         self._cost, self._fooled, self._units, self._purified = cost, 0, 0, 0
+        self._in_flight: collections.Counter[str] = collections.Counter()  # images through the defense, of units not done yet
         self._started = time.monotonic()
-        before = sum(self._count(record) for record in done)
-        self._before = self._done = before
+        self._before = self._done = before = sum(self._count(record) for record in done)
         self._total = schedule.images * sum(cost.values())
         bar = show and sys.stderr.isatty()
         self._lines, self._said = show and not bar, self._started
-        self._bar = tqdm(total=self._total, initial=before, desc="evaluate", unit="image", unit_scale=True, disable=not bar)
+        self._bar = tqdm(
+            total=self._total, initial=before, desc="evaluate", unit="image", unit_scale=True, smoothing=0, disable=not bar
+        )
 
     def __enter__(self) -> _Progress:
         return self
@@ -125,23 +128,32 @@ class _Progress:
         if self._lines and self._purified:
             self._say()
 
+    def passed(self, unit: Unit, images: int) -> None:
+        # Not beyond what it can take: a unit whose worker died begins again.
+        self._in_flight[unit.name] = min(self._in_flight[unit.name] + images, len(unit.images) * self._cost[unit.stage])
+        self._show()
+
     def finished(self, record: Record) -> None:
+        self._in_flight.pop(record.unit.name, None)
         self._purified += record.forward_images + record.gradient_images
-        done = self._count(record)
-        self._done += done
-        self._bar.update(done)
-        self._bar.set_postfix_str(self._state())
+        self._done += self._count(record)
+        self._show()
+
+    def _show(self) -> None:
+        self._bar.set_postfix_str(self._state(), refresh=False)
+        self._bar.update(self._done + self._in_flight.total() - self._bar.n)
         if self._lines and time.monotonic() - self._said >= EVERY:
             self._say()
 
     def _state(self) -> str:
-        rate = self._purified / max(time.monotonic() - self._started, 1e-9)
+        rate = (self._purified + self._in_flight.total()) / max(time.monotonic() - self._started, 1e-9)
         return f"{self._fooled} images fooled, {self._units} units done, {rate:.3g} purifications/s"
 
     def _say(self) -> None:
         self._said = time.monotonic()
-        left = (self._said - self._started) * (self._total - self._done) / max(self._done - self._before, 1)
-        share = f"{100 * self._done / self._total:.0f} %"
+        done = self._done + self._in_flight.total()
+        left = (self._said - self._started) * (self._total - done) / max(done - self._before, 1)
+        share = f"{100 * done / self._total:.0f} %"
         print(f"evaluate: {share}, {self._state()}, at most {duration(left)} left", file=sys.stderr, flush=True)
 
     def _count(self, record: Record) -> int:
