@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -16,6 +19,18 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def sources_sha256(*packages: ModuleType) -> str:
+    """SHA-256 of the Python and C++ files of packages, names and contents."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for folder in sorted(map(Path, package.__path__)):
+            for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".hpp", ".h")):
+                digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def machine() -> dict[str, Any]:

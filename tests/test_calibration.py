@@ -344,21 +344,6 @@ class TestFile:
         ]
         assert len(set(files)) == 3
 
-    def test_other_sources_have_another_hash(self, monkeypatch, tmp_path):
-        def hashed():
-            module._source_hash.cache_clear()
-            return module._source_hash()
-
-        real = hashed()
-        monkeypatch.setattr(module.coupfast_kernels, "__path__", [str(tmp_path)])
-        (tmp_path / "a.py").write_text("x = 1")
-        one = hashed()
-        (tmp_path / "a.py").write_text("x = 2")
-        two = hashed()
-        (tmp_path / "a.py").rename(tmp_path / "b.py")
-        assert len({real, one, two, hashed()}) == 4
-        module._source_hash.cache_clear()
-
     @pytest.mark.parametrize(
         "damage",
         [

@@ -1,4 +1,5 @@
 import platform
+import types
 from pathlib import Path
 
 import torch
@@ -53,3 +54,31 @@ def test_the_newest_cuda_of_the_driver(monkeypatch):
 
     monkeypatch.setattr(environment.ctypes, "CDLL", missing)
     assert environment.driver_cuda() is None
+
+
+def test_other_sources_have_another_hash(tmp_path):
+    def hashed(*names):
+        packages = []
+        for name in names:
+            package = types.ModuleType(name)
+            package.__path__ = [str(tmp_path / name)]
+            packages.append(package)
+        return environment.sources_sha256(*packages)
+
+    for name in ("one", "two"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    found = [hashed("one")]
+    for change in (
+        lambda: (tmp_path / "one" / "a.py").write_text("x = 1"),
+        lambda: (tmp_path / "one" / "a.py").write_text("x = 2"),
+        lambda: (tmp_path / "one" / "a.py").rename(tmp_path / "one" / "b.py"),
+        lambda: (tmp_path / "one" / "b.py").rename(tmp_path / "one" / "inner" / "b.py"),
+        lambda: (tmp_path / "one" / "a.h").write_text("#define X"),
+    ):
+        change()
+        found.append(hashed("one"))
+    assert len(set(found)) == len(found)
+    (tmp_path / "one" / "results.json").write_text("{}")
+    assert hashed("one") == found[-1]
+    (tmp_path / "two" / "a.py").write_text("")
+    assert hashed("one", "two") != hashed("one")

@@ -34,7 +34,7 @@ from coupfast.cache import cache_directory
 from coupfast.engine.flat import flatten
 from coupfast.engine.precision import float32_precision
 from coupfast.engine.rates import device_seconds
-from coupfast.environment import driver_cuda, one_line
+from coupfast.environment import driver_cuda, one_line, sources_sha256
 from coupfast_kernels.conv3x3 import conv3x3, pack_weight
 from coupfast_kernels.locks import locked
 
@@ -311,7 +311,7 @@ def machine_key(device: torch.device | str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "kernels": _source_hash(),
+        "kernels": sources_sha256(coupfast_kernels),
     }
 
 
@@ -322,17 +322,6 @@ def _driver() -> str | None:
     except (OSError, IndexError):
         newest = driver_cuda()
         return None if newest is None else "CUDA {}.{}".format(*newest)
-
-
-@functools.cache
-def _source_hash() -> str:
-    """SHA-256 of the Python files of `coupfast_kernels`, names and contents."""
-    digest = hashlib.sha256()
-    for folder in sorted(map(Path, coupfast_kernels.__path__)):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _candidates(device: torch.device, precision: str, compiler: Compiler | None) -> dict[str, Candidate]:
