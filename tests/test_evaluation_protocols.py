@@ -154,7 +154,8 @@ def test_contradictions():
 def test_columns_hold_averages_and_many_images():
     for verdicts in (of(PREDICTIONS), of(np.zeros((2, 10000), int))):
         lines = table({"clean": verdicts, "attacked": verdicts}).splitlines()
-        assert len({line.rindex("[") for line in lines[1:]}) == 1
+        assert len({line.rindex("[") for line in lines[1:-1]}) == 1
+        assert lines[-1].startswith("official: 1 draws")
     assert "(1.8/3)" in table({"clean": of(PREDICTIONS)}) and "(1/3)" in table({"clean": of(PREDICTIONS)})
 
 
@@ -168,6 +169,25 @@ def test_reads_a_run(tmp_path):
     assert found["attacked"].official.sum() < found["clean"].official.sum()
     assert not (found["attacked"].official & ~found["clean"].official).any()
     assert scores(found["attacked"], "average").mean() < scores(found["clean"], "average").mean()
+
+
+def test_the_official_verdict_has_a_baseline_of_as_many_draws():
+    clean, attacked = of(PREDICTIONS), dataclasses.replace(of(PREDICTIONS), looks=3)
+    *_, line = table({"clean": clean, "attacked": attacked}).splitlines()
+    assert line.startswith("official: 3 draws must all be right where there was an attack, one where there was none; of clean")
+    low, high = wilson_interval(1, 3)  # of the first three draws all are right about image 0 only
+    assert line.endswith(f"images 33.3 % (1/3) [{100 * low:.1f}, {100 * high:.1f}] are right in 3 of the judge's draws")
+    many = dataclasses.replace(attacked, looks=6)
+    assert "what 6 draws alone cost, 6 or more of the judge's would tell" in table({"clean": clean, "attacked": many})
+
+
+def test_an_attack_that_changes_nothing_meets_its_baseline(tmp_path):
+    """With as many judge's draws as the official verdict looks, a tiny radius leaves the baseline and no attack."""
+    spec = dataclasses.replace(SMALL, eps=1e-9, draws=3)
+    with run(tmp_path / "run", spec) as ledger:
+        found = judged(ledger)
+    assert found["attacked"].looks == 3 and found["clean"].looks == 1
+    np.testing.assert_array_equal(scores(found["attacked"], "worst"), scores(found["clean"], "worst"))
 
 
 def test_without_an_attack_there_is_nothing_attacked(tmp_path):

@@ -45,6 +45,7 @@ class Judged:
             after each stage, and right at all of them, as AutoAttack counts.
         logits: Of the judge's fresh draws, (draws, images, classes).
         labels: (images,).
+        looks: How many draws the official verdict asks for: one, and of attacked images one more for each stage.
         unchanged: Of attacked images, how many are as they came, since no attack got to try anything else.
         x_sha256: Of the run's clean images: two runs of equal ones are of the same images.
     """
@@ -52,6 +53,7 @@ class Judged:
     official: np.ndarray
     logits: np.ndarray
     labels: np.ndarray
+    looks: int = 1
     unchanged: int = 0
     x_sha256: str = ""
 
@@ -154,10 +156,14 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
             f"the run in {ledger.folder} is not finished: {len(logits['clean'])} of {count} images are judged; "
             f"continue it with: coupfast evaluate --resume {ledger.folder}"
         )
-    labels, x_sha256 = np.array(ledger.configuration["images"]["labels"]), str(ledger.configuration["images"]["x_sha256"])
     return {
         kind: Judged(
-            official[kind], np.stack([rows[image] for image in range(count)], axis=1), labels, as_they_came[kind], x_sha256
+            official=official[kind],
+            logits=np.stack([rows[image] for image in range(count)], axis=1),
+            labels=np.array(ledger.configuration["images"]["labels"]),
+            looks=1 + (len(ledger.configuration["stages"]) if kind == "attacked" else 0),
+            unchanged=as_they_came[kind],
+            x_sha256=str(ledger.configuration["images"]["x_sha256"]),
         )
         for kind, rows in logits.items()
         if rows
@@ -174,8 +180,10 @@ def table(verdicts: Mapping[str, Judged]) -> str:
             low, high = found.wilson
             cells.append(f"{100 * found.value:5.1f} % {f'({count(found)})':13s} [{100 * low:5.1f}, {100 * high:5.1f}]")
         lines.append(f"{describe(protocol, draws):34s}" + "".join(f"{cell:38s}" for cell in cells))
-    if "attacked" in verdicts and verdicts["attacked"].unchanged:
-        lines.append(unchanged(verdicts["attacked"]))
+    if "attacked" in verdicts:
+        lines.append(official_baseline(verdicts))
+        if verdicts["attacked"].unchanged:
+            lines.append(unchanged(verdicts["attacked"]))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -183,6 +191,18 @@ def count(found: Accuracy) -> str:
     """Of how many images how many; an average over draws need not be whole."""
     right = found.value * found.images
     return f"{right:.0f}/{found.images}" if abs(right - round(right)) < 1e-6 else f"{right:.1f}/{found.images}"
+
+
+def official_baseline(verdicts: Mapping[str, Judged]) -> str:
+    """In words, what the official verdict on attacked images would be if the attack changed nothing: it asks more than once."""
+    clean, looks = verdicts["clean"], verdicts["attacked"].looks
+    said = f"official: {looks} draws must all be right where there was an attack, one where there was none"
+    if len(clean.logits) < looks:
+        return f"{said}; what {looks} draws alone cost, {looks} or more of the judge's would tell"
+    passed = int(worst(clean.logits[:looks], clean.labels).sum())
+    low, high = wilson_interval(passed, len(clean.labels))
+    share = f"{100 * passed / len(clean.labels):.1f} % ({passed}/{len(clean.labels)}) [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{said}; of clean images {share} are right in {looks} of the judge's draws"
 
 
 def unchanged(attacked: Judged) -> str:

@@ -197,9 +197,17 @@ def _accuracies(run: Run) -> Table:
         ("protocol", *run.verdicts),
         rows,
         f"{_summary(run)}. Intervals of 95 %: Wilson's over images; then, from resampled images and draws, a bootstrap's. The "
-        f"clean accuracy by a protocol is what its attacked accuracy is to be compared with. The official verdict is about the "
-        f"images that each attack returns, the others about those at which an attack saw the highest loss.{_unchanged(run)}"
-        f"{_assumed(run)}",
+        f"clean accuracy by a protocol is what its attacked accuracy is to be compared with, but for the official one."
+        f"{_official(run)}{_unchanged(run)}{_assumed(run)}",
+    )
+
+
+def _official(run: Run) -> str:
+    if "attacked" not in run.verdicts:
+        return ""
+    return (
+        f" That is about the images that each attack returns, the others about the strongest ones that any attack tried "
+        f"({protocols.official_baseline(run.verdicts)})."
     )
 
 
