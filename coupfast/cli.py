@@ -249,6 +249,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
 
     def predict() -> dict[str, Any]:
+        if options.resume:
+            with Ledger(folder, read_only=True) as ledger:
+                if ledger.done():
+                    raise ValueError(f"the run in {folder} has begun without a plan, and one made now would predict nothing")
         predicted = planning.plan(spec, workers=options.workers, price=options.price)
         print(predicted, flush=True)
         return predicted.to_dict()

@@ -149,6 +149,8 @@ def test_plan_before_and_after(networks, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run("plan", "--run", tmp_path / "other") == 2
     assert "started without a plan" in capsys.readouterr().err
+    assert run("evaluate", "--resume", tmp_path / "other", "--plan") == 2
+    assert "has begun without a plan, and one made now would predict nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

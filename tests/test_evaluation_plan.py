@@ -23,9 +23,24 @@ def test_plans_networks_without_weights():
     assert found.probe.gradient > found.probe.forward > 0
     assert found.seconds == pytest.approx((102 * found.probe.forward + 9 * found.probe.gradient) / 2)
     assert found.probe.memory > 5 * 2**20  # the networks alone are 1.3 and 0.7 million weights
+    assert found.probe.memory == max(found.probe.memory_of.values()) == found.probe.memory_of["apgd-ce"]
+    assert 5 * 2**20 < found.probe.memory_of["clean"] == found.probe.memory_of["judge"] < found.probe.memory_of["apgd-ce"]
     text = str(found)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith(tuple(found.probe.memory_of))}
+    for stage in found.stages:
+        memory, cost = f"{found.probe.memory_of[stage.name] / 2**20:.0f}", f"{3.0 * stage.seconds / 3600:.2f}"
+        assert rows[stage.name][-3:] == [memory, "MiB", cost]
     assert "scaled from 1 of 4 steps" in text and "2 workers" in text and "cost: " in text
     assert Plan.from_dict(found.to_dict()) == found
+
+
+def test_an_attack_that_batches_draws_needs_their_memory():
+    def peak(eot_iter, shard):
+        spec = dataclasses.replace(TINY, attack="pgd-eot", eot_iter=eot_iter, shard=shard, limit=1)
+        return plan(spec, probe_steps=1).probe.memory_of["pgd-eot"]
+
+    one = peak(1, 2)
+    assert peak(6, 2) == peak(1, 12) > one
 
 
 def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):

@@ -34,7 +34,8 @@ class Probe:
         gradient: With one, forwards and backwards.
         images: Of the batch that was probed.
         steps, of_steps: How many steps of a purification the probe ran, and how many there are.
-        memory: Predicted peak bytes of a unit's purification and its gradient, weights included; None if it cannot be told.
+        memory: Predicted peak bytes of a worker, weights included, over all stages; None if it cannot be told.
+        memory_of: The same, stage by stage.
     """
 
     forward: float
@@ -43,6 +44,7 @@ class Probe:
     steps: int
     of_steps: int
     memory: int | None
+    memory_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +105,17 @@ class Plan:
             f"probe: {probe.images} image{'s' * (probe.images > 1)}, {probe.forward:.3g} s an image without and "
             f"{probe.gradient:.3g} s with a gradient"
             + (f", scaled from {probe.steps} of {probe.of_steps} steps" if probe.steps < probe.of_steps else ""),
-            f"{'at most, no image falling:':28s}{'images':>8s}{'forward':>12s}{'gradient':>12s}{'time':>12s}",
+            f"{'at most, no image falling:':28s}{'images':>8s}{'forward':>12s}{'gradient':>12s}{'time':>12s}{'memory':>12s}"
+            + ("" if self.price is None else f"{'cost':>12s}"),
         ]
         if self.random:
             lines.insert(0, f"random weights: {', '.join(self.random)} (trained ones take as long)")
         for stage in self.stages:
-            lines.append(f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}")
+            memory = f"{probe.memory_of[stage.name] / 2**20:.0f} MiB" if stage.name in probe.memory_of else "?"
+            lines.append(
+                f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}{memory:>12s}"
+                + ("" if self.price is None else f"{self.price * stage.seconds / 3600:12.2f}")
+            )
         forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
         work = sum(stage.seconds for stage in self.stages)
         lines.append(f"{'all purifications':36s}{forward:12d}{gradient:12d}{duration(work):>12s}")
@@ -141,7 +148,7 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     networks = [(spec.score, score)] if spec.method != NO_DEFENSE else []
     random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
     if spec.images in IMAGES:
-        count, shape = spec.limit or IMAGES[spec.images], torch.Size((3, 32, 32))
+        count, shape = IMAGES[spec.images] if spec.limit is None else spec.limit, torch.Size((3, 32, 32))
         if count > IMAGES[spec.images]:
             raise ValueError(f"`limit` asks for {count} images, and {spec.images} has {IMAGES[spec.images]}")
     else:
@@ -165,7 +172,7 @@ def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:
         if purified is None:
             return Probe(_seconds(defense, x, False) / images, _seconds(defense, x, True) / images, images, 1, 1, None)
         purifier, classifier = purified.purifier, purified.classifier
-        memory = _memory(purifier, classifier, spec.shard, shape)
+        memory_of = _memory(spec, purifier, classifier, shape)
         # The backward pass of a surrogate has another number of steps than the forward pass: nothing to scale by.
         ran = purifier.num_steps if purifier.gradient == "surrogate" else min(steps, purifier.num_steps)
         if ran < purifier.num_steps:
@@ -175,17 +182,27 @@ def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:
             after = _seconds(Defense(classifier), x, gradient)
             all_of_it = _seconds(Defense(PurifiedClassifier(purifier, classifier)), x, gradient)
             seconds.append((max(all_of_it - after, 0.0) * purified.purifier.num_steps / ran + after) / images)
-        return Probe(seconds[0], seconds[1], images, ran, purified.purifier.num_steps, memory)
+        memory = max(memory_of.values()) if memory_of else None
+        return Probe(seconds[0], seconds[1], images, ran, purified.purifier.num_steps, memory, memory_of)
     finally:
         torch.set_num_threads(threads)
 
 
-def _memory(purifier: Purifier, classifier: nn.Module, batch: int, shape: torch.Size) -> int | None:
+def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.Size) -> dict[str, int]:
+    """Peak bytes of a worker at each stage; none where one cannot be told."""
     if purifier.gradient in ("adjoint", "adjoint-parameters"):
-        return None  # torchsde's
+        return {}  # torchsde's
     networks = {network for network in (purifier.score, purifier.classifier, classifier) if network is not None}
     weights = sum(t.numel() * t.element_size() for network in networks for t in (*network.parameters(), *network.buffers()))
-    return weights + purifier.plan(batch, image_shape=(shape[0], shape[1], shape[2])).peak_bytes
+    stages, image = spec.stages(), (shape[0], shape[1], shape[2])
+    no_gradient = spec.purifier(purifier.score, classifier, gradient="none")
+
+    def peak(batch: int, gradient: bool) -> int:
+        predicted = (purifier if gradient else no_gradient).plan(batch, image_shape=image)
+        return weights + predicted.weights_bytes + predicted.peak_bytes
+
+    attacks = {name: peak(spec.shard * attack.replicas, attack.cost().gradient > 0) for name, attack in stages.items()}
+    return {CLEAN: peak(spec.shard, False), **attacks, JUDGE: peak(spec.shard, False)}
 
 
 def happened(ledger: Ledger) -> list[Stage]:

@@ -97,10 +97,12 @@ class Spec:
             object.__setattr__(self, "paths", tuple(sorted(set(self.paths))))  # a list, where it comes from JSON
         if self.paths != () and (self.paths if isinstance(self.paths, int) else self.paths[0]) < 0:
             raise ValueError(f"`paths` is a number of images or their numbers from 0, got {self.paths!r}")
-        for name, least in (("shard", 1), ("draws", 1), ("threads", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"`{name}` is at least {least}, got {value!r}")
-        self.stages()
+        for name in ("limit", "shard", "draws", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` is at least 1, got {value!r}")
+        stages = self.stages()
+        if self.gradient == "none" and any(attack.cost().gradient for attack in stages.values()):
+            raise ValueError(f"{self.attack!r} follows a gradient, and `gradient` is 'none'")
 
     def stages(self) -> dict[str, Attack]:
         """The attack's stages by name."""
@@ -130,8 +132,8 @@ class Spec:
         score = load_score(self.score, weights=self.score_weights, device=device)
         return Defense(PurifiedClassifier(self.purifier(score, classifier), classifier))
 
-    def purifier(self, score: nn.Module, classifier: nn.Module) -> Purifier:
-        """The purifier around networks that are there."""
+    def purifier(self, score: nn.Module, classifier: nn.Module, gradient: str | None = None) -> Purifier:
+        """The purifier around networks that are there; `gradient`, if given, in the place of the run's."""
         return Purifier(
             score,
             classifier,
@@ -143,7 +145,7 @@ class Spec:
             clamp=self.clamp,
             engine=self.engine,
             precision=self.precision,
-            gradient=self.gradient or suite_gradient(self.attack),
+            gradient=gradient or self.gradient or suite_gradient(self.attack),
             guidance_gradient=self.guidance_gradient,  # type: ignore[arg-type]
             memory_budget="least" if self.memory_gib is None else int(self.memory_gib * 2**30),
         )
@@ -172,7 +174,6 @@ class Spec:
         stages = self.stages()
         attacks = {stage: attack.cost().forward + attack.cost().gradient + 1 for stage, attack in stages.items()}
         return {CLEAN: 1, **attacks, JUDGE: self.draws * (2 if stages else 1)}
-
 
     def path_cost(self, images: int) -> int:
         """Images that the judge purifies to show their way, in a run on that many."""

@@ -9,12 +9,12 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from coupfast.evaluation.attacks.autoattack import APGD, FABTargeted, Square, TargetedAPGD
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.attacks.corruption import SaltAndPepper
-from coupfast.evaluation.attacks.pgd import PGD
+from coupfast.evaluation.attacks.pgd import PGD, Drop
 
 __all__ = ["ASSUMED", "SUITES", "Attack", "Cost", "Result", "attack_from_dict", "attack_to_dict", "suite", "suite_gradient"]
 
@@ -85,6 +85,8 @@ def suite(name: str, norm: str, eps: float, changes: Mapping[str, Any] | None = 
             raise ValueError(f"`{field}` is at least 1, got {changes[field]!r}")
     if "step_size" in changes and not 0 < changes["step_size"] < math.inf:
         raise ValueError(f"`step_size` is a finite number above 0 for images in [0, 1], got {changes['step_size']!r}")
+    if "drop" in changes and changes["drop"] not in get_args(Drop):
+        raise ValueError(f"`drop` is one of {', '.join(get_args(Drop))}, got {changes['drop']!r}")
     if "amount" in changes and not 0 < changes["amount"] <= 1:
         raise ValueError(f"`amount` is a share of pixels in (0, 1], got {changes['amount']!r}")
     return {

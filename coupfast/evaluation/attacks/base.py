@@ -31,16 +31,18 @@ class Result:
         x_adv: The images that it returns, in [0, 1]: what its own verdict is about.
         curve: Images that the attack had not yet seen misclassified, at its starting point and after each iteration; empty if
             it does not tell.
-        strongest: The images to judge a randomized defense by, where those are others: the ones inside of the ball at which the
-            attack saw the highest loss. An attack that returns an image as it came wherever it saw no failure (AutoAttack's
-            do) would be judged by clean images there.
+        strongest: The images to judge by on many draws, where those are others: of the points inside of the ball at which the
+            attack saw a failure, or of all if it saw none, the one of the highest loss. An attack that returns an image as it
+            came wherever it saw no failure (AutoAttack's do) would be judged by clean images there.
         loss: The mean cross-entropy that it saw at them, −inf where it has tried no point but the image itself.
+        failed: Whether it saw them misclassified.
     """
 
     x_adv: torch.Tensor
     curve: tuple[int, ...] = ()
     strongest: torch.Tensor | None = None
     loss: torch.Tensor | None = None
+    failed: torch.Tensor | None = None
 
 
 class Attack(abc.ABC):
@@ -56,6 +58,16 @@ class Attack(abc.ABC):
             y: Their labels.
             seed: All randomness of the attack follows from it.
         """
+
+    @property
+    def least_classes(self) -> int:
+        """Classes that its loss is defined for."""
+        return 2
+
+    @property
+    def replicas(self) -> int:
+        """Copies of an image that go through the defense in one batch."""
+        return 1
 
     @abc.abstractmethod
     def cost(self) -> Cost:

@@ -6,13 +6,15 @@ With the purifier's gradient "bpda" this is BPDA + EOT (Athalye et al. 2018; Hil
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch.nn import functional
 
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.defense import Defense
+
+Drop: TypeAlias = Literal["never", "any", "mean"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PGD(Attack):
     eot_iter: int = 15
     step_size: float = 0.0
     mean: Literal["losses", "logits"] = "losses"
-    drop: Literal["never", "any", "mean"] = "never"
+    drop: Drop = "never"
     random_start: bool = False
 
     def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
@@ -99,6 +101,10 @@ class PGD(Attack):
         else:
             delta = delta * (self.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12)).clamp_max(1.0).view(-1, 1, 1, 1)
         return (x + delta).clamp(0.0, 1.0)
+
+    @property
+    def replicas(self) -> int:
+        return self.eot_iter
 
     def cost(self) -> Cost:
         return Cost(self.eot_iter, self.iterations * self.eot_iter)
