@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -376,6 +377,10 @@ def test_other_weights_images_or_software_are_refused(tmp_path, monkeypatch):
     x, y = labelled(2, wrong=[1])
     with pytest.raises(ValueError, match="configuration: images.(labels|x_sha256) was"):
         evaluate(SMALL, tmp_path / "run", build=purified, images=(x.flip(0), y), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_module, "sources_sha256", lambda *packages: "other")
+        with pytest.raises(ValueError, match='configuration: environment.sources_sha256 was ".*" and is "other"'):
+            run(tmp_path / "run", count=2, resume=True)
     monkeypatch.setattr(worker_module.coupfast, "__version__", "99")
     with pytest.raises(ValueError, match='configuration: environment.coupfast was ".*" and is "99"'):
         run(tmp_path / "run", count=2, resume=True)
@@ -399,6 +404,7 @@ def test_a_worker_with_other_software_or_weights_refuses():
         (lambda x, y: (x, y + 5), r"labels are in \[0, 10\), the classes of the classifier, got \["),
         (lambda x, y: (x, y[:1]), "one per image: 5 images"),
         (lambda x, y: (x[:0], y[:0]), "float32 of shape"),
+        (lambda x, y: (x[[0, 1, 0]], torch.tensor([1, 2, 3])), "images 0 and 2 are equal, and their labels are 1 and 3"),
     ],
 )
 def test_bad_images_are_refused_before_any_work(tmp_path, change, message):
@@ -426,6 +432,40 @@ def test_an_attack_that_does_not_fit_is_refused_before_any_work(tmp_path, spec, 
 
 
 @pytest.mark.parametrize(
+    "attack, classes, least, message",
+    [
+        ("autoattack-rand", 2, 3, "apgd-dlr needs 3 classes or more, and the classifier has 2"),
+        ("autoattack-standard", 3, 4, "apgd-t needs 4 classes or more, and the classifier has 3"),
+    ],
+)
+def test_losses_need_classes(tmp_path, attack, classes, least, message):
+    x, _ = labelled(2)
+    y = torch.tensor([0, 1])
+    cuts = {"iterations": 1} | ({"queries": 2, "target_classes": 1} if attack == "autoattack-standard" else {"eot_iter": 1})
+    spec = Spec(attack=attack, method="none", draws=1, paths=0, **cuts)
+
+    def build(count, device):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Defense(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, count)).eval())
+
+    with pytest.raises(ValueError, match=message):
+        evaluate(spec, tmp_path / "run", build=functools.partial(build, classes), images=(x, y))
+    assert not (tmp_path / "run").exists()
+    evaluate(spec, tmp_path / "run", build=functools.partial(build, least), images=(x, y)).close()
+
+
+def test_a_logit_that_is_no_number_is_no_verdict(tmp_path):
+    def build(device):
+        defense = plain(device)
+        defense.model[3].bias.data[4] = math.nan
+        return defense
+
+    with pytest.raises(UnitFailed, match="unit clean-00000 failed: FloatingPointError: of 2 images 2 have a logit that is no"):
+        run(tmp_path / "run", build=build)
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         ({"attack": "apgd"}, "did you mean 'apgd-ce'"),
@@ -434,6 +474,9 @@ def test_an_attack_that_does_not_fit_is_refused_before_any_work(tmp_path, spec, 
         ({"method": "cop"}, "`method` is one of"),
         ({"seeding": "time"}, "`seeding` is one of unit, autoattack"),
         ({"shard": 0}, "`shard` is at least 1"),
+        ({"limit": 0}, "`limit` is at least 1, got 0"),
+        ({"gradient": "none"}, "'autoattack-rand' follows a gradient, and `gradient` is 'none'"),
+        ({"attack": "pgd-eot", "drop": "sometimes"}, "`drop` is one of never, any, mean, got 'sometimes'"),
         ({"seed": -1}, "`seed` is an integer"),
         ({"paths": -1}, "`paths` is a number of images or their numbers from 0, got -1"),
         ({"paths": (3, -2)}, "`paths` is a number of images or their numbers"),

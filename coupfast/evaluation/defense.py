@@ -82,12 +82,19 @@ class Defense(nn.Module):
         ids: Sequence[int] | torch.Tensor | None = None,
         draw: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits; `ids` and `draw` name the noise, as in `PurifiedClassifier`, and mean nothing to other classifiers."""
+        """Logits; `ids` and `draw` name the noise, as in `PurifiedClassifier`, and mean nothing to other classifiers.
+
+        Raises:
+            FloatingPointError: if a logit is NaN.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             self.gradient_images += len(x)
         else:
             self.forward_images += len(x)
         logits = self.model(x) if self.purified is None else self.model(x, ids=ids, draw=draw)
+        if bool(torch.isnan(logits).any()):  # whose largest is class 0
+            wrong = int(torch.isnan(logits).any(dim=1).sum())
+            raise FloatingPointError(f"of {len(x)} images {wrong} have a logit that is no number (NaN)")
         if self.passed is not None:
             self.passed(len(x))
         return logits

@@ -74,19 +74,23 @@ def run(
 def attacked_images(
     ledger: Ledger, attacks: Sequence[str], records: Mapping[str, Record], images: Sequence[int], x: np.ndarray
 ) -> np.ndarray:
-    """What each image has become: its strongest form by the loss that any stage saw, else what the last stage left of it."""
+    """What each image has become: its strongest form by what any stage saw of it, else what the last stage left of it."""
     result = {image: x[image] for image in images}
-    highest = dict.fromkeys(images, -np.inf)
+    highest = dict.fromkeys(images, (False, -np.inf))
     for stage in attacks:
         for record in records.values():
             if record.unit.stage != stage or not set(record.unit.images) & set(result):
                 continue
             arrays = ledger.arrays(record)
-            forms = arrays.get("x_strongest", arrays["x_adv"])
-            losses = arrays.get("loss", np.full(len(forms), np.inf))  # of an attack that does not tell, the last counts
-            for image, form, loss in zip(record.unit.images, forms, losses, strict=True):
-                if image in result and (loss > highest[image] or loss == np.inf):
-                    result[image], highest[image] = form, float(loss)
+            if "x_strongest" in arrays:
+                forms = arrays["x_strongest"]
+                strengths = list(zip(arrays["failed"].tolist(), arrays["loss"].tolist(), strict=True))
+            else:  # of an attack that does not tell, the last counts
+                forms = arrays["x_adv"]
+                strengths = [(True, np.inf)] * len(forms)
+            for image, form, strength in zip(record.unit.images, forms, strengths, strict=True):
+                if image in result and (strength > highest[image] or strength[1] == np.inf):
+                    result[image], highest[image] = form, strength
     return np.stack([result[image] for image in images])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -96,7 +97,7 @@ def evaluate(
                 raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
             kept = ledger.notes()
             for name, make_note in (notes or {}).items():
-                if name not in kept:  # a plan that is made half way is no prediction of the run
+                if name not in kept:
                     ledger.note(name, make_note())
             runner.run(ledger, spec.schedule(len(x)), x.numpy(), y.numpy(), pool, cost=spec.cost(), progress=progress)
     return Ledger(folder, read_only=True)
@@ -119,11 +120,19 @@ def check_images(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor)
     if not isinstance(spec.paths, int) and spec.paths and spec.paths[-1] >= len(x):
         raise ValueError(f"`paths` names image {spec.paths[-1]}, and there are {len(x)}, numbered from 0")
     stages = spec.stages()
+    digests: dict[bytes, int] = {}
+    for i, image in enumerate(x.numpy()):
+        first = digests.setdefault(hashlib.sha256(image.tobytes()).digest(), i)
+        if y[first] != y[i]:
+            raise ValueError(f"images {first} and {i} are equal, and their labels are {int(y[first])} and {int(y[i])}")
     if stages and spec.norm == "L2" and spec.eps >= math.sqrt(x[0].numel()):
         raise ValueError(
             f"`eps` = {spec.eps:g} reaches every image in [0, 1] of {x[0].numel()} values, which are at most "
             f"{math.sqrt(x[0].numel()):.4g} apart in L2"
         )
+    for name, attack in stages.items():
+        if classes < attack.least_classes:
+            raise ValueError(f"{name} needs {attack.least_classes} classes or more, and the classifier has {classes}")
     targets = max((getattr(attack, "target_classes", 0) for attack in stages.values()), default=0)
     if targets >= classes:
         raise ValueError(f"`target_classes` is at most {classes - 1} for a classifier of {classes} classes, got {targets}")

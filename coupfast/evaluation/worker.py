@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 import coupfast
-from coupfast.environment import version
+import coupfast_kernels
+from coupfast.engine.calibration import machine_key
+from coupfast.environment import sources_sha256, version
 from coupfast.evaluation.attacks import Attack, Result
 from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.ledger import Outcome
@@ -67,11 +69,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "numpy", "pyautoattack")}
     return {
         "coupfast": coupfast.__version__,
+        "sources_sha256": sources_sha256(coupfast, coupfast_kernels),
         **{name: found for name, found in packages.items() if found is not None},
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernels_isa": os.environ.get("COUPFAST_CPU_ISA") or native.isas()[0],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device.type,
+        **({"gpu": machine_key(device)} if device.type == "cuda" else {}),
     }
 
 
@@ -157,8 +161,8 @@ class Worker:
             "curve": list(found.curve),
         }
         tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
-        if found.strongest is not None and found.loss is not None:
-            tensors |= {"x_strongest": found.strongest, "loss": found.loss}
+        if found.strongest is not None and found.loss is not None and found.failed is not None:
+            tensors |= {"x_strongest": found.strongest, "loss": found.loss, "failed": found.failed}
         return result, tensors
 
     def _judge(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

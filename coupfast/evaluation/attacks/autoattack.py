@@ -1,7 +1,7 @@
 """The attacks of AutoAttack (Croce and Hein 2020), in pyautoattack's unmodified code, set up as its `AutoAttack` does.
 
 They return an image as it came if they saw the defense fail nowhere, or at their very first look. With a defense that draws
-noise neither says that the attack found nothing: what it asked is watched, and where its loss was highest is kept beside.
+noise neither says that the attack found nothing: what it asked is watched, and the strongest point of it is kept beside.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class APGD(Attack):
             curve.append(int(standing.sum()))
         return tuple(curve)
 
+    @property
+    def least_classes(self) -> int:
+        return 3 if self.loss == "dlr" else 2
+
     def cost(self) -> Cost:
         return Cost(1, (self.iterations + 1) * self.eot_iter, again=OFFERS - 1)
 
@@ -83,6 +87,10 @@ class TargetedAPGD(Attack):
         }
         seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter)
         return seen.result(_perturb("autopgd_base.APGDAttack_targeted", settings, seen, seed=seed))
+
+    @property
+    def least_classes(self) -> int:
+        return 4
 
     def cost(self) -> Cost:
         return Cost(
@@ -136,6 +144,9 @@ class Square(Attack):
 class _Seen:
     """Between an attack and the defense: what the attack asked, and what it got to see.
 
+    The strongest point of an image is one that was seen misclassified, if any was, and of those the one of the highest mean
+    loss. (By the loss alone a defense without noise would be judged at points that it is right about, though others fooled it.)
+
     Args:
         defense: Answers.
         x: The images under attack.
@@ -152,6 +163,11 @@ class _Seen:
         self.begun = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self._strongest, self._loss = x.clone(), torch.full((len(x),), -float("inf"), device=x.device)
         self._point, self._sum, self._count = x.clone(), torch.zeros_like(self._loss), torch.zeros_like(y)
+        self._failed = torch.zeros_like(self.begun)  # at the strongest point
+        self._failing = torch.zeros_like(self.begun)  # at the last one
+        # Equal images, which differ by their noise only, under the first of them.
+        equal = [torch.nonzero((x == image).flatten(1).all(dim=1)).flatten() for image in x]
+        self._equal = {int(images[0]): images for images in equal if len(images) > 1}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.defense(x)
@@ -161,14 +177,19 @@ class _Seen:
         return logits
 
     def result(self, x_adv: torch.Tensor, curve: tuple[int, ...] = ()) -> Result:
-        return Result(x_adv, curve, self._strongest, self._loss)
+        for images in self._equal.values():
+            best = max(images.tolist(), key=lambda image: (bool(self._failed[image]), float(self._loss[image])))
+            for kept in (self._strongest, self._loss, self._failed):
+                kept[images] = kept[best].clone()
+        return Result(x_adv, curve, self._strongest, self._loss, self._failed)
 
     def _keep(self, x: torch.Tensor, logits: torch.Tensor) -> None:
-        # Attacks ask about some of the images at a time, and do not say which; one is nearest to itself.
-        images = torch.cdist(x.flatten(1), self.x.flatten(1)).argmin(dim=1)
+        images = self._images(x)
         change = (x - self.x[images]).flatten(1)
         size = change.abs().amax(dim=1) if self.norm == "Linf" else change.norm(dim=1)
         self.begun[images[size > 0]] = True
+        for equal in self._equal.values():
+            self.begun[equal] = self.begun[equal].any()
         # A little more than eps is rounding; FAB asks far outside, too.
         inside = (size > 0) & (size <= self.eps + 1e-6) & (x >= 0).flatten(1).all(1) & (x <= 1).flatten(1).all(1)
         images, x = images[inside], x[inside]
@@ -177,9 +198,20 @@ class _Seen:
         self._point[images] = x
         self._sum[images] = torch.where(again, self._sum[images], 0.0) + loss
         self._count[images] = torch.where(again, self._count[images], 0) + 1
-        mean = self._sum[images] / self.draws
-        higher = (self._count[images] == self.draws) & (mean > self._loss[images])
-        self._strongest[images[higher]], self._loss[images[higher]] = x[higher], mean[higher]
+        self._failing[images] = (again & self._failing[images]) | (logits[inside].argmax(dim=1) != self.y[images])
+        mean, failing, failed = self._sum[images] / self.draws, self._failing[images], self._failed[images]
+        better = (failing & ~failed) | ((failing == failed) & (mean > self._loss[images]))
+        better &= self._count[images] == self.draws
+        images = images[better]
+        self._strongest[images], self._loss[images], self._failed[images] = x[better], mean[better], failing[better]
+
+    def _images(self, x: torch.Tensor) -> torch.Tensor:
+        """Which images the attack asks about: it asks about some at a time, in order, and does not say which."""
+        images = torch.cdist(x.flatten(1), self.x.flatten(1), p=float("inf") if self.norm == "Linf" else 2.0).argmin(dim=1)
+        for first, equal in self._equal.items():
+            rows = torch.nonzero(images == first).flatten()
+            images[rows] = equal[: len(rows)]
+        return images
 
 
 def _perturb(name: str, settings: dict[str, Any], seen: _Seen, *, seed: int) -> torch.Tensor:
