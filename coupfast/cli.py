@@ -243,9 +243,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     spec = _spec(options)
     if options.price is not None and not options.plan:
         raise ValueError("`--price` is for --plan, which says what the run will cost")
-    if options.certify < 0:
-        raise ValueError(f"`--certify` is a number of images, got {options.certify}")
-    if options.certify and spec.method == NO_DEFENSE:
+    certified = options.certify
+    if certified is None:
+        certified = int(spec.method != NO_DEFENSE and any(attack.cost().gradient for attack in spec.stages().values()))
+    if certified < 0:
+        raise ValueError(f"`--certify` is a number of images, got {certified}")
+    if certified and spec.method == NO_DEFENSE:
         raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
 
     def predict() -> dict[str, Any]:
@@ -260,8 +263,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     notes: dict[str, Callable[[], Any]] = {}
     if options.plan:
         notes["plan"] = predict
-    if options.certify:
-        notes["certificate"] = lambda: _certificate(spec, options.certify)
+    if certified:
+        notes["certificate"] = lambda: _certificate(spec, certified)
     with evaluate(
         spec,
         folder,
@@ -285,7 +288,11 @@ def _certificate(spec: Spec, images: int) -> dict[str, Any]:
     defense = spec.build(str(torch.device(spec.device)))
     assert defense.purified is not None
     x, y = spec.load()
-    return check_gradient(defense.purified, x[:images].to(spec.device), y[:images], images=images).to_dict()
+    print(f"certifying the gradient that the attack follows, on {min(images, len(x))} of the images", file=sys.stderr, flush=True)
+    found = check_gradient(
+        defense.purified, x[:images].to(spec.device), y[:images], images=images, progress=sys.stderr.isatty()
+    )
+    return found.to_dict()
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -550,7 +557,11 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     evaluate_.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run, once")
     evaluate_.add_argument("--price", type=float, metavar="P", help="with --plan: of a worker and hour, in any currency")
     evaluate_.add_argument(
-        "--certify", type=int, default=0, metavar="N", help="keep a certificate of the gradient, from N images, with the run"
+        "--certify",
+        type=int,
+        metavar="N",
+        help="keep a certificate of the gradient that the attack follows, from N images, with the run (default 1 where it follows "
+        "one through a purification, else 0; a few dozen purifications in float64)",
     )
     evaluate_.add_argument("--cluster", choices=CLUSTERS, default="none", help="none: processes here; ray: on a Ray cluster")
     _add_evaluation(evaluate_)

@@ -180,7 +180,11 @@ def test_plans_and_certifies_nothing_that_it_cannot_run(networks, tmp_path, monk
 
 
 def test_report(networks, tmp_path, capsys):
-    assert run("evaluate", *networks, *SMALL, "--certify", "1", "--out", tmp_path / "run") == 0
+    assert run("evaluate", *networks, *SMALL, "--out", tmp_path / "run") == 0  # certified by default
+    assert "certifying the gradient that the attack follows, on 1 of the images" in capsys.readouterr().err
+    for without in (("--attack", "salt-and-pepper"), ("--attack", "apgd-ce", "--certify", "0")):
+        assert run("evaluate", *networks, *SMALL[:4], *without, "--draws", "1", "--out", tmp_path / without[1]) == 0
+        assert "certifying" not in capsys.readouterr().err
     capsys.readouterr()
     assert run("report", tmp_path / "run") == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "run" / f"report.{suffix}") for suffix in ("html", "md")]
