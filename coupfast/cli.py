@@ -288,7 +288,8 @@ def _certificate(spec: Spec, images: int) -> dict[str, Any]:
     defense = spec.build(str(torch.device(spec.device)))
     assert defense.purified is not None
     x, y = spec.load()
-    print(f"certifying the gradient that the attack follows, on {min(images, len(x))} of the images", file=sys.stderr, flush=True)
+    count = min(images, len(x))
+    print(f"certifying the gradient that the attack follows, on {count} of the images", file=sys.stderr, flush=True)
     found = check_gradient(
         defense.purified, x[:images].to(spec.device), y[:images], images=images, progress=sys.stderr.isatty()
     )
@@ -560,8 +561,8 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
         "--certify",
         type=int,
         metavar="N",
-        help="keep a certificate of the gradient that the attack follows, from N images, with the run (default 1 where it follows "
-        "one through a purification, else 0; a few dozen purifications in float64)",
+        help="keep a certificate of the gradient that the attack follows, from N images, with the run (default 1 where it "
+        "follows one through a purification, else 0; a few dozen purifications in float64)",
     )
     evaluate_.add_argument("--cluster", choices=CLUSTERS, default="none", help="none: processes here; ray: on a Ray cluster")
     _add_evaluation(evaluate_)
