@@ -8,7 +8,7 @@ import torch
 from evaluation_cases import labelled, plain, purified, purified_bpda
 from torch.nn import functional
 
-from coupfast.evaluation.attacks import SUITES, attack_from_dict, attack_to_dict, suite
+from coupfast.evaluation.attacks import SUITES, suite
 from coupfast.evaluation.attacks.autoattack import APGD, OFFERS
 from coupfast.evaluation.protocols import OFFICIAL, judged, scores
 from coupfast.evaluation.runs import evaluate
@@ -180,12 +180,6 @@ def test_salt_and_pepper_changes_as_many_pixels_as_it_says():
     assert set(x_adv.unique().tolist()) == {0.0, 0.5, 1.0}
     # Binomial, 4096 pixels at 0.2: five standard deviations.
     assert abs(float(changed) - 0.2) < 5 * (0.2 * 0.8 / 4096) ** 0.5
-
-
-@pytest.mark.parametrize("name", [name for name in SUITES if name != "none"])
-def test_attacks_survive_json(name):
-    for attack in suite(name, "L2", 0.5).values():
-        assert attack_from_dict(attack_to_dict(attack)) == attack
 
 
 @pytest.mark.parametrize(

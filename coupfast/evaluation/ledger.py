@@ -103,7 +103,7 @@ class Ledger:
     """
 
     def __init__(self, folder: str | Path, *, read_only: bool = False) -> None:
-        self.folder, self.read_only = Path(folder), read_only
+        self.folder = Path(folder)
         path = self.folder / DATABASE
         if not path.is_file():
             raise LedgerError(f"{self.folder} holds no run: there is no {DATABASE} in it")

@@ -57,11 +57,6 @@ class Judged:
     unchanged: int = 0
     x_sha256: str = ""
 
-    @property
-    def right(self) -> np.ndarray:
-        """(draws, images) bool."""
-        return self.logits.argmax(axis=2) == self.labels
-
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:

@@ -16,9 +16,7 @@ from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.attacks.corruption import SaltAndPepper
 from coupfast.evaluation.attacks.pgd import PGD, Drop
 
-__all__ = ["ASSUMED", "SUITES", "Attack", "Cost", "Result", "attack_from_dict", "attack_to_dict", "suite", "suite_gradient"]
-
-_CLASSES: dict[str, type[Attack]] = {c.__name__: c for c in (APGD, TargetedAPGD, FABTargeted, Square, PGD, SaltAndPepper)}
+__all__ = ["ASSUMED", "SUITES", "Attack", "Cost", "Result", "attack_to_dict", "suite", "suite_gradient"]
 
 # Stages by name, for a norm and a radius, at their published sizes.
 SUITES: dict[str, Callable[[str, float], dict[str, Attack]]] = {
@@ -103,12 +101,6 @@ def suite_gradient(name: str) -> str:
 def attack_to_dict(attack: Attack) -> dict[str, Any]:
     """An attack as JSON can hold it."""
     return {"class": type(attack).__name__, **{name: getattr(attack, name) for name in _fields(attack)}}
-
-
-def attack_from_dict(fields: Mapping[str, Any]) -> Attack:
-    """The inverse of `attack_to_dict`."""
-    rest = dict(fields)
-    return _CLASSES[rest.pop("class")](**rest)
 
 
 def _fields(attack: Attack) -> list[str]:
