@@ -86,9 +86,12 @@ def test_stays_within_its_radius_and_counts_at_most_its_cost(name, norm, eps):
         assert float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1
         delta = (x_adv - x).flatten(1)
         size = delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
-        # FAB minimizes its distance and may leave an image beyond eps, which its own verdict does not count; none here.
+        # FAB looks beyond eps, too, but returns an image as it came where it found nothing within. Rounding: of each value, at
+        # most 1, once when the step is added and once when it is taken off here; of the length that it was scaled by, and of
+        # the one here, which are sums.
+        ulp, values = torch.finfo(x.dtype).eps, 1 if norm == "Linf" else x[0].numel()
         if name != "salt-and-pepper":
-            assert float(size.max()) <= eps * (1 + 1e-5) + 1e-6
+            assert float(size.max()) <= eps * (1 + 8 * ulp) + ulp * math.sqrt(values)
         assert defense.forward_images <= 3 * (attack.cost().forward + attack.cost().again)
         assert defense.gradient_images <= 3 * attack.cost().gradient
 
