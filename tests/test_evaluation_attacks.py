@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from coupfast.evaluation.attacks import SUITES, suite
 from coupfast.evaluation.attacks.autoattack import APGD, OFFERS
+from coupfast.evaluation.attacks.pgd import PGD
+from coupfast.evaluation.defense import Defense
 from coupfast.evaluation.protocols import OFFICIAL, judged, scores
 from coupfast.evaluation.runs import evaluate
 from coupfast.evaluation.spec import Spec
@@ -335,3 +337,45 @@ def test_equal_images_share_what_was_found(stage):
         result = attack.run(defense, x, y, seed=2)
     assert torch.equal(result.strongest[0], result.strongest[3]) and not torch.equal(result.strongest[3], x[3])
     assert bool(result.loss[0] == result.loss[3]) and float(result.loss[3]) > 0
+
+
+def test_an_image_that_failed_once_stays_off_the_curve():
+    """PGD may come back from where an image was misclassified, as where the defense's noise decides."""
+    x, y = labelled(3)
+    ask = plain("cpu").model
+    # Image 0 is right but in the second of five looks, image 1 in none from the third on, image 2 in all.
+    wrong_at = {0: {1}, 1: {2, 3, 4}, 2: set()}
+    looks = []
+
+    class Flickering(torch.nn.Module):
+        def forward(self, x):
+            said = torch.tensor([label + (len(looks) in wrong_at[image]) for image, label in enumerate(y.tolist())]) % 10
+            looks.append(len(x))
+            return 0 * ask(x) + torch.nn.functional.one_hot(said, 10)
+
+    attack = PGD("Linf", 1 / 255, iterations=4, eot_iter=1, drop="never")
+    assert attack.run(Defense(Flickering()), x, y, seed=0).curve == (3, 2, 1, 1, 1)
+    assert looks == [3] * 5
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_random_start_is_uniform_in_the_ball(norm):
+    n, d, eps = 40000, 4, 0.1
+    x = torch.full((n, 1, 2, 2), 0.5)  # nothing is clipped
+    constant = Defense(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(d, 2)))
+    with torch.no_grad():
+        attack = PGD(norm, eps, iterations=0, eot_iter=1, random_start=True)
+        start = attack.run(constant, x, torch.zeros(n, dtype=torch.int64), seed=3).x_adv
+    delta = ((start - x) / eps).flatten(1).double()
+    size = delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
+    assert float(size.max()) <= 1 + 1e-5
+    # In either ball the share r^d lies within r. A step of an empirical distribution of n points deviates by 1.95 / sqrt(n)
+    # in one of a thousand samples (Kolmogorov).
+    shares = (size**d).sort().values
+    assert float((shares - torch.arange(n) / n).abs().max()) < 1.95 / n**0.5
+    # No direction is preferred: on the sphere E z_i^4 = 3 / (d (d + 2)), on the faces of the cube (1 + (d - 1) / 5) / d.
+    expected = 3 / (d * (d + 2)) if norm == "L2" else (1 + (d - 1) / 5) / d
+    direction = delta / size[:, None]
+    for moment, values in ((0.0, direction), (expected, direction**4)):
+        error = values.mean(dim=0) - moment
+        assert float((error / values.std(dim=0)).abs().max()) < 5 / n**0.5  # five standard deviations

@@ -32,7 +32,7 @@ class PGD(Attack):
             decides it where the worst of several draws counts; or once the "mean" logits are. An image that never leaves is
             returned where its expected loss was highest. DiffPure's published BPDA + EOT confirms a failure of the mean logits
             on 150 further draws before the image counts as fallen; "mean" does not.
-        random_start: Start anywhere in the ball.
+        random_start: Start anywhere in the ball, uniformly, then clip to [0, 1].
     """
 
     norm: str
@@ -48,21 +48,29 @@ class PGD(Attack):
         x_k = x.clone()
         if self.random_start:
             generator = torch.Generator().manual_seed(seed)
-            start = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
-            if self.norm == "L2":
-                start /= start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            if self.norm == "Linf":
+                start = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
+            else:
+                # Of a ball of d dimensions the share r^d lies within r of the centre; normal noise has no preferred direction.
+                start = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                radius = torch.rand((len(x), 1, 1, 1), generator=generator, dtype=x.dtype) ** (1 / x[0].numel())
+                start *= radius / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             x_k = self._project(x + self.eps * start.to(x.device), x)
         best, best_loss = x_k.clone(), torch.full((len(x),), -float("inf"), dtype=x.dtype, device=x.device)
         active, curve = torch.arange(len(x), device=x.device), []
+        standing = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for k in range(self.iterations + 1):
             logits, loss, gradient = self._expectation(defense, x_k[active], y[active], active, k)
             higher = loss > best_loss[active]
             best[active[higher]], best_loss[active[higher]] = x_k[active[higher]], loss[higher]
-            wrong = (logits.argmax(dim=2) != y[active]).any(dim=0)
-            mean_wrong = logits.mean(dim=0).argmax(dim=1) != y[active]
-            leaving = {"never": torch.zeros_like(wrong), "any": wrong, "mean": mean_wrong}[self.drop]
+            if self.drop == "any":
+                failed = (logits.argmax(dim=2) != y[active]).any(dim=0)
+            else:
+                failed = logits.mean(dim=0).argmax(dim=1) != y[active]
+            standing[active[failed]] = False
+            curve.append(int(standing.sum()))
+            leaving = failed if self.drop != "never" else torch.zeros_like(failed)
             best[active[leaving]] = x_k[active[leaving]]
-            curve.append(len(active) - int(leaving.sum()) if self.drop != "never" else int((~mean_wrong).sum()))
             active = active[~leaving]
             if gradient is None or len(active) == 0:
                 break
