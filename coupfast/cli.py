@@ -278,7 +278,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         count = ledger.configuration["images"]["count"]
         if options.plan:
             print(planning.beside(planning.Plan.from_dict(ledger.notes()["plan"]), planning.happened(ledger)))
-        print(f"{spec.method} under {spec.attack}, {spec.norm} {spec.eps:.6g}, {count} images; 95 % intervals")
+        defense = "no defense" if spec.method == NO_DEFENSE else spec.method
+        attack = spec.attack if spec.stages() else "no attack"
+        if any(hasattr(stage, "eps") for stage in spec.stages().values()):  # salt and pepper knows no ball
+            attack += f", {spec.norm} {spec.eps:.6g}"
+        print(f"{defense} under {attack}, {count} images; 95 % intervals")
         print(protocols.table(protocols.judged(ledger)))
         print(f"everything is in {folder}: coupfast report {folder}; fingerprint of the results {ledger.fingerprint()[:16]}")
     return 0

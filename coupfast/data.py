@@ -20,7 +20,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
-_NAMED = ("cifar10-20", "cifar10-512", "cifar10")
+CIFAR10_SETS = ("cifar10-20", "cifar10-512", "cifar10")
 
 
 def load_images(
@@ -73,7 +73,7 @@ def load_images(
         return _folder(path, limit, tuple(classes))
     if not path.exists():
         raise FileNotFoundError(
-            f"`source` is {str(source)!r}: no file or folder of that name, and not one of {', '.join(_NAMED)}"
+            f"`source` is {str(source)!r}: no file or folder of that name, and not one of {', '.join(CIFAR10_SETS)}"
         )
     if path.suffix.lower() == ".npz":
         return _npz(path, limit)

@@ -81,15 +81,24 @@ def test_says_what_is_wrong_before_any_work(networks, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    "attack, gradient",
-    [(["bpda-eot-20", "--iterations", "2", "--eot-iter", "2"], "bpda"), (["salt-and-pepper", "--amount", "0.2"], "exact")],
+    "attack, gradient, said",
+    [
+        (["bpda-eot-20", "--iterations", "2", "--eot-iter", "2"], "bpda", "coup under bpda-eot-20, Linf 0.0313725, 4 images;"),
+        (["salt-and-pepper", "--amount", "0.2"], "exact", "coup under salt-and-pepper, 4 images;"),
+    ],
 )
-def test_an_attack_gets_the_gradient_that_it_is_made_for(networks, tmp_path, attack, gradient):
+def test_an_attack_gets_the_gradient_that_it_is_made_for(networks, tmp_path, capsys, attack, gradient, said):
     small = ["--steps", "2", "--t", "0.01", "--shard", "2", "--draws", "2"]
     assert run("evaluate", *networks, *small, "--attack", *attack, "--out", tmp_path / "run") == 0
+    assert said in capsys.readouterr().out
     with Ledger(tmp_path / "run", read_only=True) as ledger:
         assert ledger.configuration["defense"]["gradient"] == gradient
         assert list(ledger.configuration["stages"]) == [attack[0]]
+
+
+def test_neither_attack_nor_defense(networks, tmp_path, capsys):
+    assert run("evaluate", *networks, "--method", "none", "--attack", "none", "--draws", "1", "--out", tmp_path / "run") == 0
+    assert "no defense under no attack, 4 images; 95 % intervals" in capsys.readouterr().out
 
 
 def test_a_gpu_by_its_number_is_refused(monkeypatch, capsys):

@@ -12,7 +12,9 @@ import torch
 from evaluation_cases import SMALL, labelled, plain, purified, run
 from PIL import Image
 
+from coupfast.data import CIFAR10_CLASSES
 from coupfast.evaluation import report
+from coupfast.evaluation.attacks import attack_to_dict
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import judged
 from coupfast.evaluation.runs import evaluate
@@ -92,6 +94,31 @@ def test_guidance_and_assumptions_are_named_where_there_are_any(runs):
     spec = {**found.configuration["spec"], "attack": "bpda-eot-20", "eot_iter": None, "step_size": 0.01}
     assumed = dataclasses.replace(found, configuration={**found.configuration, "spec": spec})
     assert report._assumed(assumed) == " That EOT 15 is an assumption of this project: the paper does not state it legibly."
+
+
+def test_a_radius_is_named_where_there_is_one(runs):
+    found = report.read(runs / "purified")
+    assert "; autoattack-rand Linf 0.5/255 (apgd-ce: " in report._summary(found)
+    for attack, ending in (
+        ("salt-and-pepper", "; salt-and-pepper (salt-and-pepper: amount 0.05)"),
+        ("none", "; no attack"),
+        ("pgd-eot", "; pgd-eot Linf 0.5/255 (pgd-eot: iterations 40, eot_iter 15, "),
+    ):
+        spec = dataclasses.replace(SMALL, attack=attack, iterations=None, eot_iter=None)
+        stages = {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()}
+        configuration = {**found.configuration, "spec": dataclasses.asdict(spec), "stages": stages}
+        summary = report._summary(dataclasses.replace(found, configuration=configuration))
+        assert ending in summary and (ending[-1] in ", " or summary.endswith(ending))
+
+
+def test_only_cifar10_has_the_names_of_its_classes(runs):
+    found = report.read(runs / "purified")
+    label = int(found.verdicts["clean"].labels[0])
+    for images, name in (("cifar10-20", CIFAR10_CLASSES[label]), ("cifar10", CIFAR10_CLASSES[label]), ("svhn.npz", str(label))):
+        spec = {**found.configuration["spec"], "images": images}
+        other = dataclasses.replace(found, configuration={**found.configuration, "spec": spec})
+        (table,) = report._classes([other])
+        assert name in [row[0] for row in table.rows]
 
 
 def test_curves_are_of_all_images(runs):

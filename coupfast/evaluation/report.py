@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from coupfast.data import CIFAR10_CLASSES
+from coupfast.data import CIFAR10_CLASSES, CIFAR10_SETS
 from coupfast.defenses import METHODS
 from coupfast.evaluation import plan, protocols
 from coupfast.evaluation.attacks import ASSUMED
@@ -230,12 +230,14 @@ def _summary(run: Run) -> str:
             f"{defense['method']}, t = {defense['t']:g} in {defense['num_steps']} steps, gradient {defense['gradient']}"
             + (f", guidance {defense['guidance_gradient']}" if METHODS[defense["method"]].guidance else "")
         )
-    attack = spec["attack"] if spec["attack"] == "none" else f"{spec['attack']} {spec['norm']} {_radius(spec)}"
+    attack, stages = spec["attack"], run.configuration["stages"]
+    if any("eps" in fields for fields in stages.values()):  # salt and pepper knows no ball
+        attack += f" {spec['norm']} {_radius(spec)}"
     sizes = "; ".join(
         f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if key not in ("class", "norm", "eps"))
-        for stage, fields in run.configuration["stages"].items()
+        for stage, fields in stages.items()
     )
-    return f"{run.count} images, {name}; {attack}" + (f" ({sizes})" if sizes else "")
+    return f"{run.count} images, {name}; {'no attack' if attack == 'none' else attack}" + (f" ({sizes})" if sizes else "")
 
 
 def _radius(spec: Mapping[str, Any]) -> str:
@@ -306,8 +308,9 @@ def _classes(runs: Sequence[Run]) -> list[Section]:
 
 
 def _class_name(run: Run, label: int) -> str:
-    classes = run.verdicts["clean"].logits.shape[2]
-    return CIFAR10_CLASSES[label] if classes == len(CIFAR10_CLASSES) else str(label)
+    # Other images may have ten classes, too, and these a classifier of more.
+    known, classes = run.configuration["spec"]["images"] in CIFAR10_SETS, run.verdicts["clean"].logits.shape[2]
+    return CIFAR10_CLASSES[label] if known and classes == len(CIFAR10_CLASSES) else str(label)
 
 
 def _time(run: Run) -> Table | Text:
