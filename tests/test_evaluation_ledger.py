@@ -128,6 +128,21 @@ def test_the_database_itself_cannot_grow(folder):
         assert list(ledger.done()) == [UNIT.name] and ledger.notes() == {}
 
 
+@pytest.mark.parametrize("room", [16, 5000, 12_000])  # bytes, for each file: the first transaction takes about 33,000
+def test_a_disk_that_is_full_from_the_start(tmp_path, room):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(LedgerError, match="is the disk full.* Put that right and start it again$"):
+            create(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with pytest.raises(LedgerError, match="stopped before it began; start it with --out instead of --resume"):
+        Ledger(tmp_path / "run")
+    create(tmp_path / "run").close()
+    Ledger(tmp_path / "run").close()
+
+
 def test_a_ledger_that_cannot_be_written(folder):
     # Root may write where modes forbid it: the database is opened read-only instead.
     with Ledger(folder, read_only=True) as ledger:

@@ -137,7 +137,10 @@ class Ledger:
             raise LedgerError(f"{folder} cannot be made a run's folder: {error.strerror or error}") from error
         lock = _lock(folder)
         try:
-            with _explained(folder), contextlib.closing(_connect(folder / DATABASE, read_only=False)) as database:
+            with (
+                _explained(folder, "Put that right and start it again"),
+                contextlib.closing(_connect(folder / DATABASE, read_only=False)) as database,
+            ):
                 if database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     raise LedgerError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another")
                 # One transaction: a process that dies in here leaves no ledger at all.
@@ -152,7 +155,7 @@ class Ledger:
     def _read_run(self) -> None:
         tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master")}
         if "run" not in tables:
-            raise LedgerError(f"the run in {self.folder} was stopped before it began; start it again without --resume")
+            raise LedgerError(f"the run in {self.folder} was stopped before it began; start it with --out instead of --resume")
         (version,) = self._database.execute("SELECT version FROM run").fetchone()
         if version != VERSION:
             raise LedgerError(
@@ -326,16 +329,16 @@ def _write(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """What went wrong with the run's files, in words; nothing that was recorded before is lost by it."""
+def _explained(folder: Path, then: str | None = None) -> Iterator[None]:
+    """What went wrong with the run's files, in words, and what to do; nothing that was recorded before is lost by it."""
     try:
         yield
     except LedgerError:
         raise
     except (sqlite3.Error, OSError) as error:
+        then = then or f"What is recorded is safe; put that right and continue with --resume {folder}"
         raise LedgerError(
-            f"the ledger in {folder} cannot be read or written ({error}): is the disk full, or the folder read-only? What is "
-            f"recorded is safe; put that right and continue with --resume {folder}"
+            f"the ledger in {folder} cannot be read or written ({error}): is the disk full, or the folder read-only? {then}"
         ) from error
 
 
