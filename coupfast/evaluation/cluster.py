@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from coupfast.evaluation.ledger import Outcome
@@ -19,7 +19,7 @@ _WATCH = "watch"  # the group of threads that answers
 
 
 class RayWorkers:
-    """Ray actors. One that dies, or whose node does, is replaced elsewhere, and its task done again.
+    """Ray actors. One that dies, whose node does or whose answer is lost is replaced elsewhere, and its task done again.
 
     Images travel through Ray, so the nodes need no common file system; the ledger stays where the run was started. They need
     the same coupfast and the same weight files.
@@ -65,26 +65,35 @@ class RayWorkers:
         self._idle += [(number, self._new()) for number in range(size)]
 
     def submit(self, task: Task) -> None:
-        number, actor = self._idle.pop()
-        self._busy[actor.execute.remote(task)] = (number, actor, task)
+        number, actor = self._idle[-1]
+        with self._connected(task.unit.name):
+            self._busy[actor.execute.remote(task)] = (number, actor, task)
+        self._idle.pop()
 
     def next(self, passed: Callable[[str, int], object]) -> tuple[Outcome, str]:
         while True:
-            done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=_EVERY)
+            with self._connected(next(task.unit.name for _, _, task in self._busy.values())):
+                done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=_EVERY)
+                told = [] if done else self._ask()
+            for unit, images in told:
+                passed(unit, images)
             if not done:
-                self._ask(passed)
                 continue
             (ready,) = done
             number, actor, task = self._busy.pop(ready)
             name = task.unit.name
             try:
                 answer = self._ray.get(ready)
-            except self._ray.exceptions.RayActorError as error:
+            except self._ray.exceptions.RayError as error:
+                # Not only RayActorError: want of memory, a lost node and a lost answer are errors of their own. What the task
+                # itself raises comes as an answer.
+                self._kill(actor)  # if it is alive, its successor needs its place
                 self._deaths[name] += 1
                 if self._deaths[name] == ATTEMPTS:
                     raise UnitFailed(name, f"the worker of unit {name} died {ATTEMPTS} times: {error}") from error
-                logger.warning("worker %d died; doing unit %s again", number, name)
-                self._idle.append((number, self._new()))
+                logger.warning("worker %d died (%s); doing unit %s again", number, type(error).__name__, name)
+                with self._connected(name):
+                    self._idle.append((number, self._new()))
                 self.submit(task)
                 continue
             self._idle.append((number, actor))
@@ -92,23 +101,39 @@ class RayWorkers:
                 return answer, str(number)
             raise UnitFailed(name, f"unit {name} failed: {answer}")
 
-    def _ask(self, passed: Callable[[str, int], object]) -> None:
-        """How far the busy workers are; one that does not answer at once is not waited for."""
+    @contextlib.contextmanager
+    def _connected(self, name: str) -> Iterator[None]:
+        """Whatever goes wrong when Ray is asked for something, the unit `name` cannot be done."""
+        try:
+            yield
+        except Exception as error:  # Ray says in many ways that it is gone: RayError, ConnectionError, RuntimeError, ...
+            raise UnitFailed(
+                name, f"unit {name} failed: Ray does not do what it is asked ({type(error).__name__}: {error}); has it stopped?"
+            ) from error
+
+    def _ask(self) -> list[tuple[str, int]]:
+        """Images that are through since the last question, by unit; a worker that does not answer at once is not waited for."""
         questions = {
             actor.passed.options(concurrency_group=_WATCH).remote(): task.unit.name for _, actor, task in self._busy.values()
         }
         answered, _ = self._ray.wait(list(questions), num_returns=len(questions), timeout=_EVERY)
+        told = []
         for question in answered:
             with contextlib.suppress(self._ray.exceptions.RayError):  # it died; `next` finds out
                 if images := self._ray.get(question):
-                    passed(questions[question], images)
+                    told.append((questions[question], images))
+        return told
 
     def close(self) -> None:
         if self._started_ray:
             self._ray.shutdown()
         else:
             for _, actor in [*self._idle, *((number, actor) for number, actor, _ in self._busy.values())]:
-                self._ray.kill(actor)
+                self._kill(actor)
+
+    def _kill(self, actor: Any) -> None:
+        with contextlib.suppress(Exception):  # it is dead already, or Ray is gone
+            self._ray.kill(actor)
 
 
 class _Actor:
