@@ -1,6 +1,8 @@
 """Defenses and images small enough to attack many times, for the tests of the evaluation."""
 
 import functools
+import os
+import signal
 
 import torch
 from conftest import small_score
@@ -31,6 +33,22 @@ def purified(device, gradient="exact"):
     options = {"t": 0.003, "num_steps": 2, "gradient": gradient, "engine": "eager"}  # nothing to compile in every worker
     purifier = Purifier(small_score(torch.float32), classifier, **options)
     return Defense(PurifiedClassifier(purifier, classifier))
+
+
+def dies_once(flag, device):
+    """The purified defense, but that the first process to come to a gradient leaves the file `flag` and is killed there."""
+
+    def strike(*_):
+        if torch.is_grad_enabled():
+            try:
+                flag.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    defense = purified(device)
+    defense.register_forward_pre_hook(strike)
+    return defense
 
 
 purified_bpda = functools.partial(purified, gradient="bpda")

@@ -1,14 +1,17 @@
 """Runs on a real local Ray: the same bits, whoever is killed."""
 
 import contextlib
+import functools
+import logging
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import time
 
 import pytest
-from evaluation_cases import run
+from evaluation_cases import dies_once, purified, run
 
 from coupfast.evaluation import cluster
 from coupfast.evaluation.ledger import Ledger, LedgerError, Outcome
@@ -42,13 +45,14 @@ def local_ray():
     ray.shutdown()
 
 
-def work(folder, resume):
-    with local_ray(), run(folder, resume=resume, workers=2, cluster="ray"):
+def work(folder, build):
+    logging.basicConfig(filename=f"{folder}.log")
+    with local_ray(), run(folder, build=build, workers=2, cluster="ray"):
         pass
 
 
-def start(folder, resume=False):
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(folder, resume))
+def start(folder, build=purified):
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(folder, build))
     process.start()
     return process
 
@@ -82,15 +86,14 @@ def until(condition, process, seconds=600):
 
 
 def test_a_worker_is_killed_on_the_way(reference, tmp_path):
-    process = start(tmp_path / "run")
-    until(lambda: done(tmp_path / "run") >= 2, process)
-    victims = processes(process.pid, b"ray::_Actor")
-    assert victims
-    os.kill(victims[0], signal.SIGKILL)
+    process = start(tmp_path / "run", functools.partial(dies_once, tmp_path / "flag"))
     process.join(600)
     assert process.exitcode == 0
+    said = (tmp_path / "run.log").read_text()
+    ((worker, unit),) = re.findall(r"worker (\d) died \(ActorDiedError\); doing unit (apgd-ce-\d+) again", said)
     with Ledger(tmp_path / "run", read_only=True) as ledger:
         assert ledger.fingerprint() == reference
+        assert ledger.done()[unit].worker == worker
         assert {record.worker for record in ledger.done().values()} == {"0", "1"}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import SMALL, labelled, plain, purified, purified_bpda, run
+from evaluation_cases import SMALL, dies_once, labelled, plain, purified, purified_bpda, run
 
 from coupfast.evaluation import ledger as ledger_module
 from coupfast.evaluation import pools, runner, runs
@@ -148,17 +149,18 @@ def test_progress_stays_within_what_a_unit_can_take(capsys):
 # --- killed -------------------------------------------------------------------------------------------------------------
 
 
-def work(folder, resume, workers):
-    with run(folder, resume=resume, workers=workers):
+def work(folder, resume, workers, build):
+    logging.basicConfig(filename=f"{folder}.log")
+    with run(folder, resume=resume, workers=workers, build=build):
         pass
 
 
-def start(folder, workers=1):
+def start(folder, workers=1, build=purified):
     """A process that runs or continues a run, in a session of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["evaluation_cases"])
     resume = (folder / DATABASE).is_file()
-    process = context.Process(target=work, args=(folder, resume, workers))
+    process = context.Process(target=work, args=(folder, resume, workers, build))
     process.start()
     return process
 
@@ -201,20 +203,15 @@ def descendants(pid):
 
 
 def test_a_killed_worker_is_replaced(reference, tmp_path):
-    if not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
-        pytest.skip("needs Linux's /proc to find the worker")
     folder = tmp_path / "run"
-    process = start(folder, workers=2)
-    while done(folder) < 2:
-        assert process.is_alive()
-        time.sleep(0.02)
-    # The last child that started is a worker (the first is the resource tracker).
-    victim = next(p for p in descendants(process.pid) if b"spawn_main" in open(f"/proc/{p}/cmdline", "rb").read())
-    os.kill(victim, signal.SIGKILL)
+    process = start(folder, workers=2, build=functools.partial(dies_once, tmp_path / "flag"))
     process.join()
     assert process.exitcode == 0
+    said = (tmp_path / "run.log").read_text()
+    ((worker, unit),) = re.findall(r"worker (\d) died \(exit code -9\); doing unit (apgd-ce-\d+) again", said)
     with Ledger(folder, read_only=True) as ledger:
         assert ledger.fingerprint() == reference
+        assert ledger.done()[unit].worker == worker
 
 
 def test_workers_do_not_outlive_a_killed_run(tmp_path):
