@@ -1,16 +1,19 @@
 """The ledger under faults: whatever happens, it names no file that is not whole, and says what is wrong."""
 
+import itertools
 import os
 import resource
 import shutil
 import signal
 import sqlite3
+import sys
 import tempfile
 import time
 
 import numpy as np
 import pytest
 
+from coupfast.evaluation import ledger as ledger_module
 from coupfast.evaluation.ledger import DATABASE, VERSION, Ledger, LedgerError, Outcome
 from coupfast.evaluation.units import Unit
 
@@ -204,6 +207,61 @@ def test_a_start_that_was_interrupted_can_be_repeated(tmp_path):
         Ledger(tmp_path / "run")
     create(tmp_path / "run").close()
     Ledger(tmp_path / "run").close()
+
+
+def die_at(step):
+    """Kill this process at a line of the ledger's code, or before a statement of SQL, counted from here."""
+    left, connect = step, ledger_module._connect
+
+    def count(*_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return count
+
+    def watched(*arguments, **options):
+        database = connect(*arguments, **options)
+        database.set_trace_callback(count)
+        return database
+
+    ledger_module._connect = watched
+    sys.settrace(lambda frame, event, argument: count if frame.f_code.co_filename == ledger_module.__file__ else None)
+
+
+def test_killed_at_every_step_of_a_start(tmp_path):
+    """What is left is a run to resume, or none, and the next start says which."""
+    found = {"a run": 0, "none": 0}
+    for step in itertools.count(1):
+        folder = tmp_path / str(step)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                die_at(step)
+                create(folder)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        try:
+            Ledger(folder).close()
+            left = "a run"
+        except LedgerError:
+            left = "none"
+        found[left] += 1
+        if left == "a run":
+            with pytest.raises(LedgerError, match="holds a run already; continue it with --resume"):
+                create(folder)
+        else:
+            with pytest.raises(LedgerError, match="holds no run: there is no|stopped before it began; start it with --out"):
+                Ledger(folder)
+            create(folder).close()
+        with Ledger(folder) as ledger:
+            assert ledger.configuration == {"seed": 1, "name": "it's"} and ledger.done() == {}
+    assert all(found.values()), found
 
 
 def test_fingerprint_is_of_results_not_of_times(tmp_path):

@@ -159,10 +159,18 @@ def start(folder, workers=1, build=purified):
     """A process that runs or continues a run, in a session of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["evaluation_cases"])
-    resume = (folder / DATABASE).is_file()
-    process = context.Process(target=work, args=(folder, resume, workers, build))
+    process = context.Process(target=work, args=(folder, begun(folder), workers, build))
     process.start()
     return process
+
+
+def begun(folder):
+    """Whether there is a run to resume; a start that was killed may leave less."""
+    try:
+        Ledger(folder, read_only=True).close()
+    except LedgerError:
+        return False
+    return True
 
 
 def done(folder):
@@ -193,6 +201,26 @@ def test_killed_at_random_many_times(reference, tmp_path):
         assert done(folder) >= before
     assert process.exitcode == 0
     assert kills >= 4
+    with Ledger(folder, read_only=True) as ledger:
+        assert ledger.fingerprint() == reference
+
+
+def test_killed_with_its_workers_at_random(reference, tmp_path):
+    folder, rng = tmp_path / "run", np.random.default_rng(1)
+    for kill in range(3):
+        before = done(folder)
+        process = start(folder, workers=2)
+        # The first kill strikes while the folder is made or a little later: its workers have yet to load.
+        while not folder.exists() if kill == 0 else done(folder) == before:
+            assert process.is_alive()
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.02 if kill == 0 else 0.3)))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert done(folder) >= before and (kill > 0 or done(folder) == 0)
+    process = start(folder, workers=2)
+    process.join()
+    assert process.exitcode == 0
     with Ledger(folder, read_only=True) as ledger:
         assert ledger.fingerprint() == reference
 
