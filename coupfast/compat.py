@@ -1,6 +1,6 @@
 """RobustBench as it installs, made importable.
 
-RobustBench 1.1.1 needs three things that installing it does not give:
+RobustBench 1.1 needs three things that installing it does not give:
 
 * ``pkg_resources``, which setuptools ships up to version 80 only. It is asked for, not replaced.
 * the package ``autoattack``, which is not on the package index. RobustBench declares `pyautoattack` instead, the same
@@ -26,7 +26,7 @@ def import_robustbench() -> types.ModuleType:
     only if the real package is not installed: nothing else in the process sees them.
 
     Returns:
-        The module ``robustbench``. ``robustbench.benchmark`` works; its ``aa_state_path`` and ``log_path`` are
+        The module ``robustbench``. ``robustbench.benchmark`` works (1.1.1 of the package index has it commented out); its ``aa_state_path`` and ``log_path`` are
         refused (see `autoattack_modules`).
 
     Raises:

@@ -12,9 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 
 def version(distribution: str) -> str | None:
-    """Version of an installed distribution; None if it is not installed."""
+    """Version of an installed distribution; None if it is not installed. torch's has the build in it (+cpu, +cu130)."""
+    if distribution == "torch":
+        return torch.__version__  # its metadata may leave that out
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -78,6 +78,8 @@ def test_robustbench(defense, monkeypatch):
         robustbench = import_robustbench()
     except ImportError as error:
         pytest.skip(f"RobustBench cannot be imported here: {error}")
+    if not hasattr(robustbench, "benchmark"):
+        pytest.skip("this RobustBench has its benchmark commented out, as 1.1.1 has")
     import pyautoattack
     from robustbench import data
     from robustbench.model_zoo.enums import BenchmarkDataset

@@ -208,6 +208,8 @@ class TestRealRobustBench:
         torch.testing.assert_close(found, expected, rtol=0, atol=tol)
 
     def test_benchmark_runs(self, robustbench, monkeypatch):
+        if not hasattr(robustbench, "benchmark"):
+            pytest.skip("this RobustBench has its benchmark commented out, as 1.1.1 has")
         from robustbench import data
         from robustbench.model_zoo.enums import BenchmarkDataset
 

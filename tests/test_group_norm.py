@@ -211,7 +211,7 @@ class TestOperator:
         arguments = (x, residual, gy, gh, weight, bias, image_bias)
         graph = make_fx(run)(*arguments)
         calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-        calls = [call for call in calls if "getitem" not in call and "detach" not in call]
+        calls = [call for call in calls if "getitem" not in call and "detach" not in call and "alias" not in call]
         assert calls == ["coupfast.group_norm_silu.default", "coupfast.group_norm_silu_vjp.default"]
         for found, wanted in zip(graph(*arguments), run(*arguments), strict=True):
             assert_same_bits(found.detach(), wanted.detach())
