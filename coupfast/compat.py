@@ -26,8 +26,8 @@ def import_robustbench() -> types.ModuleType:
     only if the real package is not installed: nothing else in the process sees them.
 
     Returns:
-        The module ``robustbench``. ``robustbench.benchmark`` works (1.1.1 of the package index has it commented out); its ``aa_state_path`` and ``log_path`` are
-        refused (see `autoattack_modules`).
+        The module ``robustbench``. ``robustbench.benchmark`` works (1.1.1 of the package index has it commented out); its
+        ``aa_state_path`` and ``log_path`` are refused (see `autoattack_modules`).
 
     Raises:
         ImportError: if RobustBench, torchvision or setuptools is missing or does not fit; says what to install.
