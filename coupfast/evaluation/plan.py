@@ -7,6 +7,8 @@ one batch, so they assume that every step takes as long, and that larger batches
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -172,18 +174,18 @@ def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:
         if purified is None:
             return Probe(_seconds(defense, x, False) / images, _seconds(defense, x, True) / images, images, 1, 1, None)
         purifier, classifier = purified.purifier, purified.classifier
-        memory_of = _memory(spec, purifier, classifier, shape)
         # The backward pass of a surrogate has another number of steps than the forward pass: nothing to scale by.
         ran = purifier.num_steps if purifier.gradient == "surrogate" else min(steps, purifier.num_steps)
-        if ran < purifier.num_steps:
-            purifier = dataclasses.replace(spec, num_steps=ran).purifier(purifier.score, classifier)
+        short = dataclasses.replace(spec, num_steps=ran).purifier(purifier.score, classifier)
         seconds = []
         for gradient in (False, True):
             after = _seconds(Defense(classifier), x, gradient)
-            all_of_it = _seconds(Defense(PurifiedClassifier(purifier, classifier)), x, gradient)
-            seconds.append((max(all_of_it - after, 0.0) * purified.purifier.num_steps / ran + after) / images)
+            all_of_it = _seconds(Defense(PurifiedClassifier(short, classifier)), x, gradient)
+            seconds.append((max(all_of_it - after, 0.0) * purifier.num_steps / ran + after) / images)
+        del short  # a purifier leaves out algorithms that have no room beside another one's weights
+        memory_of = _memory(spec, purifier, classifier, shape)
         memory = max(memory_of.values()) if memory_of else None
-        return Probe(seconds[0], seconds[1], images, ran, purified.purifier.num_steps, memory, memory_of)
+        return Probe(seconds[0], seconds[1], images, ran, purifier.num_steps, memory, memory_of)
     finally:
         torch.set_num_threads(threads)
 
@@ -195,10 +197,12 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
     networks = {network for network in (purifier.score, purifier.classifier, classifier) if network is not None}
     weights = sum(t.numel() * t.element_size() for network in networks for t in (*network.parameters(), *network.buffers()))
     stages, image = spec.stages(), (shape[0], shape[1], shape[2])
-    no_gradient = spec.purifier(purifier.score, classifier, gradient="none")
 
+    @functools.cache
     def peak(batch: int, gradient: bool) -> int:
-        predicted = (purifier if gradient else no_gradient).plan(batch, image_shape=image)
+        gc.collect()
+        alone = spec.purifier(purifier.score, classifier, gradient=None if gradient else "none")
+        predicted = alone.plan(batch, image_shape=image)
         return weights + predicted.weights_bytes + predicted.peak_bytes
 
     attacks = {name: peak(spec.shard * attack.replicas, attack.cost().gradient > 0) for name, attack in stages.items()}
