@@ -20,7 +20,8 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
-CIFAR10_SETS = ("cifar10-20", "cifar10-512", "cifar10")
+#: Named sets of its images and how many they are.
+CIFAR10_SETS = {"cifar10-20": 20, "cifar10-512": 512, "cifar10": 10_000}
 
 
 def load_images(

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from coupfast.data import CIFAR10_SETS
 from coupfast.evaluation.defense import NO_DEFENSE, Defense
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.spec import Spec
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.models.zoo import needs_weights
 from coupfast.purify import PurifiedClassifier, Purifier
-
-#: Named sets of images and how many they are.
-IMAGES = {"cifar10-20": 20, "cifar10-512": 512, "cifar10": 10_000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +147,10 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     spec = dataclasses.replace(spec, score_weights=score, classifier_weights=classifier)
     networks = [(spec.score, score)] if spec.method != NO_DEFENSE else []
     random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
-    if spec.images in IMAGES:
-        count, shape = IMAGES[spec.images] if spec.limit is None else spec.limit, torch.Size((3, 32, 32))
-        if count > IMAGES[spec.images]:
-            raise ValueError(f"`limit` asks for {count} images, and {spec.images} has {IMAGES[spec.images]}")
+    if spec.images in CIFAR10_SETS:
+        count, shape = CIFAR10_SETS[spec.images] if spec.limit is None else spec.limit, torch.Size((3, 32, 32))
+        if count > CIFAR10_SETS[spec.images]:
+            raise ValueError(f"`limit` asks for {count} images, and {spec.images} has {CIFAR10_SETS[spec.images]}")
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]

@@ -209,7 +209,7 @@ class _Seen:
         """Which images the attack asks about: it asks about some at a time, in order, and does not say which."""
         images = torch.cdist(x.flatten(1), self.x.flatten(1), p=float("inf") if self.norm == "Linf" else 2.0).argmin(dim=1)
         for first, equal in self._equal.items():
-            rows = torch.nonzero(images == first).flatten()
+            rows = torch.nonzero(images == first).flatten()[: len(equal)]
             images[rows] = equal[: len(rows)]
         return images
 
