@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from evaluation_cases import SMALL, run
 
+from coupfast.evaluation import protocols
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import (
     OFFICIAL,
@@ -151,7 +152,8 @@ def test_contradictions():
     ]
 
 
-def test_columns_hold_averages_and_many_images():
+def test_columns_hold_averages_and_many_images(monkeypatch):
+    monkeypatch.setattr(protocols, "RESAMPLES", 20)  # the bootstrap is not in this table
     for verdicts in (of(PREDICTIONS), of(np.zeros((2, 10000), int))):
         lines = table({"clean": verdicts, "attacked": verdicts}).splitlines()
         assert len({line.rindex("[") for line in lines[1:-1]}) == 1
