@@ -144,8 +144,9 @@ def choose_storage(need: Need, budget: int | Literal["auto", "least"], allowed: 
         piece = (piece + 1) // 2
     if budget == "auto" and need.peak(piece, False, 0) > allowed:
         raise MemoryError(
-            f"{need.batch} images in {need.num_steps} steps need {need.peak(1, False, 0) / 2**20:.0f} MiB even one image at a time, "
-            f"and half of the free memory is {allowed / 2**20:.0f} MiB; use fewer images a call, or give `memory_budget` in bytes"
+            f"{need.batch} images in {need.num_steps} steps need {need.peak(1, False, 0) / 2**20:.0f} MiB even one image at a "
+            f"time, and half of the free memory is {allowed / 2**20:.0f} MiB; use fewer images a call, or give "
+            "`memory_budget` in bytes"
         )
     if piece < need.batch and budget == "auto":
         logger.info("%d images do not fit at once: purifying %d at a time", need.batch, piece)
@@ -172,7 +173,8 @@ def make_plan(
         free: Bytes that are free.
         engine: Its name.
         weights_bytes: Transformed weights for a number of images at a time.
-        evaluations: Network evaluations of a "step", of a transposed step that is a "rebuild", or on kept "slopes", "activations".
+        evaluations: Network evaluations of a "step", and of a transposed one that is a "rebuild", or on kept "slopes" or
+            "activations".
 
     Raises:
         ValueError: if the budget is below the least that is possible.
@@ -184,7 +186,11 @@ def make_plan(
     pieces = -(-need.batch // storage.piece)
     rebuilt = need.backward_steps - storage.kept_steps
     counts: dict[str, int] = {}
-    parts = [("step", need.num_steps), ("slopes" if storage.slopes else "rebuild", rebuilt), ("activations", storage.kept_steps)]
+    parts = [
+        ("step", need.num_steps),
+        ("slopes" if storage.slopes else "rebuild", rebuilt),
+        ("activations", storage.kept_steps),
+    ]
     for kind, times in parts:
         for name, each in evaluations[kind].items():
             counts[name] = counts.get(name, 0) + each * times * pieces

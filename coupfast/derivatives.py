@@ -1,4 +1,4 @@
-"""What autograd sees of a purification besides its steps: strict fp32 in both directions, first derivatives, BPDA's identity."""
+"""What autograd sees of a purification besides its steps: strict fp32 both ways, first derivatives only, BPDA's identity."""
 
 from __future__ import annotations
 

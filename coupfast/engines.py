@@ -60,7 +60,13 @@ class Engine:
         cuda.Options.of(self.options)
 
     def prepare(
-        self, name: str, score: nn.Module, classifier: nn.Module | None, table: Any, example: torch.Tensor, differentiate_guidance: bool
+        self,
+        name: str,
+        score: nn.Module,
+        classifier: nn.Module | None,
+        table: Any,
+        example: torch.Tensor,
+        differentiate_guidance: bool,
     ) -> Programs:
         """Programs of the engine that `name` is, after a look at whether it has what these settings ask for."""
         extra: dict[str, Any] = {}

@@ -1,9 +1,9 @@
 """Methods of purification, each one object with its own knobs.
 
-There are two kinds. A `TableMethod` is linear in what each step reads: it gives a table of coefficients (`coupfast.solvers`),
-which every engine fuses. A `StepMethod` is any function from state to state; it runs in PyTorch. Both have the exact gradient of
-the steps that ran, in the memory of one step. A method from elsewhere is an object of one of these classes, given as `method=` or
-named `package.module:NAME`.
+There are two kinds. A `TableMethod` is linear in what each step reads: it gives a table of coefficients
+(`coupfast.solvers`), which every engine fuses. A `StepMethod` is any function from state to state; PyTorch runs it. Both have
+the exact gradient of the steps that ran, in the memory of one step. A method from elsewhere is an object of one of these classes,
+given as `method=` or named `package.module:NAME`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ class TableMethod(Method):
         Args:
             chosen: Indices of states, rising from 0 to K.
         """
-        raise ValueError(f"{type(self).__name__} has no coarser grid, and gradient='surrogate' needs one; take gradient='exact'")
+        raise ValueError(
+            f"{type(self).__name__} has no coarser grid, and gradient='surrogate' needs one; take gradient='exact'"
+        )
 
     @property
     def num_noises(self) -> int:
@@ -168,7 +170,10 @@ class DiffusionMethod(TableMethod):
     """
 
     t: float | tuple[float, ...] = option(
-        0.1, help="purification time in (1e-5, 1], step 100 of 1000 is 0.1; or all times of a grid, T,T,...", parse=_times, metavar="T"
+        0.1,
+        help="purification time in (1e-5, 1], step 100 of 1000 is 0.1; or all times of a grid, T,T,...",
+        parse=_times,
+        metavar="T",
     )
     num_steps: int | None = option(
         None, help="that many equal steps; without it one step each 1e-3 of t, the last one shorter", parse=int, metavar="K"
@@ -182,7 +187,9 @@ class DiffusionMethod(TableMethod):
         if isinstance(self.t, (Sequence, np.ndarray)) and not isinstance(self.t, str):
             object.__setattr__(self, "t", check_times(self.t))
             if self.num_steps is not None:
-                raise ValueError(f"`t` is a grid of {len(self.t) - 1} steps already; leave `num_steps` out, got {self.num_steps}")  # type: ignore[arg-type]
+                raise ValueError(
+                    f"`t` is a grid of {len(self.t) - 1} steps already; leave `num_steps` out, got {self.num_steps}"
+                )  # type: ignore[arg-type]
         else:
             object.__setattr__(self, "t", check_t(self.t))  # type: ignore[arg-type]
         object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))

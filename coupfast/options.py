@@ -70,7 +70,13 @@ def option(
     keyword: str | None = None,
 ) -> Any:
     """A dataclass field that people may set; see `Option`."""
-    told = {"help": help, "parse": parse, "metavar": metavar, "choices": tuple(choices) if choices else None, "keyword": keyword}
+    told = {
+        "help": help,
+        "parse": parse,
+        "metavar": metavar,
+        "choices": tuple(choices) if choices else None,
+        "keyword": keyword,
+    }
     if isinstance(default, (dict, list, set)):
         kept = default
         return dataclasses.field(default_factory=lambda: type(kept)(kept), metadata={_KEY: told})
@@ -106,7 +112,7 @@ def options_of(owner: Any) -> list[Option]:
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
-    """"; did you mean 'x'?" where something known is near, else nothing."""
+    """ "; did you mean 'x'?" where something known is near, else nothing."""
     near = difflib.get_close_matches(str(value), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

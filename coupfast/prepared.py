@@ -194,9 +194,7 @@ class PreparedSteps(Prepared):
         )
 
 
-def prepare(
-    settings: Settings, engine: str, score: nn.Module, classifier: nn.Module | None, example: torch.Tensor
-) -> Prepared:
+def prepare(settings: Settings, engine: str, score: nn.Module, classifier: nn.Module | None, example: torch.Tensor) -> Prepared:
     """What runs a purifier of these settings on images like `example`."""
     kind: Callable[..., Prepared] = PreparedTable if isinstance(settings.method, TableMethod) else PreparedSteps
     return kind(settings, engine, score, classifier, example)

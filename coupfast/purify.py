@@ -275,7 +275,9 @@ class PurifiedClassifier(nn.Module):
 
     def __repr__(self) -> str:
         purifier = repr(self.purifier).replace("\n", "\n  ")
-        return f"PurifiedClassifier({_network_repr(self.classifier)}, seed={self.seed}, next draw {self.next_draw}\n  {purifier})"
+        return (
+            f"PurifiedClassifier({_network_repr(self.classifier)}, seed={self.seed}, next draw {self.next_draw}\n  {purifier})"
+        )
 
     def forward(
         self,
@@ -318,7 +320,7 @@ def purify(
     settings: Settings | None = None,
     **keywords: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Purify images: integrate the guided reverse VP-SDE from time `t` to 1e-5, starting at `x`, unless `method` says otherwise.
+    """Purify images: integrate the guided reverse VP-SDE from time `t` to 1e-5 (or what else `method` names), starting at `x`.
 
     Args:
         x: Images in [0, 1], shape (batch, channels, height, width), float32 or float64 like the networks.
@@ -333,12 +335,13 @@ def purify(
         return_trajectory: Also return all states x_0 … x_K in the [-1, 1] scale, shape (num_steps + 1, *x.shape), detached.
         progress: Show a progress bar.
         settings: A `coupfast.Settings`, in the place of keywords or below them.
-        keywords: How to purify. `method` is `"coup"`, `"reverse-sde"` (COUP without guidance), `"diffpure"` (forward noising to
-            `t` first, no guidance), an object such as `coupfast.COUP(t=0.06)`, or `package.module:NAME` of one; `gradient` is what
-            `backward` computes, `"exact"`, `"adjoint"`, `"adjoint-parameters"`, `"bpda"`, `"surrogate"`, `"none"` or an object;
-            `engine` is `"auto"`, `"eager"`, `"cpu"`, `"cuda"` or an object. The options of each:
+        keywords: How to purify. `method` is `"coup"`, `"reverse-sde"` (COUP without guidance), `"diffpure"` (forward noising
+            to `t` first, no guidance), an object such as `coupfast.COUP(t=0.06)`, or `package.module:NAME` of one. `gradient`
+            is what `backward` computes: `"exact"`, `"adjoint"`, `"adjoint-parameters"`, `"bpda"`, `"surrogate"`, `"none"` or
+            an object. `engine` is `"auto"`, `"eager"`, `"cpu"`, `"cuda"` or an object. The options of each:
 
-OPTIONS
+        OPTIONS
+
     Returns:
         Purified images in [0, 1] (with `clamp=False`, beyond it by what the last step left), shape and dtype of `x`.
 
@@ -352,9 +355,7 @@ OPTIONS
     Reference: Zhang et al. 2024, arXiv:2408.05900; Nie et al. 2022, arXiv:2205.07460.
     """
     purifier = Purifier(score, classifier, settings=settings, **keywords)
-    return purifier(
-        x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress
-    )
+    return purifier(x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress)
 
 
 def check_seed(seed: Any) -> int:
@@ -382,16 +383,14 @@ def _spell_out() -> None:
     found = [option for kind in options().values() for option in kind]
     lines = [f"            {option.keyword} ({option.default!r}): {option.help}." for option in found]
     assert purify.__doc__ is not None
-    purify.__doc__ = purify.__doc__.replace("OPTIONS", "\n".join(lines))
+    purify.__doc__ = purify.__doc__.replace("        OPTIONS", "\n".join(lines))
     kinds = {"method": "coup", "gradient": "exact"}
     keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in kinds.items()]
-    keywords += [
-        inspect.Parameter(option.keyword, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in found
-    ]
+    keywords += [inspect.Parameter(option.keyword, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in found]
     for function in (purify, Purifier.__init__):
         signature = inspect.signature(function)
         others = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*others, *keywords])  # type: ignore[attr-defined]
+        setattr(function, "__signature__", signature.replace(parameters=[*others, *keywords]))  # noqa: B010
 
 
 _spell_out()

@@ -145,7 +145,8 @@ def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.T
                 _check_state(state, following, method)
             if versions != [tensor._version for tensor in state]:
                 raise ValueError(
-                    f"{type(method).__name__}.step writes into its state in step {k}; the backward pass needs it again: work on a copy"
+                    f"{type(method).__name__}.step writes into its state in step {k}, which the backward pass needs again: "
+                    "work on a copy"
                 )
             state = tuple(tensor.detach() for tensor in following)
             if not (for_gradient or run.keep_states):
@@ -208,9 +209,7 @@ def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: t
                 return _pull(lambda *s: function(s, noise), state, v)
             assert isinstance(noise, ReplayedNoise)
             leaves = _Leaves(noise.rows)
-            return _pull(
-                lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g)
-            )
+            return _pull(lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g))
 
         v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
         for k in reversed(range(method.num_steps)):
