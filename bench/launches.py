@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coupfast import Purifier
 from coupfast.engine import CounterNoise
 from coupfast.engine.cuda import CudaPrograms
-from coupfast.engine.flat import VIEWS
+from coupfast.engine.cuda.flat import VIEWS
 from coupfast.engine.networks import frozen
 from coupfast.guidance import Guidance
 

@@ -22,8 +22,9 @@ import torch
 from cases import Case, add_case_options, load_case, write_results
 
 from coupfast import Purifier
-from coupfast.engine import CounterNoise, cpu
-from coupfast.engine.cpu_program import NetworkProgram
+from coupfast.engine import CounterNoise
+from coupfast.engine.cpu import program as cpu_program
+from coupfast.engine.cpu.regions import Call, Regions
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import Operations
 
@@ -49,17 +50,17 @@ class Clock:
 
 def instrument(clock: Clock) -> None:
     """Let the engine's calls be timed, in this process from now on."""
-    calls = NetworkProgram._calls
+    calls = Regions.calls
 
-    def timed_calls(self: NetworkProgram, region: Any) -> list:
+    def timed_calls(self: Regions, region: Any) -> list[Call]:
         made = calls(self, region)
         for call in made:
             call.target = clock.timed("PyTorch", call.target)
         return made
 
-    NetworkProgram._calls = timed_calls  # type: ignore[method-assign]
+    Regions.calls = timed_calls  # type: ignore[method-assign]
     Operations.run = clock.timed("kernels", Operations.run)  # type: ignore[method-assign]
-    cpu.guided_step_cpu = clock.timed("kernels", cpu.guided_step_cpu)
+    cpu_program.guided_step_cpu = clock.timed("kernels", cpu_program.guided_step_cpu)
     torch.autograd.grad = clock.timed("PyTorch", torch.autograd.grad)
     torch.ops.aten.convolution_backward = clock.timed("PyTorch", torch.ops.aten.convolution_backward)
 

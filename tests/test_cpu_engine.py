@@ -19,8 +19,7 @@ from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier, purify
 from coupfast.certificate import check_gradient
-from coupfast.engine import cpu
-from coupfast.engine.cpu import CpuPrograms
+from coupfast.engine.cpu.programs import KEPT_BATCHES, CpuPrograms
 from coupfast.solvers import SOLVERS
 from coupfast_kernels import native
 
@@ -346,7 +345,7 @@ def test_programs_of_old_batch_sizes_are_dropped(score, images):
     expected = purifier(x[:1], seed=0)
     for batch in range(1, 13):
         purifier(x[:batch], seed=0)
-    assert len(programs(purifier, x)._programs) == cpu.KEPT_BATCHES
+    assert len(programs(purifier, x)._programs) == KEPT_BATCHES
     assert_equal(purifier(x[:1], seed=0), expected)
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coupfast.engine import calibration as module
-from coupfast.engine.calibration import Calibration, Choice, ConvolutionShape
+from coupfast.engine.cuda import calibration as module
+from coupfast.engine.cuda.calibration import Calibration, Choice, ConvolutionShape
 from coupfast.engine.precision import strict_float32
 
 SHAPE = ConvolutionShape(2, 5, 4, 6, 7)

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
 from coupfast.engine import cuda
-from coupfast.engine.flat import VIEWS
+from coupfast.engine.cuda.flat import VIEWS
+from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance
 
 SHAPE = (3, 8, 8)
@@ -46,7 +47,7 @@ def programs(make_classifier, kernels, bucket):
     guidance = None if classifier is None else Guidance(classifier, example)
     choose = (lambda *shape: "ieee") if kernels else None
     made = cuda.CudaPrograms(score, guidance, table, example, True, choose=choose, fuse_norms=kernels)
-    return made, {name: made.piece(name, bucket) for name in made.piece_names()}
+    return made, {name: made.pieces.make(name, bucket) for name in made.pieces.names()}
 
 
 def on_cuda(graph):
@@ -77,7 +78,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-class FakeProgram(cuda.CudaProgram):
+class FakeProgram(CudaProgram):
     """A program whose buffers and pieces are on a device that is not there."""
 
     def __init__(self, made, bucket, pieces):
@@ -105,7 +106,7 @@ def launched(program, mode, curved):
     """Operations of a step with noise, of one without, and of a transpose."""
     watches = []
     with mode, torch.no_grad():
-        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.programs.piecewise_linear)
+        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.programs.pieces.piecewise_linear)
         for work in (lambda: program._step(True), lambda: program._step(False), backwards):
             work()  # makes buffers
             with Watch() as watch:
