@@ -230,9 +230,7 @@ def _network_row(subject: _Subject, gradient: bool, case: Case, options: argpars
         **case.machine_fields(),
     }
     if sound:
-        turns = interleave(
-            {"engine": lambda: timed(engine, CPU)[0], "eager": lambda: timed(eager, CPU)[0]}, options.repeats
-        )
+        turns = interleave({"engine": lambda: timed(engine, CPU)[0], "eager": lambda: timed(eager, CPU)[0]}, options.repeats)
         row |= _times(turns["engine"]) | {
             "seconds_eager": min(turns["eager"]),
             "ratio_to_eager": times_faster(turns["eager"], turns["engine"]),

@@ -22,9 +22,10 @@ import torch
 from cases import Case, add_case_options, load_case, write_results
 
 from coupfast import Purifier
-from coupfast.engine import CounterNoise
+from coupfast.engine import CounterNoise, cpu
 from coupfast.engine.cpu import program as cpu_program
 from coupfast.engine.cpu.regions import Call, Regions
+from coupfast.engine.networks import frozen
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import Operations
 
@@ -68,9 +69,9 @@ def instrument(clock: Clock) -> None:
 def rows(case: Case, repeats: int, seed: int) -> list[dict[str, Any]]:
     clock = Clock()
     instrument(clock)
-    purifier = Purifier(case.networks.score, case.networks.classifier, engine="cpu", num_steps=10)
-    x = case.x
-    program = purifier._prepare(x).programs.for_batch(len(x))
+    score, classifier, x = frozen(case.networks.score), frozen(case.networks.classifier), case.x
+    table = Purifier(score, classifier, engine="cpu", num_steps=10).recipe.table
+    program = cpu.prepare(score, classifier, table, x).for_batch(len(x))
     noise = CounterNoise(seed, torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64))
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     kept: list[Any] = [None]

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
-from coupfast.engine import cuda
 from coupfast.engine.cuda.flat import VIEWS
+from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance
 
@@ -38,7 +38,7 @@ def no_device_guard(monkeypatch):
 
 @functools.cache
 def programs(make_classifier, kernels, bucket):
-    """An engine on the CPU, and its pieces."""
+    """Networks on the CPU, and their pieces."""
     score = small_score(torch.float32).requires_grad_(False)
     classifier = None if make_classifier is None else make_classifier(torch.float32).requires_grad_(False)
     method = "reverse-sde" if classifier is None else "coup"
@@ -46,7 +46,7 @@ def programs(make_classifier, kernels, bucket):
     example = torch.zeros(1, *SHAPE)
     guidance = None if classifier is None else Guidance(classifier, example)
     choose = (lambda *shape: "ieee") if kernels else None
-    made = cuda.CudaPrograms(score, guidance, table, example, True, choose=choose, fuse_norms=kernels)
+    made = CudaNetworks(score, guidance, table, example, True, choose=choose, fuse_norms=kernels)
     return made, {name: made.pieces.make(name, bucket) for name in made.pieces.names()}
 
 
@@ -106,7 +106,7 @@ def launched(program, mode, curved):
     """Operations of a step with noise, of one without, and of a transpose."""
     watches = []
     with mode, torch.no_grad():
-        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.programs.pieces.piecewise_linear)
+        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.networks.pieces.piecewise_linear)
         for work in (lambda: program._step(True), lambda: program._step(False), backwards):
             work()  # makes buffers
             with Watch() as watch:

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 import torch
+from conftest import allows_tf32
 
-from coupfast.engine.precision import _OWNERS, allows_tf32, float32_precision, strict_float32
+from coupfast.engine.precision import _OWNERS, float32_precision, strict_float32
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -63,7 +64,7 @@ def test_what_the_compiler_reads_can_be_read(user, precision):
     """PyTorch raises where its older and its newer settings disagree; each process begins with neither set."""
     script = f"""
 import torch
-from coupfast.engine.precision import _OWNERS, allows_tf32, float32_precision
+from coupfast.engine.precision import _OWNERS, float32_precision
 user = {user!r}
 if user == "new setting":
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -76,7 +77,6 @@ for _ in range(2):
         assert torch.backends.cuda.matmul.allow_tf32 == ({precision!r} == "tf32")
         assert torch.backends.cudnn.conv.fp32_precision == {"tf32" if precision == "tf32" else "ieee"!r}
         assert torch.backends.cudnn.allow_tf32 == ({precision!r} == "tf32")
-        assert allows_tf32() == ({precision!r} == "tf32")
     assert [owner.fp32_precision for owner in _OWNERS.values()] == before
     if user not in ("default", "new setting"):
         assert torch.get_float32_matmul_precision() == user

@@ -109,8 +109,3 @@ def _set(tf32: bool) -> None:
 def strict_float32(device_type: str) -> contextlib.AbstractContextManager[None]:
     """fp32 as IEEE 754 has it in everything that runs inside."""
     return float32_precision(device_type, "strict")
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch may take TF32 in a float32 operation on CUDA right now."""
-    return any(owner.fp32_precision != "ieee" for setting, owner in _OWNERS.items() if setting.startswith("cud"))

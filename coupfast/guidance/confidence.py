@@ -49,7 +49,7 @@ def confidence_cotangent(p: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         p: softmax of the logits, (batch, classes).
         label: ŷ, int64 (batch,).
     """
-    return torch.zeros_like(p).scatter_(1, label[:, None], 1.0) - p
+    return torch.zeros_like(p).scatter_(1, label.unsqueeze(1), 1.0) - p
 
 
 def hessian_cotangent(p: torch.Tensor, jv: torch.Tensor) -> torch.Tensor:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from coupfast.engine.cpu.network_program import NetworkProgram
+from coupfast.engine.cpu.networks import CpuNetworks
 from coupfast.engine.protocol import Keep
 from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
 from coupfast.noise import CounterNoise, Noise
 from coupfast_kernels.cpu_guided_step import guided_step_cpu
 from coupfast_kernels.guided_step import guided_step_ref
-
-if TYPE_CHECKING:
-    from coupfast.engine.cpu.programs import CpuPrograms
 
 
 @dataclasses.dataclass
@@ -32,45 +30,45 @@ class CpuProgram:
     """Steps of one batch size on a number of threads.
 
     Args:
-        programs: What all batch sizes share.
+        networks: What all batch sizes share.
         batch: Images.
         threads: CPU threads.
     """
 
-    def __init__(self, programs: CpuPrograms, batch: int, threads: int) -> None:
-        self.programs, self.batch, self.threads = programs, batch, threads
-        self.table = programs.table
-        self._networks: dict[str, NetworkProgram] = {}
+    def __init__(self, networks: CpuNetworks, batch: int, threads: int) -> None:
+        self.networks, self.batch, self.threads = networks, batch, threads
+        self.table = networks.table
+        self._programs: dict[str, NetworkProgram] = {}
 
     def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
-        row, programs = self.table.row(k), self.programs
+        row, networks = self.table.row(k), self.networks
         if not x_k.is_contiguous(memory_format=torch.channels_last):
             x_k = x_k.contiguous()  # images may come transposed, which the step's own kernel does not read
-        with programs.turn, torch.no_grad():
-            if programs.score_network is None:
-                eps_hat = programs.eager.eps_hat(k, x_k)
+        with networks.turn, torch.no_grad():
+            if networks.score is None:
+                eps_hat = networks.eager.eps_hat(k, x_k)
             else:
-                network = self._network("score")
-                network.set_label(programs.label_values(k))
-                eps_hat = torch.empty_like(x_k).copy_(network.forward(x_k))
+                program = self._program("score")
+                program.set_label(networks.label_values(k))
+                eps_hat = torch.empty_like(x_k).copy_(program.forward(x_k))
             g, kept = None, _Kept()
-            if programs.guidance is not None and row[2] != 0.0:
-                g, kept = self._guide(x_k, keep != "nothing" and programs.differentiate_guidance)
+            if networks.guidance is not None and row[2] != 0.0:
+                g, kept = self._guide(x_k, keep != "nothing" and networks.differentiate_guidance)
             return self._move(k, x_k, eps_hat, g, noise), None if keep == "nothing" else kept
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
-        row, programs = self.table.row(k), self.programs
-        with programs.turn, torch.no_grad():
+        row, networks = self.table.row(k), self.networks
+        with networks.turn, torch.no_grad():
             w = None
-            if programs.guidance is not None and row[2] != 0.0 and programs.differentiate_guidance:
+            if networks.guidance is not None and row[2] != 0.0 and networks.differentiate_guidance:
                 w = self._hvp(x_k, v, saved or _Kept())
-            if programs.score_network is None:
-                u = programs.eager.eps_hat_vjp(k, x_k, v)
+            if networks.score is None:
+                u = networks.eager.eps_hat_vjp(k, x_k, v)
             else:
-                network = self._network("score transpose")
-                network.set_label(programs.label_values(k))
-                network.forward(x_k)
-                u = network.backward(v)
+                program = self._program("score transpose")
+                program.set_label(networks.label_values(k))
+                program.forward(x_k)
+                u = program.backward(v)
             return guided_step_ref(v, u, w, row)
 
     def _move(self, k: int, x_k: torch.Tensor, eps_hat: torch.Tensor, g: torch.Tensor | None, noise: Noise) -> torch.Tensor:
@@ -102,67 +100,67 @@ class CpuProgram:
         kinds = ("score", "guidance", *(("score transpose", "hvp") if gradient else ()))
         return [kind for kind in kinds if self._has(kind)]
 
-    # --- networks ---------------------------------------------------------------------------------------------------------
+    # --- programs of networks -----------------------------------------------------------------------------------------------
 
     def _has(self, kind: str) -> bool:
-        programs = self.programs
-        network = {"guidance": programs.classifier_network, "hvp": programs.linear_network}.get(kind, programs.score_network)
-        return network is not None and (kind != "hvp" or programs.differentiate_guidance)
+        networks = self.networks
+        network = {"guidance": networks.classifier, "hvp": networks.linear}.get(kind, networks.score)
+        return network is not None and (kind != "hvp" or networks.differentiate_guidance)
 
     def _plan(self, kind: str) -> NetworkProgram:
-        """A program of this kind, made when it is first wanted; memory is bound in `_network`."""
-        if kind not in self._networks:
-            programs = self.programs
-            network = programs.score_network if kind.startswith("score") else programs.classifier_network
+        """A program of this kind, made when it is first wanted; memory is bound in `_program`."""
+        if kind not in self._programs:
+            networks = self.networks
+            network = networks.score if kind.startswith("score") else networks.classifier
             assert network is not None
-            self._networks[kind] = NetworkProgram(
+            self._programs[kind] = NetworkProgram(
                 network.network,
                 self.batch,
                 network.weights,
                 backward=kind != "score",
-                linear=programs.guidance.graph if kind == "hvp" and programs.guidance is not None else None,
+                linear=networks.guidance.graph if kind == "hvp" and networks.guidance is not None else None,
                 threads=self.threads,
             )
-        return self._networks[kind]
+        return self._programs[kind]
 
-    def _network(self, kind: str) -> NetworkProgram:
-        network = self._plan(kind)
-        network.bind(self.programs.workspace)
-        return network
+    def _program(self, kind: str) -> NetworkProgram:
+        program = self._plan(kind)
+        program.bind(self.networks.workspace)
+        return program
 
     # --- the classifier ---------------------------------------------------------------------------------------------------
 
     def _guide(self, x_k: torch.Tensor, keep: bool) -> tuple[torch.Tensor, _Kept]:
         """∇ log p_ŷ = Jᵀ(e_ŷ − p), and what its Hessian needs."""
-        guidance = self.programs.guidance
+        guidance = self.networks.guidance
         assert guidance is not None
-        if self.programs.classifier_network is None:
+        if self.networks.classifier is None:
             g, linearization = guidance.gradient(x_k, keep_slopes=keep)
             return g, _Kept(linearization=linearization if keep else None)
-        network = self._network("guidance")
-        p, label = _confidence(network.forward(x_k))
-        g = network.backward(confidence_cotangent(p, label))
+        program = self._program("guidance")
+        p, label = _confidence(program.forward(x_k))
+        g = program.backward(confidence_cotangent(p, label))
         if not keep:
             return g, _Kept()
-        if self.programs.linear_network is None:
+        if self.networks.linear is None:
             return g, _Kept(linearization=Linearization(label))
-        return g, _Kept(network.slopes.clone(), network.region_slopes, p)
+        return g, _Kept(program.slopes.clone(), program.region_slopes, p)
 
     def _hvp(self, x_k: torch.Tensor, v: torch.Tensor, kept: _Kept) -> torch.Tensor:
-        guidance = self.programs.guidance
+        guidance = self.networks.guidance
         assert guidance is not None
-        if self.programs.linear_network is None:
+        if self.networks.linear is None:
             with torch.enable_grad():
                 return guidance.hvp(x_k, v, kept.linearization)
         if kept.slopes is None or kept.p is None:
-            network = self._network("guidance")
-            p, _ = _confidence(network.forward(x_k))
-            kept = _Kept(network.slopes, network.region_slopes, p)
+            program = self._program("guidance")
+            p, _ = _confidence(program.forward(x_k))
+            kept = _Kept(program.slopes, program.region_slopes, p)
         assert kept.slopes is not None and kept.p is not None
-        network = self._network("hvp")
-        network.slopes.copy_(kept.slopes)
-        network.region_slopes = kept.region_slopes
-        return network.backward(hessian_cotangent(kept.p, network.forward(v)))
+        program = self._program("hvp")
+        program.slopes.copy_(kept.slopes)
+        program.region_slopes = kept.region_slopes
+        return program.backward(hessian_cotangent(kept.p, program.forward(v)))
 
 
 def _confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

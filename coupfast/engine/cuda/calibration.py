@@ -136,7 +136,6 @@ class Calibration:
         digest = hashlib.sha256(json.dumps([FORMAT, self.key], sort_keys=True).encode()).hexdigest()
         self.file = self.folder / f"{digest[:32]}.json"
         self._choices: dict[ConvolutionShape, Choice] = {}
-        self._measured: set[ConvolutionShape] = set()
         self._said: set[str] = set()
         self._one_thread = threading.RLock()
 
@@ -160,14 +159,6 @@ class Calibration:
                 else:
                     self._choices[shape] = self._measure(shape)
             return self._choices[shape]
-
-    def report(self) -> list[dict[str, Any]]:
-        """One JSON-ready row for every shape chosen so far, in order; `measured` is False where the file had it."""
-        with self._one_thread:
-            return [
-                dataclasses.asdict(shape) | dataclasses.asdict(choice) | {"measured": shape in self._measured}
-                for shape, choice in self._choices.items()
-            ]
 
     # --- measuring ------------------------------------------------------------------------------------------------------
 
@@ -213,10 +204,7 @@ class Calibration:
         seconds = {name: _median(samples[name]) for name in self.candidates if name not in refused}
         choice = Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, refused)
         logger.info("convolution %s on %s: %s", shape, self.key["device"], choice)
-        kept = choice if passing else self._keep(shape, choice)
-        if kept is choice:
-            self._measured.add(shape)
-        return kept
+        return choice if passing else self._keep(shape, choice)
 
     def _limit(self, library_error: float) -> float:
         if self.precision == "tf32":

@@ -7,21 +7,19 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from coupfast.engine.cuda.capture import Runner
 from coupfast.engine.cuda.check import Piece, check_piece
+from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.precision import float32_precision
 from coupfast.engine.protocol import Keep
 from coupfast.guidance import confidence_cotangent, hessian_cotangent, pack_bits, unpack_bits
 from coupfast.noise import CounterNoise, Noise
 from coupfast_kernels.guided_step import guided_step
 from coupfast_kernels.noise import seed_tensor
-
-if TYPE_CHECKING:
-    from coupfast.engine.cuda.programs import CudaPrograms
 
 
 @dataclasses.dataclass
@@ -36,9 +34,9 @@ class _Kept:
 class CudaProgram:
     """Steps of up to `bucket` images, on static buffers."""
 
-    def __init__(self, programs: CudaPrograms, bucket: int) -> None:
-        self.programs, self.bucket, self.table = programs, bucket, programs.table
-        example = programs.example
+    def __init__(self, networks: CudaNetworks, bucket: int) -> None:
+        self.networks, self.bucket, self.table = networks, bucket, networks.table
+        example = networks.example
         shape = (bucket, *example.shape[1:])
 
         def image() -> torch.Tensor:
@@ -51,8 +49,8 @@ class CudaProgram:
         self.step_index, self.step_back = words(), words()
         self.seed, self.ids, self.draw = words(), words(bucket), words(bucket)
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
-        backend = None if programs.backend is None else programs.backend()
-        self.runner = Runner(state, backend, functools.partial(_needs, programs, bucket))
+        backend = None if networks.backend is None else networks.backend()
+        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket))
         self._pieces: dict[str, Piece] = {}
         self._turn = threading.RLock()
         self._order = _Order(example.device)
@@ -71,7 +69,7 @@ class CudaProgram:
 
     def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
         batch = len(x_k)
-        counter = noise if isinstance(noise, CounterNoise) and self.programs.noisy else None
+        counter = noise if isinstance(noise, CounterNoise) and self.networks.noisy else None
         with self._exclusively():
             before, self._forward = self._forward, None  # after an error nobody knows what the buffers hold
             if before is None or not before.leads_to(k, x_k, noise):
@@ -85,26 +83,26 @@ class CudaProgram:
             x_next = self.x[:batch].clone(memory_format=torch.contiguous_format)
             self._forward = _Continuation(k + 1, x_next, x_next._version, noise)
             kept = None
-            if keep != "nothing" and self._p is not None and self.programs.differentiate_guidance:
+            if keep != "nothing" and self._p is not None and self.networks.differentiate_guidance:
                 kept = self._keep()
         return x_next, kept
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
         batch = len(x_k)
-        programs = self.programs
+        networks = self.networks
         with self._exclusively():
             before, self._backward = self._backward, None
             if before is None or not before.leads_to(k, v, None):
                 self._put(self.v, v)
                 self.step_back.fill_(k)
             self._put(self.x_back, x_k)
-            curved = programs.guidance is not None and programs.differentiate_guidance
+            curved = networks.guidance is not None and networks.differentiate_guidance
             if curved:
                 self._make(self._guided("score vjp", "evaluate", "tangent", "cotangent", smooth="hvp"))
             else:
                 self._make(["score vjp"])
-            rebuilds = curved and programs.pieces.piecewise_linear and saved is None
-            if curved and programs.pieces.piecewise_linear and not rebuilds:
+            rebuilds = curved and networks.pieces.piecewise_linear and saved is None
+            if curved and networks.pieces.piecewise_linear and not rebuilds:
                 self._restore(saved)
             name = "step and transpose" if rebuilds else "transpose"
             self.runner.run(name, lambda: self._transpose(curved, rebuilds=rebuilds))
@@ -115,17 +113,17 @@ class CudaProgram:
     # --- what is captured -------------------------------------------------------------------------------------------------
 
     def _step(self, counted: bool) -> None:
-        programs = self.programs
+        networks = self.networks
         (eps_hat,) = self._piece("score")(self.x, self.step_index)
         g = None
-        if programs.guidance is not None:
-            if programs.pieces.piecewise_linear:
+        if networks.guidance is not None:
+            if networks.pieces.piecewise_linear:
                 g = self._guide(self.x)
             else:
                 (g,) = self._piece("gradient")(self.x)
         noise = (self.seed, self.ids, self.draw) if counted else None
         g = None if g is None else _aligned(g)
-        guided_step(self.x, _aligned(eps_hat), g, programs.coefficients, self.step_index, noise=noise, out=self.x)
+        guided_step(self.x, _aligned(eps_hat), g, networks.coefficients, self.step_index, noise=noise, out=self.x)
         self.step_index.add_(1)
 
     def _guide(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,19 +141,19 @@ class CudaProgram:
         return self._p
 
     def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
-        programs = self.programs
+        networks = self.networks
         if rebuilds:
             self._evaluate(self.x_back)
         (u,) = self._piece("score vjp")(self.x_back, self.step_back, self.v)
         w = None
-        if curved and programs.pieces.piecewise_linear:
+        if curved and networks.pieces.piecewise_linear:
             assert self._p is not None
             (q,) = self._piece("tangent")(self.v, *self._slopes)
             (w,) = self._piece("cotangent")(hessian_cotangent(self._p, q), *self._slopes)
         elif curved:
             (w,) = self._piece("hvp")(self.x_back, self.v)
         w = None if w is None else _aligned(w)
-        guided_step(self.v, _aligned(u), w, programs.coefficients, self.step_back, out=self.v)
+        guided_step(self.v, _aligned(u), w, networks.coefficients, self.step_back, out=self.v)
         self.step_back.sub_(1)
 
     # --- buffers ----------------------------------------------------------------------------------------------------------
@@ -201,9 +199,9 @@ class CudaProgram:
 
     def _guided(self, score: str, *piecewise_linear: str, smooth: str) -> list[str]:
         """Names of pieces, by the kind of guidance."""
-        if self.programs.guidance is None:
+        if self.networks.guidance is None:
             return [score]
-        return [score, *(piecewise_linear if self.programs.pieces.piecewise_linear else [smooth])]
+        return [score, *(piecewise_linear if self.networks.pieces.piecewise_linear else [smooth])]
 
     def _make(self, names: Sequence[str]) -> None:
         """Make pieces, and the buffers of slopes, before anything that uses them is captured: a piece that is wrong is wrong
@@ -216,22 +214,22 @@ class CudaProgram:
     def _piece(self, name: str) -> Piece:
         """A piece, compiled, and compared with PyTorch's own result before it is first used."""
         if name not in self._pieces:
-            programs = self.programs
-            graph, compiler = programs.pieces.make(name, self.bucket), programs.compiler
+            networks = self.networks
+            graph, compiler = networks.pieces.make(name, self.bucket), networks.compiler
             run = graph.module if compiler is None else compiler(graph.module)
             piece = lambda *inputs: run(*inputs, *graph.constants)  # noqa: E731
-            check_piece(name, piece, programs.eager, self.bucket, self._slopes, tf32=programs.precision == "tf32")
+            check_piece(name, piece, networks.eager, self.bucket, self._slopes, tf32=networks.precision == "tf32")
             self._pieces[name] = piece
         return self._pieces[name]
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        with float32_precision(self.x.device.type, self.programs.precision), self._turn, self._order, torch.no_grad():
+        with float32_precision(self.x.device.type, self.networks.precision), self._turn, self._order, torch.no_grad():
             yield
 
 
-def _needs(programs: CudaPrograms, bucket: int) -> str:
-    memory = programs.memory(bucket)
+def _needs(networks: CudaNetworks, bucket: int) -> str:
+    memory = networks.memory(bucket)
     return (
         f"a step of {bucket} images is predicted to need up to {memory.forward / 2**20:.0f} MiB, its transpose "
         f"{memory.transpose / 2**20:.0f} MiB, above weights"

@@ -1,26 +1,24 @@
-"""The cuda engine bound to networks, and the program of each bucket of batch sizes."""
+"""The cuda engine: a program for each bucket of batch sizes, made when it is first wanted."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from coupfast.engine.cuda.calibration import LIBRARY, Calibration, ConvolutionShape
-from coupfast.engine.cuda.capture import Backend, CudaBackend
+from coupfast.engine.cuda.capture import CudaBackend
+from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.options import Options
-from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.program import CudaProgram
-from coupfast.engine.cuda.substitution import Conv3x3Choice
 from coupfast.engine.cuda.support import unavailable
-from coupfast.engine.eager import EagerProgram, guidance_of
+from coupfast.engine.eager import guidance_of
 from coupfast.engine.precision import Precision
 from coupfast.engine.protocol import StepMemory
-from coupfast.guidance import Guidance
 from coupfast.solvers import CoefficientTable
 
 #: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own.
@@ -32,42 +30,14 @@ KEPT_PROGRAMS = 4
 class CudaPrograms:
     """The engine bound to networks, a table and a shape of images; one `CudaProgram` per bucket of batch sizes.
 
-    Made by `prepare`, which checks the device. Everything here runs on any device: tests run it on the CPU with a stand-in for
-    graph capture.
-
-    Args:
-        backend: Makes what captures graphs; None runs pieces call by call.
-        compiler: Compiles a piece; None runs its operations one by one.
-        choose: Which algorithm a convolution takes; None leaves all to the library.
+    Made by `prepare`, which checks the device.
     """
 
     engine = "cuda"
     largest_batch: int | None = BUCKETS[-1]
 
-    def __init__(
-        self,
-        score: nn.Module,
-        guidance: Guidance | None,
-        table: CoefficientTable,
-        example: torch.Tensor,
-        differentiate_guidance: bool,
-        *,
-        precision: Precision = "strict",
-        backend: Callable[[], Backend] | None = None,
-        compiler: Callable[[torch.fx.GraphModule], Callable] | None = None,
-        choose: Conv3x3Choice | None = None,
-        fuse_norms: bool = False,
-    ) -> None:
-        self.guidance, self.table = guidance, table
-        self.differentiate_guidance = differentiate_guidance
-        self.precision, self.backend, self.compiler = precision, backend, compiler
-        self.example = torch.zeros_like(example[:1])
-        self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
-        self.pieces = Pieces(
-            score, guidance, self.eager.labels, example, differentiate_guidance, choose=choose, fuse_norms=fuse_norms
-        )
-        self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
-        self.noisy = bool((table.d != 0.0).any())
+    def __init__(self, networks: CudaNetworks) -> None:
+        self.networks = networks
         self._programs: OrderedDict[int, CudaProgram] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -82,23 +52,21 @@ class CudaPrograms:
         bucket = bucket_of(batch)
         with self._lock:
             if bucket not in self._programs:
-                self._programs[bucket] = CudaProgram(self, bucket)
+                self._programs[bucket] = CudaProgram(self.networks, bucket)
                 while len(self._programs) > KEPT_PROGRAMS:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(bucket)
             return self._programs[bucket]
 
     def memory(self, batch: int) -> StepMemory:
-        """As PyTorch would need it operation by operation for the bucket, which is more than compiled pieces take."""
-        eager = self.eager.memory(bucket_of(batch))
-        return StepMemory(eager.forward, eager.forward, eager.transpose, eager.transpose, eager.slopes, eager.slopes)
+        return self.networks.memory(bucket_of(batch))
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
         """Copies of weights, as far as they are made."""
-        return self.pieces.weights_bytes()
+        return self.networks.pieces.weights_bytes()
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        kinds = self.eager.evaluations()
+        kinds = self.networks.eager.evaluations()
         return kinds | {"activations": kinds["slopes"]}
 
 
@@ -150,7 +118,7 @@ def prepare(
             kind, _, precision = calibration.choose(shape).candidate.partition("triton-")
             return LIBRARY if kind else precision
 
-    return CudaPrograms(
+    networks = CudaNetworks(
         score,
         guidance_of(classifier, table, example),
         table,
@@ -162,3 +130,4 @@ def prepare(
         choose=choose,
         fuse_norms=chosen.triton,
     )
+    return CudaPrograms(networks)
