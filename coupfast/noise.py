@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from coupfast_kernels.noise import FORWARD_NOISING_STEP, standard_normal_ref
+from coupfast_kernels.noise import FORWARD_NOISING_STEP, SECOND_NOISE_STEP, standard_normal_ref
 
 
 class Noise(Protocol):
@@ -20,6 +20,10 @@ class Noise(Protocol):
 
     def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
         """Standard normal noise of step k (−1: of the forward noising), with the shape, dtype and device of `like`."""
+        ...
+
+    def z2(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        """The second noise z′ of step k, independent of all z."""
         ...
 
     def images(self, piece: slice) -> Noise:
@@ -42,7 +46,12 @@ class CounterNoise:
     draw: torch.Tensor
 
     def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
-        step = FORWARD_NOISING_STEP if k < 0 else k
+        return self._normal(FORWARD_NOISING_STEP if k < 0 else k, like)
+
+    def z2(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        return self._normal(SECOND_NOISE_STEP + k, like)
+
+    def _normal(self, step: int, like: torch.Tensor) -> torch.Tensor:
         z = standard_normal_ref(tuple(like.shape), seed=self.seed, ids=self.ids, draw=self.draw, step=step)
         return z.to(like.dtype)
 
@@ -52,12 +61,23 @@ class CounterNoise:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayedNoise:
-    """An explicit path: row k is the noise of step k, the last row that of the forward noising where there is one."""
+    """An explicit path.
+
+    Attributes:
+        rows: Row k is the noise of step k, the last row that of the forward noising where there is one; (rows, batch, …).
+        second: Row k is the second noise of step k; None where no step has one.
+    """
 
     rows: torch.Tensor
+    second: torch.Tensor | None = None
 
     def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
         return self.rows[k]
 
+    def z2(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        if self.second is None:
+            raise ValueError("this explicit path has no second noise, and a step asks for it")
+        return self.second[k]
+
     def images(self, piece: slice) -> ReplayedNoise:
-        return ReplayedNoise(self.rows[:, piece])
+        return ReplayedNoise(self.rows[:, piece], None if self.second is None else self.second[:, piece])

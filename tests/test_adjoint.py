@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from coupfast import PurifiedClassifier, Purifier, purify
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.memory import AllocationAccount
+from coupfast.engines import ENGINES
 from coupfast.guidance import Slope
-from coupfast.purify import ENGINES
 from coupfast.reference import purify_ref
 
 METHODS = ["coup", "reverse-sde", "diffpure"]
@@ -36,19 +36,19 @@ def gradient(purifier: Purifier, x: torch.Tensor, noise: torch.Tensor) -> torch.
 def plain_autograd(purifier: Purifier, x: torch.Tensor, noise: torch.Tensor, *, detached: bool = False) -> torch.Tensor:
     """Back-propagation through every step of the definition, all activations kept."""
     x = x.clone().requires_grad_()
-    x_0 = (2 * x - 1).clamp(-1, 1) if purifier.clamp else 2 * x - 1
+    x_0 = (2 * x - 1).clamp(-1, 1) if purifier.settings.method.clamp else 2 * x - 1
     end = purify_ref(
         x_0,
         purifier.score,
         purifier.classifier,
         noise,
         grid=purifier.recipe.table.t,
-        forward_noising=purifier.method == "diffpure",
-        dynamics=purifier.solver,
-        guidance_scale=purifier.guidance_scale,
+        forward_noising=purifier.settings.method.name == "diffpure",
+        dynamics=purifier.settings.method.solver,
+        guidance_scale=purifier.settings.method.scale,
         detached=detached,
     )
-    end = end.clamp(-1, 1) if purifier.clamp else end
+    end = end.clamp(-1, 1) if purifier.settings.method.clamp else end
     (found,) = torch.autograd.grad((((end + 1) / 2) * weights(x)).sum(), x)
     return found
 

@@ -51,9 +51,9 @@ def definition(purifier: Purifier, x: torch.Tensor, noise: torch.Tensor, dynamic
             purifier.classifier,
             noise,
             grid=purifier.recipe.table.t,
-            forward_noising=purifier.method == "diffpure",
+            forward_noising=purifier.settings.method.name == "diffpure",
             dynamics=dynamics,
-            guidance_scale=purifier.guidance_scale,
+            guidance_scale=purifier.settings.method.scale,
         )
     return (end + 1) / 2
 

@@ -7,7 +7,7 @@ nothing else does, and what it keeps between the two is its own business.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,24 @@ from coupfast.solvers import CoefficientTable
 
 #: What a step leaves for its transpose, from least to most: nothing, the activations' slopes, everything.
 Keep = Literal["nothing", "slopes", "activations"]
+
+
+class State(NamedTuple):
+    """What a step of an extended table reads: x_k, the purification's input, x_{k−1} and ε̂(x_{k−1}), as far as they are."""
+
+    x: torch.Tensor
+    x_in: torch.Tensor | None = None
+    x_before: torch.Tensor | None = None
+    eps_before: torch.Tensor | None = None
+
+
+class Cotangent(NamedTuple):
+    """The gradient with respect to a `State`; None where nothing flows."""
+
+    x: torch.Tensor
+    x_in: torch.Tensor | None = None
+    x_before: torch.Tensor | None = None
+    eps_before: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
