@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from coupfast.engine.calibration import FLOAT32_LIMIT, STRICT_FACTOR, TF32_LIMIT
+from coupfast.engine.cuda.calibration import FLOAT32_LIMIT, STRICT_FACTOR, TF32_LIMIT
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rates import copy_bandwidth, device_seconds, matmul_rate
 from coupfast.environment import one_line
@@ -107,7 +107,7 @@ def check_kernels(device: torch.device) -> Iterator[Row]:
         `kernel`, `case`, `status` ("ok", "mismatch" or "failed"), `error`, `bound`, `detail`. For `guided_step` the error
         counts elements with other bits, and the bound is 0; elsewhere it is relative to float64, in the Euclidean norm. A bound
         is STRICT_FACTOR times the definition's own error in float32, which has the same sums, and at least the roundings that
-        are counted besides them; reduced precisions have limits of their own (`coupfast.engine.calibration`).
+        are counted besides them; reduced precisions have limits of their own (`coupfast.engine.cuda.calibration`).
     """
     with torch.no_grad(), strict_float32(device.type):
         for shape in ((5, 3, 32, 32), (3, 3, 17, 19)):
