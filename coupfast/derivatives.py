@@ -96,7 +96,9 @@ class _Strict(torch.autograd.Function):
     """x → function(x) whose backward pass, too, runs in strict fp32: autograd would run it in the caller's settings."""
 
     @staticmethod
-    def forward(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], graph: list) -> torch.Tensor:
+    def forward(
+        x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], graph: list, check: Callable[[], object]
+    ) -> torch.Tensor:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # which has no graph of one's own: made in `backward`
             graph[:] = [x, function]
             with torch.no_grad(), strict_float32(x.device.type):
@@ -109,11 +111,12 @@ class _Strict(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.graph = inputs[2]
+        _, _, ctx.graph, ctx.check = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_transforms()
+        ctx.check()
         start, end = ctx.graph
         if callable(end) and not isinstance(end, torch.Tensor):
             with torch.enable_grad(), strict_float32(grad.device.type):
@@ -121,7 +124,7 @@ class _Strict(torch.autograd.Function):
                 end = end(start)
         with torch.no_grad(), strict_float32(grad.device.type):
             (grad_x,) = torch.autograd.grad(end, start, grad, retain_graph=True)
-        return *first_order_only(grad_x), None, None
+        return *first_order_only(grad_x), None, None, None
 
 
 class _ParameterGradients(torch.autograd.Function):
@@ -152,9 +155,11 @@ def with_parameter_gradients(logits: torch.Tensor, network: torch.nn.Module, x: 
     return logits + _ParameterGradients.apply(network, x.detach(), logits.detach(), *parameters)
 
 
-def strictly(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """function(x) in strict fp32, forwards and backwards; first derivatives only."""
+def strictly(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, check: Callable[[], object] = lambda: None
+) -> torch.Tensor:
+    """function(x) in strict fp32, forwards and backwards; first derivatives only. `check` runs before a backward pass."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Strict.apply(x, function, [])
+        return _Strict.apply(x, function, [], check)
     with strict_float32(x.device.type):
         return function(x)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from coupfast.derivatives import outside_transforms
+
 # Sums over every so-many-th word: an exchange of weights shows, unless by multiples of this within one tensor.
 _COLUMNS = 61
 _SMALL = 2**13  # words
@@ -51,6 +53,15 @@ def weights_fingerprint(*networks: nn.Module | None) -> str:
     return _bits([tensor for network in networks if network is not None for tensor in _tensors(network)])
 
 
+def check_unchanged(wanted: str, *networks: nn.Module | None) -> None:
+    """RuntimeError if `weights_fingerprint` of these networks is another one by now."""
+    if weights_fingerprint(*networks) != wanted:
+        raise RuntimeError(
+            "the weights of a network changed between a purification and its backward pass, which would mix old and new ones: "
+            "call backward() before the weights are changed, or purify again"
+        )
+
+
 def _tensors(network: nn.Module) -> list[torch.Tensor]:
     tensors = []
     for module in network.modules():
@@ -81,7 +92,7 @@ def _bits(tensors: list[torch.Tensor]) -> str:
     def flush(key: tuple[torch.device, torch.dtype]) -> None:
         sums.extend(_sums(torch.cat(gathered.pop(key))))
 
-    with torch.no_grad():
+    with outside_transforms(), torch.no_grad():
         for tensor in tensors:
             words = tensor.detach().reshape(-1)
             if words.is_complex():

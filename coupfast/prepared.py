@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from coupfast.engine import Noise, Programs, StepMemory
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
-from coupfast.fingerprint import weights_fingerprint
+from coupfast.fingerprint import check_unchanged, weights_fingerprint
 from coupfast.gradients import Surrogate
 from coupfast.integrate import Run, Storage, integrate
 from coupfast.methods import Method, Networks, StepMethod, TableMethod
@@ -54,16 +55,9 @@ class Prepared(abc.ABC):
         self._plans: dict[int, Plan] = {}
         with strict_float32(example.device.type):
             try_networks(self.score, self.classifier, example)
-            self._weights = weights_fingerprint(self.score, self.classifier)
+            weights = weights_fingerprint(self.score, self.classifier)
+            self.check_unchanged = functools.partial(check_unchanged, weights, self.score, self.classifier)
             self._build(example)
-
-    def check_unchanged(self) -> None:
-        """RuntimeError if the weights are not what they were when this was made; asked before a backward pass."""
-        if weights_fingerprint(self.score, self.classifier) != self._weights:
-            raise RuntimeError(
-                "the weights of a network changed between a purification and its backward pass, which would mix old and new "
-                "ones: call backward() before the weights are changed, or purify again"
-            )
 
     @property
     def method(self) -> Method:

@@ -6,11 +6,12 @@ definition does it for itself). Nothing reads or advances torch's global generat
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from coupfast.derivatives import outside_transforms, refuse_transforms, strictly
 from coupfast.engine import CounterNoise, Noise, ReplayedNoise
 from coupfast.engine.networks import check_eval, dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
-from coupfast.fingerprint import fingerprint
+from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerprint
 from coupfast.gradients import Adjoint
 from coupfast.methods import Recipe, TableMethod, method_name
 from coupfast.prepared import Prepared, prepare
@@ -165,7 +166,7 @@ class Purifier(nn.Module):
                 check_eval(network, name)
                 check_against(network, name, x, self.settings.engine.precision)
         example = unwrapped(x[:1])
-        with outside_transforms():
+        with outside_transforms():  # what is made here is kept
             key = (tuple(x.shape[1:]), x.dtype, x.device, fingerprint(self.score), fingerprint(self.classifier))
             prepared = self._prepared.get(key)
             if prepared is None:
@@ -258,7 +259,7 @@ class PurifiedClassifier(nn.Module):
         self.classifier = check_network(classifier, "classifier")
         self.seed = check_seed(seed)
         self._next_draw = 0
-        self._frozen: tuple[Any, nn.Module] | None = None
+        self._frozen: tuple[Any, nn.Module, Callable[[], None]] | None = None
         self.eval()
 
     @property
@@ -310,10 +311,12 @@ class PurifiedClassifier(nn.Module):
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
         purified = self.purifier(x, seed=self.seed, ids=ids, draw=draw)
-        return with_parameter_gradients(strictly(self._head(x), purified), self.classifier, purified)
+        head, check = self._head(x)
+        return with_parameter_gradients(strictly(head, purified, check), self.classifier, purified)
 
-    def _head(self, x: torch.Tensor) -> nn.Module:
-        """The classifier, frozen, as it is now; tried on two images when it is new or changed."""
+    def _head(self, x: torch.Tensor) -> tuple[nn.Module, Callable[[], None]]:
+        """The classifier, frozen, as it is now, tried on two images when it is new or changed; and what raises once it is
+        another one."""
         example = unwrapped(x[:1])
         with outside_transforms():
             identity = (tuple(x.shape[1:]), x.dtype, x.device, fingerprint(self.classifier))
@@ -321,8 +324,8 @@ class PurifiedClassifier(nn.Module):
                 copy = frozen(self.classifier)
                 with strict_float32(x.device.type):
                     try_classifier(copy, example, differentiable=False)
-                self._frozen = (identity, copy)
-            return self._frozen[1]
+                self._frozen = (identity, copy, functools.partial(check_unchanged, weights_fingerprint(copy), copy))
+            return self._frozen[1:]
 
 
 def purify(

@@ -82,6 +82,8 @@ class Settings:
         engine = keywords.pop("engine", base.engine)
         if isinstance(engine, str):
             keywords["engine"], engine = engine, base.engine
+        elif not isinstance(engine, Engine):
+            raise TypeError(f"`engine` is a name or a coupfast.Engine, got {type(engine).__name__}")
         chosen = [_with(chosen, keywords) for chosen in (method, gradient, engine)]
         for name in keywords:
             having = [word for word, options in _owners().items() if name in options]
