@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from coupfast.derivatives import all_finite, first_order_only, refuse_transforms
+from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
 from coupfast.engine import Cotangent, Keep, Noise, Program, Programs, ReplayedNoise, State
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.guided_step import guided_step_ref
@@ -161,6 +161,12 @@ class _ExactGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_transforms()
+        grad = unwrapped(grad)
+        with outside_transforms(), on_its_device(grad.device):
+            return *first_order_only(*_ExactGradient._vjp(ctx, grad)), None
+
+    @staticmethod
+    def _vjp(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.run.check()
         wanted = ctx.needs_input_grad[2:4]
         grad_rows, grad_second = (
@@ -169,7 +175,7 @@ class _ExactGradient(torch.autograd.Function):
         grad_in = torch.zeros_like(grad) if ctx.reads_x_in else None
         with torch.no_grad(), strict_float32(grad.device.type):
             grad_x = _backward(ctx.run, grad, grad_in, grad_rows, grad_second)
-        return *first_order_only(grad_x, grad_in, grad_rows, grad_second), None
+        return grad_x, grad_in, grad_rows, grad_second
 
 
 def _backward(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from coupfast import budget
 from coupfast.budget import Need, Plan
+from coupfast.derivatives import on_its_device, outside_transforms
 from coupfast.engine import Noise, Programs, StepMemory
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import dtype_and_device, frozen
@@ -57,7 +58,8 @@ class Prepared(abc.ABC):
             try_networks(self.score, self.classifier, example)
             weights = weights_fingerprint(self.score, self.classifier)
             self.check_unchanged = functools.partial(check_unchanged, weights, self.score, self.classifier)
-            self._build(example)
+            with on_its_device(example.device):
+                self._build(example)
 
     @property
     def method(self) -> Method:
@@ -80,7 +82,7 @@ class Prepared(abc.ABC):
     def plan(self, batch: int) -> Plan:
         """What a run of so many images with its gradient will store and evaluate; it may not fit."""
         if batch not in self._plans:
-            with strict_float32(self.device.type):
+            with outside_transforms(), on_its_device(self.device), strict_float32(self.device.type):
                 self._plans[batch] = self._plan(batch)
         return self._plans[batch]
 

@@ -19,7 +19,14 @@ import torch
 from torch import nn
 
 from coupfast.budget import Plan
-from coupfast.derivatives import outside_transforms, refuse_transforms, strictly, unwrapped, with_parameter_gradients
+from coupfast.derivatives import (
+    on_its_device,
+    outside_transforms,
+    refuse_transforms,
+    strictly,
+    unwrapped,
+    with_parameter_gradients,
+)
 from coupfast.engine import CounterNoise, Noise, ReplayedNoise
 from coupfast.engine.networks import check_eval, dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
@@ -129,7 +136,8 @@ class Purifier(nn.Module):
         check_images(x, bounded=self.settings.method.out_of_range == "refuse")
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)
-        purified, states = self._purify(prepared, x, source, return_trajectory, progress)
+        with on_its_device(x.device):
+            purified, states = self._purify(prepared, x, source, return_trajectory, progress)
         purified = self.settings.gradient.finish(x, purified)
         return purified if states is None else (purified, states)
 
