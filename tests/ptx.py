@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-UNSIGNED = {32: np.uint32, 64: np.uint64}
-SIGNED = {32: np.int32, 64: np.int64}
+UNSIGNED = {16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED = {16: np.int16, 32: np.int32, 64: np.int64}
 STATEMENT = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.]*)\s+(.*)", re.DOTALL)
 
 
@@ -184,6 +184,8 @@ def _compute(name: str, modifiers: list[str], sources: list[str], read: Any, reg
         return (np.sign(a) * np.sign(b) * (abs(a) // abs(b))).astype(SIGNED[bits]).view(UNSIGNED[bits])
     if name == "mul" and modifiers[0] == "lo":
         return a * b
+    if (name, *modifiers) == ("mul", "hi", "u32"):
+        return (a.astype(np.uint64) * b.astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
     if name == "mad" and modifiers[0] == "lo":
         return a * b + read(sources[2], bits)
     if len(modifiers) == 1 and name in ("add", "sub", "and", "or", "xor"):

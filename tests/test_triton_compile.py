@@ -11,13 +11,14 @@ from test_noise import assert_same_bits, random_words
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast_kernels.conv3x3 import CONFIGS
 from coupfast_kernels.guided_step import guided_step_ref
-from coupfast_kernels.noise import seed_tensor, standard_normal_ref
+from coupfast_kernels.noise import SECOND_NOISE_STEP, seed_tensor, standard_normal_ref
 
 pytest.importorskip("triton", reason="Triton is not installed: no kernel was compiled")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench.kernel_report import (  # noqa: E402
+    ALL_COLUMNS,
     GROUP_NORMS,
     TARGETS,
     Compiled,
@@ -33,14 +34,16 @@ from bench.kernel_report import (  # noqa: E402
 )
 
 CASES = cases()
-# What the seven kinds of launches become elsewhere says little that these do not.
+# What the eight kinds of launches become elsewhere says little that these do not.
 ON_ALL_TARGETS = [
-    "forward + classifier's input",
+    "forward",
     "adjoint",
     "noise alone",
-    "channels-last: forward + classifier's input",
+    "channels-last: forward",
     "channels-last: adjoint",
     "ragged channels-last: forward",
+    "eight columns: forward",
+    "channels-last, eight columns: forward",
 ]
 
 # Correctly rounded and exact operations, one rounding each; no fma, no mad, no approximation, no f64. Nothing is flushed to
@@ -79,22 +82,23 @@ def test_compiles_to_what_is_promised(name, capability):
     built = compile_offline(launch, capability)
     assert built.spill_bytes == 0
 
-    tensors = sum(launch.arguments.get(f"{image}_ptr") is not None for image in ("x", "eps_hat", "guidance"))
-    written = sum(launch.arguments.get(f"{image}_ptr") is not None for image in ("y", "classifier_input", "z"))
-    pieces = launch.arguments.get("INTERLEAVED", 1)
+    read = ("x", "eps_hat", "guidance", "x_in", "x_before", "eps_before")
+    tensors = sum(launch.arguments.get(f"{image}_ptr") is not None for image in read)
+    pieces, columns = launch.arguments.get("INTERLEAVED", 1), launch.arguments.get("COLUMNS", 4)
     if name.startswith("ragged"):
         assert (built.wide_loads, built.wide_stores) == (0, 0)  # images that do not start at multiples of 16 bytes
     else:
         # Every image in 128-bit accesses, each read and written once, and nothing moved between threads.
         assert built.wide_loads == tensors * pieces
-        assert built.wide_stores == built.stores == written * pieces
-        assert built.loads - built.wide_loads <= 8  # coefficients, step, seed, id, draw
+        assert built.wide_stores == built.stores == pieces
+        assert built.loads - built.wide_loads <= columns + 4  # coefficients, step, seed, id, draw
         assert built.shared_bytes == 0
-    assert built.threads_per_sm >= {3: 896, 4: 640}.get(pieces, 1280)
+    floors = {1: 1280, 3: 896, 4: 640} if columns == 4 else {1: 1280, 3: 640, 4: 512}
+    assert built.threads_per_sm >= (1024 if name.startswith("ragged, eight") else floors[pieces])
     assert_no_contraction(built, capability)
     # One logarithm's root for two normals; 4 normals a Philox block.
-    noisy = launch.arguments.get("seed_ptr") is not None
-    assert built.square_roots == (2 * pieces if noisy else 0)
+    noises = (launch.arguments.get("seed_ptr") is not None) + launch.arguments.get("ADD_SECOND_NOISE", False)
+    assert built.square_roots == 2 * pieces * noises
 
 
 def assert_no_contraction(built: Compiled, capability: int) -> None:
@@ -213,45 +217,30 @@ def test_layers_share_their_machine_code(precision):
 # kernels say the right thing, this that LLVM has kept it to the last bit. Left to trust are ptxas, which may not contract
 # (`--fmad=false`, and no FFMA found above), and the hardware.
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize(
-    ("layout", "way"),
-    [
-        (torch.contiguous_format, "forward"),
-        (torch.contiguous_format, "adjoint"),
-        (torch.channels_last, "forward"),
-        (torch.channels_last, "adjoint"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("way", ["forward", "adjoint", "eight columns"])
 def test_the_compiled_step_gives_the_bits_of_the_definition(layout, way, capability):
     shape, steps, k = (2, 3, 12, 16), 4, 2
     generator = torch.Generator().manual_seed(capability)
-    x, eps_hat, g = (torch.randn(shape, generator=generator).contiguous(memory_format=layout) for _ in range(3))
-    coefficients, step = torch.randn(steps, 4, generator=generator), torch.tensor(k)
-    seed, ids, draw = seed_tensor(2**64 - 9, "cpu"), random_words(2, 1), random_words(2, 2)
-    y, classifier_input = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    noisy = way == "forward"
-    given = {
-        "y": y,
-        "classifier_input": classifier_input if noisy else None,
-        "x": x,
-        "eps_hat": eps_hat,
-        "guidance": g,
-        "coefficients": coefficients,
-        "step": step,
-        "seed": seed if noisy else None,
-        "ids": ids if noisy else None,
-        "draw": draw if noisy else None,
-    }
-    launch = guided_step_launch(shape, layout=layout, noisy=noisy, classifier_input=noisy)
+    names = ("x", "eps_hat", "guidance", "x_in", "x_before", "eps_before")
+    images = {name: torch.randn(shape, generator=generator).contiguous(memory_format=layout) for name in names}
+    noisy, more = way != "adjoint", ALL_COLUMNS if way == "eight columns" else ()
+    present = {name: image for name, image in images.items() if name in ("x", "eps_hat", "guidance", *more)}
+    coefficients = torch.randn(steps, 8 if more else 4, generator=generator)
+    seed, ids, draw = 2**64 - 9, random_words(2, 1), random_words(2, 2)
+    words = dict(seed=seed_tensor(seed, "cpu"), ids=ids, draw=draw) if noisy else {}
+    given = dict(y=torch.full(shape, float("nan")).contiguous(memory_format=layout), **present)
+    given |= dict(coefficients=coefficients, step=torch.tensor(k), **words)
+    launch = guided_step_launch(shape, layout=layout, noisy=noisy, more=more)
     launch.arguments["rows"] = steps
     found = run_ptx(launch, capability, given)
 
-    z = standard_normal_ref(shape, seed=2**64 - 9, ids=ids, draw=draw, step=k) if noisy else None
-    wanted = guided_step_ref(x, eps_hat, g, tuple(coefficients[k].tolist()), z)
-    assert_same_bits(found["y"], wanted)
-    if noisy:
-        assert_same_bits(found["classifier_input"], (wanted + 1) / 2)
+    z, z2 = (
+        standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=step) if wanted else None
+        for step, wanted in ((k, noisy), (SECOND_NOISE_STEP + k, "second_noise" in more))
+    )
+    terms = [present.pop(name) for name in ("x", "eps_hat", "guidance")]
+    assert_same_bits(found["y"], guided_step_ref(*terms, tuple(coefficients[k].tolist()), z, z2=z2, **present))
 
 
 @pytest.mark.parametrize("capability", TARGETS)
