@@ -84,6 +84,8 @@ class EagerProgram:
         if self.guidance is not None and row[2] != 0.0 and self.differentiate_guidance:
             w = self.guidance.hvp(x_k, v, saved.linearization)
         with torch.no_grad():
+            if more is None:
+                return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved), w, row)
             return step_back(self.table, k, v, w, lambda u: self.eps_hat_vjp(k, x_k, u, saved), more)
 
     def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:

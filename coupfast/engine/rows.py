@@ -47,21 +47,19 @@ def step_back(
     v: torch.Tensor,
     w: torch.Tensor | None,
     eps_hat_vjp: Callable[[torch.Tensor], torch.Tensor],
-    more: Cotangent | None,
-) -> torch.Tensor | Cotangent:
+    more: Cotangent,
+) -> Cotangent:
     """The transpose of step k, of the parts that an engine has computed.
 
     Args:
         v: Cotangent of x_{k+1}.
         w: H v; None where nothing is guided.
-        eps_hat_vjp: u → J_ε(x_k)ᵀ u.
-        more: Cotangents that the later steps left (its `x` is not read); None with a table of four columns.
+        eps_hat_vjp: u → J_ε(x_k)ᵀ u; called where anything flows into ε̂.
+        more: Cotangents that the later steps left; its `x` is not read.
 
     Returns:
-        v_x, or a `Cotangent` of x_k, x_in, x_{k−1} and ε̂(x_{k−1}) where `more` is given.
+        Cotangents of x_k, x_in, x_{k−1} and ε̂(x_{k−1}).
     """
-    if more is None:
-        return guided_step_ref(v, eps_hat_vjp(v), w, table.row(k))
     a, b, c, _, e, _, p, q = table.row(k) if table.extended else (*table.row(k), 0.0, 0.0, 0.0, 0.0)
     u = None
     if more.eps_before is not None:

@@ -62,6 +62,8 @@ class CpuProgram:
             w = None
             if networks.guidance is not None and row[2] != 0.0 and networks.differentiate_guidance:
                 w = self._hvp(x_k, v, saved or _Kept())
+            if more is None:
+                return guided_step_ref(v, self._eps_hat_vjp(k, x_k, v), w, row)
             return step_back(self.table, k, v, w, lambda u: self._eps_hat_vjp(k, x_k, u), more)
 
     def _eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
