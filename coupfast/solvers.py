@@ -1,30 +1,41 @@
 """Solvers as tables of coefficients.
 
-Every step of every method here is
+A step of a method that is linear in what it reads is one row of numbers, known before the run:
 
-    x_{k+1} = a_k x_k + b_k ε̂(x_k, 999 t_k) + c_k g(x_k) + d_k z_k
+    x_{k+1} = a x_k + b ε̂(x_k, 999 t_k) + c g(x_k) + d z  [ + e x_in + f z′ + p x_{k-1} + q ε̂(x_{k-1}) ]
 
-with four float64 numbers per step, known before the run. A new solver is one function that fills a table.
+The first four columns serve every method of Euler's kind. The others exist only where a method needs them: x_in, the state
+that the purification began from; a second noise; and the step before, for two-step solvers. A new solver is one function that
+fills a table.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from coupfast.sde import NUM_LABELS, VPSDE
 
+#: Columns that a table may lack, in the order of a row.
+EXTRA_COLUMNS = ("e", "f", "p", "q")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CoefficientTable:
-    """One purification's coefficients: K rows (a, b, c, d), and where its states live in time.
+    """One purification's coefficients: K rows, and where its states live in time.
 
     Attributes:
-        t: Times t_0 > … > t_K, float64, shape (K + 1,); row k goes from t[k] to t[k + 1].
+        t: Times t_0 … t_K, float64, shape (K + 1,); row k goes from t[k] to t[k + 1].
         a, b, c, d: Factors of the state, the predicted noise, the guidance gradient and the noise; float64, shape (K,).
+        e, f, p, q: Factors of x_in, of a second noise, of x_{k−1} and of ε̂(x_{k−1}); the same shape, or None: no such column.
+
+    Raises:
+        ValueError: for columns of another length, values that are not finite, or a first row that asks for the step before it.
     """
 
     t: np.ndarray
@@ -32,6 +43,28 @@ class CoefficientTable:
     b: np.ndarray
     c: np.ndarray
     d: np.ndarray
+    e: np.ndarray | None = None
+    f: np.ndarray | None = None
+    p: np.ndarray | None = None
+    q: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if np.ndim(self.t) != 1 or len(self.t) < 2:
+            raise ValueError(f"`t` are the K + 1 times of K steps, K at least 1, got shape {np.shape(self.t)}")
+        for name in ("a", "b", "c", "d", *EXTRA_COLUMNS):
+            column = getattr(self, name)
+            if column is None and name in EXTRA_COLUMNS:
+                continue
+            column = np.asarray(column, dtype=np.float64)
+            object.__setattr__(self, name, column)
+            if column.shape != (len(self.t) - 1,):
+                raise ValueError(f"column {name} has shape {column.shape}, and {len(self.t)} times make {len(self.t) - 1} steps")
+            if not np.all(np.isfinite(column)):
+                raise ValueError(f"column {name} has values that are not finite, the first in step {np.argmin(np.isfinite(column))}")
+        for name in ("p", "q"):
+            column = getattr(self, name)
+            if column is not None and column[0] != 0.0:
+                raise ValueError(f"column {name} of step 0 asks for the step before it, and there is none: {column[0]}")
 
     @property
     def num_steps(self) -> int:
@@ -47,16 +80,42 @@ class CoefficientTable:
         """Whether any step uses the guidance gradient."""
         return bool(np.any(self.c != 0.0))
 
-    def row(self, k: int) -> tuple[float, float, float, float]:
-        """(a_k, b_k, c_k, d_k) as Python floats (float64)."""
-        return float(self.a[k]), float(self.b[k]), float(self.c[k]), float(self.d[k])
+    @property
+    def extended(self) -> bool:
+        """Whether there is any column beside the first four."""
+        return any(getattr(self, name) is not None for name in EXTRA_COLUMNS)
+
+    @property
+    def two_step(self) -> bool:
+        """Whether a step reads the one before it."""
+        return self.p is not None or self.q is not None
+
+    def row(self, k: int) -> tuple[float, ...]:
+        """(a_k, b_k, c_k, d_k), and e_k, f_k, p_k, q_k where the table is extended (0 for an absent column); float64."""
+        columns = [self.a, self.b, self.c, self.d]
+        if self.extended:
+            columns += [np.zeros_like(self.a) if column is None else column for column in (self.e, self.f, self.p, self.q)]
+        return tuple(float(column[k]) for column in columns)
 
     def tensor(self, *, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """All rows, cast once; shape (K, 4)."""
-        return torch.from_numpy(np.stack([self.a, self.b, self.c, self.d], axis=1)).to(device=device, dtype=dtype)
+        """All rows, cast once; shape (K, 4), or (K, 8) where the table is extended."""
+        rows = np.array([self.row(k) for k in range(self.num_steps)], dtype=np.float64)
+        return torch.from_numpy(rows).to(device=device, dtype=dtype)
+
+    def sha256(self) -> str:
+        """Of all times and coefficients: two purifications with equal tables take equal steps."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.t, dtype="<f8").tobytes())
+        for name in ("a", "b", "c", "d", *EXTRA_COLUMNS):
+            column = getattr(self, name)
+            digest.update(name.encode() + (b"" if column is None else np.ascontiguousarray(column, dtype="<f8").tobytes()))
+        return digest.hexdigest()
 
 
-def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: float) -> CoefficientTable:
+#: (sde, times t_0 … t_K, guidance scale at t_0 … t_{K−1}) → table.
+Solver: TypeAlias = Callable[[VPSDE, np.ndarray, "np.ndarray | float"], CoefficientTable]
+
+
+def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
     """Euler-Maruyama on the reverse SDE of COUP (Zhang et al. 2024, eq. 5), coefficients at the start of each step."""
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
@@ -68,7 +127,7 @@ def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: float) -> Coeffici
     )
 
 
-def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: float) -> CoefficientTable:
+def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
     """Euler on the probability-flow ODE (Song et al. 2021, eq. 13) with the same guided score; no noise."""
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
@@ -80,7 +139,7 @@ def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: float) -> Coeffi
     )
 
 
-SOLVERS: dict[str, Callable[[VPSDE, np.ndarray, float], CoefficientTable]] = {
+SOLVERS: dict[str, Solver] = {
     "euler-maruyama": euler_maruyama,
     "probability-flow": probability_flow,
 }

@@ -1,0 +1,130 @@
+"""What a person may choose, said once: a field of a frozen dataclass carries its help, choices and spelling.
+
+Methods, gradients, engines and attacks are such dataclasses. The command line, error messages, help texts and the
+documentation take what they say of an option from here, so that none of them spells it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+_KEY = "option"
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field that people may set.
+
+    Attributes:
+        field: The field's name in its dataclass.
+        keyword: Its name among the keywords of a function (`Exact.guidance` is `guidance_gradient` there).
+        help: What it means, with its unit and range; without the default, which is told apart.
+        default: What it is where nobody says; `dataclasses.MISSING` if it has to be given.
+        parse: Makes a value of a word of the command line.
+        metavar: What stands for the value in a help text.
+        choices: The words that are allowed, where these are known.
+    """
+
+    field: str
+    keyword: str
+    help: str
+    default: Any
+    parse: Callable[[str], Any]
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def flag(self) -> str:
+        """The option of the command line: `--num-steps`, and `--no-clamp` for what is on unless switched off."""
+        name = self.keyword.replace("_", "-")
+        return f"--no-{name}" if self.default is True else f"--{name}"
+
+    def add_to(self, parser: Any, *, default: Any = None, note: str = "") -> None:
+        """Add this option to an argparse parser or group. Without a word of the user's its value is `default`."""
+        help_text = f"{self.help}{note}".replace("%", "%%")
+        if isinstance(self.default, bool):
+            action = "store_false" if self.default else "store_true"
+            parser.add_argument(self.flag, dest=self.keyword, action=action, default=default, help=help_text)
+            return
+        parser.add_argument(
+            self.flag,
+            dest=self.keyword,
+            type=self.parse,
+            default=default,
+            metavar=None if self.choices else self.metavar,
+            choices=self.choices,
+            help=help_text,
+        )
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    parse: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    choices: Sequence[str] | None = None,
+    keyword: str | None = None,
+) -> Any:
+    """A dataclass field that people may set; see `Option`."""
+    told = {"help": help, "parse": parse, "metavar": metavar, "choices": tuple(choices) if choices else None, "keyword": keyword}
+    if isinstance(default, (dict, list, set)):
+        kept = default
+        return dataclasses.field(default_factory=lambda: type(kept)(kept), metadata={_KEY: told})
+    return dataclasses.field(default=default, metadata={_KEY: told})
+
+
+def options_of(owner: Any) -> list[Option]:
+    """The options of a dataclass or of an instance of one, in the order of its fields.
+
+    A field that was declared without `option` counts, too: its help is its name, its parser that of its default.
+    """
+    found = []
+    for field in dataclasses.fields(owner):
+        if not field.init:
+            continue
+        told = dict(field.metadata.get(_KEY, {}))
+        default = field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        plain = type(default) if isinstance(default, (int, float)) and not isinstance(default, bool) else str
+        found.append(
+            Option(
+                field=field.name,
+                keyword=told.get("keyword") or field.name,
+                help=told.get("help") or field.name.replace("_", " "),
+                default=default,
+                parse=told.get("parse") or plain,
+                metavar=told.get("metavar"),
+                choices=told.get("choices"),
+            )
+        )
+    return found
+
+
+def did_you_mean(value: Any, known: Iterable[str]) -> str:
+    """"; did you mean 'x'?" where something known is near, else nothing."""
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_name(name: str, value: Any, known: Iterable[str]) -> None:
+    """ValueError if `value` is none of the known words."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"`{name}` is one of {', '.join(map(repr, known))}, got {value!r}{did_you_mean(value, known)}")
+
+
+def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for the command line: a number where the word is one, else what the other parser makes of it."""
+
+    def parse(word: str) -> Any:
+        try:
+            return float(word)
+        except ValueError:
+            return parse_other(word)
+
+    return parse
