@@ -2,7 +2,7 @@
 
 Three measurements on a few images, none of which trusts the code under test:
 
-* against float64 back-propagation through every step of the definition (`reference.py`) on the same noise: cosine,
+* against float64 back-propagation through every step of the definition (`definition.py`) on the same noise: cosine,
   relative error, sign agreement. Its chain may be cut into runs of steps where memory is short, which changes nothing.
 * against central differences of that definition's loss in float64, with the noise held fixed.
 * between noise draws: how much of a gradient's power is the same in every draw (the signal that EOT averages for).
@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from coupfast import reference
-from coupfast.engine import CounterNoise
-from coupfast.engine.memory import AllocationAccount, available_bytes
-from coupfast.engine.networks import frozen
+from coupfast.definition import Definition
+from coupfast.engine import ReplayedNoise
+from coupfast.engine.memory import available_bytes
 from coupfast.purify import PurifiedClassifier, Purifier
 from coupfast_kernels.noise import standard_normal_ref
 
@@ -38,8 +36,9 @@ DIFFERENCE_STEPS = (1e-6, 1e-8, 1e-9, 1e-10)
 _FUNCTIONAL_STEP = 2**32 - 2
 _DIRECTION_STEP = 2**32 - 3
 
-# Which of the definition's dynamics a solver is. A solver that is missing here has no definition to be certified against.
-_DYNAMICS: dict[str, reference.Dynamics] = {"euler-maruyama": "euler-maruyama", "probability-flow": "probability-flow"}
+#: Relative errors up to which a gradient that claims to be exact is accepted. In float32 a ReLU within rounding of its kink may
+#: fall on either side, which moves a gradient by up to a few percent; the wrong gradients in use are 8 to 120 % off.
+BOUNDS = {"float64": 1e-7, "float32": 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +108,9 @@ class GradientCertificate:
 
     Attributes:
         has_gradient: False for `gradient="none"`: then everything that needs one is None or empty.
-        gradient, guidance_gradient, method, solver, t, num_steps, guidance_scale, clamp, engine, precision, dtype, device:
-            What was certified, as the purifier has it.
+        settings: What was certified, as `Settings.to_dict` has it.
+        claims_exact: Whether this gradient is meant to be that of the steps that ran.
+        num_steps, engine, dtype, device: Of the purifier, as it ran.
         loss: In words.
         labels: Labels of the cross-entropy, one per image; None for a bare purifier.
         seed, ids: Of the noise. The gradient was compared at draw 0.
@@ -127,16 +127,10 @@ class GradientCertificate:
     """
 
     has_gradient: bool
-    gradient: str
-    guidance_gradient: str
-    method: str
-    solver: str
-    t: float
+    settings: dict[str, Any]
+    claims_exact: bool
     num_steps: int
-    guidance_scale: float
-    clamp: bool
     engine: str
-    precision: str
     dtype: str
     device: str
     loss: str
@@ -158,6 +152,22 @@ class GradientCertificate:
     torch: str
 
     @property
+    def verdict(self) -> str:
+        """In a word: "exact", "not exact", "approximate by design", "no gradient", or "zero gradient" where float64 has none."""
+        if self.overall is None:
+            return "no gradient"
+        if self.overall.norm_float64 == 0.0:
+            return "zero gradient"
+        if not self.claims_exact:
+            return "approximate by design"
+        return "exact" if self.overall.relative_error <= BOUNDS[self.dtype] else "not exact"
+
+    @property
+    def holds(self) -> bool:
+        """False where a gradient that claims to be exact is not, or where there is none to follow."""
+        return self.verdict not in ("not exact", "zero gradient")
+
+    @property
     def cosine(self) -> float:
         """Overall cosine to the float64 gradient; nan where there is no gradient."""
         return self.overall.cosine if self.overall else math.nan
@@ -174,17 +184,24 @@ class GradientCertificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values; numbers that are not finite become None."""
-        return _plain(dataclasses.asdict(self))
+        return _plain(dataclasses.asdict(self) | {"verdict": self.verdict})
 
     def to_json(self) -> str:
         """`to_dict` as JSON, indented."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"GradientCertificate({self.verdict}, cosine {self.cosine:.9f}, relative error {self.relative_error:.2e}, "
+            f"{self.settings['method']['name']}, {self.num_steps} steps, engine {self.engine})"
+        )
+
     def __str__(self) -> str:
         lines = [
-            f"gradient certificate: gradient={self.gradient!r}, guidance_gradient={self.guidance_gradient!r}",
-            f"  {self.method}, {self.solver}, t = {self.t:g} in {self.num_steps} steps, guidance scale {self.guidance_scale:g}",
-            f"  engine {self.engine}, {self.precision}, {self.dtype} on {self.device}, torch {self.torch}",
+            f"gradient certificate: {self.verdict}",
+            f"  gradient: {_said(self.settings['gradient'])}",
+            f"  method:   {_said(self.settings['method'])}; {self.num_steps} steps",
+            f"  engine {self.engine}, {self.settings['engine']['precision']}, {self.dtype} on {self.device}, torch {self.torch}",
             f"  loss: {self.loss}; {len(self.ids)} images, seed {self.seed}, draw 0",
             "",
             f"against float64 back-propagation through every step ({self.steps_at_once} at once, "
@@ -192,7 +209,7 @@ class GradientCertificate:
             f"  largest forward difference {self.forward_error:.2e}",
         ]
         if self.overall is None:
-            lines.append(f"  gradient={self.gradient!r} gives no gradient: there is nothing to compare")
+            lines.append(f"  gradient={self.settings['gradient']['name']!r} gives no gradient: there is nothing to compare")
         else:
             lines.append(
                 f"  {'image':>7}  {'cosine':>12}  {'rel. error':>10}  {'equal signs':>11}  {'norm':>9}  {'float64':>9}"
@@ -260,7 +277,7 @@ def check_gradient(
 
     The loss of a `PurifiedClassifier` is the cross-entropy of its logits, that of a bare `Purifier` a fixed random linear
     functional of the purified image; losses are taken in float64, so that only the defense is measured. The definition
-    that it is compared with is `reference.purify_ref` on float64 copies of the networks and on the same noise, which is
+    that it is compared with is the method's own, for COUP, DiffPure and the reverse SDE `reference.purify_ref`, on float64 copies of the networks and on the same noise, which is
     float32 by definition. It always differentiates the guidance: `guidance_gradient="detached"` is compared with the exact
     gradient, too. The first clip of a defense is the identity on images in [0, 1] and is left out of the definition, whose
     differences step a little beyond that range; the last clip is in it. The guidance of a ReLU classifier jumps where an
@@ -372,16 +389,10 @@ class _Check:
         purifier = self.purifier
         return GradientCertificate(
             has_gradient=gradient is not None,
-            gradient=purifier.gradient,
-            guidance_gradient=purifier.guidance_gradient,
-            method=purifier.method,
-            solver=purifier.solver,
-            t=purifier.t,
+            settings=purifier.settings.to_dict(),
+            claims_exact=purifier.settings.gradient.claims_exact,
             num_steps=purifier.num_steps,
-            guidance_scale=purifier.guidance_scale,
-            clamp=purifier.clamp,
             engine=purifier.engine,
-            precision=purifier.precision,
             dtype=str(self.x.dtype).removeprefix("torch."),
             device=str(self.x.device),
             loss=self.loss_name,
@@ -434,7 +445,7 @@ class _Check:
     def _derivatives(
         self,
         x64: torch.Tensor,
-        noise: torch.Tensor,
+        noise: ReplayedNoise,
         gradient: torch.Tensor | None,
         gradient64: torch.Tensor,
         directions: int,
@@ -442,7 +453,11 @@ class _Check:
     ) -> tuple[DirectionalDerivative, ...]:
         vectors = {f"random {i}": _unit(self._normal(i, _DIRECTION_STEP)) for i in range(directions)}
         vectors["sign"] = _unit((gradient64 if gradient is None else gradient).sign())
-        noise_twice = torch.cat([noise, noise], dim=1)
+        rows, second = (
+            None if part is None else torch.cat([part, part], dim=1) for part in (noise.rows, noise.second)
+        )
+        assert rows is not None
+        noise_twice = ReplayedNoise(rows, second)
         found = []
         for name, u in vectors.items():
             estimates = []  # [steps][batch]
@@ -483,162 +498,6 @@ class _Check:
         noise = scatter / (draws - 1) / draws  # [batch]
         signal = mean.flatten(1).square().sum(dim=1) - noise
         return _ratio(signal.sum(), noise.sum()), tuple(map(_ratio, signal, noise))
-
-
-class Definition:
-    """What a purifier is defined to compute: `reference.purify_ref` between the two changes of range.
-
-    Args:
-        purifier: Whose networks are copied to `dtype` (those that have it already are shared).
-        head: A classifier of purified images to put after it, or None.
-        dtype: Of everything but the noise, which is made in float32 and cast.
-        detached: Whether gradients take the guidance as a constant.
-
-    Raises:
-        ValueError: if the definition does not know the purifier's solver.
-    """
-
-    def __init__(
-        self,
-        purifier: Purifier,
-        head: nn.Module | None = None,
-        *,
-        dtype: torch.dtype = torch.float64,
-        detached: bool = False,
-    ) -> None:
-        if purifier.solver not in _DYNAMICS:
-            raise ValueError(f"the definition knows the solvers {sorted(_DYNAMICS)}, the purifier has {purifier.solver!r}")
-        self.purifier, self.dtype, self.detached = purifier, dtype, detached
-        copies: dict[int, nn.Module] = {}
-        for network in (purifier.score, purifier.classifier, head):
-            if network is not None and id(network) not in copies:
-                copies[id(network)] = frozen(network).to(dtype)
-        self.networks = tuple(copies.values())
-        self.score = copies[id(purifier.score)]
-        self.classifier = None if purifier.classifier is None else copies[id(purifier.classifier)]
-        self.head = None if head is None else copies[id(head)]
-        self.grid = purifier.recipe.table.t
-        self.num_steps = purifier.num_steps
-
-    def noise(self, x: torch.Tensor, seed: int, ids: torch.Tensor, draw: int) -> torch.Tensor:
-        """The path that the purifier takes for this seed, these ids and this draw, as `purify_ref` wants it."""
-        draws = torch.full((len(x),), draw, dtype=torch.int64, device=x.device)
-        source = CounterNoise(seed, ids.to(device=x.device, dtype=torch.int64), draws)
-        like = torch.empty_like(x, dtype=torch.float32)
-        rows = [source.z(k, like) for k in range(self.num_steps)]
-        if self.purifier.recipe.noising is not None:
-            rows.append(source.z(-1, like))
-        return torch.stack(rows).to(self.dtype)
-
-    def output(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Logits (purified images without a head) of images of `dtype`, differentiable."""
-        return self._end(self._steps(2.0 * x - 1.0, noise, 0, self.num_steps))
-
-    def gradient(
-        self,
-        x: torch.Tensor,
-        noise: torch.Tensor,
-        losses: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        steps_at_once: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`output`, and the gradient of the sum of its losses by back-propagation through every step.
-
-        Args:
-            x: Images in [0, 1], of `dtype`.
-            noise: As `noise` returns it.
-            losses: Output → one loss per image.
-            steps_at_once: Steps whose activations are held together; None holds all of them.
-        """
-        first = list(range(0, self.num_steps, steps_at_once or self.num_steps))
-        last = [*first[1:], self.num_steps]
-        states = [2.0 * x.detach() - 1.0]
-        with torch.no_grad():
-            for begin, end in list(zip(first, last, strict=True))[:-1]:
-                states.append(self._steps(states[-1], noise, begin, end))
-        with torch.enable_grad():
-            state = states[-1].requires_grad_()
-            output = self._end(self._steps(state, noise, first[-1], last[-1]))
-            (v,) = torch.autograd.grad(losses(output).sum(), state)
-            for state, begin, end in reversed(list(zip(states[:-1], first[:-1], last[:-1], strict=True))):
-                state.requires_grad_()
-                (v,) = torch.autograd.grad(self._steps(state, noise, begin, end), state, v)
-        return output.detach(), 2.0 * v
-
-    def fit(self, x: torch.Tensor, limit: int) -> tuple[int, int]:
-        """Predicted bytes of `gradient` and the steps at once that fit into `limit`; found without running the networks.
-
-        Raises:
-            MemoryError: if not even one step fits.
-            ValueError: if a network computes in another dtype than that of its weights.
-        """
-        step, transient = self._account(x)
-        tensors = {id(t): t for network in self.networks for t in [*network.parameters(), *network.buffers()]}
-        # Noise twice over (float32, then float64), and the images, scalings and boundaries around the steps.
-        fixed = sum(t.nbytes for t in tensors.values()) + x.nbytes * (2 * (self.num_steps + 1) + 16) + transient
-        at_once = min(self.num_steps, max(0, limit - fixed) // step)
-        if at_once < 1:
-            raise MemoryError(
-                f"float64 back-propagation through one step of {len(x)} images needs {(fixed + step) / 2**20:.0f} MiB, the "
-                f"limit is {limit / 2**20:.0f} MiB; take fewer images (`images=`), or give `memory_limit` in bytes"
-            )
-        return fixed + at_once * step, at_once
-
-    def _account(self, x: torch.Tensor) -> tuple[int, int]:
-        """Bytes that one step keeps for back-propagation, and those that come and go besides."""
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
-            state = torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_()
-            with AllocationAccount() as account:
-                drift = self._tried("score net", self.score, state, torch.zeros(len(x), dtype=x.dtype, device=x.device))
-                if self.classifier is not None:
-                    logits = self._tried("classifier", self.classifier, (state + 1.0) * 0.5)
-                    confidence = torch.log_softmax(logits, dim=1).amax(dim=1).sum()
-                    drift = drift + torch.autograd.grad(confidence, state, create_graph=True)[0]
-                kept = account.live
-                torch.autograd.grad(drift, state, torch.empty_like(state))
-                step_peak = account.peak
-            head_peak = 0
-            if self.head is not None:
-                with AllocationAccount() as account:
-                    torch.autograd.grad(self._tried("classifier", self.head, state).sum(), state)
-                    head_peak = account.peak
-        return kept, max(step_peak - kept, head_peak)
-
-    def _tried(self, name: str, network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """The output of a network, after a look at its dtype: what was rounded inside looks exact outside."""
-        problem, output = None, inputs[0]
-        try:
-            output = network(*inputs)
-        except RuntimeError as error:
-            problem = f"fails ({error})"
-        if output.dtype != self.dtype:
-            problem = f"returns {output.dtype}"
-        if problem:
-            raise ValueError(
-                f"a copy of the {name} with {self.dtype} weights {problem} on {self.dtype} inputs: it fixes the dtype of its "
-                "computation, so there is no exact gradient to compare with; let it follow its input's dtype"
-            )
-        return output
-
-    def _steps(self, state: torch.Tensor, noise: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        noising = first == 0 and self.purifier.recipe.noising is not None
-        rows = noise[first:last]
-        return reference.purify_ref(
-            state,
-            self.score,
-            self.classifier,
-            torch.cat([rows, noise[-1:]]) if noising else rows,
-            grid=self.grid[first : last + 1],
-            forward_noising=noising,
-            dynamics=_DYNAMICS[self.purifier.solver],
-            guidance_scale=self.purifier.guidance_scale,
-            sde=self.purifier.sde,
-            detached=self.detached,
-        )
-
-    def _end(self, state: torch.Tensor) -> torch.Tensor:
-        purified = ((state.clamp(-1.0, 1.0) if self.purifier.clamp else state) + 1.0) * 0.5
-        return purified if self.head is None else self.head(purified)
 
 
 def _parts(defense: Any) -> tuple[Purifier, nn.Module | None]:
@@ -699,6 +558,12 @@ def _unit(u: torch.Tensor) -> torch.Tensor:
     """Each image's direction scaled to root-mean-square 1; zero stays zero."""
     size = u.flatten(1).square().mean(dim=1).sqrt().view(-1, 1, 1, 1)
     return u / torch.where(size > 0, size, 1.0)
+
+
+def _said(fields: dict[str, Any]) -> str:
+    """A method or gradient from its JSON: its name, and the options that are numbers or words."""
+    options = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "name" and not isinstance(value, dict))
+    return f"{fields['name']} ({options})" if options else fields["name"]
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,8 @@ Everything fast is checked against this module. It shares the SDE's β, ᾱ and 
 coefficients, no guidance code, no kernels; its noise is an argument. Two readings of the same SDE stand here:
 
 * `purify_ref`: time is the step index, so that one torchsde step is one step of the given grid, and the increments are
-  replayed. In float64 it agrees with the fast loop to rounding.
+  replayed. In float64 it agrees with the fast loop to rounding. (`rows_ref` is the same for methods that are no SDE but rows
+  of coefficients: the formula, step by step.)
 * `purify_published`: what DiffPure's and COUP's code asks of torchsde: `sdeint_adjoint` on s = 1 − t in float32, increments
   from a Brownian interval, parameters not frozen, COUP's guidance by `.backward(retain_graph=True)` on a detached copy.
 
@@ -13,6 +14,7 @@ States are in the [-1, 1] scale here; neither function clips.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -55,7 +57,7 @@ class _ReplayedIncrements(BaseBrownian):
         return "none"
 
 
-def _confidence_gradient(classifier: nn.Module, x: torch.Tensor, *, detached: bool) -> torch.Tensor:
+def confidence_gradient(classifier: nn.Module, x: torch.Tensor, *, detached: bool) -> torch.Tensor:
     """∇ log max_y p(y | x) with respect to x in [-1, 1], differentiable again unless `detached`."""
     create_graph = torch.is_grad_enabled() and x.requires_grad and not detached
     with torch.enable_grad():
@@ -79,7 +81,7 @@ class _StepIndexedSDE(nn.Module):
         shape: torch.Size,
         grid: np.ndarray,
         dynamics: str,
-        guidance_scale: float,
+        guidance_scale: Callable[[float], float],
         sde: VPSDE,
         detached: bool,
         continuous_adjoint: bool,
@@ -105,7 +107,7 @@ class _StepIndexedSDE(nn.Module):
         labels = torch.full((len(x),), NUM_LABELS * t, dtype=x.dtype, device=x.device)
         score = -self.score(x, labels) / sigma
         if self.classifier is not None:
-            score = score + self.guidance_scale * _confidence_gradient(self.classifier, x, detached=self.detached)
+            score = score + self.guidance_scale(t) * confidence_gradient(self.classifier, x, detached=self.detached)
         weight = 1.0 if self.stochastic else 0.5
         return (h * (0.5 * beta * x + weight * beta * score)).flatten(1)
 
@@ -123,7 +125,7 @@ def purify_ref(
     grid: np.ndarray,
     forward_noising: bool = False,
     dynamics: str = "euler-maruyama",
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Callable[[float], float] = 1.0,
     sde: VPSDE | None = None,
     detached: bool = False,
     adjoint: Literal["none", "frozen", "parameters"] = "none",
@@ -137,6 +139,7 @@ def purify_ref(
         grid: Times t_0 > … > t_K, float64, shape (K + 1,).
         forward_noising: First move x_0 to t_0 with the discrete chain's ᾱ (DiffPure).
         dynamics: `"euler-maruyama"` on the reverse SDE or `"probability-flow"`, Euler on the ODE.
+        guidance_scale: λ, a number or a function of t.
         detached: Take the guidance as a constant in gradients, as COUP's code does.
         adjoint: `"none"`: back-propagation goes through every step and gives the exact discrete gradient. `"frozen"`,
             `"parameters"`: torchsde's stochastic adjoint (Li et al. 2020) on the same noise, without and with the
@@ -159,7 +162,7 @@ def purify_ref(
         shape=x.shape,
         grid=grid,
         dynamics=dynamics,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance_scale if callable(guidance_scale) else lambda t: guidance_scale,
         sde=sde,
         detached=detached,
         continuous_adjoint=adjoint != "none",
@@ -173,6 +176,51 @@ def purify_ref(
             options["adjoint_params"] = ()
         states = torchsde.sdeint_adjoint(system, x.flatten(1), times, **options)
     return states[-1].view(x.shape)
+
+
+def rows_ref(
+    state: tuple[torch.Tensor, ...],
+    score: nn.Module,
+    classifier: nn.Module | None,
+    rows: Sequence[Sequence[float]],
+    labels: Sequence[float],
+    noise: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    *,
+    detached: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Steps that are given as rows of coefficients, one after the other, as the formula is written.
+
+        x_{k+1} = a x_k + b ε̂(x_k) + c g(x_k) + d z + e x_in + f z′ + p x_{k−1} + q ε̂(x_{k−1})
+
+    Args:
+        state: (x_k,), (x_k, x_in) or (x_k, x_in, x_{k−1}, ε̂(x_{k−1})), each of shape (batch, channels, height, width).
+        rows: (a, b, c, d) or (a, b, c, d, e, f, p, q), one a step.
+        labels: Of the score network, one a step.
+        noise: (z, z′) of each step.
+        detached: Take the guidance as a constant in gradients.
+
+    Returns:
+        (x_{k+1}, x_in, x_k, ε̂(x_k)) after the last step. Back-propagation goes through all of them.
+    """
+    x, x_in, x_before, eps_before = (*state, *[state[0]] * 3)[:4]  # what a first step does not read may be anything
+    for row, label, (z, z2) in zip(rows, labels, noise, strict=True):
+        a, b, c, d, e, f, p, q = (*row, 0.0, 0.0, 0.0, 0.0)[:8]
+        eps_hat = score(x, torch.full((len(x),), label, dtype=x.dtype, device=x.device))
+        following = a * x + b * eps_hat + d * z
+        if c != 0.0:
+            assert classifier is not None
+            following = following + c * confidence_gradient(classifier, x, detached=detached)
+        if e != 0.0:
+            following = following + e * x_in
+        if f != 0.0:
+            assert z2 is not None
+            following = following + f * z2
+        if p != 0.0:
+            following = following + p * x_before
+        if q != 0.0:
+            following = following + q * eps_before
+        x, x_before, eps_before = following, x, eps_hat
+    return x, x_in, x_before, eps_before
 
 
 class _PublishedSDE(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -76,6 +77,17 @@ def check_t(t: float) -> float:
     if not (T_END < t <= 1.0):
         raise ValueError(f"`t` is continuous time in (1e-5, 1], got {t}; step 100 of 1000 is t=0.1")
     return float(t)
+
+
+def check_times(t: Iterable[float]) -> tuple[float, ...]:
+    """A grid as floats, or ValueError if it is not falling within (0, 1], two times or more."""
+    times = tuple(float(value) for value in t)
+    if len(times) < 2 or not all(math.isfinite(value) for value in times):
+        raise ValueError(f"a grid `t` has two finite times or more, got {times}")
+    if not (times[0] <= 1.0 and times[-1] > 0.0 and all(a > b for a, b in zip(times, times[1:], strict=False))):
+        shown = ", ".join(f"{value:g}" for value in times[:6]) + (", …" if len(times) > 6 else "")
+        raise ValueError(f"a grid `t` falls from at most 1 to above 0, where the network has no label; got {shown}")
+    return times
 
 
 def check_num_steps(num_steps: int | None) -> int | None:

@@ -90,6 +90,11 @@ class CoefficientTable:
         """Whether a step reads the one before it."""
         return self.p is not None or self.q is not None
 
+    def evaluates(self, k: int) -> bool:
+        """Whether step k asks the networks: a row that only mixes states and noise, as a forward noising, does not."""
+        read_later = self.q is not None and k + 1 < self.num_steps and self.q[k + 1] != 0.0
+        return bool(self.b[k] != 0.0 or self.c[k] != 0.0 or read_later)
+
     def row(self, k: int) -> tuple[float, ...]:
         """(a_k, b_k, c_k, d_k), and e_k, f_k, p_k, q_k where the table is extended (0 for an absent column); float64."""
         columns = [self.a, self.b, self.c, self.d]

@@ -8,63 +8,35 @@ is its own business.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
+from coupfast.noise import CounterNoise, Noise, ReplayedNoise
 from coupfast.solvers import CoefficientTable
-from coupfast_kernels.noise import FORWARD_NOISING_STEP, standard_normal_ref
 
 #: What a step leaves for its transpose, from least to most: nothing, the activations' slopes, everything.
 Keep = Literal["nothing", "slopes", "activations"]
 
-
-class Noise(Protocol):
-    """The noise of a run, by step."""
-
-    def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
-        """Standard normal noise of step k (−1: of the forward noising), with the shape, dtype and device of `like`."""
-        ...
-
-    def images(self, piece: slice) -> Noise:
-        """The noise of a part of the batch."""
-        ...
+__all__ = ["CounterNoise", "Cotangent", "Keep", "Noise", "Program", "Programs", "ReplayedNoise", "State", "StepMemory"]
 
 
-@dataclasses.dataclass(frozen=True)
-class CounterNoise:
-    """Noise as a function of (seed, image id, draw, step, element): nothing is stored.
+class State(NamedTuple):
+    """What a step of an extended table reads: x_k, the purification's input, x_{k−1} and ε̂(x_{k−1}), as far as they are."""
 
-    Attributes:
-        seed: In [0, 2⁶⁴).
-        ids: Image ids in [0, 2³²), int64 (batch,).
-        draw: Draw indices in [0, 2³²), int64 (batch,).
-    """
-
-    seed: int
-    ids: torch.Tensor
-    draw: torch.Tensor
-
-    def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
-        step = FORWARD_NOISING_STEP if k < 0 else k
-        z = standard_normal_ref(tuple(like.shape), seed=self.seed, ids=self.ids, draw=self.draw, step=step)
-        return z.to(like.dtype)
-
-    def images(self, piece: slice) -> CounterNoise:
-        return CounterNoise(self.seed, self.ids[piece], self.draw[piece])
+    x: torch.Tensor
+    x_in: torch.Tensor | None = None
+    x_before: torch.Tensor | None = None
+    eps_before: torch.Tensor | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ReplayedNoise:
-    """An explicit path: row k is the noise of step k, the last row that of the forward noising where there is one."""
+class Cotangent(NamedTuple):
+    """The gradient with respect to a `State`; None where nothing flows."""
 
-    rows: torch.Tensor
-
-    def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
-        return self.rows[k]
-
-    def images(self, piece: slice) -> ReplayedNoise:
-        return ReplayedNoise(self.rows[:, piece])
+    x: torch.Tensor
+    x_in: torch.Tensor | None = None
+    x_before: torch.Tensor | None = None
+    eps_before: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 MASK32 = 0xFFFFFFFF
 
 FORWARD_NOISING_STEP = 2**32 - 1  # the step index of DiffPure's forward noising
+SECOND_NOISE_STEP = 2**31  # step k's second noise has this step index + k, for k < 2³¹ − 1
 
 # ln(1 + f) = f − f²/2 + f³ P(f) on [sqrt ½ − 1, sqrt 2 − 1], relative error 0.1 × 2⁻²⁴; lowest order first.
 LOG_COEFFICIENTS = (

@@ -1,0 +1,85 @@
+"""Which engine runs: a choice of the user's, and what `"auto"` makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from coupfast.engine import Programs, cpu, cuda, eager
+from coupfast.engine.networks import dtype_and_device
+from coupfast.options import check_name, option
+
+ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare, "cuda": cuda.prepare}
+PRECISIONS = cuda.PRECISIONS
+#: What runs without tensor cores, hence everywhere; the others are the cuda engine's.
+FLOAT32_PRECISIONS = ("strict", "fast")
+
+
+def _switches(word: str) -> dict[str, bool]:
+    """compile=false,graphs=true → {"compile": False, "graphs": True}"""
+    values = {"true": True, "false": False}
+    pairs = [part.partition("=") for part in word.split(",") if part]
+    if not all(value in values for _, _, value in pairs):
+        raise ValueError(f"{word!r} is no list of NAME=true and NAME=false")
+    return {name: values[value] for name, _, value in pairs}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the steps run.
+
+    Attributes:
+        name: `"eager"`, PyTorch operation by operation; `"cpu"`, this project's kernels for float32 on a CPU; `"cuda"`,
+            compiled networks, this project's kernels and CUDA graphs for float32 on a GPU; `"auto"` takes the fastest one that
+            can run here and logs which.
+        precision: `"strict"`: fp32 as IEEE 754 has it (or float64, as given), whatever the caller's autocast and TF32 settings,
+            and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up
+            to 1e-5. `"3xtf32"` and `"tf32"` use a GPU's tensor cores (engine `"cuda"` only): with every product of the 3x3
+            convolutions split in three, close to fp32; and with products of 11 bits.
+        options: Parts of the cuda engine to switch off, to find out which is at fault: `compile`, `graphs`, `triton`.
+    """
+
+    name: str = option("auto", keyword="engine", choices=("auto", *ENGINES), help="what runs the steps")
+    precision: str = option("strict", choices=PRECISIONS, help="strict: float32 as IEEE 754 has it")
+    options: Mapping[str, bool] = option(
+        {},
+        keyword="engine_options",
+        help="parts of the cuda engine to switch off, as compile=false,graphs=false,triton=false",
+        parse=_switches,
+        metavar="NAME=false,...",
+    )
+
+    def __post_init__(self) -> None:
+        check_name("engine", self.name, ("auto", *ENGINES))
+        check_name("precision", self.precision, PRECISIONS)
+        object.__setattr__(self, "options", dict(self.options or {}))
+        cuda.Options.of(self.options)
+
+    def prepare(
+        self, name: str, score: nn.Module, classifier: nn.Module | None, table: Any, example: torch.Tensor, differentiate_guidance: bool
+    ) -> Programs:
+        """Programs of the engine that `name` is, after a look at whether it has what these settings ask for."""
+        extra: dict[str, Any] = {}
+        if name == "cuda":
+            extra = {"precision": self.precision, "options": self.options}
+        elif self.precision not in FLOAT32_PRECISIONS or self.options:
+            found = f"engine_options={self.options}" if self.options else f"{self.precision!r}"
+            raise ValueError(f"{found} is for the cuda engine; this purifier runs on {name!r}")
+        return ENGINES[name](score, classifier, table, example, differentiate_guidance=differentiate_guidance, **extra)
+
+
+def fastest_engine(score: nn.Module) -> tuple[str, str | None]:
+    """The fastest engine for this network, and why it is not a faster one."""
+    found = dtype_and_device(score)
+    fast = {"cpu": ("cpu", cpu.unavailable), "cuda": ("cuda", cuda.unavailable)}
+    if found is None:
+        return "eager", "the score net has no weights to go by"
+    if found[1].type not in fast or found[0] != torch.float32:
+        return "eager", f"the others run float32 on {' or '.join(fast)}, not {found[0]} on {found[1].type}"
+    engine, unavailable = fast[found[1].type]
+    reason = unavailable(*found)
+    return ("eager", reason) if reason else (engine, None)

@@ -1,0 +1,202 @@
+"""A purifier's networks, frozen and checked for images of one shape, and what runs its steps on them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from coupfast import budget
+from coupfast.budget import Need, Plan
+from coupfast.engine import Noise, Programs
+from coupfast.engine.memory import available_bytes
+from coupfast.engine.networks import dtype_and_device, frozen
+from coupfast.engine.precision import strict_float32
+from coupfast.gradients import Surrogate
+from coupfast.integrate import Run, Storage, integrate
+from coupfast.methods import Method, Networks, StepMethod, TableMethod
+from coupfast.solvers import CoefficientTable
+from coupfast.step_functions import StepPrograms, StepRun, integrate_steps
+from coupfast.trials import try_networks
+from coupfast_kernels.guided_step import guided_step_ref
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from coupfast.settings import Settings
+
+
+class Prepared(abc.ABC):
+    """Networks and programs for images like an example.
+
+    Args:
+        settings: How to purify.
+        engine: The name of the engine that runs.
+        score, classifier: The caller's; frozen copies around the same weights are made of them.
+        example: An image; its shape, dtype and device are those of all images to come.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: str, score: nn.Module, classifier: nn.Module | None, example: torch.Tensor
+    ) -> None:
+        self.settings, self.engine, self.num_steps = settings, engine, settings.num_steps
+        self.image_shape, self.dtype = tuple(example.shape[1:]), example.dtype
+        self.score = frozen(score)
+        self.classifier = None if classifier is None else frozen(classifier)
+        found = dtype_and_device(self.score)
+        self.device = found[1] if found else torch.device("cpu")
+        self._plans: dict[int, Plan] = {}
+        with strict_float32(example.device.type):
+            try_networks(self.score, self.classifier, example)
+            self._build(example)
+
+    @property
+    def method(self) -> Method:
+        return self.settings.method
+
+    @abc.abstractmethod
+    def _build(self, example: torch.Tensor) -> None:
+        """Make what runs the steps."""
+
+    @abc.abstractmethod
+    def run(
+        self, x_k: torch.Tensor, noise: Noise, *, gradient: bool, keep_states: bool, progress: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From the (clipped) image in the [-1, 1] scale to the last state, and all states (steps + 1, …) if asked for."""
+
+    def begin(self, x_k: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_0, x_in): the state before step 0, and the one before its forward noising."""
+        return x_k, x_k
+
+    def plan(self, batch: int) -> Plan:
+        """What a run of so many images with its gradient will store and evaluate."""
+        if batch not in self._plans:
+            with strict_float32(self.device.type):
+                self._plans[batch] = self._plan(batch)
+        return self._plans[batch]
+
+    @abc.abstractmethod
+    def _plan(self, batch: int) -> Plan: ...
+
+    def _storage(self, batch: int, largest: int | None, gradient: bool) -> Storage:
+        # Without a gradient a run holds two states and one layer's activations: there is nothing to plan.
+        return self.plan(batch).storage if gradient else Storage(min(batch, largest or batch))
+
+    def _bar(self, storage: Storage, batch: int, progress: bool) -> tqdm:
+        total = len(storage.pieces(batch)) * self.num_steps
+        return tqdm(total=total, desc="purify", unit="step", disable=not progress, leave=False)
+
+
+class PreparedTable(Prepared):
+    """Of a method that is a table: an engine's programs."""
+
+    def _build(self, example: torch.Tensor) -> None:
+        method = self.method
+        assert isinstance(method, TableMethod)
+        self.recipe = method.recipe()
+        gradient, engine = self.settings.gradient, self.settings.engine
+
+        def programs(table: CoefficientTable) -> Programs:
+            return engine.prepare(self.engine, self.score, self.classifier, table, example, gradient.differentiates_guidance)
+
+        self.programs = programs(self.recipe.table)
+        self.surrogate: tuple[Programs, list[int]] | None = None
+        if isinstance(gradient, Surrogate):
+            chosen = gradient.chosen(self.num_steps)
+            self.surrogate = (programs(method.coarse(chosen)), chosen[:-1])
+
+    def begin(self, x_k: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.recipe.noising is None:
+            return x_k, x_k
+        a, d = self.recipe.noising
+        with strict_float32(x_k.device.type):
+            return guided_step_ref(x_k, torch.zeros_like(x_k), None, (a, 0.0, 0.0, d), noise.z(-1, x_k)), x_k
+
+    def run(
+        self, x_k: torch.Tensor, noise: Noise, *, gradient: bool, keep_states: bool, progress: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x_0, x_in = self.begin(x_k, noise)
+        storage = self._storage(len(x_0), self.programs.largest_batch, gradient)
+        run = Run(self.programs, noise, storage, keep_states=keep_states, surrogate=self.surrogate)
+        with self._bar(storage, len(x_0), progress) as bar:
+            run.progress = bar.update
+            x_last = integrate(x_0, run, gradient=gradient, x_in=x_in if self.recipe.table.e is not None else None)
+        return x_last, torch.stack([state.detach() for state in run.states]) if keep_states else None
+
+    def _plan(self, batch: int) -> Plan:
+        gradient, programs = self.settings.gradient, self.programs
+        image = int(np.prod(self.image_shape)) * self.dtype.itemsize
+        steps_back = gradient.backward_steps(self.num_steps)
+        need = Need(
+            batch=batch,
+            shape=self.image_shape,
+            num_steps=self.num_steps,
+            backward_steps=steps_back,
+            image_bytes=image,
+            state_bytes=image,
+            may_keep=gradient.keeps,
+            largest_batch=programs.largest_batch,
+            memory=programs.memory,
+        )
+        return budget.make_plan(
+            need,
+            getattr(gradient, "memory_budget", "auto"),
+            free=available_bytes(self.device),
+            engine=programs.engine,
+            weights_bytes=lambda piece: programs.weights_bytes(piece, gradient=steps_back > 0),
+            evaluations=programs.evaluations(),
+        )
+
+
+class PreparedSteps(Prepared):
+    """Of a method that is a step function: PyTorch runs it."""
+
+    def _build(self, example: torch.Tensor) -> None:
+        method = self.method
+        assert isinstance(method, StepMethod)
+        networks = Networks(self.score, self.classifier, detached=not self.settings.gradient.differentiates_guidance)
+        self.programs = StepPrograms(method, networks, 2.0 * example - 1.0)
+
+    def run(
+        self, x_k: torch.Tensor, noise: Noise, *, gradient: bool, keep_states: bool, progress: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        storage = self._storage(len(x_k), None, gradient)
+        run = StepRun(self.programs, noise, storage, keep_states=keep_states)
+        with self._bar(storage, len(x_k), progress) as bar:
+            run.progress = bar.update
+            x_last = integrate_steps(x_k, run, gradient=gradient)
+        return x_last, torch.stack(run.trajectory()) if keep_states else None
+
+    def _plan(self, batch: int) -> Plan:
+        gradient, programs = self.settings.gradient, self.programs
+        need = Need(
+            batch=batch,
+            shape=self.image_shape,
+            num_steps=self.num_steps,
+            backward_steps=gradient.backward_steps(self.num_steps),
+            image_bytes=int(np.prod(self.image_shape)) * self.dtype.itemsize,
+            state_bytes=programs.state_bytes(),
+            may_keep=False,
+            largest_batch=None,
+            memory=programs.memory,
+        )
+        return budget.make_plan(
+            need,
+            getattr(gradient, "memory_budget", "auto"),
+            free=available_bytes(self.device),
+            engine=programs.engine,
+            weights_bytes=lambda piece: 0,
+            evaluations=programs.evaluations(),
+        )
+
+
+def prepare(
+    settings: Settings, engine: str, score: nn.Module, classifier: nn.Module | None, example: torch.Tensor
+) -> Prepared:
+    """What runs a purifier of these settings on images like `example`."""
+    kind: Callable[..., Prepared] = PreparedTable if isinstance(settings.method, TableMethod) else PreparedSteps
+    return kind(settings, engine, score, classifier, example)

@@ -1,0 +1,236 @@
+"""How to purify, as one value: a method with its knobs, a gradient, an engine.
+
+The only place where keywords and words of the command line become these objects, and where they become JSON and come back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from coupfast.engines import Engine, fastest_engine
+from coupfast.gradients import GRADIENTS, Exact, Gradient
+from coupfast.methods import COUP, METHODS, Method, StepMethod, TableMethod, method_name
+from coupfast.naming import is_reference, reference_to, resolve
+from coupfast.options import Option, check_name, did_you_mean, options_of
+from coupfast.sde import VPSDE
+
+#: The keywords that name an object, in the order in which people think of them.
+KINDS = ("method", "gradient", "engine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything about a purification but its networks, images and noise.
+
+    Attributes:
+        method: What is done to an image.
+        gradient: What `backward` computes.
+        engine: What runs the steps.
+
+    Raises:
+        ValueError: if the three do not go together; the message says why.
+    """
+
+    method: Method = COUP()
+    gradient: Gradient = Exact()
+    engine: Engine = Engine()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", Method), ("gradient", Gradient), ("engine", Engine)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"`{name}` is a {kind.__name__}, got {type(getattr(self, name)).__name__}")
+        if isinstance(self.method, StepMethod) and self.engine.name not in ("auto", "eager"):
+            raise ValueError(
+                f"{type(self.method).__name__} is a step function, which PyTorch runs: engine 'eager' or 'auto', got {self.engine.name!r}"
+            )
+        self.gradient.check(self.method, self.num_steps)
+
+    @classmethod
+    def of(cls, base: Settings | None = None, /, **keywords: Any) -> Settings:
+        """From keywords, as `coupfast.purify` has them.
+
+        Args:
+            base: Where to take from what no keyword says.
+            keywords: `method`, `gradient` and `engine` as names, objects or (the first) `package.module:NAME`, and the options
+                of the chosen ones by their keywords; see `options`.
+
+        Raises:
+            TypeError: for a keyword that nothing has.
+            ValueError: for one that the chosen objects do not have, a name that does not exist, or a value out of range.
+        """
+        base = base or cls()
+        unknown = [name for name in keywords if name not in KINDS and not any(name in kind for kind in _owners().values())]
+        if unknown:
+            known = [*KINDS, *(name for kind in _owners().values() for name in kind)]
+            if not _is_outside(keywords.get("method")):
+                raise TypeError(f"a purifier has no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        method = _choose_method(keywords.pop("method", base.method))
+        gradient = _choose(keywords.pop("gradient", base.gradient), GRADIENTS, Gradient, "gradient")
+        engine = keywords.pop("engine", base.engine)
+        if isinstance(engine, str):
+            keywords["engine"], engine = engine, base.engine
+        chosen = [_with(chosen, keywords) for chosen in (method, gradient, engine)]
+        if keywords:
+            name = next(iter(keywords))
+            having = [word for word, options in _owners().items() if name in options]
+            also = f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it" if having else ""
+            raise ValueError(
+                f"`{name}` is no option of method {_said(method)}, gradient {_said(gradient)} or the engine{also}. They have "
+                f"{', '.join(option.keyword for part in (method, gradient, engine) for option in options_of(part))}"
+            )
+        return cls(method=chosen[0], gradient=chosen[1], engine=chosen[2])  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def num_steps(self) -> int:
+        """Steps of a run."""
+        if isinstance(self.method, TableMethod):
+            return self.method.recipe().table.num_steps
+        assert isinstance(self.method, StepMethod)
+        steps = self.method.num_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{type(self.method).__name__} has `num_steps`, an int of at least 1, got {steps!r}")
+        return steps
+
+    def engine_for(self, score: nn.Module) -> tuple[str, str | None]:
+        """The engine that runs this network, and, where "auto" chose it, why it is not a faster one."""
+        if isinstance(self.method, StepMethod):
+            return "eager", f"{type(self.method).__name__} is a step function" if self.engine.name == "auto" else None
+        return fastest_engine(score) if self.engine.name == "auto" else (self.engine.name, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: enough for `from_dict`, and a hash of the numbers (or of the source) that the steps follow."""
+        return {
+            "method": {"name": method_name(self.method), **_fields(self.method)},
+            "gradient": {"name": self.gradient.name, **_fields(self.gradient)},
+            "engine": _fields(self.engine),
+            "steps_sha256": self._steps_sha256(),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Settings:
+        """What `to_dict` was made of.
+
+        Raises:
+            ValueError: if the method is not there any more, or its steps are others now.
+        """
+        method, gradient = dict(fields["method"]), dict(fields["gradient"])
+        found_method = _choose_method(method.pop("name"))
+        found = cls(
+            method=dataclasses.replace(found_method, **_values(method)),  # type: ignore[type-var]
+            gradient=_choose(gradient.pop("name"), GRADIENTS, Gradient, "gradient", **gradient),
+            engine=Engine(**fields["engine"]),
+        )
+        if "steps_sha256" in fields and found._steps_sha256() != fields["steps_sha256"]:
+            raise ValueError(f"{method_name(found.method)} takes other steps now than when this was written")
+        return found
+
+    def _steps_sha256(self) -> str:
+        if isinstance(self.method, TableMethod):
+            recipe = self.method.recipe()
+            return hashlib.sha256(f"{recipe.table.sha256()} {recipe.noising}".encode()).hexdigest()
+        module = sys.modules[type(self.method).__module__]
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Settings({self.method!r}, {self.gradient!r}, {self.engine!r})"
+
+
+def options() -> dict[str, list[Option]]:
+    """Every option of a purification that ships, by whose it is: the methods', the gradients', the engine's; each option once."""
+    groups: dict[str, dict[str, Option]] = {"method": {}, "gradient": {}, "engine": {}}
+    for kind, owners in (("method", METHODS.values()), ("gradient", GRADIENTS.values()), ("engine", (Engine,))):
+        for owner in owners:
+            for found in options_of(owner):
+                groups[kind].setdefault(found.keyword, found)
+    return {kind: list(found.values()) for kind, found in groups.items()}
+
+
+@functools.cache
+def _owners() -> dict[str, dict[str, Option]]:
+    """Options by keyword, of each method, gradient and engine."""
+    named: dict[str, Any] = {f"method {name!r}": method for name, method in METHODS.items()}
+    named |= {f"gradient {name!r}": gradient for name, gradient in GRADIENTS.items()} | {"the engine": Engine}
+    return {word: {found.keyword: found for found in options_of(owner)} for word, owner in named.items()}
+
+
+def _is_outside(method: Any) -> bool:
+    if isinstance(method, str):
+        return is_reference(method)
+    owner = method if isinstance(method, type) else type(method)
+    return isinstance(owner, type) and issubclass(owner, Method) and owner not in METHODS.values()
+
+
+def _choose_method(given: Any) -> Any:
+    """A method, or the class of one whose knobs are still to come."""
+    if isinstance(given, str):
+        if is_reference(given):
+            return resolve(given, Method, option="method")
+        check_name("method", given, METHODS)
+        return METHODS[given]
+    if isinstance(given, type) and issubclass(given, Method):
+        return given
+    if not isinstance(given, Method):
+        raise TypeError(f"`method` is a name, package.module:NAME or a Method, got {type(given).__name__}")
+    return given
+
+
+def _choose(given: Any, known: Mapping[str, type], kind: type, name: str, **fields: Any) -> Any:
+    if isinstance(given, str):
+        check_name(name, given, known)
+        return known[given](**fields)
+    if isinstance(given, type) and issubclass(given, kind):
+        return given(**fields)
+    if not isinstance(given, kind):
+        raise TypeError(f"`{name}` is one of {', '.join(map(repr, known))} or an object of one, got {type(given).__name__}")
+    return given
+
+
+def _with(chosen: Any, keywords: dict[str, Any]) -> Any:
+    """The object with those of the keywords that it has, which are taken out."""
+    fields = {found.field: keywords.pop(found.keyword) for found in options_of(chosen) if found.keyword in keywords}
+    if isinstance(chosen, type):
+        try:
+            return chosen(**fields)
+        except TypeError as error:
+            if "missing" in str(error):
+                raise ValueError(f"method {_said(chosen)}: {error}") from error
+            raise
+    return dataclasses.replace(chosen, **fields) if fields else chosen
+
+
+def _said(part: Any) -> str:
+    if isinstance(part, Method) or (isinstance(part, type) and issubclass(part, Method)):
+        return repr(method_name(part))
+    return repr(part.name)
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, VPSDE):
+        return {"beta_min": value.beta_min, "beta_max": value.beta_max}
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Callable):  # type: ignore[arg-type]
+        return reference_to(value)
+    return value
+
+
+def _values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a method as they were before `_plain`."""
+    values = dict(fields)
+    if isinstance(values.get("sde"), Mapping):
+        values["sde"] = VPSDE(**values["sde"])
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,0 +1,251 @@
+"""The steps of a `StepMethod` and the exact gradient of all of them: states are kept, one step at a time is taken once more.
+
+Nothing is known of such a step but that it repeats itself: the backward pass runs it again from its stored state with gradients
+recorded, and back-propagates through that one step. Memory: all states, and one step's graph, however many steps there are.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from coupfast.derivatives import all_finite, first_order_only
+from coupfast.engine import Noise, ReplayedNoise, StepMemory
+from coupfast.engine.memory import AllocationAccount
+from coupfast.engine.precision import strict_float32
+from coupfast.integrate import Storage
+from coupfast.methods import Networks, StepMethod, StepState
+
+
+class StepPrograms:
+    """A step method bound to networks and a shape of images; what a planner asks of an engine.
+
+    Args:
+        method: The method.
+        networks: Frozen, in eval mode.
+        example: A state; its image shape, dtype and device are those of all states to come.
+    """
+
+    engine = "eager"
+    largest_batch: int | None = None
+
+    def __init__(self, method: StepMethod, networks: Networks, example: torch.Tensor) -> None:
+        self.method, self.networks = method, networks
+        self.example = torch.zeros_like(example[:1])
+        self._measured: tuple[StepMemory, int, dict[str, dict[str, int]]] | None = None
+
+    def memory(self, batch: int) -> StepMemory:
+        """In proportion to one image, which takes step 0 and back with every result's storage counted."""
+        return StepMemory(*(batch * size for size in dataclasses.astuple(self._measure()[0])))
+
+    def state_bytes(self) -> int:
+        """Of one image's state, all of its tensors."""
+        return self._measure()[1]
+
+    def evaluations(self) -> dict[str, dict[str, int]]:
+        """Calls of the networks in step 0, and in the rebuilt one with its back-propagation."""
+        return self._measure()[2]
+
+    def weights_bytes(self, batch: int, *, gradient: bool) -> int:
+        return 0
+
+    def _measure(self) -> tuple[StepMemory, int, dict[str, dict[str, int]]]:
+        if self._measured is None:
+            self._measured = self._account()
+        return self._measured
+
+    def _account(self) -> tuple[StepMemory, int, dict[str, dict[str, int]]]:
+        method, x = self.method, self.example
+        noise = ReplayedNoise(torch.zeros((method.num_noises, *x.shape), dtype=x.dtype, device=x.device))
+        calls: collections.Counter[str] = collections.Counter()
+        networks = [("score", self.networks.score), ("classifier", self.networks.classifier)]
+        hooks = [
+            network.register_forward_hook(lambda *_, name=name: calls.update({f"{name} forward": 1}))
+            for name, network in networks
+            if network is not None
+        ]
+        weights = [
+            tensor for _, network in networks if network is not None for tensor in [*network.parameters(), *network.buffers()]
+        ]
+        try:
+            with torch.no_grad():
+                state = method.start(x, noise)
+                with AllocationAccount([x, noise.rows, *weights, *state]) as forward:
+                    following = method.step(0, state, noise, self.networks)
+            _check_state(state, following, self.method)
+            step = dict(calls)
+            calls.clear()
+            with AllocationAccount([x, noise.rows, *weights, *state]) as rebuilding:
+                _pull(lambda *s: method.step(0, s, noise, self.networks), state, [torch.zeros_like(s) for s in following])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rebuild = dict(calls) | {name.replace("forward", "backward"): count for name, count in calls.items()}
+        size = sum(tensor.nbytes for tensor in state)
+        memory = StepMemory(forward.peak, forward.peak, rebuilding.peak, rebuilding.peak, 0, 0)
+        return memory, size, {"step": step, "rebuild": rebuild, "slopes": rebuild, "activations": rebuild}
+
+
+def _check_state(before: StepState, after: Any, method: StepMethod) -> None:
+    name = type(method).__name__
+    if not isinstance(after, tuple) or not all(isinstance(tensor, torch.Tensor) for tensor in after):
+        raise TypeError(f"{name}.step returns a tuple of tensors, got {type(after).__name__}")
+    found, wanted = ([(tuple(tensor.shape[1:]), tensor.dtype) for tensor in state] for state in (after, before))
+    if found != wanted:
+        raise ValueError(f"{name}.step returns a state like the one that it got, {wanted} an image; it returned {found}")
+
+
+@dataclasses.dataclass
+class StepRun:
+    """One purification by a step method under way."""
+
+    programs: StepPrograms
+    noise: Noise
+    storage: Storage
+    progress: Callable[[], object] = lambda: None
+    keep_states: bool = False
+    states: list[list[StepState]] = dataclasses.field(default_factory=list)  # [piece][step]
+
+    def trajectory(self) -> list[torch.Tensor]:
+        """The images of all states, x_0 … x_K."""
+        return [torch.cat([piece[k][0] for piece in self.states]) for k in range(len(self.states[0]))]
+
+
+def integrate_steps(x_in: torch.Tensor, run: StepRun, *, gradient: bool) -> torch.Tensor:
+    """The purified image in the [-1, 1] scale, differentiable with respect to x_in and replayed noise if `gradient`.
+
+    Args:
+        x_in: State in the [-1, 1] scale, shape (batch, channels, height, width).
+        run: How to run; `run.states` is filled as far as the run keeps states.
+        gradient: Whether a backward pass is to be possible (the run then keeps every state).
+    """
+    with strict_float32(x_in.device.type):
+        if gradient:
+            return _StepGradient.apply(x_in, run.noise.rows if isinstance(run.noise, ReplayedNoise) else None, run)
+        with torch.no_grad():
+            return _forward(run, x_in.detach(), for_gradient=False)
+
+
+def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.Tensor:
+    method, networks = run.programs.method, run.programs.networks
+    run.states, ends = [], []
+    for piece in run.storage.pieces(len(x_in)):
+        noise = run.noise.images(piece)
+        state = method.start(x_in[piece], noise)
+        states = [state]
+        for k in range(method.num_steps):
+            versions = [tensor._version for tensor in state]
+            following = method.step(k, state, noise, networks)
+            if k == 0:
+                _check_state(state, following, method)
+            if versions != [tensor._version for tensor in state]:
+                raise ValueError(
+                    f"{type(method).__name__}.step writes into its state in step {k}; the backward pass needs it again: work on a copy"
+                )
+            state = tuple(tensor.detach() for tensor in following)
+            if not (for_gradient or run.keep_states):
+                states.clear()
+            states.append(state)
+            run.progress()
+        run.states.append(states)
+        ends.append(method.finish(state))
+    return torch.cat(ends)
+
+
+class _StepGradient(torch.autograd.Function):
+    """x_in, noise → purified image, each step rebuilt from its state in the backward pass."""
+
+    @staticmethod
+    def forward(x_in: torch.Tensor, rows: torch.Tensor | None, run: StepRun) -> torch.Tensor:
+        return _forward(run, x_in.detach(), for_gradient=True).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        x_in, rows, ctx.run = inputs
+        ctx.save_for_backward(x_in)
+        ctx.rows_shape = None if rows is None else rows.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (x_in,) = ctx.saved_tensors
+        grad_rows = grad.new_zeros(ctx.rows_shape) if ctx.needs_input_grad[1] else None
+        with torch.no_grad(), strict_float32(grad.device.type):
+            grad_x = _backward(ctx.run, x_in.detach(), grad, grad_rows)
+        return *first_order_only(grad_x, grad_rows), None
+
+
+class _Leaves:
+    """A piece's replayed noise as leaves, so that what a step does with them can be differentiated."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.taken = rows, {}  # type: ignore[var-annotated]
+
+    def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        if k not in self.taken:
+            self.taken[k] = self.rows[k].detach().requires_grad_()
+        return self.taken[k]
+
+    def z2(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        raise ValueError("a step function takes all of its noise by `noise.z`, which has `num_noises` rows")
+
+    def images(self, piece: slice) -> Noise:
+        raise AssertionError("a piece is not cut again")
+
+
+def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: torch.Tensor | None) -> torch.Tensor:
+    method, networks = run.programs.method, run.programs.networks
+    grad_x = torch.empty_like(x_in)
+    for states, piece in zip(run.states, run.storage.pieces(len(x_in)), strict=True):
+        noise = run.noise.images(piece)
+
+        def pull(function: Callable[..., Any], state: StepState, v: Sequence[torch.Tensor], piece: slice, noise: Noise) -> list:
+            if grad_rows is None:
+                return _pull(lambda *s: function(s, noise), state, v)
+            assert isinstance(noise, ReplayedNoise)
+            leaves = _Leaves(noise.rows)
+            return _pull(
+                lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g)
+            )
+
+        v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
+        for k in reversed(range(method.num_steps)):
+            v = pull(lambda s, n, k=k: method.step(k, s, n, networks), states[k], v, piece, noise)
+            if not all(all_finite(part) for part in v if part.is_floating_point()):
+                raise FloatingPointError(
+                    f"the gradient stopped being finite in step {k} of {type(method).__name__}; look at the state there "
+                    f"(`return_trajectory=True` gives its image)"
+                )
+        grad_x[piece] = pull(lambda s, n: method.start(s[0], n), (x_in[piece],), v, piece, noise)[0]
+    return grad_x
+
+
+def _pull(
+    function: Callable[..., Any],
+    state: StepState,
+    v: Sequence[torch.Tensor],
+    leaves: dict[int, torch.Tensor] | None = None,
+    receive: Callable[[int, torch.Tensor], object] | None = None,
+) -> list[torch.Tensor]:
+    """The cotangents of `state` from those of function(*state), zero where nothing flows; those of `leaves` go to `receive`."""
+    with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        inputs = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in state]
+        results = function(*inputs)
+        flowing = [(result, w) for result, w in zip(results, v, strict=True) if result.requires_grad]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad] + list((leaves or {}).values())
+        found: Sequence[torch.Tensor | None] = [None] * len(wanted)
+        if flowing:
+            found = torch.autograd.grad([result for result, _ in flowing], wanted, [w for _, w in flowing], allow_unused=True)
+    remaining = iter(found)
+    cotangents = []
+    for tensor in inputs:
+        gradient = next(remaining) if tensor.requires_grad else None
+        cotangents.append(torch.zeros_like(tensor) if gradient is None else gradient)
+    for row, gradient in zip((leaves or {}), remaining, strict=True):
+        if gradient is not None and receive is not None:
+            receive(row, gradient)
+    return cotangents
