@@ -86,15 +86,21 @@ class Compiled:
     ptx: str
 
 
+#: What rows of eight columns add: fields of `guided_step`.
+TWO_STEP = ("x_before", "eps_before")
+ALL_COLUMNS = ("x_in", "second_noise", *TWO_STEP)
+
+
 def guided_step_launch(
     shape: tuple[int, ...],
     *,
     layout: torch.memory_format = torch.contiguous_format,
+    predicted: bool = True,
     guided: bool = True,
     noisy: bool = True,
-    classifier_input: bool = False,
+    more: tuple[str, ...] = (),
 ) -> Launch:
-    """The launch of `guided_step` for states of a shape."""
+    """The launch of `guided_step` for states of a shape; `more` are of `ALL_COLUMNS`."""
     x = torch.empty(shape, memory_format=layout)
     words = torch.zeros(shape[0], dtype=torch.int64)
     scalar = torch.zeros((), dtype=torch.int64)
@@ -103,13 +109,15 @@ def guided_step_launch(
         "_guided_step_kernel",
         (
             x,
-            x if classifier_input else None,
             x,
-            x,
+            x if predicted else None,
             x if guided else None,
-            torch.empty(100, 4),
+            torch.empty(100, 8 if more else 4),
             scalar,
             *((scalar, words, words) if noisy else (None, None, None)),
+            x if "x_in" in more else None,
+            "second_noise" in more,
+            *(x if name in more else None for name in TWO_STEP),
         ),
     )
 
@@ -152,17 +160,25 @@ def cases() -> dict[str, Launch]:
     cifar, last = (256, 3, 32, 32), torch.channels_last
     return {
         "forward": guided_step_launch(cifar),
-        "forward + classifier's input": guided_step_launch(cifar, classifier_input=True),
         "forward, unguided": guided_step_launch(cifar, guided=False),
         "adjoint": guided_step_launch(cifar, noisy=False),
         "adjoint, no hvp": guided_step_launch(cifar, noisy=False, guided=False),
         "noise alone": standard_normal_launch(cifar),
         "channels-last: forward": guided_step_launch(cifar, layout=last),
-        "channels-last: forward + classifier's input": guided_step_launch(cifar, layout=last, classifier_input=True),
         "channels-last: adjoint": guided_step_launch(cifar, layout=last, noisy=False),
         "channels-last, 4 channels: forward": guided_step_launch((64, 4, 64, 64), layout=last),
         "ragged: forward": guided_step_launch((5, 3, 17, 19)),
         "ragged channels-last: forward": guided_step_launch((5, 3, 17, 19), layout=last),
+        "x_in: forward": guided_step_launch(cifar, more=("x_in",)),
+        "two noises: forward": guided_step_launch(cifar, more=("second_noise",)),
+        "two steps: forward, unguided": guided_step_launch(cifar, guided=False, noisy=False, more=TWO_STEP),
+        "no network: forward": guided_step_launch(cifar, predicted=False, guided=False),
+        "eight columns: forward": guided_step_launch(cifar, more=ALL_COLUMNS),
+        "channels-last, eight columns: forward": guided_step_launch(cifar, layout=last, more=ALL_COLUMNS),
+        "channels-last, 4 channels, eight columns: forward": guided_step_launch(
+            (64, 4, 64, 64), layout=last, more=ALL_COLUMNS
+        ),
+        "ragged, eight columns: forward": guided_step_launch((5, 3, 17, 19), more=ALL_COLUMNS),
     }
 
 

@@ -25,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coupfast import Purifier
 from coupfast.engine import CounterNoise
 from coupfast.engine.cuda import CudaPrograms
-from coupfast.engine.flat import VIEWS
+from coupfast.engine.cuda.flat import VIEWS
+from coupfast.engine.cuda.networks import CudaNetworks
+from coupfast.engine.eager import EagerProgram
 from coupfast.engine.networks import frozen
 from coupfast.guidance import Guidance
 
@@ -50,12 +52,12 @@ def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
     size, channels = score.image_size, score.channels
     x = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
     guidance = Guidance(classifier, x)
-    counts = {"PyTorch": _eager(CudaPrograms(score, guidance, table, x, True), x)}
+    counts = {"PyTorch": _eager(EagerProgram(score, guidance, table, x, True), x)}
     for name, fused in (("flat", False), ("flat, fused", True)):
-        programs = CudaPrograms(
+        networks = CudaNetworks(
             score, guidance, table, x, True, choose=(lambda *shape: "ieee") if fused else None, fuse_norms=fused
         )
-        counts[name] = _flat(programs, x)
+        counts[name] = _flat(CudaPrograms(networks), x)
     counts["graph"] = GRAPH
     return [
         {"network": network, "batch": batch, "how": how, "forward": forward, "backward": backward}
@@ -63,9 +65,9 @@ def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def _eager(programs: CudaPrograms, x: torch.Tensor) -> tuple[int, int]:
+def _eager(program: EagerProgram, x: torch.Tensor) -> tuple[int, int]:
     zeros = torch.zeros(len(x), dtype=torch.int64)
-    program, noise = programs.eager, CounterNoise(0, zeros, zeros)
+    noise = CounterNoise(0, zeros, zeros)
     with _Counter() as forward:
         _, saved = program.step(0, x, noise, "slopes")
     with _Counter() as backward:

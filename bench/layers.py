@@ -1,8 +1,8 @@
 """How fast the CPU engine's convolutions are, shape by shape: `python bench/layers.py --batch 8`.
 
 Takes every distinct shape of convolution that the engine finds in a network's trace, forward and transposed (the gradient of
-its input), in the algorithm that `coupfast.engine.cpu.tile` chooses for it (`--all`: in each that can run it), in turns with
-PyTorch's own convolution of NCHW and of channels-last tensors. Then whole networks, as `NetworkProgram` runs them.
+its input), in the algorithm that the engine chooses for it (`--all`: in each that can run it), in turns with PyTorch's own
+convolution of NCHW and of channels-last tensors. Then whole networks, as `NetworkProgram` runs them.
 
 What a row of a shape says. Both sides take one convolution without bias, norm or activation, weights packed or laid out
 beforehand. Short calls are repeated until a sample lasts 5 ms, so weights and maps are as warm in the caches as they get;
@@ -41,11 +41,12 @@ import torch
 import torch.nn.functional as F
 from cases import IMAGE_SHAPE, Case, add_network_options, load_case, positive, write_results
 from timing import Summary, interleave, timed, times_faster
-from torch import fx
 
-from coupfast.engine.cpu import tile
-from coupfast.engine.cpu_program import NetworkProgram, WeightStore, Workspace
-from coupfast.engine.fusion import Convolution, FusedNetwork, fuse
+from coupfast.engine.cpu.algorithms import WeightStore, tile
+from coupfast.engine.cpu.fusion import fuse
+from coupfast.engine.cpu.network_program import NetworkProgram
+from coupfast.engine.cpu.parts import Convolution, FusedNetwork
+from coupfast.engine.cpu.placement import Workspace
 from coupfast.guidance import scaled_logits
 from coupfast.tracing import trace
 from coupfast_kernels import convolution as kernels
@@ -167,14 +168,7 @@ def bound_program(fused: FusedNetwork, weights: WeightStore, batch: int, *, back
     workspace = Workspace()
     workspace.hold(program.arena_floats, program.scratch_floats)
     program.bind(workspace)
-    values: dict[fx.Node, Any] = dict(fused.constants)
-    if fused.time is not None:
-        values[fused.time] = torch.full((1,), LABEL)
-    with torch.no_grad():
-        for operation in fused.time_operations:
-            args, kwargs = operation.arguments(values, 1)
-            values[operation.node] = operation.node.target(*args, **kwargs)  # type: ignore[operator]
-    program.set_time({node: values[node].clone() for node in fused.time_values})
+    program.set_label(fused.at_label(torch.full((1,), LABEL)))
     return program
 
 
@@ -236,9 +230,7 @@ def _network_row(subject: _Subject, gradient: bool, case: Case, options: argpars
         **case.machine_fields(),
     }
     if sound:
-        turns = interleave(
-            {"engine": lambda: timed(engine, CPU)[0], "eager": lambda: timed(eager, CPU)[0]}, options.repeats
-        )
+        turns = interleave({"engine": lambda: timed(engine, CPU)[0], "eager": lambda: timed(eager, CPU)[0]}, options.repeats)
         row |= _times(turns["engine"]) | {
             "seconds_eager": min(turns["eager"]),
             "ratio_to_eager": times_faster(turns["eager"], turns["engine"]),

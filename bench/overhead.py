@@ -23,7 +23,9 @@ from cases import Case, add_case_options, load_case, write_results
 
 from coupfast import Purifier
 from coupfast.engine import CounterNoise, cpu
-from coupfast.engine.cpu_program import NetworkProgram
+from coupfast.engine.cpu import program as cpu_program
+from coupfast.engine.cpu.regions import Call, Regions
+from coupfast.engine.networks import frozen
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import Operations
 
@@ -49,17 +51,17 @@ class Clock:
 
 def instrument(clock: Clock) -> None:
     """Let the engine's calls be timed, in this process from now on."""
-    calls = NetworkProgram._calls
+    calls = Regions.calls
 
-    def timed_calls(self: NetworkProgram, region: Any) -> list:
+    def timed_calls(self: Regions, region: Any) -> list[Call]:
         made = calls(self, region)
         for call in made:
             call.target = clock.timed("PyTorch", call.target)
         return made
 
-    NetworkProgram._calls = timed_calls  # type: ignore[method-assign]
+    Regions.calls = timed_calls  # type: ignore[method-assign]
     Operations.run = clock.timed("kernels", Operations.run)  # type: ignore[method-assign]
-    cpu.guided_step_cpu = clock.timed("kernels", cpu.guided_step_cpu)
+    cpu_program.guided_step_cpu = clock.timed("kernels", cpu_program.guided_step_cpu)
     torch.autograd.grad = clock.timed("PyTorch", torch.autograd.grad)
     torch.ops.aten.convolution_backward = clock.timed("PyTorch", torch.ops.aten.convolution_backward)
 
@@ -67,9 +69,9 @@ def instrument(clock: Clock) -> None:
 def rows(case: Case, repeats: int, seed: int) -> list[dict[str, Any]]:
     clock = Clock()
     instrument(clock)
-    purifier = Purifier(case.networks.score, case.networks.classifier, engine="cpu", num_steps=10)
-    x = case.x
-    program = purifier._prepare(x).programs.for_batch(len(x))
+    score, classifier, x = frozen(case.networks.score), frozen(case.networks.classifier), case.x
+    table = Purifier(score, classifier, engine="cpu", num_steps=10).recipe.table
+    program = cpu.prepare(score, classifier, table, x).for_batch(len(x))
     noise = CounterNoise(seed, torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64))
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     kept: list[Any] = [None]

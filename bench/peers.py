@@ -42,9 +42,8 @@ from layers import LABEL, bound_program, fused_score, relative_error
 from timing import Summary, interleave, timed, times_faster
 from torch import nn
 
-from coupfast.engine.cpu import tile
-from coupfast.engine.cpu_program import WeightStore
-from coupfast.engine.fusion import FusedNetwork
+from coupfast.engine.cpu.algorithms import WeightStore, tile
+from coupfast.engine.cpu.parts import FusedNetwork
 from coupfast.environment import version
 from coupfast_kernels import native
 

@@ -23,8 +23,7 @@ import torch
 from torch.autograd.profiler import profile
 from tqdm import tqdm
 
-from coupfast.engine.calibration import machine_key
-from coupfast.environment import processor, version
+from coupfast.environment import machine_key, processor, version
 
 Result = TypeVar("Result")
 

@@ -50,6 +50,20 @@ class Plan:
     budget_bytes: int
     evaluations: dict[str, int]
 
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    def check_fits(self) -> None:
+        """MemoryError if it does not."""
+        if not self.fits:
+            raise MemoryError(
+                f"{self.batch} images in {self.num_steps} steps need {self.least_bytes / 2**20:.0f} MiB even one image at a "
+                f"time, and half of the free memory is {self.budget_bytes / 2**20:.0f} MiB; use fewer images a call, or give "
+                "`memory_budget` in bytes"
+            )
+
     def __str__(self) -> str:
         kept = ["all states"]
         if self.storage.slopes:
@@ -62,7 +76,7 @@ class Plan:
             f"keeps {', '.join(kept)}\n"
             f"transformed weights {self.weights_bytes / 2**20:.1f} MiB; "
             f"predicted peak {self.peak_bytes / 2**20:.1f} MiB above all weights (budget {self.budget_bytes / 2**20:.1f}, "
-            f"least {self.least_bytes / 2**20:.1f})\n"
+            f"least {self.least_bytes / 2**20:.1f}){'' if self.fits else ', which does not fit'}\n"
             f"network evaluations, forward and backward: {counts}"
         )
 
@@ -142,11 +156,6 @@ def choose_storage(need: Need, budget: int | Literal["auto", "least"], allowed: 
     piece = min(need.batch, need.largest_batch or need.batch)
     while piece > 1 and need.peak(piece, False, 0) > allowed:
         piece = (piece + 1) // 2
-    if budget == "auto" and need.peak(piece, False, 0) > allowed:
-        raise MemoryError(
-            f"{need.batch} images in {need.num_steps} steps need {need.peak(1, False, 0) / 2**20:.0f} MiB even one image at a time, "
-            f"and half of the free memory is {allowed / 2**20:.0f} MiB; use fewer images a call, or give `memory_budget` in bytes"
-        )
     if piece < need.batch and budget == "auto":
         logger.info("%d images do not fit at once: purifying %d at a time", need.batch, piece)
     slopes = need.may_keep and need.memory(1).slopes > 0 and need.peak(piece, True, 0) <= allowed
@@ -172,11 +181,11 @@ def make_plan(
         free: Bytes that are free.
         engine: Its name.
         weights_bytes: Transformed weights for a number of images at a time.
-        evaluations: Network evaluations of a "step", of a transposed step that is a "rebuild", or on kept "slopes", "activations".
+        evaluations: Network evaluations of a "step", and of a transposed one that is a "rebuild", or on kept "slopes" or
+            "activations".
 
     Raises:
         ValueError: if the budget is below the least that is possible.
-        MemoryError: if not even one image fits into half of the free memory.
     """
     allowed = allowed_bytes(need, budget, free)
     storage = choose_storage(need, budget, allowed)
@@ -184,7 +193,11 @@ def make_plan(
     pieces = -(-need.batch // storage.piece)
     rebuilt = need.backward_steps - storage.kept_steps
     counts: dict[str, int] = {}
-    parts = [("step", need.num_steps), ("slopes" if storage.slopes else "rebuild", rebuilt), ("activations", storage.kept_steps)]
+    parts = [
+        ("step", need.num_steps),
+        ("slopes" if storage.slopes else "rebuild", rebuilt),
+        ("activations", storage.kept_steps),
+    ]
     for kind, times in parts:
         for name, each in evaluations[kind].items():
             counts[name] = counts.get(name, 0) + each * times * pieces

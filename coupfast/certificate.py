@@ -153,7 +153,7 @@ class GradientCertificate:
 
     @property
     def verdict(self) -> str:
-        """In a word: "exact", "not exact", "approximate by design", "no gradient", or "zero gradient" where float64 has none."""
+        """In words: "exact", "not exact", "approximate by design", "no gradient", "zero gradient" where float64 has none."""
         if self.overall is None:
             return "no gradient"
         if self.overall.norm_float64 == 0.0:
@@ -201,7 +201,8 @@ class GradientCertificate:
             f"gradient certificate: {self.verdict}",
             f"  gradient: {_said(self.settings['gradient'])}",
             f"  method:   {_said(self.settings['method'])}; {self.num_steps} steps",
-            f"  engine {self.engine}, {self.settings['engine']['precision']}, {self.dtype} on {self.device}, torch {self.torch}",
+            f"  engine {self.engine}, {self.settings['engine']['precision']}, {self.dtype} on {self.device}, "
+            f"torch {self.torch}",
             f"  loss: {self.loss}; {len(self.ids)} images, seed {self.seed}, draw 0",
             "",
             f"against float64 back-propagation through every step ({self.steps_at_once} at once, "
@@ -276,13 +277,14 @@ def check_gradient(
     """Compare the gradient that `defense` gives, in its current mode, with the gradient of the steps that ran.
 
     The loss of a `PurifiedClassifier` is the cross-entropy of its logits, that of a bare `Purifier` a fixed random linear
-    functional of the purified image; losses are taken in float64, so that only the defense is measured. The definition
-    that it is compared with is the method's own, for COUP, DiffPure and the reverse SDE `reference.purify_ref`, on float64 copies of the networks and on the same noise, which is
-    float32 by definition. It always differentiates the guidance: `guidance_gradient="detached"` is compared with the exact
-    gradient, too. The first clip of a defense is the identity on images in [0, 1] and is left out of the definition, whose
-    differences step a little beyond that range; the last clip is in it. The guidance of a ReLU classifier jumps where an
-    activation changes side, and so does the loss: differences that straddle a jump are far off,
-    the likelier the more steps the solver takes. So several sizes are tried, and their spread is part of the result.
+    functional of the purified image; losses are taken in float64, so that only the defense is measured. The definition that
+    it is compared with is the method's own (for COUP, DiffPure and the reverse SDE `reference.purify_ref`) on float64
+    copies of the networks and on the same noise, which is float32 by definition. It always differentiates the guidance:
+    `guidance_gradient="detached"` is compared with the exact gradient, too. The first clip of a defense is the identity on
+    images in [0, 1] and is left out of the definition, whose differences step a little beyond that range; the last clip is
+    in it. The guidance of a ReLU classifier jumps where an activation changes side, and so does the loss: differences that
+    straddle a jump are far off, the likelier the more steps the solver takes. So several sizes are tried, and their spread
+    is part of the result.
 
     Args:
         defense: What to certify. Its draw counter, its `last_seed` and all gradients of weights are left as they are.
@@ -453,9 +455,7 @@ class _Check:
     ) -> tuple[DirectionalDerivative, ...]:
         vectors = {f"random {i}": _unit(self._normal(i, _DIRECTION_STEP)) for i in range(directions)}
         vectors["sign"] = _unit((gradient64 if gradient is None else gradient).sign())
-        rows, second = (
-            None if part is None else torch.cat([part, part], dim=1) for part in (noise.rows, noise.second)
-        )
+        rows, second = (None if part is None else torch.cat([part, part], dim=1) for part in (noise.rows, noise.second))
         assert rows is not None
         noise_twice = ReplayedNoise(rows, second)
         found = []

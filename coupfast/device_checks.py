@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from coupfast.engine.calibration import FLOAT32_LIMIT, STRICT_FACTOR, TF32_LIMIT
+from coupfast.engine.cuda.calibration import FLOAT32_LIMIT, STRICT_FACTOR, TF32_LIMIT
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rates import copy_bandwidth, device_seconds, matmul_rate
 from coupfast.environment import one_line
@@ -25,7 +25,7 @@ from coupfast.purify import Purifier
 from coupfast_kernels.conv3x3 import conv3x3, conv3x3_ref, pack_weight, trying
 from coupfast_kernels.group_norm import group_norm_silu, group_norm_silu_ref, group_norm_silu_vjp_ref
 from coupfast_kernels.guided_step import guided_step, guided_step_ref
-from coupfast_kernels.noise import seed_tensor, standard_normal_ref
+from coupfast_kernels.noise import SECOND_NOISE_STEP, seed_tensor, standard_normal_ref
 
 #: Roundings that an element of GroupNorm and SiLU goes through besides its sums, the polynomials' counted in halves of an ulp:
 #: h − mean, rsqrt (4), product, weight, bias, exp of |a| ≤ 4 (14), addition, division (4), product.
@@ -107,14 +107,15 @@ def check_kernels(device: torch.device) -> Iterator[Row]:
         `kernel`, `case`, `status` ("ok", "mismatch" or "failed"), `error`, `bound`, `detail`. For `guided_step` the error
         counts elements with other bits, and the bound is 0; elsewhere it is relative to float64, in the Euclidean norm. A bound
         is STRICT_FACTOR times the definition's own error in float32, which has the same sums, and at least the roundings that
-        are counted besides them; reduced precisions have limits of their own (`coupfast.engine.calibration`).
+        are counted besides them; reduced precisions have limits of their own (`coupfast.engine.cuda.calibration`).
     """
     with torch.no_grad(), strict_float32(device.type):
         for shape in ((5, 3, 32, 32), (3, 3, 17, 19)):
             for name, layout in _LAYOUTS.items():
                 for noisy in (True, False):
-                    case = f"{_by(shape)}, {name}, {'with' if noisy else 'without'} noise"
-                    yield _row("guided_step", case, _guided_step, device, shape, layout, noisy)
+                    for columns in (4, 8):
+                        case = f"{_by(shape)}, {name}, {columns} columns, {'with' if noisy else 'without'} noise"
+                        yield _row("guided_step", case, _guided_step, device, shape, layout, noisy, columns)
         # One pass, several groups a program; a group too large for registers; odd maps and channels.
         for channels, size, groups in ((128, 16, 32), (64, 48, 2), (30, 7, 3)):
             for name, layout in _LAYOUTS.items():
@@ -146,20 +147,21 @@ def _row(kernel: str, case: str, check: Callable[..., tuple[float, float]], *arg
 
 
 def _guided_step(
-    device: torch.device, shape: tuple[int, ...], layout: torch.memory_format, noisy: bool
+    device: torch.device, shape: tuple[int, ...], layout: torch.memory_format, noisy: bool, columns: int
 ) -> tuple[float, float]:
-    x, eps_hat, g = (t.contiguous(memory_format=layout) for t in _normals(device, shape, 3))
-    (table,) = _normals(device, (_STEP + 1, 4), 1)
+    x, eps_hat, g, *more = (t.contiguous(memory_format=layout) for t in _normals(device, shape, 6))
+    terms = dict(zip(("x_in", "x_before", "eps_before"), more, strict=True)) if columns == 8 else {}
+    (table,) = _normals(device, (_STEP + 1, columns), 1)
     ids, draw = torch.arange(len(x), device=device) + 2**31, torch.arange(len(x), device=device)
-    noise = (seed_tensor(_SEED, device), ids, draw) if noisy else None
-    y, scaled = torch.full_like(x, math.nan), torch.full_like(x, math.nan)  # what is left out shows
-    step = torch.tensor(_STEP, device=device)
-    guided_step(x, eps_hat, g, table, step, noise=noise, out=y, classifier_input=scaled)
-    z = standard_normal_ref(shape, seed=_SEED, ids=ids, draw=draw, step=_STEP) if noisy else None
-    a, b, c, d = table[_STEP].tolist()
-    wanted = guided_step_ref(x, eps_hat, g, (a, b, c, d), z)
-    pairs = ((y, wanted), (scaled, (wanted + 1.0) * 0.5))
-    return float(sum(int((found.view(torch.int32) != right.view(torch.int32)).sum()) for found, right in pairs)), 0.0
+    noise, second = (seed_tensor(_SEED, device), ids, draw) if noisy else None, noisy and columns == 8
+    y, step = torch.full_like(x, math.nan), torch.tensor(_STEP, device=device)  # what is left out shows
+    guided_step(x, eps_hat, g, table, step, noise=noise, second_noise=second, out=y, **terms)
+    z, z2 = (
+        standard_normal_ref(shape, seed=_SEED, ids=ids, draw=draw, step=word) if wanted else None
+        for word, wanted in ((_STEP, noisy), (SECOND_NOISE_STEP + _STEP, second))
+    )
+    wanted = guided_step_ref(x, eps_hat, g, tuple(table[_STEP].tolist()), z, z2=z2, **terms)
+    return float((y.view(torch.int32) != wanted.view(torch.int32)).sum()), 0.0
 
 
 def _group_norm(

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import coupfast_kernels
+
 
 def version(distribution: str) -> str | None:
     """Version of an installed distribution; None if it is not installed. torch's has the build in it (+cpu, +cu130)."""
@@ -63,6 +65,40 @@ def driver_cuda() -> tuple[int, int] | None:
     except (OSError, AttributeError):
         return None
     return None if error else (version.value // 1000, version.value % 1000 // 10)
+
+
+def machine_key(device: torch.device | str) -> dict[str, Any]:
+    """All that a device's timings and bits may depend on: GPU, compute capability, driver, versions, the kernels' source."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, capability = properties.name, f"{properties.major}.{properties.minor}"
+    else:
+        name, capability = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": name,
+        "capability": capability,
+        "driver": driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "kernels": sources_sha256(coupfast_kernels),
+    }
+
+
+def driver() -> str | None:
+    """The kernel driver's version line, else the newest CUDA that the driver serves; None if neither can be read."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
+    except (OSError, IndexError):
+        newest = driver_cuda()
+        return None if newest is None else "CUDA {}.{}".format(*newest)
 
 
 def one_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,14 +33,14 @@ def _budget(word: str) -> int | str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gradient(abc.ABC):
+class Gradient:
     """What `backward` computes; a frozen dataclass whose fields are the knobs.
 
     Attributes:
         name: What people call it.
         claims_exact: Whether it is the gradient of the steps that ran, and a certificate may fail it.
         flows: Whether autograd goes through the steps at all.
-        differentiates_noise: Whether explicit noise that requires a gradient gets one.
+        differentiates_noise: Whether explicit noise may require a gradient (and gets one, if there are any).
         keeps: Whether a run may keep slopes and activations for it.
     """
 
@@ -97,8 +96,8 @@ def _guidance_option() -> Any:
 def _budget_option() -> Any:
     return option(
         "auto",
-        help="memory above the weights that a run with gradient may use: auto is up to half of what is free, least keeps nothing "
-        "but states, else bytes (2GiB, 500MiB)",
+        help="memory above the weights that a run with gradient may use: auto is up to half of what is free, least keeps "
+        "nothing but states, else bytes (2GiB, 500MiB)",
         parse=_budget,
         metavar="SIZE",
     )
@@ -200,8 +199,8 @@ class Adjoint(Gradient):
         if not isinstance(method, DiffusionMethod) or method.solver not in ("euler-maruyama", "probability-flow"):
             solver = f" with solver {method.solver!r}" if isinstance(method, DiffusionMethod) else ""
             raise ValueError(
-                f"gradient={self.name!r} solves the adjoint of an SDE, and {type(method).__name__}{solver} is none that torchsde "
-                "steps through; take gradient='exact'"
+                f"gradient={self.name!r} solves the adjoint of an SDE, and {type(method).__name__}{solver} is none that "
+                "torchsde steps through; take gradient='exact'"
             )
 
     def through(
@@ -265,6 +264,7 @@ class NoGradient(Gradient):
 
     name: ClassVar[str] = "none"
     flows: ClassVar[bool] = False
+    differentiates_noise: ClassVar[bool] = True
 
 
 GRADIENTS: dict[str, type[Gradient]] = {

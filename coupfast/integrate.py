@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from coupfast.derivatives import all_finite, first_order_only
+from coupfast.derivatives import all_finite, first_order_only, refuse_transforms
 from coupfast.engine import Cotangent, Keep, Noise, Program, Programs, ReplayedNoise, State
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.guided_step import guided_step_ref
@@ -50,6 +50,7 @@ class Run:
     storage: Storage
     progress: Callable[[], object] = lambda: None
     keep_states: bool = False
+    check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
     surrogate: tuple[Programs, list[int]] | None = None  # programs of a coarse table, where its states lie in the fine one
     saved: list[list[Any]] = dataclasses.field(default_factory=list)  # [piece][step]
     states: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -159,6 +160,8 @@ class _ExactGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_transforms()
+        ctx.run.check()
         wanted = ctx.needs_input_grad[2:4]
         grad_rows, grad_second = (
             grad.new_zeros(shape) if needed else None for shape, needed in zip(ctx.noise_shapes, wanted, strict=True)

@@ -44,7 +44,8 @@ class Option:
 
     def add_to(self, parser: Any, *, default: Any = None, note: str = "") -> None:
         """Add this option to an argparse parser or group. Without a word of the user's its value is `default`."""
-        help_text = f"{self.help}{note}".replace("%", "%%")
+        off = "do not " if self.default is True else ""
+        help_text = f"{off}{self.help}{note}".replace("%", "%%")
         if isinstance(self.default, bool):
             action = "store_false" if self.default else "store_true"
             parser.add_argument(self.flag, dest=self.keyword, action=action, default=default, help=help_text)
@@ -70,7 +71,13 @@ def option(
     keyword: str | None = None,
 ) -> Any:
     """A dataclass field that people may set; see `Option`."""
-    told = {"help": help, "parse": parse, "metavar": metavar, "choices": tuple(choices) if choices else None, "keyword": keyword}
+    told = {
+        "help": help,
+        "parse": parse,
+        "metavar": metavar,
+        "choices": tuple(choices) if choices else None,
+        "keyword": keyword,
+    }
     if isinstance(default, (dict, list, set)):
         kept = default
         return dataclasses.field(default_factory=lambda: type(kept)(kept), metadata={_KEY: told})
@@ -106,7 +113,7 @@ def options_of(owner: Any) -> list[Option]:
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
-    """"; did you mean 'x'?" where something known is near, else nothing."""
+    """ "; did you mean 'x'?" where something known is near, else nothing."""
     near = difflib.get_close_matches(str(value), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -6,11 +6,12 @@ definition does it for itself). Nothing reads or advances torch's global generat
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,16 @@ import torch
 from torch import nn
 
 from coupfast.budget import Plan
-from coupfast.derivatives import strictly
+from coupfast.derivatives import outside_transforms, refuse_transforms, strictly, unwrapped, with_parameter_gradients
 from coupfast.engine import CounterNoise, Noise, ReplayedNoise
-from coupfast.engine.networks import check_eval, dtype_and_device, frozen, weights_identity
+from coupfast.engine.networks import check_eval, dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
+from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerprint
 from coupfast.gradients import Adjoint
 from coupfast.methods import Recipe, TableMethod, method_name
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
-from coupfast.trials import check_against, check_images, check_network, words
+from coupfast.trials import check_against, check_images, check_network, rounding_of, try_classifier, words
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +125,8 @@ class Purifier(nn.Module):
                     return_trajectory=return_trajectory,
                     progress=progress,
                 )
-        check_images(x)
+        refuse_transforms()
+        check_images(x, bounded=self.settings.method.out_of_range == "refuse")
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)
         purified, states = self._purify(prepared, x, source, return_trajectory, progress)
@@ -140,7 +143,8 @@ class Purifier(nn.Module):
             image_shape: (channels, height, width); None takes the score net's own.
 
         Raises:
-            ValueError: if `memory_budget` is below the least that is possible (which the message says).
+            ValueError: if `memory_budget` is below the least that is possible (which the message says). What does not fit into
+                the memory that is free is planned all the same, and says so; a run of it raises MemoryError.
         """
         if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
             raise ValueError(f"`batch` is a number of images, at least 1, got {batch!r}")
@@ -156,16 +160,17 @@ class Purifier(nn.Module):
             return self._prepare(torch.zeros(1, *image_shape, dtype=dtype, device=device)).plan(int(batch))
 
     def _prepare(self, x: torch.Tensor) -> Prepared:
-        """Programs for images like `x`, after all checks; kept until the weights, the shape or the device change."""
+        """Programs for images like `x`, after all checks; kept until the networks, the shape or the device change."""
         for network, name in ((self.score, "score net"), (self.classifier, "classifier")):
             if network is not None:
                 check_eval(network, name)
-                check_against(network, name, x)
-        key = (tuple(x.shape[1:]), x.dtype, x.device, weights_identity(self.score), weights_identity(self.classifier))
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = prepare(self.settings, self.engine, self.score, self.classifier, x[:1].detach())
-            self._prepared[key] = prepared
+                check_against(network, name, x, self.settings.engine.precision)
+        example = unwrapped(x[:1])
+        with outside_transforms():  # what is made here is kept
+            key = (tuple(x.shape[1:]), x.dtype, x.device, fingerprint(self.score), fingerprint(self.classifier))
+            prepared = self._prepared.get(key)
+            if prepared is None:
+                prepared = self._prepared[key] = prepare(self.settings, self.engine, self.score, self.classifier, example)
             while len(self._prepared) > 4:
                 self._prepared.popitem(last=False)
         return prepared
@@ -185,7 +190,7 @@ class Purifier(nn.Module):
         if seed is None:
             seed = secrets.randbits(63)
         self.last_seed = check_seed(seed)  # for the caller to read; another of its threads may write it at any moment
-        ids = torch.arange(len(x)) if ids is None else ids
+        ids = torch.arange(len(x), device="cpu") if ids is None else ids
         return CounterNoise(
             int(seed),
             words("ids", ids, len(x), x.device),
@@ -205,7 +210,7 @@ class Purifier(nn.Module):
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("`noise` has values that are not finite")
         gradient = self.settings.gradient
-        if noise.requires_grad and torch.is_grad_enabled() and gradient.flows and not gradient.differentiates_noise:
+        if noise.requires_grad and torch.is_grad_enabled() and not gradient.differentiates_noise:
             raise ValueError(f"the gradient of `noise` exists with gradient='exact' only, not with {gradient.name!r}")
         if recipe is None or recipe.table.f is None:
             return ReplayedNoise(noise)
@@ -218,7 +223,7 @@ class Purifier(nn.Module):
         gradient, clamp = self.settings.gradient, self.settings.method.clamp
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient.flows):
             with strict_float32(x.device.type):
-                x_k = 2.0 * x - 1.0
+                x_k = 2.0 * _in_range(x, self.settings.method.out_of_range) - 1.0
                 if clamp:
                     x_k = _clip(x_k)
             x_k, states = gradient.through(prepared, x_k, noise, keep_states, progress)
@@ -254,7 +259,7 @@ class PurifiedClassifier(nn.Module):
         self.classifier = check_network(classifier, "classifier")
         self.seed = check_seed(seed)
         self._next_draw = 0
-        self._frozen: tuple[Any, nn.Module] | None = None
+        self._frozen: tuple[Any, nn.Module, Callable[[], None]] | None = None
         self.eval()
 
     @property
@@ -275,7 +280,9 @@ class PurifiedClassifier(nn.Module):
 
     def __repr__(self) -> str:
         purifier = repr(self.purifier).replace("\n", "\n  ")
-        return f"PurifiedClassifier({_network_repr(self.classifier)}, seed={self.seed}, next draw {self.next_draw}\n  {purifier})"
+        return (
+            f"PurifiedClassifier({_network_repr(self.classifier)}, seed={self.seed}, next draw {self.next_draw}\n  {purifier})"
+        )
 
     def forward(
         self,
@@ -291,17 +298,34 @@ class PurifiedClassifier(nn.Module):
             ids: Image ids, which with `draw` name the noise; None means 0 … batch − 1.
             draw: An int or (batch,) ints; None takes the counter's next.
         """
-        check_images(x)
+        refuse_transforms()
+        check_images(x, bounded=self.purifier.settings.method.out_of_range == "refuse")
         check_eval(self.classifier, "classifier")
-        check_against(self.classifier, "classifier", x)
+        check_against(self.classifier, "classifier", x, self.purifier.settings.engine.precision)
+        if getattr(self, "_is_replica", False) and (ids is None or draw is None):
+            raise RuntimeError(
+                "a replica of DataParallel does not know which images it has, and its counter of draws is lost: give `ids` and "
+                "`draw` as tensors with the batch, or run one process a GPU (coupfast evaluate --workers)"
+            )
         if draw is None:
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
         purified = self.purifier(x, seed=self.seed, ids=ids, draw=draw)
-        identity = weights_identity(self.classifier)
-        if self._frozen is None or self._frozen[0] != identity:
-            self._frozen = (identity, frozen(self.classifier))
-        return strictly(self._frozen[1], purified)
+        head, check = self._head(x)
+        return with_parameter_gradients(strictly(head, purified, check), self.classifier, purified)
+
+    def _head(self, x: torch.Tensor) -> tuple[nn.Module, Callable[[], None]]:
+        """The classifier, frozen, as it is now, tried on two images when it is new or changed; and what raises once it is
+        another one."""
+        example = unwrapped(x[:1])
+        with outside_transforms():
+            identity = (tuple(x.shape[1:]), x.dtype, x.device, fingerprint(self.classifier))
+            if self._frozen is None or self._frozen[0] != identity:
+                copy = frozen(self.classifier)
+                with strict_float32(x.device.type):
+                    try_classifier(copy, example, differentiable=False)
+                self._frozen = (identity, copy, functools.partial(check_unchanged, weights_fingerprint(copy), copy))
+            return self._frozen[1:]
 
 
 def purify(
@@ -318,7 +342,7 @@ def purify(
     settings: Settings | None = None,
     **keywords: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Purify images: integrate the guided reverse VP-SDE from time `t` to 1e-5, starting at `x`, unless `method` says otherwise.
+    """Purify images: integrate the guided reverse VP-SDE from time `t` to 1e-5 (or what else `method` names), starting at `x`.
 
     Args:
         x: Images in [0, 1], shape (batch, channels, height, width), float32 or float64 like the networks.
@@ -333,12 +357,13 @@ def purify(
         return_trajectory: Also return all states x_0 … x_K in the [-1, 1] scale, shape (num_steps + 1, *x.shape), detached.
         progress: Show a progress bar.
         settings: A `coupfast.Settings`, in the place of keywords or below them.
-        keywords: How to purify. `method` is `"coup"`, `"reverse-sde"` (COUP without guidance), `"diffpure"` (forward noising to
-            `t` first, no guidance), an object such as `coupfast.COUP(t=0.06)`, or `package.module:NAME` of one; `gradient` is what
-            `backward` computes, `"exact"`, `"adjoint"`, `"adjoint-parameters"`, `"bpda"`, `"surrogate"`, `"none"` or an object;
-            `engine` is `"auto"`, `"eager"`, `"cpu"`, `"cuda"` or an object. The options of each:
+        keywords: How to purify. `method` is `"coup"`, `"reverse-sde"` (COUP without guidance), `"diffpure"` (forward noising
+            to `t` first, no guidance), an object such as `coupfast.COUP(t=0.06)`, or `package.module:NAME` of one. `gradient`
+            is what `backward` computes: `"exact"`, `"adjoint"`, `"adjoint-parameters"`, `"bpda"`, `"surrogate"`, `"none"` or
+            an object. `engine` is `"auto"`, `"eager"`, `"cpu"`, `"cuda"` or an object. The options of each:
 
-OPTIONS
+        OPTIONS
+
     Returns:
         Purified images in [0, 1] (with `clamp=False`, beyond it by what the last step left), shape and dtype of `x`.
 
@@ -352,9 +377,7 @@ OPTIONS
     Reference: Zhang et al. 2024, arXiv:2408.05900; Nie et al. 2022, arXiv:2205.07460.
     """
     purifier = Purifier(score, classifier, settings=settings, **keywords)
-    return purifier(
-        x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress
-    )
+    return purifier(x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress)
 
 
 def check_seed(seed: Any) -> int:
@@ -367,6 +390,20 @@ def check_seed(seed: Any) -> int:
 def _network_repr(network: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
     return f"{type(network).__name__} ({count / 1e6:.3g} M parameters)"
+
+
+def _in_range(x: torch.Tensor, out_of_range: str) -> torch.Tensor:
+    """Images in [0, 1]; what was beyond by rounding keeps its gradient, what was clipped has none."""
+    if out_of_range == "allow":
+        return x
+    with torch.no_grad():
+        inside = bool(((x >= 0.0) & (x <= 1.0)).all())
+    if inside:
+        return x
+    rounding = rounding_of(x.dtype)
+    near = (x >= -rounding) & (x <= 1.0 + rounding)
+    clipped = x.detach().clamp(0.0, 1.0)
+    return torch.where(near, clipped + (x - x.detach()), clipped)
 
 
 def _clip(x: torch.Tensor) -> torch.Tensor:
@@ -382,16 +419,14 @@ def _spell_out() -> None:
     found = [option for kind in options().values() for option in kind]
     lines = [f"            {option.keyword} ({option.default!r}): {option.help}." for option in found]
     assert purify.__doc__ is not None
-    purify.__doc__ = purify.__doc__.replace("OPTIONS", "\n".join(lines))
+    purify.__doc__ = purify.__doc__.replace("        OPTIONS", "\n".join(lines))
     kinds = {"method": "coup", "gradient": "exact"}
     keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in kinds.items()]
-    keywords += [
-        inspect.Parameter(option.keyword, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in found
-    ]
+    keywords += [inspect.Parameter(option.keyword, inspect.Parameter.KEYWORD_ONLY, default=option.default) for option in found]
     for function in (purify, Purifier.__init__):
         signature = inspect.signature(function)
         others = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = signature.replace(parameters=[*others, *keywords])  # type: ignore[attr-defined]
+        setattr(function, "__signature__", signature.replace(parameters=[*others, *keywords]))  # noqa: B010
 
 
 _spell_out()

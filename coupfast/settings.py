@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,7 +50,8 @@ class Settings:
                 raise TypeError(f"`{name}` is a {kind.__name__}, got {type(getattr(self, name)).__name__}")
         if isinstance(self.method, StepMethod) and self.engine.name not in ("auto", "eager"):
             raise ValueError(
-                f"{type(self.method).__name__} is a step function, which PyTorch runs: engine 'eager' or 'auto', got {self.engine.name!r}"
+                f"{type(self.method).__name__} is a step function, which PyTorch runs: engine 'eager' or 'auto', got "
+                f"{self.engine.name!r}"
             )
         self.gradient.check(self.method, self.num_steps)
 
@@ -64,7 +66,10 @@ class Settings:
 
         Raises:
             TypeError: for a keyword that nothing has.
-            ValueError: for one that the chosen objects do not have, a name that does not exist, or a value out of range.
+            ValueError: for a name that does not exist, or a value out of range.
+
+        Warns:
+            UserWarning: for a keyword that the chosen objects do not have and others do: it changes nothing.
         """
         base = base or cls()
         unknown = [name for name in keywords if name not in KINDS and not any(name in kind for kind in _owners().values())]
@@ -77,15 +82,18 @@ class Settings:
         engine = keywords.pop("engine", base.engine)
         if isinstance(engine, str):
             keywords["engine"], engine = engine, base.engine
+        elif not isinstance(engine, Engine):
+            raise TypeError(f"`engine` is a name or a coupfast.Engine, got {type(engine).__name__}")
         chosen = [_with(chosen, keywords) for chosen in (method, gradient, engine)]
-        if keywords:
-            name = next(iter(keywords))
+        for name in keywords:
             having = [word for word, options in _owners().items() if name in options]
-            also = f"; {', '.join(having)} {'has' if len(having) == 1 else 'have'} it" if having else ""
-            raise ValueError(
-                f"`{name}` is no option of method {_said(method)}, gradient {_said(gradient)} or the engine{also}. They have "
-                f"{', '.join(option.keyword for part in (method, gradient, engine) for option in options_of(part))}"
-            )
+            words = f"method {_said(method)}, gradient {_said(gradient)} and the engine have no option `{name}`"
+            if not having:
+                known = [option.keyword for part in (method, gradient, engine) for option in options_of(part)]
+                raise TypeError(f"{words}{did_you_mean(name, known)}; they have {', '.join(known)}")
+            # Said and not refused: who compares methods gives all of them the same options.
+            verb = "has" if len(having) == 1 else "have"
+            warnings.warn(f"{words}: it changes nothing; {', '.join(having)} {verb} it", stacklevel=3)
         return cls(method=chosen[0], gradient=chosen[1], engine=chosen[2])  # type: ignore[arg-type]
 
     @functools.cached_property
@@ -122,9 +130,10 @@ class Settings:
             ValueError: if the method is not there any more, or its steps are others now.
         """
         method, gradient = dict(fields["method"]), dict(fields["gradient"])
-        found_method = _choose_method(method.pop("name"))
+        named = _choose_method(method.pop("name"))
+        values = _values(method)
         found = cls(
-            method=dataclasses.replace(found_method, **_values(method)),  # type: ignore[type-var]
+            method=named(**values) if isinstance(named, type) else dataclasses.replace(named, **values),
             gradient=_choose(gradient.pop("name"), GRADIENTS, Gradient, "gradient", **gradient),
             engine=Engine(**fields["engine"]),
         )
@@ -144,7 +153,7 @@ class Settings:
 
 
 def options() -> dict[str, list[Option]]:
-    """Every option of a purification that ships, by whose it is: the methods', the gradients', the engine's; each option once."""
+    """Every option of a purification, by whose it is: the shipped methods', the gradients', the engine's; each option once."""
     groups: dict[str, dict[str, Option]] = {"method": {}, "gradient": {}, "engine": {}}
     for kind, owners in (("method", METHODS.values()), ("gradient", GRADIENTS.values()), ("engine", (Engine,))):
         for owner in owners:

@@ -58,9 +58,13 @@ class CoefficientTable:
             column = np.asarray(column, dtype=np.float64)
             object.__setattr__(self, name, column)
             if column.shape != (len(self.t) - 1,):
-                raise ValueError(f"column {name} has shape {column.shape}, and {len(self.t)} times make {len(self.t) - 1} steps")
+                raise ValueError(
+                    f"column {name} has shape {column.shape}, and {len(self.t)} times make {len(self.t) - 1} steps"
+                )
             if not np.all(np.isfinite(column)):
-                raise ValueError(f"column {name} has values that are not finite, the first in step {np.argmin(np.isfinite(column))}")
+                raise ValueError(
+                    f"column {name} has values that are not finite, the first in step {np.argmin(np.isfinite(column))}"
+                )
         for name in ("p", "q"):
             column = getattr(self, name)
             if column is not None and column[0] != 0.0:

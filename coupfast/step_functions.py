@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.derivatives import all_finite, first_order_only
+from coupfast.derivatives import all_finite, first_order_only, refuse_transforms
 from coupfast.engine import Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.precision import strict_float32
@@ -109,6 +109,7 @@ class StepRun:
     storage: Storage
     progress: Callable[[], object] = lambda: None
     keep_states: bool = False
+    check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
     states: list[list[StepState]] = dataclasses.field(default_factory=list)  # [piece][step]
 
     def trajectory(self) -> list[torch.Tensor]:
@@ -145,7 +146,8 @@ def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.T
                 _check_state(state, following, method)
             if versions != [tensor._version for tensor in state]:
                 raise ValueError(
-                    f"{type(method).__name__}.step writes into its state in step {k}; the backward pass needs it again: work on a copy"
+                    f"{type(method).__name__}.step writes into its state in step {k}, which the backward pass needs again: "
+                    "work on a copy"
                 )
             state = tuple(tensor.detach() for tensor in following)
             if not (for_gradient or run.keep_states):
@@ -172,6 +174,8 @@ class _StepGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_transforms()
+        ctx.run.check()
         (x_in,) = ctx.saved_tensors
         grad_rows = grad.new_zeros(ctx.rows_shape) if ctx.needs_input_grad[1] else None
         with torch.no_grad(), strict_float32(grad.device.type):
@@ -208,9 +212,7 @@ def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: t
                 return _pull(lambda *s: function(s, noise), state, v)
             assert isinstance(noise, ReplayedNoise)
             leaves = _Leaves(noise.rows)
-            return _pull(
-                lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g)
-            )
+            return _pull(lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g))
 
         v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
         for k in reversed(range(method.num_steps)):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from coupfast import Purifier
+from coupfast.engine import Programs
 from coupfast.models.ddpmpp import DDPMpp
 
 # Networks of this size lose more to threads than they gain, the more so where another process wants the cores.
@@ -67,6 +69,17 @@ class SmallResidual(nn.Module):
         return 4.0 * self.linear(self.activation(h).mean(dim=(2, 3)))
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch may take TF32 in a float32 operation on CUDA right now."""
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    return any(owner.fp32_precision != "ieee" for owner in owners)
+
+
+def programs_of(purifier: Purifier, x: torch.Tensor) -> Programs:
+    """What an engine made of a purifier's networks for images like `x`: for tests of engines that look inside."""
+    return purifier._prepare(x).programs
+
+
 @pytest.fixture
 def score() -> nn.Module:
     return small_score()
@@ -81,5 +94,3 @@ def classifier() -> nn.Module:
 def images() -> torch.Tensor:
     """Five random images, 3 x 8 x 8, float64."""
     return torch.rand(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-

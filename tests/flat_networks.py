@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from coupfast.engine.flat import FlatGraph, flatten
+from coupfast.engine.cuda.flat import FlatGraph, flatten
 
 EPS = torch.finfo(torch.float32).eps
 # A dozen layers, each a sum of a few hundred terms taken in another order, on values of a few times the result's size.

@@ -104,7 +104,7 @@ def poison(tensor):
 
 
 class StandIn:
-    """A backend of `coupfast.engine.graphs` on the CPU."""
+    """A backend of `coupfast.engine.cuda.capture` on the CPU."""
 
     def __init__(self):
         self.graphs = []

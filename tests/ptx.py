@@ -1,7 +1,7 @@
 """Runs straight-line PTX on the CPU, all threads of a program at once, each operation rounded as the PTX manual says.
 
 As far as the guided step and its noise need it: no branches, no shared memory, nothing that one thread tells another. An
-instruction that is not here raises.
+instruction that is not here raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-UNSIGNED = {32: np.uint32, 64: np.uint64}
-SIGNED = {32: np.int32, 64: np.int64}
+UNSIGNED = {16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED = {16: np.int16, 32: np.int32, 64: np.int64}
 STATEMENT = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.]*)\s+(.*)", re.DOTALL)
 
 
@@ -57,6 +57,8 @@ def run(ptx: str, arguments: list[int], memory: Memory, program: int, threads: i
             return np.arange(threads, dtype=np.uint32)
         if operand == "%ctaid.x":
             return np.full(threads, program, dtype=np.uint32)
+        if re.match(r"%\w+\.", operand):
+            raise NotImplementedError(operand)
         if operand.startswith("%"):
             # A register that nothing wrote (LLVM's `undef`, half of a pair) holds NaN, for the result to show if it matters.
             if operand not in registers:
@@ -116,7 +118,9 @@ def run(ptx: str, arguments: list[int], memory: Memory, program: int, threads: i
 
 
 def _compute(name: str, modifiers: list[str], sources: list[str], read: Any, registers: dict[str, np.ndarray]) -> np.ndarray:
-    kind = modifiers[-1]
+    kind = modifiers[-1] if modifiers else ""
+    if not re.fullmatch(r"pred|[bsu](16|32|64)|f32(x2)?", kind):
+        raise NotImplementedError(".".join([name, *modifiers]))
     if kind in ("f32", "f32x2") and name in ("add", "sub", "mul", "sqrt"):
         if modifiers[0] != "rn" or modifiers[1:-1] not in ([], ["ftz"]):
             raise NotImplementedError(f"{name}.{'.'.join(modifiers)}: anything but one IEEE rounding")
@@ -134,6 +138,8 @@ def _compute(name: str, modifiers: list[str], sources: list[str], read: Any, reg
         return np.ascontiguousarray(result).view(UNSIGNED[bits])
     if (name, kind) == ("neg", "f32"):
         return read(sources[0], 32) ^ np.uint32(0x80000000)
+    if kind[0] == "f" and (name, kind) not in (("selp", "f32"), ("mov", "f32"), ("cvt", "f32")):
+        raise NotImplementedError(".".join([name, *modifiers]))
     if name == "cvt":
         to, source_kind = modifiers[-2], modifiers[-1]
         source = read(sources[0], int(source_kind[1:]))
@@ -170,13 +176,16 @@ def _compute(name: str, modifiers: list[str], sources: list[str], read: Any, reg
         if kind[0] == "s":
             return (value.view(SIGNED[bits]) >> shift.astype(SIGNED[bits])).view(UNSIGNED[bits])
         return value << shift.astype(value.dtype) if name == "shl" else value >> shift.astype(value.dtype)
-    if name in ("mul", "mad") and modifiers[0] == "wide":
+    if name in ("mul", "mad") and modifiers[0] in ("wide", "hi") and bits == 32 and len(modifiers) == 2:
         a, b = (read(source, 32) for source in sources[:2])
         if kind[0] == "s":
             a, b = a.view(np.int32), b.view(np.int32)
             product = (a.astype(np.int64) * b.astype(np.int64)).view(np.uint64)
         else:
             product = a.astype(np.uint64) * b.astype(np.uint64)
+        if modifiers[0] == "hi":
+            high = (product >> np.uint64(32)).astype(np.uint32)
+            return high if name == "mul" else high + read(sources[2], 32)
         return product if name == "mul" else product + read(sources[2], 64)
     a, b = (read(source, bits) for source in sources[:2])
     if name == "div" and kind[0] == "s":

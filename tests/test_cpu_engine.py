@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relu_classifier, silu_classifier, small_score
+from conftest import programs_of, relu_classifier, silu_classifier, small_score
 from cpu_networks import network
 from test_adjoint import plain_autograd, weights
 from test_purify import definition
@@ -19,8 +19,7 @@ from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier, purify
 from coupfast.certificate import check_gradient
-from coupfast.engine import cpu
-from coupfast.engine.cpu import CpuPrograms
+from coupfast.engine.cpu.programs import KEPT_BATCHES, CpuPrograms
 from coupfast.solvers import SOLVERS
 from coupfast_kernels import native
 
@@ -62,7 +61,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def programs(purifier: Purifier, x: torch.Tensor) -> CpuPrograms:
-    found = purifier._prepare(x).programs
+    found = programs_of(purifier, x)
     assert isinstance(found, CpuPrograms)
     return found
 
@@ -319,16 +318,16 @@ def test_planned_memory_is_what_programs_take(images, make_classifier):
     program = programs(purifier, images).for_batch(5)
 
     def needed() -> int:
-        networks = program._networks.values()
-        return 4 * (max(n.arena_floats for n in networks) + max(n.scratch_floats for n in networks))
+        made = program._programs.values()
+        return 4 * (max(p.arena_floats for p in made) + max(p.scratch_floats for p in made))
 
-    assert program.programs.workspace.bytes() <= 8
+    assert program.networks.workspace.bytes() <= 8
     assert program.bytes(gradient=False) > 0
-    assert program.programs.workspace.bytes() <= 8  # planned, and not taken
+    assert program.networks.workspace.bytes() <= 8  # planned, and not taken
     purifier(images, seed=0)
-    assert program.programs.workspace.bytes() == needed() <= program.bytes(gradient=False)
+    assert program.networks.workspace.bytes() == needed() <= program.bytes(gradient=False)
     gradient(purifier, images, seed=0)
-    assert program.programs.workspace.bytes() == needed() <= program.bytes(gradient=True) <= purifier.plan(5).step.transpose
+    assert program.networks.workspace.bytes() == needed() <= program.bytes(gradient=True) <= purifier.plan(5).step.transpose
     _, kept = program.step(0, 2 * images - 1, purifier._noise(images, seed=0, ids=None, draw=0, noise=None), "slopes")
     if make_classifier is not silu_classifier:
         assert kept.slopes is not None
@@ -346,7 +345,7 @@ def test_programs_of_old_batch_sizes_are_dropped(score, images):
     expected = purifier(x[:1], seed=0)
     for batch in range(1, 13):
         purifier(x[:batch], seed=0)
-    assert len(programs(purifier, x)._programs) == cpu.KEPT_BATCHES
+    assert len(programs(purifier, x)._programs) == KEPT_BATCHES
     assert_equal(purifier(x[:1], seed=0), expected)
 
 
@@ -486,7 +485,7 @@ def test_a_classifier_with_detach_is_planned_right(score, images):
     network = _classifier(lambda self, x: _pooled(self, F.silu(self.conv(x)) * torch.sigmoid(self.other(x)).detach()))
     found, expected = (Purifier(score, network, num_steps=2, guidance_scale=10.0, engine=engine) for engine in ("cpu", "eager"))
     torch.testing.assert_close(found(images, seed=0), expected(images, seed=0), rtol=0, atol=10 * 12 * 2 * EPS)
-    assert programs(found, images).classifier_network is not None
+    assert programs(found, images).networks.classifier is not None
     assert relative_error(gradient(found, images, seed=0), gradient(expected, images, seed=0)) < 1e-4
 
 
@@ -581,8 +580,8 @@ def test_another_default_dtype(score, classifier, images):
     try:
         fresh = Purifier(score, classifier, num_steps=2, engine="cpu", guidance_scale=10.0)
         found = fresh(images, seed=0), gradient(fresh, images, seed=0)
-        assert programs(fresh, images).score_network is not None
-        assert programs(fresh, images).classifier_network is not None
+        assert programs(fresh, images).networks.score is not None
+        assert programs(fresh, images).networks.classifier is not None
     finally:
         torch.set_default_dtype(torch.float32)
     assert_equal(found[0], expected)

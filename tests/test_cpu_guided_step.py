@@ -7,19 +7,20 @@ import shutil
 
 import pytest
 import torch
-from test_guided_step import CHANNELS_LAST, CONTIGUOUS, images, poisoned
+from test_guided_step import CHANNELS_LAST, CONTIGUOUS, MORE, images, more_terms, poisoned
 from test_noise import KNOWN_ANSWERS, assert_same_bits, random_words, words
 
 from coupfast_kernels import convolution, native
-from coupfast_kernels.cpu_guided_step import guided_step_cpu, guided_step_structure, standard_normal_cpu
+from coupfast_kernels.cpu_guided_step import guided_step_cpu, guided_step_structure, set_row, standard_normal_cpu
 from coupfast_kernels.guided_step import guided_step_ref
-from coupfast_kernels.noise import FORWARD_NOISING_STEP, box_muller_ref, standard_normal_ref
+from coupfast_kernels.noise import FORWARD_NOISING_STEP, SECOND_NOISE_STEP, box_muller_ref, standard_normal_ref
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler; not for Windows"
 )
 
 ROW = (1.01, -0.02, 0.3, 0.4)  # no float32 among them
+LONG_ROW = (*ROW, -0.7, 0.15, 1.2, -0.35)
 # Whole tiles and vectors; ragged ones; planes and images that are no multiple of a Philox block; more than one tile a plane.
 SHAPES = [
     *((1, 3, 32, 32), (5, 3, 17, 19), (2, 3, 16, 16), (4, 5, 4, 4), (3, 1, 3, 3), (1, 3, 1, 2), (2, 4, 1, 1), (1, 20, 5, 7)),
@@ -59,6 +60,39 @@ class TestBits:
                 assert_same_bits(y, guided_step_ref(x, eps_hat, g, ROW, z))
             assert bool(buffer[:32].isnan().all()) and bool(buffer[-32:].isnan().all())
 
+    @pytest.mark.parametrize("threads", [1, 3])
+    @pytest.mark.parametrize("noisy", [False, True])
+    @pytest.mark.parametrize("present", MORE, ids=str)
+    def test_step_with_eight_columns(self, shape, present, noisy, threads, isa):
+        noisy = noisy or present["second"]
+        ids, draw = random_words(shape[0], 1), random_words(shape[0], 2)
+        for layout in formats(shape):
+            (x, eps_hat, g), terms = images(shape, 3, layout), more_terms(shape, layout, present)
+            buffer, y = poisoned(x)
+            words = dict(ids=ids, draw=draw) if noisy else dict(ids=None, draw=None)
+            structure = guided_step_structure(y, x, eps_hat, g, **words, second_noise=present["second"], **terms)
+            set_row(structure, LONG_ROW)
+            operations = convolution.Operations([structure])
+            for seed, step in WORDS[1::2] if noisy and not present["second"] else [(2**64 - 1, 2**31 - 2)]:
+                structure.seed, structure.step = seed, step
+                operations.run(threads)
+                z = standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=step) if noisy else None
+                z2 = None
+                if present["second"]:
+                    z2 = standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=SECOND_NOISE_STEP + step)
+                assert_same_bits(y, guided_step_ref(x, eps_hat, g, LONG_ROW, z, z2=z2, **terms))
+            assert bool(buffer[:32].isnan().all()) and bool(buffer[-32:].isnan().all())
+
+    def test_without_network(self, shape, isa):
+        for layout in formats(shape):
+            x, x_in = images(shape, 2, layout)
+            noise = dict(seed=7, ids=torch.arange(shape[0]), step=5)
+            z = standard_normal_ref(shape, seed=7, ids=noise["ids"], draw=0, step=5)
+            assert_same_bits(guided_step_cpu(x, None, None, ROW, seed=None), guided_step_ref(x, None, None, ROW))
+            assert_same_bits(guided_step_cpu(x, None, None, ROW, **noise), guided_step_ref(x, None, None, ROW, z))
+            wanted = guided_step_ref(x, None, None, LONG_ROW, z, x_in=x_in)
+            assert_same_bits(guided_step_cpu(x, None, None, LONG_ROW, **noise, x_in=x_in), wanted)
+
     def test_noise_alone(self, shape, isa):
         ids, draw = random_words(shape[0], 1), random_words(shape[0], 2)
         for seed, step in WORDS:
@@ -90,6 +124,23 @@ class TestBits:
             wanted = guided_step_ref(x, eps_hat, g, ROW, z)
             assert_same_bits(y, wanted)
             assert_same_bits(guided_step_cpu(x, eps_hat, g, ROW, seed=1, ids=ids, step=5, out=g), wanted)
+
+    def test_formats_of_eight_columns_may_differ(self, shape, isa):
+        ids = random_words(shape[0], 4)
+        z, z2 = (standard_normal_ref(shape, seed=1, ids=ids, draw=0, step=step) for step in (5, SECOND_NOISE_STEP + 5))
+        for channels_last in range(8 if len(shape) == 4 else 1):  # none, or which of them
+            x, eps_hat, g, x_in, x_before, eps_before, y = (
+                image.contiguous(memory_format=CHANNELS_LAST if i + 1 == channels_last else CONTIGUOUS)
+                for i, image in enumerate(images(shape, 7))
+            )
+            terms = dict(x_in=x_in, x_before=x_before, eps_before=eps_before)
+            wanted = guided_step_ref(x, eps_hat, g, LONG_ROW, z, z2=z2, **terms)
+            for out in (y, x, eps_hat, g, x_in, x_before, eps_before):
+                kept = out.clone()
+                more = dict(seed=1, ids=ids, step=5, second_noise=True, out=out)
+                assert guided_step_cpu(x, eps_hat, g, LONG_ROW, **terms, **more) is out
+                assert_same_bits(out, wanted)
+                out.copy_(kept)
 
     @pytest.mark.parametrize("place", [0, 1, 2])
     def test_in_place(self, shape, place, isa):
@@ -240,6 +291,12 @@ def test_step_refuses():
         (dict(ids=ids.int()), ValueError, r"`ids` must be contiguous int64 of shape \(2,\) on the CPU, got torch.int32"),
         (dict(ids=torch.arange(3)), ValueError, r"`ids` must be .* got torch.int64 of shape \(3,\)"),
         (dict(ids=torch.arange(4)[::2]), ValueError, "`ids` must be contiguous"),
+        (dict(row=ROW[:3]), ValueError, r"`row` is \(a, b, c, d\), or .* got \(1.01, -0.02, 0.3\)"),
+        (dict(x_in=x), ValueError, r"or with any of x_in, second_noise, x_before, eps_before \(a, b, c, d, e, f, p, q\)"),
+        (dict(second_noise=True), ValueError, "or with any of x_in, second_noise"),
+        (dict(row=LONG_ROW, eps_before=x[:1]), ValueError, r"`eps_before` is \(1, 3, 4, 4\)"),
+        (dict(row=LONG_ROW, second_noise=True, seed=None, ids=None), ValueError, "a second noise needs the first one's `ids`"),
+        (dict(row=LONG_ROW, second_noise=True, step=2**31 - 1), ValueError, r"in \[0, 2\*\*31 - 1\), got 2147483647"),
     ):
         right = dict(x=x, eps_hat=eps_hat, g=g, row=ROW, seed=1, ids=ids, draw=0, step=0)
         with pytest.raises(error, match=message):
@@ -255,8 +312,10 @@ def test_noise_and_structure_refuse():
     with pytest.raises(ValueError, match=r"shape \(batch, …\).*, got \(\)"):
         standard_normal_cpu((), seed=1, ids=ids, draw=0, step=0)
     y = torch.empty(2, 3)
-    with pytest.raises(ValueError, match="a step needs `x` and `eps_hat`"):
-        guided_step_structure(y, y, None, None, ids=ids, draw=ids)
+    with pytest.raises(ValueError, match="a step needs `x`"):
+        guided_step_structure(y, None, y, None, ids=ids, draw=ids)
+    with pytest.raises(ValueError, match="neither an image nor a second noise"):
+        guided_step_structure(y, None, None, None, ids=ids, draw=ids, second_noise=True)
     with pytest.raises(ValueError, match="noise alone needs `ids` and `draw`"):
         guided_step_structure(y, None, None, None, ids=None, draw=None)
     with pytest.raises(ValueError, match="`draw` is missing"):

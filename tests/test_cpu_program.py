@@ -8,9 +8,11 @@ from conftest import small_score
 from cpu_networks import GRAPHS, network
 from torch import nn
 
-from coupfast.engine.cpu import tile
-from coupfast.engine.cpu_program import NetworkProgram, WeightStore, Workspace
-from coupfast.engine.fusion import FusedNetwork, fuse
+from coupfast.engine.cpu.algorithms import WeightStore, tile
+from coupfast.engine.cpu.fusion import fuse
+from coupfast.engine.cpu.network_program import NetworkProgram
+from coupfast.engine.cpu.parts import FusedNetwork
+from coupfast.engine.cpu.placement import Workspace
 from coupfast.guidance import PiecewiseLinearGraph, scaled_logits
 from coupfast.tracing import trace
 from coupfast_kernels import convolution as kernels
@@ -167,23 +169,15 @@ def test_score_network(batch):
     traced = fuse(trace(lambda x, labels: single(x, labels), lambda n: (torch.zeros(n, 3, 8, 8), torch.full((n,), 10.0))))
     program = NetworkProgram(traced, batch, WeightStore(forced(kernels.F4)), backward=True, threads=1)
     bound(program)
-    program.set_time(time_values(traced, labels))
+    program.set_label(traced.at_label(labels))
     found = program.forward(x).clone(), program.backward(v)
     exact = value_and_vjp(lambda x: double(x, labels.double().expand(batch)), x.double(), v.double())
     assert_as_good_as(found, value_and_vjp(lambda x: single(x, labels.expand(batch)), x, v), exact)
     # Other labels, and back: the labels are no part of the program.
-    program.set_time(time_values(traced, torch.tensor([3.0])))
+    program.set_label(traced.at_label(torch.tensor([3.0])))
     assert float((program.forward(x) - found[0]).norm()) > 1e-3 * float(found[0].norm())
-    program.set_time(time_values(traced, labels))
+    program.set_label(traced.at_label(labels))
     torch.testing.assert_close(program.forward(x), found[0], rtol=0, atol=0)
-
-
-def time_values(network: FusedNetwork, labels: torch.Tensor) -> dict:
-    values = dict(network.constants) | {network.time: labels}
-    for operation in network.time_operations:
-        arguments, options = operation.arguments(values, 1)
-        values[operation.node] = operation.node.target(*arguments, **options)
-    return {node: values[node] for node in network.time_values}
 
 
 def test_programs_take_turns_in_one_workspace():

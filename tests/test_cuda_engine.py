@@ -8,17 +8,22 @@ import types
 
 import pytest
 import torch
-from conftest import relu_classifier, silu_classifier, small_score
+from conftest import allows_tf32, programs_of, relu_classifier, silu_classifier, small_score
 from graph_backend import OutOfMemory, StandIn
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
-from coupfast.engine import cuda
-from coupfast.engine.calibration import Choice
-from coupfast.engine.graphs import CudaBackend
-from coupfast.engine.precision import allows_tf32
+from coupfast.engine import CounterNoise, cuda
+from coupfast.engine.cuda import pieces as pieces_module
+from coupfast.engine.cuda import programs as programs_module
+from coupfast.engine.cuda import support
+from coupfast.engine.cuda.calibration import Choice
+from coupfast.engine.cuda.capture import CudaBackend
+from coupfast.engine.cuda.networks import CudaNetworks
+from coupfast.engine.cuda.pieces import Pieces
+from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.conv3x3 import pack_weight
 
@@ -47,27 +52,26 @@ def backends(monkeypatch):
         made.append(StandIn())
         return made[-1]
 
-    monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: None)
-    monkeypatch.setattr(cuda, "CudaBackend", backend)
-    monkeypatch.setattr(cuda, "Calibration", OurKernels)
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", remembered_piece)
+    monkeypatch.setattr(programs_module, "unavailable", lambda dtype, device: None)
+    monkeypatch.setattr(programs_module, "CudaBackend", backend)
+    monkeypatch.setattr(programs_module, "Calibration", OurKernels)
+    monkeypatch.setattr(Pieces, "make", remembered_piece)
     OurKernels.chosen = []
     return made
 
 
-PIECE = cuda.CudaPrograms.piece
+PIECE = Pieces.make
 PIECES: dict = {}
 
 
 def remembered_piece(self, name, bucket, piece=PIECE):
     """Tracing takes a second or two, and the networks of these tests are always the same."""
     activation = None if self.guidance is None else type(self.guidance.classifier.activation)
-    options = (self.precision, self.choose is None, self.fuse_norms, self.differentiate_guidance, cuda.fuse_kernels)
-    key = (name, bucket, activation, *options, tuple(self.table.labels))
+    products = None if self.choose is None else self.choose(bucket, 3, 8, 8, 8)
+    options = (products, self.fuse_norms, self.differentiate_guidance, pieces_module.fuse_kernels)
+    key = (name, bucket, activation, *options, tuple(self.labels.tolist()))
     if key not in PIECES:
         PIECES[key] = piece(self, name, bucket)
-    elif self.choose is not None:
-        self.choose(bucket, 3, 8, 8, 8)
     return PIECES[key]
 
 
@@ -192,8 +196,8 @@ class TestGraphs:
         with torch.no_grad():
             run(images, seed=1)
             loads = []
-            load = cuda.CudaProgram._load
-            monkeypatch.setattr(cuda.CudaProgram, "_load", lambda self, k, *rest: (loads.append(k), load(self, k, *rest)))
+            load = CudaProgram._load
+            monkeypatch.setattr(CudaProgram, "_load", lambda self, k, *rest: (loads.append(k), load(self, k, *rest)))
             run(images, seed=1)
         assert loads == [0]
 
@@ -212,20 +216,20 @@ class TestGraphs:
         assert ours - theirs == kept
 
     def test_a_changed_state_is_loaded_again(self, backends, score, classifier, images):
-        programs = purifier(score, classifier)._prepare(images).programs
-        noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        programs = programs_of(purifier(score, classifier), images)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
         program = programs.for_batch(5)
         x_1, _ = program.step(0, images, noise)
         x_1.mul_(0.5)
         found, _ = program.step(1, x_1, noise)
-        expected, _ = programs.eager.step(1, x_1, noise)
+        expected, _ = programs.networks.eager.step(1, x_1, noise)
         assert_close(found, expected, ROUNDINGS)
         found, _ = program.step(1, x_1, noise)  # the same once more, not the step after it
         assert_close(found, expected, ROUNDINGS)
 
     def test_after_an_error_everything_is_loaded_again(self, backends, score, classifier, images, monkeypatch):
-        programs = purifier(score, classifier)._prepare(images).programs
-        noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        programs = programs_of(purifier(score, classifier), images)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
         program = programs.for_batch(5)
         x_1, _ = program.step(0, images, noise)
         expected, _ = program.step(1, x_1, noise)
@@ -251,7 +255,7 @@ class TestGraphs:
         run = purifier(score, classifier)
         with torch.no_grad():
             run(images, seed=1)
-            program = run._prepare(images).programs.for_batch(5)
+            program = programs_of(run, images).for_batch(5)
             expected = run(images, seed=1)
             put = program._put
 
@@ -298,7 +302,7 @@ class TestGraphs:
     def test_a_failed_capture_leaves_everything_usable(self, backends, score, classifier, images, monkeypatch):
         expected = purifier(score, classifier, options={"graphs": False})(images, seed=1)
         run = purifier(score, classifier)
-        program = run._prepare(images).programs.for_batch(5)
+        program = programs_of(run, images).for_batch(5)
         program.runner.backend.fail = RuntimeError("no such stream")
         state = [buffer.clone() for buffer in program.runner.state]
         with pytest.raises(RuntimeError, match=r"captured as a graph \(RuntimeError: no such stream\).*'graphs': False"):
@@ -341,7 +345,7 @@ class TestGraphs:
 
     def test_out_of_memory_says_what_was_needed(self, backends, score, classifier, images):
         run = purifier(score, classifier)
-        program = run._prepare(images).programs.for_batch(5)
+        program = programs_of(run, images).for_batch(5)
         error = RuntimeError("capture_end: invalidated")
         error.__context__ = OutOfMemory("CUDA out of memory")
         program.runner.backend.fail = error
@@ -364,21 +368,20 @@ class TestGraphs:
             backend.capture(lambda: value.item())
 
     def test_old_programs_are_let_go(self, backends, score, images, monkeypatch):
-        monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 2)
+        monkeypatch.setattr(programs_module, "KEPT_PROGRAMS", 2)
         run = purifier(score, None, method="reverse-sde")
         with torch.no_grad():
             for batch in (1, 2, 4, 1):
                 run(images[:batch], seed=1)
         assert len(backends) == 4  # one image's had to go
 
-
     def test_one_that_is_let_go_has_done_its_work(self, backends, score, images, monkeypatch):
-        monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 1)
+        monkeypatch.setattr(programs_module, "KEPT_PROGRAMS", 1)
         run = purifier(score, None, method="reverse-sde", options={"graphs": False})
         waited = []
         with torch.no_grad():
             run(images[:1], seed=0)
-            programs = run._prepare(images).programs
+            programs = programs_of(run, images)
             programs.for_batch(1)._order._last = types.SimpleNamespace(synchronize=lambda: waited.append(1))
             run(images[:2], seed=0)
         gc.collect()
@@ -388,9 +391,9 @@ class TestGraphs:
 @pytest.mark.parametrize("candidate, ours", [("library", 0), ("compiled", 0), ("triton-ieee", 1)])
 def test_convolutions_are_those_that_calibration_chose(backends, score, images, monkeypatch, candidate, ours):
     monkeypatch.setattr(OurKernels, "choose", lambda self, shape: Choice(candidate, {}, {}, {}))
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    monkeypatch.setattr(Pieces, "make", PIECE)
     run = purifier(score, None, method="reverse-sde")
-    found = {node.target for node in run._prepare(images).programs.piece("score", 1).operations()}
+    found = {node.target for node in programs_of(run, images).networks.pieces.make("score", 1).operations()}
     assert (torch.ops.coupfast.conv3x3.default in found) == ours
 
 
@@ -401,12 +404,12 @@ class TestPrecision:
         try:
             run = purifier(score, classifier)
             flags = []
-            program = run._prepare(images).programs.for_batch(5)
+            program = programs_of(run, images).for_batch(5)
             program.runner.backend.while_capturing = lambda: flags.append(allows_tf32())
             both_ways(run, images)
             assert flags and not any(flags)
-            for name in program.programs.piece_names():
-                for node in program.programs.piece(name, 2).operations():
+            for name in program.networks.pieces.names():
+                for node in program.networks.pieces.make(name, 2).operations():
                     if node.target is torch.ops.coupfast.conv3x3.default:
                         assert node.args[-1] == "ieee"
         finally:
@@ -415,19 +418,19 @@ class TestPrecision:
     @pytest.mark.parametrize(("precision", "inside", "flag"), [("3xtf32", "tf32x3", False), ("tf32", "tf32", True)])
     def test_named_precisions(self, backends, score, classifier, images, precision, inside, flag):
         run = purifier(score, classifier, precision=precision)
-        program = run._prepare(images).programs.for_batch(5)
+        program = programs_of(run, images).for_batch(5)
         before, flags = allows_tf32(), []
         program.runner.backend.while_capturing = lambda: flags.append(allows_tf32())
         with torch.no_grad():
             run(images, seed=1)
         assert flags == [flag]
-        operations = program.programs.piece("score", 2).operations()
+        operations = program.networks.pieces.make("score", 2).operations()
         assert {node.args[-1] for node in operations if node.target is torch.ops.coupfast.conv3x3.default} == {inside}
         assert allows_tf32() == before
 
     @pytest.mark.parametrize("graphs", [True, False])
     def test_a_piece_that_is_wrong_is_not_used(self, backends, score, classifier, images, monkeypatch, graphs):
-        fuse = cuda.fuse_kernels
+        fuse = pieces_module.fuse_kernels
 
         def wrong(graph, *args, **kwargs):
             fuse(graph, *args, **kwargs)
@@ -435,7 +438,7 @@ class TestPrecision:
             node.args = (*node.args[:-2], 1.01, node.args[-1])
             graph.module.recompile()
 
-        monkeypatch.setattr(cuda, "fuse_kernels", wrong)
+        monkeypatch.setattr(pieces_module, "fuse_kernels", wrong)
         with torch.no_grad(), pytest.raises(RuntimeError, match="^the cuda engine's 'score' differs from PyTorch's.*doctor"):
             purifier(score, classifier, options={"graphs": graphs})(images, seed=1)
 
@@ -478,7 +481,7 @@ class TestRefuses:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: setup["capability"])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
 
-        monkeypatch.setattr(cuda, "driver_cuda", lambda: setup["driver"])
+        monkeypatch.setattr(support, "driver_cuda", lambda: setup["driver"])
         triton = None if setup["triton"] is None else types.SimpleNamespace(__version__=setup["triton"])
         monkeypatch.setitem(sys.modules, "triton", triton)
         found = cuda.unavailable(torch.float32, torch.device("cuda"))
@@ -507,15 +510,15 @@ class TestRefuses:
             purifier(score, classifier, precision="3xtf32", options={"triton": False})(images)
 
     def test_more_images_than_the_largest_bucket(self, backends, score, images, monkeypatch):
-        monkeypatch.setattr(cuda, "BUCKETS", (1, 2))
+        monkeypatch.setattr(programs_module, "BUCKETS", (1, 2))
         run = purifier(score, None, method="reverse-sde")
-        programs = run._prepare(images).programs
+        programs = programs_of(run, images)
         with pytest.raises(ValueError, match="up to 2 images at a time, got 5"):
             programs.for_batch(5)
 
     def test_states_of_another_kind(self, backends, score, images):
-        program = purifier(score, None, method="reverse-sde")._prepare(images).programs.for_batch(1)
-        noise = cuda.CounterNoise(1, torch.arange(1), torch.zeros(1, dtype=torch.int64))
+        program = programs_of(purifier(score, None, method="reverse-sde"), images).for_batch(1)
+        noise = CounterNoise(1, torch.arange(1), torch.zeros(1, dtype=torch.int64))
         with pytest.raises(ValueError, match="runs torch.float32 states of shape"):
             program.step(0, images[:1].double(), noise)
         with pytest.raises(ValueError, match=r"states of shape \(3, 8, 8\) on cpu, got .* meta"):
@@ -532,7 +535,7 @@ class TestRefuses:
 
 
 def test_large_batches_go_in_pieces(backends, score, images, monkeypatch):
-    monkeypatch.setattr(cuda, "BUCKETS", (1, 2))
+    monkeypatch.setattr(programs_module, "BUCKETS", (1, 2))
     monkeypatch.setattr(cuda.CudaPrograms, "largest_batch", 2)
     run = purifier(score, None, method="reverse-sde")
     found = both_ways(run, images)
@@ -542,9 +545,9 @@ def test_large_batches_go_in_pieces(backends, score, images, monkeypatch):
 
 
 def test_keeps_slopes_as_bits(backends, score, classifier, images):
-    programs = purifier(score, classifier)._prepare(images).programs
+    programs = programs_of(purifier(score, classifier), images)
     program = programs.for_batch(5)
-    noise = cuda.CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+    noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
     _, kept = program.step(0, images, noise, "slopes")
     masks = [slope for slope in program._slopes if slope.dtype == torch.bool]
     assert torch.equal(kept.bits, pack_bits(torch.cat([mask.reshape(-1) for mask in masks])))
@@ -583,7 +586,7 @@ class Attending(Flattening):
 @pytest.fixture(params=[(Flattening, torch.nn.ReLU), (Flattening, torch.nn.SiLU), (Attending, torch.nn.GELU)], ids=str)
 def awkward(request, monkeypatch):
     """A classifier that other formats of memory, tensors of nowhere and fused operations are awkward for."""
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    monkeypatch.setattr(Pieces, "make", PIECE)
     network, activation = request.param
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -592,7 +595,7 @@ def awkward(request, monkeypatch):
 
 @pytest.fixture
 def flattening(monkeypatch):
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    monkeypatch.setattr(Pieces, "make", PIECE)
     with torch.random.fork_rng():
         torch.manual_seed(4)
         return Flattening(torch.nn.ReLU()).eval()
@@ -616,7 +619,7 @@ def test_what_cannot_be_a_graph_is_named(backends, score, classifier, images, mo
             out = self.inner(*inputs)
             return out if float(out.detach().mean()) > 1e9 else 2.0 * out
 
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    monkeypatch.setattr(Pieces, "make", PIECE)
     networks = {"score net": score, "classifier": classifier}
     networks[network] = Deciding(networks[network], torch.nn.ReLU()).eval()
     with torch.no_grad(), pytest.raises(ValueError, match=f"the {network} cannot be made a graph .* engine='eager'"):
@@ -654,10 +657,10 @@ def test_making_a_piece_computes_nothing_on_its_bucket(score, make_classifier):
     classifier = make_classifier(torch.float32).requires_grad_(False)
     example = torch.zeros(1, 3, 8, 8)
     table = purifier(score, classifier, engine="eager").recipe.table
-    programs = cuda.CudaPrograms(score.requires_grad_(False), Guidance(classifier, example), table, example, True)
+    networks = CudaNetworks(score.requires_grad_(False), Guidance(classifier, example), table, example, True)
     with Convolutions():
-        for name in programs.piece_names():
-            programs.piece(name, 64)
+        for name in networks.pieces.names():
+            networks.pieces.make(name, 64)
     assert set(Convolutions.batches) <= {1, 2, 3}  # traces
 
 
@@ -675,33 +678,34 @@ def test_attention_in_a_score_net_is_plain_operations(backends, classifier, imag
             tokens = torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
             return h + tokens.transpose(1, 2).reshape(h.shape)
 
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    monkeypatch.setattr(Pieces, "make", PIECE)
     score = Attending().eval()
     run = purifier(score, classifier)
     found, expected = both_ways(run, images), both_ways(purifier(score, classifier, engine="eager"), images)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, ROUNDINGS)
-    programs = run._prepare(images).programs
-    names = [str(node.target) for name in ("score", "score vjp") for node in programs.piece(name, 8).operations()]
+    programs = programs_of(run, images)
+    pieces = [programs.networks.pieces.make(name, 8) for name in ("score", "score vjp")]
+    names = [str(node.target) for piece in pieces for node in piece.operations()]
     assert names and not [name for name in names if "scaled_dot_product" in name]
 
 
 def test_graphs_share_their_weights(backends, score, classifier, images, monkeypatch):
     """Pieces and buckets have the same copies, which stay when a bucket's graphs are let go: a weight's address names it."""
-    monkeypatch.setattr(cuda, "KEPT_PROGRAMS", 1)
-    monkeypatch.setattr(cuda.CudaPrograms, "piece", PIECE)
+    monkeypatch.setattr(programs_module, "KEPT_PROGRAMS", 1)
+    monkeypatch.setattr(Pieces, "make", PIECE)
     run = purifier(score, classifier, options={"graphs": False})
     both_ways(run, images[:2])
-    programs = run._prepare(images).programs
-    before, pairs = programs.weights_bytes(1, gradient=True), len(programs._packed)
+    programs = programs_of(run, images)
+    before, pairs = programs.weights_bytes(1, gradient=True), len(programs.networks.pieces.packed)
     weights = sum(p.nbytes for network in (score, classifier) for p in network.parameters() if p.dim() == 4)
     # All but the few that are not 3 x 3: once in channels last, twice packed (as they are, and for the transpose).
     assert 2 * weights < before < 4 * weights
     found = both_ways(run, images[:4])
-    assert programs.weights_bytes(1, gradient=True) == before and len(programs._packed) == pairs
+    assert programs.weights_bytes(1, gradient=True) == before and len(programs.networks.pieces.packed) == pairs
     for ours, theirs in zip(found, both_ways(purifier(score, classifier, engine="eager"), images[:4]), strict=True):
         assert_close(ours, theirs, ROUNDINGS)
-    for weight, packed in programs._packed.values():
+    for weight, packed in programs.networks.pieces.packed.values():
         forward, transposed = pack_weight(weight), pack_weight(weight.flip(2, 3).transpose(0, 1))
         assert any(packed.shape == right.shape and torch.equal(packed, right) for right in (forward, transposed))
 

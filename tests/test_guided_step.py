@@ -14,6 +14,7 @@ from coupfast_kernels import guided_step as module
 from coupfast_kernels.guided_step import guided_step, guided_step_ref
 from coupfast_kernels.noise import (
     FORWARD_NOISING_STEP,
+    SECOND_NOISE_STEP,
     box_muller_ref,
     philox_4x32_10_ref,
     seed_tensor,
@@ -32,12 +33,24 @@ def images(shape, count, layout=CONTIGUOUS, dtype=torch.float32, seed=0):
     ]
 
 
-def table(steps=6, seed=5):
-    return torch.randn(steps, 4, generator=torch.Generator().manual_seed(seed))
+def table(steps=6, seed=5, columns=4):
+    return torch.randn(steps, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def device_noise(batch, seed=2**64 - 5):
     return seed_tensor(seed, "cpu"), random_words(batch, 1), random_words(batch, 2)
+
+
+# Which of x_in, the second noise, x_before and eps_before are in the sum.
+MORE = [dict(zip(("x_in", "second", "x_before", "eps_before"), map(bool, bits), strict=True)) for bits in (
+    (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 1, 1), (1, 1, 1, 1)
+)]  # fmt: skip
+
+
+def more_terms(shape, layout, present):
+    """The images of the last four terms that are there, but the noise, which a kernel makes itself."""
+    names = ("x_in", "x_before", "eps_before")
+    return {name: image for name, image in zip(names, images(shape, 3, layout, seed=9), strict=True) if present[name]}
 
 
 class TestDefinition:
@@ -58,6 +71,63 @@ class TestDefinition:
         if with_noise:
             y = rounded(y + rounded(d * z.double()))
         assert_same_bits(found, y.float())
+
+    @pytest.mark.parametrize("absent", [(), ("eps_hat",), ("guidance", "z"), ("x_in",), ("z2",), ("x_before", "eps_before")])
+    def test_rounds_eight_terms_from_left_to_right(self, absent):
+        names = ("x", "eps_hat", "guidance", "z", "x_in", "z2", "x_before", "eps_before")
+        row = (1.01, -0.02, 0.3, 0.4, -0.7, 0.15, 1.2, -0.35)
+        terms = dict(zip(names, images((2, 3, 5, 7), 8), strict=True))
+        given = {name: None if name in absent else term for name, term in terms.items()}
+        first = [given.pop(name) for name in ("x", "eps_hat", "guidance")]
+        found = guided_step_ref(*first, row, given.pop("z"), **given)
+
+        wanted = None
+        for name, coefficient in zip(names, row, strict=True):
+            if name not in absent:
+                product = (float(torch.tensor(coefficient, dtype=torch.float32)) * terms[name].double()).float()
+                wanted = product if wanted is None else (wanted.double() + product.double()).float()
+        assert_same_bits(found, wanted)
+
+    @pytest.mark.parametrize("extra", ["x_in", "z2", "x_before", "eps_before"])
+    def test_four_coefficients_are_four_terms(self, extra):
+        (x,) = images((2, 3, 5, 7), 1)
+        with pytest.raises(ValueError, match=r"or with any of x_in, z2, x_before, eps_before \(a, b, c, d, e, f, p, q\)"):
+            guided_step_ref(x, None, None, (1.0, 0.0, 0.0, 0.0), **{extra: x})
+        with pytest.raises(ValueError, match=r"got \(1.0, 0.0, 0.0\)"):
+            guided_step_ref(x, None, None, (1.0, 0.0, 0.0))
+
+    def test_the_transpose_of_eight_columns_is_four_such_steps(self):
+        """Against autograd, by the lines of the module's header."""
+        shape, size = (2, 3, 2, 3), 18
+        x, x_in, x_before, eps_before, v, v_next = images(shape, 6, dtype=torch.float64)
+        a, b, c, d, e, f, p, q = row = (1.01, -0.02, 0.3, 0.4, -0.7, 0.15, 1.2, -0.35)
+        score, hessian = images((size, size), 2, dtype=torch.float64, seed=1)
+        hessian = hessian + hessian.T
+        z, z2 = images(shape, 2, dtype=torch.float64, seed=2)
+
+        def apply(matrix, image):
+            return (image.reshape(2, size) @ matrix).view_as(image)
+
+        def step(x, x_in, x_before, eps_before):
+            """The next state, and what the step after it sees of this one."""
+            eps_hat = apply(score.T, x)
+            more = dict(x_in=x_in, z2=z2, x_before=x_before, eps_before=eps_before)
+            return guided_step_ref(x, eps_hat, apply(hessian, x), row, z, **more), x_in, x, eps_hat
+
+        v_in, v_before, v_eps = v_next, v.flip(1), v.flip(2)
+        _, expected = torch.autograd.functional.vjp(step, (x, x_in, x_before, eps_before), (v, v_in, v_before, v_eps))
+        ones = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+        u = guided_step_ref(v, None, None, (b, *ones[1:]), x_before=v_eps)
+        found = (
+            guided_step_ref(v, apply(score, u), apply(hessian, v), (a, 1.0, c, *ones[3:]), x_before=v_before),
+            guided_step_ref(v_in, None, None, ones, x_before=e * v),
+            p * v,
+            q * v,
+        )
+        # Sums of 18 products of normal numbers, in another order perhaps, twice, and five more terms.
+        tol = 50 * torch.finfo(torch.float64).eps
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=tol, atol=tol * float(other.abs().max()))
 
     def test_its_transpose_is_itself_without_noise(self):
         x, eps_hat, g, v = images((2, 3, 5, 7), 4, dtype=torch.float64)
@@ -85,14 +155,31 @@ class TestOperator:
         x, eps_hat, g = images(shape, 3, layout)
         _, ids, draw = device_noise(3)
         noise = None if seed is None else (seed_tensor(seed, "cpu"), ids, draw)
-        classifier_input = torch.full_like(x, float("nan"))
-        y = guided_step(
-            x, eps_hat, g if guided else None, table(), torch.tensor(4), noise=noise, classifier_input=classifier_input
-        )
+        y = guided_step(x, eps_hat, g if guided else None, table(), torch.tensor(4), noise=noise)
         z = None if seed is None else standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=4)
         assert_same_bits(y, guided_step_ref(x, eps_hat, g if guided else None, tuple(table()[4].tolist()), z))
-        assert_same_bits(classifier_input, (y + 1) / 2)
         assert y.is_contiguous(memory_format=layout)
+
+    @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+    @pytest.mark.parametrize("present", MORE, ids=str)
+    @pytest.mark.parametrize("one_row", [False, True])
+    def test_is_the_definition_with_eight_columns(self, layout, present, one_row):
+        shape, k = (3, 3, 4, 5), 4
+        x, eps_hat, g = images(shape, 3, layout)
+        noise, rows, terms = device_noise(3), table(columns=8), more_terms(shape, layout, present)
+        coefficients = rows[k] if one_row else rows
+        y = guided_step(
+            x, eps_hat, g, coefficients, torch.tensor(k), noise=noise, second_noise=present["second"], **terms
+        )
+        words = dict(seed=2**64 - 5, ids=noise[1], draw=noise[2])
+        z2 = standard_normal_ref(shape, **words, step=SECOND_NOISE_STEP + k) if present["second"] else None
+        z = standard_normal_ref(shape, **words, step=k)
+        assert_same_bits(y, guided_step_ref(x, eps_hat, g, tuple(rows[k].tolist()), z, z2=z2, **terms))
+
+    def test_a_step_without_network(self):
+        (x,) = images((2, 3, 4, 4), 1)
+        y = guided_step(x, None, None, table(), torch.tensor(1))
+        assert_same_bits(y, guided_step_ref(x, None, None, tuple(table()[1].tolist())))
 
     def test_one_row_serves_any_step(self):
         x, eps_hat = images((2, 3, 4, 4), 2)
@@ -110,10 +197,13 @@ class TestOperator:
     def test_traces_for_a_device_that_is_not_there(self):
         """As the CUDA engine does: fake CUDA tensors, every result in a buffer that was given, no value read."""
         with FakeTensorMode():
-            x, eps_hat, g, y, image = (torch.empty(4, 3, 8, 8, device="cuda", memory_format=CHANNELS_LAST) for _ in range(5))
+            x, eps_hat, g, y = (torch.empty(4, 3, 8, 8, device="cuda", memory_format=CHANNELS_LAST) for _ in range(4))
             coefficients, step = torch.empty(6, 4, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
             ids = torch.empty(4, dtype=torch.int64, device="cuda")
-            assert guided_step(x, eps_hat, g, coefficients, step, noise=(step, ids, ids), out=y, classifier_input=image) is y
+            assert guided_step(x, eps_hat, g, coefficients, step, noise=(step, ids, ids), out=y) is y
+            more = dict(x_in=g, second_noise=True, x_before=y, eps_before=g)
+            eight = torch.empty(6, 8, device="cuda")
+            assert guided_step(x, None, g, eight, step, noise=(step, ids, ids), out=y, **more) is y
             new = guided_step(x, eps_hat, None, coefficients, step)
             assert new.is_contiguous(memory_format=CHANNELS_LAST)
             with pytest.raises(ValueError, match="`eps_hat` is .* on cpu"):
@@ -139,8 +229,8 @@ class TestOperator:
 
     def test_pytorch_finds_the_operator_consistent(self):
         x, eps_hat, g = images((2, 3, 4, 4), 3)
-        arguments = (torch.empty_like(x), torch.empty_like(x), x, eps_hat, g, table(), torch.tensor(1), *device_noise(2))
-        library.opcheck(torch.ops.coupfast.guided_step_out.default, arguments)
+        arguments = (torch.empty_like(x), x, eps_hat, g, table(columns=8), torch.tensor(1), *device_noise(2))
+        library.opcheck(torch.ops.coupfast.guided_step_out.default, (*arguments, x, True, x, None))
 
     def test_refuses(self):
         x, eps_hat, g = images((2, 3, 4, 4), 3)
@@ -150,7 +240,12 @@ class TestOperator:
             (dict(eps_hat=eps_hat[:1]), ValueError, r"`eps_hat` is \(1, 3, 4, 4\)"),
             (dict(guidance=g.contiguous(memory_format=CHANNELS_LAST)), ValueError, "all contiguous or all channels_last"),
             (dict(coefficients=table()[:, :3]), TypeError, "contiguous float32"),
-            (dict(coefficients=table()[:, :3].contiguous()), ValueError, r"shape \(steps, 4\) or \(4,\)"),
+            (dict(coefficients=table()[:, :3].contiguous()), ValueError, r"shape \(steps, 4\), \(steps, 8\), \(4,\) or \(8,\)"),
+            (dict(x_in=x, x_before=x), ValueError, r"x_in, x_before need rows of 8 coefficients, got \(6, 4\)"),
+            (dict(second_noise=True), ValueError, "second_noise need rows of 8"),
+            (dict(coefficients=table(columns=8), eps_before=x[:1]), ValueError, r"`eps_before` is \(1, 3, 4, 4\)"),
+            (dict(coefficients=table(columns=8), second_noise=True, noise=None), ValueError, "missing: seed, ids, draw"),
+            (dict(coefficients=table(columns=8)[0], second_noise=True, step=torch.tensor(2**31 - 1)), ValueError, "2147483647"),
             (dict(coefficients=table().double()), TypeError, "contiguous float32, got torch.float64"),
             (dict(step=torch.tensor([1])), ValueError, r"`step` must be contiguous int64 of shape \(\)"),
             (dict(step=torch.tensor(6)), IndexError, "steps 0 … 5, `step` is 6"),
@@ -171,9 +266,15 @@ def test_kernel_in_the_interpreter():
 def test_says_that_triton_is_missing(monkeypatch):
     monkeypatch.setattr(module, "triton", None)
     x, eps_hat = images((2, 3, 4, 4), 2)
-    arguments = (torch.empty_like(x), None, x, eps_hat, None, table(), torch.tensor(1), None, None, None)
+    arguments = (torch.empty_like(x), x, eps_hat, None, table(), torch.tensor(1), None, None, None, None, False, None, None)
     with pytest.raises(RuntimeError, match="need Triton, which is not installed"):
         module._launch(*arguments)
+
+
+def launch(y, x, eps_hat, g, coefficients, step, noise=None, **more):
+    """`guided_step`, as it is launched for CUDA."""
+    last = dict(x_in=None, second_noise=False, x_before=None, eps_before=None) | more
+    module._launch(y, x, eps_hat, g, coefficients, torch.tensor(step), *(noise or (None,) * 3), *last.values())
 
 
 def poisoned(like):
@@ -191,60 +292,84 @@ if INTERPRETED:
     class TestInterpreted:
         @pytest.mark.parametrize("shape", SHAPES, ids=str)
         @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
-        @pytest.mark.parametrize("way", ["forward", "forward, classifier's input", "forward, unguided", "adjoint", "no hvp"])
+        @pytest.mark.parametrize("way", ["forward", "forward, unguided", "forward, no network", "adjoint", "no hvp"])
         def test_equals_the_definition(self, shape, layout, way):
             x, eps_hat, g = images(shape, 3, layout)
-            g = None if way in ("forward, unguided", "no hvp") else g
-            noise = device_noise(shape[0]) if way.startswith("forward") else (None, None, None)
-            row = tuple(table()[4].tolist())
+            g = g if way in ("forward", "adjoint") else None
+            eps_hat = None if way == "forward, no network" else eps_hat
+            noise = device_noise(shape[0]) if way.startswith("forward") else None
             z = None
-            if noise[0] is not None:
+            if noise is not None:
                 z = standard_normal_ref(shape, seed=2**64 - 5, ids=noise[1], draw=noise[2], step=4)
-            wanted = guided_step_ref(x, eps_hat, g, row, z)
+            wanted = guided_step_ref(x, eps_hat, g, tuple(table()[4].tolist()), z)
 
             buffer, y = poisoned(x)
-            input_buffer, classifier_input = poisoned(x) if way.endswith("input") else (None, None)
-            before = [tensor.clone() for tensor in (x, eps_hat)]
-            module._launch(y, classifier_input, x, eps_hat, g, table(), torch.tensor(4), *noise)
+            launch(y, x, eps_hat, g, table(), 4, noise)
             assert_same_bits(y, wanted)
-            assert_same_bits(x, before[0])
-            assert_same_bits(eps_hat, before[1])
-            if classifier_input is not None:
-                assert_same_bits(classifier_input, (wanted + 1) / 2)
-            for padded in (buffer, input_buffer):
-                if padded is not None:
-                    assert bool(padded[:32].isnan().all())
-                    assert bool(padded[-32:].isnan().all())
+            for tensor, before in zip((x, eps_hat), images(shape, 2, layout), strict=True):
+                if tensor is not None:
+                    assert_same_bits(tensor, before)
+            assert bool(buffer[:32].isnan().all())
+            assert bool(buffer[-32:].isnan().all())
+
+        @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 4, 2, 6), (2, 3, 5, 7)], ids=str)
+        @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+        @pytest.mark.parametrize(
+            ("present", "first_noise"),
+            [*((which, False) for which in MORE if not which["second"]), *((MORE[i], True) for i in (0, 1, 5))],
+            ids=str,
+        )
+        def test_equals_the_definition_with_eight_columns(self, shape, layout, present, first_noise):
+            x, eps_hat, g = images(shape, 3, layout)
+            terms, rows, k = more_terms(shape, layout, present), table(columns=8), 4
+            noise = device_noise(shape[0]) if first_noise else None
+            z = z2 = None
+            if noise is not None:
+                words = dict(seed=2**64 - 5, ids=noise[1], draw=noise[2])
+                z = standard_normal_ref(shape, **words, step=k)
+                z2 = standard_normal_ref(shape, **words, step=SECOND_NOISE_STEP + k) if present["second"] else None
+            wanted = guided_step_ref(x, eps_hat, g, tuple(rows[k].tolist()), z, z2=z2, **terms)
+
+            buffer, y = poisoned(x)
+            launch(y, x, eps_hat, g, rows, k, noise, second_noise=present["second"], **terms)
+            assert_same_bits(y, wanted)
+            assert bool(buffer[:32].isnan().all())
+            assert bool(buffer[-32:].isnan().all())
+            *_, place = (x, *terms.values())  # over what is read last, too
+            launch(place, x, eps_hat, g, rows, k, noise, second_noise=present["second"], **terms)
+            assert_same_bits(place, wanted)
 
         def test_flat_states(self):
             x, eps_hat, g = images((3, 515), 3)
             y = torch.full_like(x, float("nan"))
-            module._launch(y, None, x, eps_hat, g, table(), torch.tensor(0), *device_noise(3))
+            launch(y, x, eps_hat, g, table(), 0, device_noise(3))
             assert_same_bits(y, guided_step(x, eps_hat, g, table(), torch.tensor(0), noise=device_noise(3)))
 
         @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
         def test_in_place(self, layout):
             x, eps_hat, g = images((2, 3, 8, 8), 3, layout)
             wanted = guided_step(x, eps_hat, g, table(), torch.tensor(3), noise=device_noise(2))
-            module._launch(x, None, x, eps_hat, g, table(), torch.tensor(3), *device_noise(2))
+            launch(x, x, eps_hat, g, table(), 3, device_noise(2))
             assert_same_bits(x, wanted)
 
         def test_the_forward_noising_has_a_row_of_its_own(self):
             x, eps_hat = images((2, 3, 8, 8), 2)
-            step, y = torch.tensor(FORWARD_NOISING_STEP), torch.full_like(x, float("nan"))
-            module._launch(y, None, x, eps_hat, None, table()[2], step, *device_noise(2))
+            y = torch.full_like(x, float("nan"))
+            launch(y, x, eps_hat, None, table()[2], FORWARD_NOISING_STEP, device_noise(2))
+            step = torch.tensor(FORWARD_NOISING_STEP)
             assert_same_bits(y, guided_step(x, eps_hat, None, table()[2], step, noise=device_noise(2)))
 
         @pytest.mark.parametrize("step", [6, -1, FORWARD_NOISING_STEP])
         def test_a_step_outside_of_the_table_gives_nan(self, step):
             x, eps_hat = images((2, 3, 4, 4), 2)
-            y = torch.zeros_like(x)
-            module._launch(y, None, x, eps_hat, None, table(), torch.tensor(step), None, None, None)
-            assert bool(y.isnan().all())
+            for columns in (4, 8):
+                y = torch.zeros_like(x)
+                launch(y, x, eps_hat, None, table(columns=columns), step)
+                assert bool(y.isnan().all())
 
         def test_no_images(self):
             x = torch.empty(0, 3, 4, 4)
-            module._launch(x, None, x, x, None, table(), torch.tensor(0), None, None, None)
+            launch(x, x, x, None, table(), 0)
 
         @pytest.mark.parametrize(("interleaved", "channels"), [(1, 1), (3, 3)])
         def test_addresses_beyond_32_bits(self, monkeypatch, interleaved, channels):
@@ -271,9 +396,9 @@ if INTERPRETED:
             monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
             seed, ids, draw = device_noise(2)
             module._guided_step_kernel[(1,)](
-                y, None, x, x, None, table(), torch.tensor(4), seed, ids, draw,
+                y, x, x, None, table(), torch.tensor(4), seed, ids, draw, None, None, None,
                 rows=6, elements=elements, groups=groups, tiles=tiles, channels=channels, pixels=elements // channels,
-                TABLE=True, ADD_GUIDANCE=False, ADD_NOISE=True, WRITE_CLASSIFIER_INPUT=False,
+                TABLE=True, COLUMNS=4, ADD_NOISE=True, ADD_SECOND_NOISE=False,
                 INTERLEAVED=interleaved, STRIDED=False, BLOCK=block,
             )  # fmt: skip
 

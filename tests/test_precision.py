@@ -8,8 +8,9 @@ import threading
 
 import pytest
 import torch
+from conftest import allows_tf32
 
-from coupfast.engine.precision import _OWNERS, allows_tf32, float32_precision, strict_float32
+from coupfast.engine.precision import _OWNERS, float32_precision, strict_float32
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -57,13 +58,13 @@ def test_covers_every_backend_with_tf32():
     assert found - {"mkldnn.rnn"} == {"cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv"}
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("precision", ["strict", "3xtf32", "tf32"])
 @pytest.mark.parametrize("user", ["default", "highest", "high", "medium", "new setting"])
 def test_what_the_compiler_reads_can_be_read(user, precision):
     """PyTorch raises where its older and its newer settings disagree; each process begins with neither set."""
     script = f"""
 import torch
-from coupfast.engine.precision import _OWNERS, allows_tf32, float32_precision
+from coupfast.engine.precision import _OWNERS, float32_precision
 user = {user!r}
 if user == "new setting":
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -72,17 +73,21 @@ elif user != "default":
 before = [owner.fp32_precision for owner in _OWNERS.values()]
 for _ in range(2):
     with float32_precision("cpu", {precision!r}):
-        assert torch.get_float32_matmul_precision() == {dict(ieee="highest", tf32="high")[precision]!r}
+        assert torch.get_float32_matmul_precision() == {"high" if precision == "tf32" else "highest"!r}
         assert torch.backends.cuda.matmul.allow_tf32 == ({precision!r} == "tf32")
-        assert torch.backends.cudnn.conv.fp32_precision == {precision!r}
+        assert torch.backends.cudnn.conv.fp32_precision == {"tf32" if precision == "tf32" else "ieee"!r}
         assert torch.backends.cudnn.allow_tf32 == ({precision!r} == "tf32")
-        assert allows_tf32() == ({precision!r} == "tf32")
     assert [owner.fp32_precision for owner in _OWNERS.values()] == before
     if user not in ("default", "new setting"):
         assert torch.get_float32_matmul_precision() == user
 """
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels"))
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def test_a_precision_that_does_not_exist():
+    with pytest.raises(ValueError, match="`precision` is one of strict, fast, 3xtf32, tf32, got 'ieee'"):
+        float32_precision("cpu", "ieee").__enter__()
 
 
 class TestThreads:
@@ -121,9 +126,9 @@ class TestThreads:
             inside.set()
             thread.join(0.3)
             assert thread.is_alive()
-            order.append(("ieee", allows_tf32()))
+            order.append(("strict", allows_tf32()))
         thread.join(60)
-        assert order == [("ieee", False), ("tf32", True)]
+        assert order == [("strict", False), ("tf32", True)]
 
     def test_threads_that_go_over_to_the_same_precision_do_not_wait_for_each_other(self):
         together, seen = threading.Barrier(2), []

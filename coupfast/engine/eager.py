@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from coupfast.engine import Keep, Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
+from coupfast.engine.protocol import Keep, StepMemory
 from coupfast.guidance import Guidance, Linearization
+from coupfast.noise import Noise, ReplayedNoise
 from coupfast.solvers import CoefficientTable
 from coupfast_kernels.guided_step import guided_step_ref
 
@@ -55,11 +56,11 @@ class EagerProgram:
         if keep == "activations":
             with torch.enable_grad():
                 saved.x = x_k.detach().requires_grad_()
-                saved.eps_hat = self.score(saved.x, self._label(k, x_k))
+                saved.eps_hat = self.eps_hat(k, saved.x)
             eps_hat = saved.eps_hat.detach()
         else:
             with torch.no_grad():
-                eps_hat = self.score(x_k, self._label(k, x_k))
+                eps_hat = self.eps_hat(k, x_k)
         g = None
         if self.guidance is not None and row[2] != 0.0:
             keep_slopes = keep != "nothing" and self.differentiate_guidance
@@ -75,18 +76,23 @@ class EagerProgram:
         w = None
         if self.guidance is not None and row[2] != 0.0 and self.differentiate_guidance:
             w = self.guidance.hvp(x_k, v, saved.linearization)
-        with torch.enable_grad():
-            x, eps_hat = saved.x, saved.eps_hat
-            if x is None or eps_hat is None:
-                x = x_k.detach().requires_grad_()
-                eps_hat = self.score(x, self._label(k, x_k))
-            # A score net may be constant in x at some label: its transpose is zero then.
-            u = torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
+        u = self.eps_hat_vjp(k, x_k, v, saved)
         with torch.no_grad():
             return guided_step_ref(v, u, w, row)
 
-    def _label(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
-        return self.labels[k].expand(len(x_k))
+    def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
+        """ε̂(x_k) at step k's label, with autograd's graph where gradients are enabled."""
+        return self.score(x_k, self.labels[k].expand(len(x_k)))
+
+    def eps_hat_vjp(self, k: int, x_k: torch.Tensor, v: torch.Tensor, saved: _Saved | None = None) -> torch.Tensor:
+        """J_ε(x_k)ᵀ v."""
+        with torch.enable_grad():
+            x, eps_hat = (None, None) if saved is None else (saved.x, saved.eps_hat)
+            if x is None or eps_hat is None:
+                x = x_k.detach().requires_grad_()
+                eps_hat = self.eps_hat(k, x)
+            # A score net may be constant in x at some label: its transpose is zero then.
+            return torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         step = {"score forward": 1}

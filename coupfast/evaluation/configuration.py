@@ -14,8 +14,7 @@ import torch
 
 import coupfast
 import coupfast_kernels
-from coupfast.engine.calibration import machine_key
-from coupfast.environment import sources_sha256, version
+from coupfast.environment import machine_key, sources_sha256, version
 from coupfast.evaluation.attacks import Attack
 from coupfast_kernels import native
 

@@ -69,9 +69,10 @@ Masked = _structure(
 )
 GuidedStep = _structure(
     "GuidedStep",
-    i64="batch channels pixels x_pixel eps_pixel guidance_pixel y_pixel seed step",
-    f32="a b c d",
-    p="x eps_hat guidance ids draw y",
+    i64="batch channels pixels x_pixel eps_pixel guidance_pixel x_in_pixel x_before_pixel eps_before_pixel y_pixel seed step "
+    "second_noise",
+    f32="a b c d e f p q",
+    p="x eps_hat guidance x_in x_before eps_before ids draw y",
 )
 _KINDS: dict[type, int] = {Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4, GuidedStep: 5}
 

@@ -1,13 +1,19 @@
-"""One guided step of the reverse VP-SDE (and, without noise, of its adjoint).
+"""One step of a table of linear rows: of the guided reverse VP-SDE, of its adjoint (without noise), of other solvers.
 
-    y = a x + b eps_hat + c guidance + d z,      z ~ N(0, 1)
+    y = a x + b eps_hat + c guidance + d z  [+ e x_in + f z' + p x_before + q eps_before],      z, z' ~ N(0, 1)
 
-The map is linear in its tensors, so its transpose has the same form: the same step with J_εᵀv, Hv in place of eps_hat and
-guidance, and without noise, takes the adjoint one step back. One kernel serves both passes.
+x_in is the state that the purification began from, z' a second noise, x_before and eps_before state and predicted noise of the
+step before. Each term is there or not, and what is not is compiled out.
 
-Memory-bound: reads three tensors, writes one (two with the classifier's input), makes the noise in registers; judge it by
-its share of copy bandwidth. What it reads besides (coefficients, step, seed, image ids, draws) lies in device memory, so
-that one captured CUDA graph serves every step, seed and image. Bits equal to the definition's: `kernels/README.md`.
+The map is linear in its tensors, so that transposes have the same form. With the first four columns one call takes the adjoint
+one step back, J_εᵀv and Hv in place of eps_hat and guidance. With the others, for the cotangents v of the new state, v_before
+of x and v_eps of eps_hat that the later step left, u = b v + v_eps, and then
+
+    v_x = a v + J_εᵀu + c Hv + v_before,      v_in += e v,      v_before = p v,      v_eps = q v
+
+Memory-bound: reads a tensor a term, writes one, makes the noise in registers; judge it by its share of copy bandwidth. What it
+reads besides (coefficients, step, seed, image ids, draws) lies in device memory, so that one captured CUDA graph serves every
+step, seed and image. Bits equal to the definition's: `kernels/README.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import library
 
-from coupfast_kernels.noise import standard_normal_ref
+from coupfast_kernels.noise import FORWARD_NOISING_STEP, SECOND_NOISE_STEP, standard_normal_ref
 
 try:
     import triton
@@ -35,38 +41,54 @@ MOST_CHANNELS = 4  # channels-last images up to here are read and written 128 bi
 
 def guided_step_ref(
     x: torch.Tensor,
-    eps_hat: torch.Tensor,
+    eps_hat: torch.Tensor | None,
     guidance: torch.Tensor | None,
-    coefficients: tuple[float, float, float, float],
+    coefficients: tuple[float, ...],
     z: torch.Tensor | None = None,
+    *,
+    x_in: torch.Tensor | None = None,
+    z2: torch.Tensor | None = None,
+    x_before: torch.Tensor | None = None,
+    eps_before: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition: plain PyTorch, any device, any dtype.
 
     Args:
-        x, eps_hat: State and predicted noise (adjoint: v and J_εᵀv), one shape and dtype.
-        guidance: Guidance gradient (adjoint: Hv), the same shape; None leaves the term out.
-        coefficients: (a, b, c, d), rounded once to the dtype of `x`.
-        z: Noise of the same shape; None leaves the term out.
+        x: State (adjoint: v).
+        eps_hat: Predicted noise (adjoint: J_εᵀv), like `x` in shape and dtype, as are all others; None leaves its term out,
+            here and below.
+        guidance: Guidance gradient (adjoint: Hv).
+        coefficients: (a, b, c, d), or (a, b, c, d, e, f, p, q), rounded once to the dtype of `x`.
+        z: Noise.
+        x_in: State that the purification began from.
+        z2: Second noise.
+        x_before, eps_before: State and predicted noise of the step before.
 
     Returns:
-        a x + b eps_hat + c guidance + d z, summed from left to right, each operation rounded.
+        a x + b eps_hat + c guidance + d z + e x_in + f z2 + p x_before + q eps_before, summed from left to right, each
+        operation rounded.
+
+    Raises:
+        ValueError: for another number of coefficients, and for four with one of the last four terms.
     """
-    a, b, c, d = coefficients
-    y = a * x
-    y = y + b * eps_hat
-    if guidance is not None:
-        y = y + c * guidance
-    if z is not None:
-        y = y + d * z
+    more = (x_in, z2, x_before, eps_before)
+    if len(coefficients) not in (4, 8) or (len(coefficients) == 4 and any(term is not None for term in more)):
+        raise ValueError(
+            f"a row is (a, b, c, d), or with any of x_in, z2, x_before, eps_before (a, b, c, d, e, f, p, q); got {coefficients}"
+        )
+    y = coefficients[0] * x
+    for coefficient, term in zip(coefficients[1:], (eps_hat, guidance, z, *more), strict=False):
+        if term is not None:
+            y = y + coefficient * term
     return y
 
 
 if triton is not None:
+    SECOND = tl.constexpr(SECOND_NOISE_STEP)
 
     @triton.jit
     def _guided_step_kernel(
         y_ptr,
-        classifier_input_ptr,
         x_ptr,
         eps_hat_ptr,
         guidance_ptr,
@@ -75,6 +97,9 @@ if triton is not None:
         seed_ptr,
         ids_ptr,
         draw_ptr,
+        x_in_ptr,
+        x_before_ptr,
+        eps_before_ptr,
         rows,
         elements,
         groups,
@@ -82,9 +107,9 @@ if triton is not None:
         channels,
         pixels,
         TABLE: tl.constexpr,
-        ADD_GUIDANCE: tl.constexpr,
+        COLUMNS: tl.constexpr,
         ADD_NOISE: tl.constexpr,
-        WRITE_CLASSIFIER_INPUT: tl.constexpr,
+        ADD_SECOND_NOISE: tl.constexpr,
         INTERLEAVED: tl.constexpr,
         STRIDED: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -93,8 +118,10 @@ if triton is not None:
 
         INTERLEAVED = 1: a group is one Philox block, 4 elements that lie side by side (STRIDED: as channels-last has them).
         INTERLEAVED = channels: channels-last, a group is 4 pixels, hence one Philox block of each channel.
+        Terms whose pointer is None are left out; COLUMNS = 4 has none of the last four.
 
-        No spills; registers leave an SM at least 1280 threads, 896 with 3 channels interleaved, 640 with 4 (sm_80 … sm_100).
+        No spills; registers leave an SM at least 1280 threads, 896 with 3 channels interleaved, 640 with 4 (sm_80 … sm_100);
+        with all terms of COLUMNS = 8, 1280 (ragged images 1024), 640 and 512.
         """
         image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
         first_group = tile.to(tl.int64) * BLOCK
@@ -106,88 +133,156 @@ if triton is not None:
         row = step if TABLE else step * 0
         # A step that the table does not have gives NaN instead of somebody else's memory.
         known = (row >= 0) & (row < rows)
-        a = tl.load(coefficients_ptr + row * 4, mask=known, other=float("nan"))
-        b = tl.load(coefficients_ptr + row * 4 + 1, mask=known, other=float("nan"))
-        if ADD_GUIDANCE:
-            c = tl.load(coefficients_ptr + row * 4 + 2, mask=known, other=float("nan"))
+        row_ptr = coefficients_ptr + row * COLUMNS
+        a = tl.load(row_ptr, mask=known, other=float("nan"))
+        if eps_hat_ptr is not None:
+            b = tl.load(row_ptr + 1, mask=known, other=float("nan"))
+        if guidance_ptr is not None:
+            c = tl.load(row_ptr + 2, mask=known, other=float("nan"))
 
-        # All loads before the first store: y may be x.
+        # All loads before the first store: y may be what is read.
         ys = ()
         for piece in tl.static_range(INTERLEAVED):
-            local = tl.arange(0, BLOCK)[:, None] * (4 * INTERLEAVED) + (4 * piece + tl.arange(0, 4)[None, :])  # [BLOCK, 4]
-            mask = local < left
-            if STRIDED:
-                element = first_element + local
-                offset = image_start + (element % pixels) * channels + element // pixels
-            else:
-                offset = image_start + first_element + local
+            offset, mask = _place_kernel(piece, first_element, image_start, left, channels, pixels, INTERLEAVED, STRIDED, BLOCK)
             y = a * tl.load(x_ptr + offset, mask=mask)
-            y = y + b * tl.load(eps_hat_ptr + offset, mask=mask)
-            if ADD_GUIDANCE:
+            if eps_hat_ptr is not None:
+                y = y + b * tl.load(eps_hat_ptr + offset, mask=mask)
+            if guidance_ptr is not None:
                 y = y + c * tl.load(guidance_ptr + offset, mask=mask)
             ys = ys + (y,)  # type: ignore[assignment]
 
         zs = ()
         if ADD_NOISE:
-            d = tl.load(coefficients_ptr + row * 4 + 3, mask=known, other=float("nan"))
+            d = tl.load(row_ptr + 3, mask=known, other=float("nan"))
             draw, image_id = tl.load(draw_ptr + image).to(tl.uint32), tl.load(ids_ptr + image).to(tl.uint32)
             seed = tl.load(seed_ptr)
-            first_block = first_group
-            for _ in tl.static_range(INTERLEAVED):  # over channels
-                blocks = first_block.to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)  # [BLOCK]
-                zs = zs + normals_of_blocks_kernel(blocks, step.to(tl.uint32), draw, image_id, seed)
-                first_block += groups
+            zs = _normals_kernel(first_group, groups, step.to(tl.uint32), draw, image_id, seed, INTERLEAVED, BLOCK)
+
+        if COLUMNS == 8:
+            # The noise first: these loads would hold registers through it.
+            if x_in_ptr is not None:
+                e = tl.load(row_ptr + 4, mask=known, other=float("nan"))
+            if x_before_ptr is not None:
+                p = tl.load(row_ptr + 6, mask=known, other=float("nan"))
+            if eps_before_ptr is not None:
+                q = tl.load(row_ptr + 7, mask=known, other=float("nan"))
+            sums = ()
+            for piece in tl.static_range(INTERLEAVED):
+                offset, mask = _place_kernel(
+                    piece, first_element, image_start, left, channels, pixels, INTERLEAVED, STRIDED, BLOCK
+                )
+                y = ys[piece]
+                if ADD_NOISE:
+                    y = y + d * _of_piece_kernel(zs, piece, INTERLEAVED)
+                if x_in_ptr is not None:
+                    y = y + e * tl.load(x_in_ptr + offset, mask=mask)
+                sums = sums + (y,)  # type: ignore[assignment]
+            ys = sums
+            if ADD_SECOND_NOISE:
+                f = tl.load(row_ptr + 5, mask=known, other=float("nan"))
+                second = (step + SECOND).to(tl.uint32)
+                zs = _normals_kernel(first_group, groups, second, draw, image_id, seed, INTERLEAVED, BLOCK)
+            sums = ()
+            for piece in tl.static_range(INTERLEAVED):
+                offset, mask = _place_kernel(
+                    piece, first_element, image_start, left, channels, pixels, INTERLEAVED, STRIDED, BLOCK
+                )
+                y = ys[piece]
+                if ADD_SECOND_NOISE:
+                    y = y + f * _of_piece_kernel(zs, piece, INTERLEAVED)
+                if x_before_ptr is not None:
+                    y = y + p * tl.load(x_before_ptr + offset, mask=mask)
+                if eps_before_ptr is not None:
+                    y = y + q * tl.load(eps_before_ptr + offset, mask=mask)
+                sums = sums + (y,)  # type: ignore[assignment]
+            ys = sums
 
         for piece in tl.static_range(INTERLEAVED):
-            local = tl.arange(0, BLOCK)[:, None] * (4 * INTERLEAVED) + (4 * piece + tl.arange(0, 4)[None, :])  # [BLOCK, 4]
-            mask = local < left
-            if STRIDED:
-                element = first_element + local
-                offset = image_start + (element % pixels) * channels + element // pixels
-            else:
-                offset = image_start + first_element + local
+            offset, mask = _place_kernel(piece, first_element, image_start, left, channels, pixels, INTERLEAVED, STRIDED, BLOCK)
             y = ys[piece]
-            if ADD_NOISE:
-                # Float j of a group is channel j % INTERLEAVED of pixel j // INTERLEAVED.
-                z = columns_kernel(
-                    zs[(4 * piece + 0) % INTERLEAVED * 4 + (4 * piece + 0) // INTERLEAVED],
-                    zs[(4 * piece + 1) % INTERLEAVED * 4 + (4 * piece + 1) // INTERLEAVED],
-                    zs[(4 * piece + 2) % INTERLEAVED * 4 + (4 * piece + 2) // INTERLEAVED],
-                    zs[(4 * piece + 3) % INTERLEAVED * 4 + (4 * piece + 3) // INTERLEAVED],
-                )
-                y = y + d * z
+            if ADD_NOISE and COLUMNS == 4:
+                y = y + d * _of_piece_kernel(zs, piece, INTERLEAVED)
             tl.store(y_ptr + offset, y, mask=mask)
-            if WRITE_CLASSIFIER_INPUT:
-                tl.store(classifier_input_ptr + offset, (y + 1.0) * 0.5, mask=mask)
+
+    @triton.jit
+    def _place_kernel(
+        piece,
+        first_element,
+        image_start,
+        left,
+        channels,
+        pixels,
+        INTERLEAVED: tl.constexpr,
+        STRIDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Where a piece of a program's groups lies, and what exists of it: [BLOCK, 4] each."""
+        local = tl.arange(0, BLOCK)[:, None] * (4 * INTERLEAVED) + (4 * piece + tl.arange(0, 4)[None, :])
+        mask = local < left
+        if STRIDED:
+            element = first_element + local
+            offset = image_start + (element % pixels) * channels + element // pixels
+        else:
+            offset = image_start + first_element + local
+        return offset, mask
+
+    @triton.jit
+    def _normals_kernel(
+        first_block, groups, step, draw, image_id, seed, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """The normals of a program's groups: four of each channel, [BLOCK] each."""
+        zs = ()
+        for _ in tl.static_range(INTERLEAVED):  # over channels
+            blocks = first_block.to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)  # [BLOCK]
+            zs = zs + normals_of_blocks_kernel(blocks, step, draw, image_id, seed)
+            first_block += groups
+        return zs
+
+    @triton.jit
+    def _of_piece_kernel(zs, piece: tl.constexpr, INTERLEAVED: tl.constexpr):
+        """A piece's normals, [BLOCK, 4]: float j of a group is channel j % INTERLEAVED of pixel j // INTERLEAVED."""
+        return columns_kernel(
+            zs[(4 * piece + 0) % INTERLEAVED * 4 + (4 * piece + 0) // INTERLEAVED],
+            zs[(4 * piece + 1) % INTERLEAVED * 4 + (4 * piece + 1) // INTERLEAVED],
+            zs[(4 * piece + 2) % INTERLEAVED * 4 + (4 * piece + 2) // INTERLEAVED],
+            zs[(4 * piece + 3) % INTERLEAVED * 4 + (4 * piece + 3) // INTERLEAVED],
+        )
 
 
 def guided_step(
     x: torch.Tensor,
-    eps_hat: torch.Tensor,
+    eps_hat: torch.Tensor | None,
     guidance: torch.Tensor | None,
     coefficients: torch.Tensor,
     step: torch.Tensor,
     *,
     noise: DeviceNoise | None = None,
+    x_in: torch.Tensor | None = None,
+    second_noise: bool = False,
+    x_before: torch.Tensor | None = None,
+    eps_before: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    classifier_input: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Fused `guided_step_ref`, with z = `standard_normal_ref` made inside; equal bits. Nothing waits for the device.
+    """Fused `guided_step_ref`, with z and z' = `standard_normal_ref` made inside; equal bits. Nothing waits for the device.
 
     Args:
-        x, eps_hat: State and predicted noise (adjoint: v and J_εᵀv): float32, shape (batch, …), all contiguous or all
-            channels_last; 16-byte alignment is faster.
-        guidance: Guidance gradient (adjoint: Hv), like `x`; None leaves the term out.
-        coefficients: Rows (a, b, c, d), float32 (steps, 4), of which row `step` is used; or one row, (4,), whatever the step.
+        x: State (adjoint: v): float32, shape (batch, …). All images are contiguous, or all channels_last; 16-byte alignment is
+            faster.
+        eps_hat: Predicted noise (adjoint: J_εᵀv), like `x`; None leaves its term out, here and below.
+        guidance: Guidance gradient (adjoint: Hv), like `x`.
+        coefficients: Rows (a, b, c, d) or (a, b, c, d, e, f, p, q), float32 (steps, 4) or (steps, 8), of which row `step` is
+            used; or one row, (4,) or (8,), whatever the step.
         step: int64, 0-dim: the row, and the step of the noise, in [0, 2³²). With a table that lacks it the result is NaN
             (on the CPU an IndexError).
-        noise: (seed, ids, draw) as `DeviceNoise`: `seed_tensor(seed)`, image ids and draws in [0, 2³²). None leaves the
-            term out.
-        out: Where to write; may be `x`. A new tensor like `x` if None.
-        classifier_input: Where to write (y + 1) / 2, if anywhere.
+        noise: (seed, ids, draw) as `DeviceNoise`: `seed_tensor(seed)`, image ids and draws in [0, 2³²).
+        x_in: State that the purification began from, like `x`.
+        second_noise: Add f z', z' being the noise of step SECOND_NOISE_STEP + `step`; that needs `noise`, and `step` < 2³¹ − 1.
+        x_before, eps_before: State and predicted noise of the step before, like `x`.
+        out: Where to write; may be one of the images read. A new tensor like `x` if None.
 
     Returns:
-        a x + b eps_hat + c guidance + d z, in `out` if given. Not differentiable: its transpose is another call.
+        a x + b eps_hat + c guidance + d z + e x_in + f z' + p x_before + q eps_before, in `out` if given. Not differentiable:
+        its transpose is another call.
 
     Raises:
         ValueError, TypeError: for tensors that do not fit each other.
@@ -195,44 +290,53 @@ def guided_step(
     """
     y = torch.empty_like(x) if out is None else out
     seed, ids, draw = (None, None, None) if noise is None else noise
-    guided_step_out(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw)
+    more = (x_in, second_noise, x_before, eps_before)
+    guided_step_out(y, x, eps_hat, guidance, coefficients, step, seed, ids, draw, *more)
     return y
 
 
-# Writes into tensors that are given instead of returning new ones: a captured graph reads and writes fixed addresses, so a
+# Writes into a tensor that is given instead of returning a new one: a captured graph reads and writes fixed addresses, so a
 # result of its own would have to be copied into the static buffer, two more passes over a map that needs four.
 @library.custom_op(
     "coupfast::guided_step_out",
-    mutates_args=("y", "classifier_input"),
+    mutates_args=("y",),
     device_types="cpu",
-    schema="(Tensor(a0!) y, Tensor(a1!)? classifier_input, Tensor x, Tensor eps_hat, Tensor? guidance, Tensor coefficients, "
-    "Tensor step, Tensor? seed, Tensor? ids, Tensor? draw) -> ()",
+    schema="(Tensor(a0!) y, Tensor x, Tensor? eps_hat, Tensor? guidance, Tensor coefficients, Tensor step, Tensor? seed, "
+    "Tensor? ids, Tensor? draw, Tensor? x_in, bool second_noise, Tensor? x_before, Tensor? eps_before) -> ()",
 )
-def guided_step_out(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw):
+def guided_step_out(
+    y, x, eps_hat, guidance, coefficients, step, seed, ids, draw, x_in, second_noise, x_before, eps_before
+):
     """`guided_step` as PyTorch's dispatcher knows it. On the CPU: the definitions, for tests of what runs on the GPU."""
-    _common_layout(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw)
+    images = dict(y=y, x=x, eps_hat=eps_hat, guidance=guidance, x_in=x_in, x_before=x_before, eps_before=eps_before)
+    _common_layout(images, coefficients, step, seed, ids, draw, second_noise)
     row, k = coefficients, int(step)
     if coefficients.dim() == 2:
         if not 0 <= k < len(coefficients):
             raise IndexError(f"the table has steps 0 … {len(coefficients) - 1}, `step` is {k}")
         row = coefficients[k]
-    z = None
-    if seed is not None:
-        z = standard_normal_ref(tuple(x.shape), seed=int(seed) % 2**64, ids=ids, draw=draw, step=k)
-    a, b, c, d = row.tolist()
-    y.copy_(guided_step_ref(x, eps_hat, guidance, (a, b, c, d), z))
-    if classifier_input is not None:
-        classifier_input.copy_((y + 1.0) * 0.5)
+    if second_noise and not 0 <= k < FORWARD_NOISING_STEP - SECOND_NOISE_STEP:
+        raise ValueError(f"steps with a second noise are in [0, 2**31 - 1), got {k}: others' counters are taken")
+
+    def normals(word: int) -> torch.Tensor:
+        return standard_normal_ref(tuple(x.shape), seed=int(seed) % 2**64, ids=ids, draw=draw, step=word)
+
+    z = None if seed is None else normals(k)
+    z2 = normals(SECOND_NOISE_STEP + k) if second_noise else None
+    more = dict(x_in=x_in, z2=z2, x_before=x_before, eps_before=eps_before)
+    y.copy_(guided_step_ref(x, eps_hat, guidance, tuple(row.tolist()), z, **more))
 
 
 @guided_step_out.register_fake
-def _(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw):
-    _common_layout(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw)
+def _(y, x, eps_hat, guidance, coefficients, step, seed, ids, draw, x_in, second_noise, x_before, eps_before):
+    images = dict(y=y, x=x, eps_hat=eps_hat, guidance=guidance, x_in=x_in, x_before=x_before, eps_before=eps_before)
+    _common_layout(images, coefficients, step, seed, ids, draw, second_noise)
 
 
 @guided_step_out.register_kernel("cuda")
-def _launch(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw):
-    layout = _common_layout(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw)
+def _launch(y, x, eps_hat, guidance, coefficients, step, seed, ids, draw, x_in, second_noise, x_before, eps_before):
+    images = dict(y=y, x=x, eps_hat=eps_hat, guidance=guidance, x_in=x_in, x_before=x_before, eps_before=eps_before)
+    layout = _common_layout(images, coefficients, step, seed, ids, draw, second_noise)
     if triton is None:
         raise RuntimeError("guided steps on CUDA need Triton, which is not installed; `pip install triton` (Linux)")
     if x.numel() == 0:
@@ -252,7 +356,6 @@ def _launch(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed,
     with torch.cuda.device_of(x):
         _guided_step_kernel[(len(x) * tiles,)](
             y,
-            classifier_input,
             x,
             eps_hat,
             guidance,
@@ -261,16 +364,19 @@ def _launch(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed,
             seed,
             ids,
             draw,
-            rows=coefficients.numel() // 4,
+            x_in,
+            x_before,
+            eps_before,
+            rows=coefficients.numel() // coefficients.shape[-1],
             elements=elements,
             groups=groups,
             tiles=tiles,
             channels=channels,
             pixels=pixels,
             TABLE=coefficients.dim() == 2,
-            ADD_GUIDANCE=guidance is not None,
+            COLUMNS=coefficients.shape[-1],
             ADD_NOISE=seed is not None,
-            WRITE_CLASSIFIER_INPUT=classifier_input is not None,
+            ADD_SECOND_NOISE=second_noise,
             INTERLEAVED=interleaved,
             STRIDED=strided,
             BLOCK=BLOCK,
@@ -279,9 +385,9 @@ def _launch(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed,
         )
 
 
-def _common_layout(y, classifier_input, x, eps_hat, guidance, coefficients, step, seed, ids, draw) -> torch.memory_format:
+def _common_layout(images, coefficients, step, seed, ids, draw, second_noise) -> torch.memory_format:
     """The memory format that all images share, after checking that everything fits; reads no values."""
-    images = {"y": y, "classifier_input": classifier_input, "x": x, "eps_hat": eps_hat, "guidance": guidance}
+    x = images["x"]
     images = {name: tensor for name, tensor in images.items() if tensor is not None}
     for name, tensor in images.items():
         if tensor.dtype != torch.float32:
@@ -295,11 +401,14 @@ def _common_layout(y, classifier_input, x, eps_hat, guidance, coefficients, step
 
     if coefficients.dtype != torch.float32 or not coefficients.is_contiguous():
         raise TypeError(f"`coefficients` are contiguous float32, got {coefficients.dtype}, strides {coefficients.stride()}")
-    if tuple(coefficients.shape[-1:]) != (4,) or coefficients.dim() not in (1, 2):
-        raise ValueError(f"`coefficients` have shape (steps, 4) or (4,), got {tuple(coefficients.shape)}")
+    if coefficients.dim() not in (1, 2) or coefficients.shape[-1] not in (4, 8):
+        raise ValueError(f"`coefficients` have shape (steps, 4), (steps, 8), (4,) or (8,), got {tuple(coefficients.shape)}")
+    more = [name for name in ("x_in", "x_before", "eps_before") if name in images] + ["second_noise"] * second_noise
+    if more and coefficients.shape[-1] == 4:
+        raise ValueError(f"{', '.join(more)} need rows of 8 coefficients, got {tuple(coefficients.shape)}")
     given = {"seed": seed, "ids": ids, "draw": draw}
     missing = [name for name, tensor in given.items() if tensor is None]
-    if missing and len(missing) < 3:
+    if missing and (len(missing) < 3 or second_noise):
         raise ValueError(f"noise needs seed, ids and draw; missing: {', '.join(missing)}")
     wanted = {"step": (), "seed": (), "ids": (len(x),), "draw": (len(x),)}
     words = {"step": step} | ({} if missing else given)

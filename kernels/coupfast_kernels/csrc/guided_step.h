@@ -1,5 +1,5 @@
-// One guided step with its noise: y = a x + b eps_hat + c guidance + d z, in the bits of guided_step.py and noise.py. Nothing here
-// may call fma: the definitions round every product and every sum.
+// One guided step with its noise: y = a x + b eps_hat + c guidance + d z [+ e x_in + f z' + p x_before + q eps_before], in the bits
+// of guided_step.py and noise.py. Nothing here may call fma: the definitions round every product and every sum.
 #pragma once
 
 #include "parallel.h"
@@ -117,26 +117,60 @@ inline void store_blocks(float* to, const Vector (&z)[4]) {
 struct GuidedStep {
   int64_t batch, channels, pixels;
   // Floats from a pixel to the next: `channels` if channels-last, else 1. As y's where there is no tensor.
-  int64_t x_pixel, eps_pixel, guidance_pixel, y_pixel;
+  int64_t x_pixel, eps_pixel, guidance_pixel, x_in_pixel, x_before_pixel, eps_before_pixel, y_pixel;
   uint64_t seed;
-  int64_t step;  // of the noise, in [0, 2^32)
-  float a, b, c, d;
-  const float* x;  // or null: y = z
-  const float* eps_hat;
-  const float* guidance;  // or null
+  int64_t step;           // of the noise, in [0, 2^32)
+  int64_t second_noise;   // whether there is a second noise, of step 2^31 + step
+  float a, b, c, d, e, f, p, q;
+  const float* x;         // or null: y = z
+  const float* eps_hat;   // or null, as the next four
+  const float* guidance;
+  const float* x_in;
+  const float* x_before;
+  const float* eps_before;
   const int64_t* ids;     // [batch], in [0, 2^32); or null: no noise
   const int64_t* draw;    // [batch], in [0, 2^32)
   float* y;               // may be one of those read
 };
 
+constexpr int64_t kTile = 256;  // pixels at a time: whole groups of blocks, and few enough that y stays in L1 for its noise
+constexpr int64_t kGroup = 4 * kLanes;
+
+// Noise of elements `element` … `element` + count - 1 of an image, count at most kTile: from the returned address in `normals` on.
+inline const float* tile_normals(
+    const GuidedStep& p, int64_t image, int64_t element, int64_t count, int64_t noise_step, float (&normals)[kTile + kGroup]) {
+  Words block;
+  for (int l = 0; l < kLanes; ++l) block[l] = static_cast<uint32_t>(block_of(l));
+  const Words step = Words{} + static_cast<uint32_t>(noise_step), draw = Words{} + static_cast<uint32_t>(p.draw[image]),
+              id = Words{} + static_cast<uint32_t>(p.ids[image]);
+  const int64_t skipped = element % 4;
+  block += static_cast<uint32_t>(element / 4);
+  for (int64_t i = 0; i < skipped + count; i += kGroup) {
+    Words w[4] = {block, step, draw, id};
+    philox(w, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
+    Vector z[4];
+    box_muller(w[0], w[1], &z[0], &z[1]);
+    box_muller(w[2], w[3], &z[2], &z[3]);
+    store_blocks(normals + i, z);
+    block += static_cast<uint32_t>(kLanes);
+  }
+  return normals + skipped;
+}
+
+// sum += coefficient * term, for `count` elements that lie `pixel` floats apart in `term`.
+inline void add_term(float* sum, float coefficient, const float* term, int64_t pixel, int64_t count) {
+  if (pixel == 1)
+    for (int64_t i = 0; i < count; ++i) sum[i] = sum[i] + coefficient * term[i];
+  else
+    for (int64_t i = 0; i < count; ++i) sum[i] = sum[i] + coefficient * term[i * pixel];
+}
+
 inline void run_guided_step(const GuidedStep& p, Team& team) {
-  constexpr int64_t kTile = 256;  // pixels at a time: whole groups of blocks, and few enough that y stays in L1 for its noise
-  constexpr int64_t kGroup = 4 * kLanes;
-  Words lane;
-  for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<uint32_t>(block_of(l));
+  const bool last_columns = p.x_in || p.second_noise || p.x_before || p.eps_before;
 
   // Where all lie alike, an image is one row of floats to all but the noise, which counts (channel, row, column).
-  const bool alike = p.x_pixel == p.y_pixel && p.eps_pixel == p.y_pixel && p.guidance_pixel == p.y_pixel;
+  const bool alike = p.x_pixel == p.y_pixel && p.eps_pixel == p.y_pixel && p.guidance_pixel == p.y_pixel &&
+                     p.x_in_pixel == p.y_pixel && p.x_before_pixel == p.y_pixel && p.eps_before_pixel == p.y_pixel;
   const bool flat = alike && (p.y_pixel == 1 || !p.ids);
   const int64_t channels = flat ? 1 : p.channels, pixels = flat ? p.channels * p.pixels : p.pixels;
   const int64_t tiles = (pixels + kTile - 1) / kTile;
@@ -148,6 +182,33 @@ inline void run_guided_step(const GuidedStep& p, Team& team) {
       return start + (pixel == 1 || flat ? channel * pixels + first : first * pixel + channel);
     };
 
+    if (last_columns) {
+      // Sums stay beside y until they are whole: y may be what is read last.
+      const auto stride = [=](int64_t pixel) { return flat ? 1 : pixel; };
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        float sum[kTile], normals[kTile + kGroup];
+        const auto add = [&](float coefficient, const float* tensor, int64_t pixel) {
+          if (tensor) add_term(sum, coefficient, tensor + offset(channel, pixel), stride(pixel), count);
+        };
+        const auto add_noise = [&](float coefficient, int64_t step) {
+          const int64_t element = channel * pixels + first;
+          add_term(sum, coefficient, tile_normals(p, image, element, count, step, normals), 1, count);
+        };
+        const float* const x = p.x + offset(channel, p.x_pixel);
+        for (int64_t i = 0; i < count; ++i) sum[i] = p.a * x[i * stride(p.x_pixel)];
+        add(p.b, p.eps_hat, p.eps_pixel);
+        add(p.c, p.guidance, p.guidance_pixel);
+        if (p.ids) add_noise(p.d, p.step);
+        add(p.e, p.x_in, p.x_in_pixel);
+        if (p.second_noise) add_noise(p.f, (int64_t{1} << 31) + p.step);
+        add(p.p, p.x_before, p.x_before_pixel);
+        add(p.q, p.eps_before, p.eps_before_pixel);
+        float* const y = p.y + offset(channel, p.y_pixel);
+        for (int64_t i = 0; i < count; ++i) y[i * stride(p.y_pixel)] = sum[i];
+      }
+      return;
+    }
+
     if (p.x && alike) {
       const int64_t from = start + first * channels, floats = count * channels;
       for (int64_t i = 0; i < floats; i += kLanes) {
@@ -156,7 +217,7 @@ inline void run_guided_step(const GuidedStep& p, Team& team) {
           return lanes == kLanes ? load(tensor + from + i) : load_some(tensor + from + i, lanes);
         };
         Vector y = p.a * get(p.x);
-        y = y + p.b * get(p.eps_hat);
+        if (p.eps_hat) y = y + p.b * get(p.eps_hat);
         if (p.guidance) y = y + p.c * get(p.guidance);
         if (lanes == kLanes)
           store(p.y + from + i, y);
@@ -169,7 +230,7 @@ inline void run_guided_step(const GuidedStep& p, Team& team) {
         const int64_t guidance = offset(channel, p.guidance_pixel), to = offset(channel, p.y_pixel);
         for (int64_t i = 0; i < count; ++i) {
           float y = p.a * p.x[x + i * p.x_pixel];
-          y = y + p.b * p.eps_hat[eps + i * p.eps_pixel];
+          if (p.eps_hat) y = y + p.b * p.eps_hat[eps + i * p.eps_pixel];
           if (p.guidance) y = y + p.c * p.guidance[guidance + i * p.guidance_pixel];
           p.y[to + i * p.y_pixel] = y;
         }
@@ -177,21 +238,8 @@ inline void run_guided_step(const GuidedStep& p, Team& team) {
     }
 
     for (int64_t channel = 0; p.ids && channel < channels; ++channel) {
-      const Words step = Words{} + static_cast<uint32_t>(p.step), draw = Words{} + static_cast<uint32_t>(p.draw[image]),
-                  id = Words{} + static_cast<uint32_t>(p.ids[image]);
-      const int64_t element = channel * pixels + first, skipped = element % 4;
-      Words block = lane + static_cast<uint32_t>(element / 4);
       float normals[kTile + kGroup];
-      for (int64_t i = 0; i < skipped + count; i += kGroup) {
-        Words w[4] = {block, step, draw, id};
-        philox(w, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
-        Vector z[4];
-        box_muller(w[0], w[1], &z[0], &z[1]);
-        box_muller(w[2], w[3], &z[2], &z[3]);
-        store_blocks(normals + i, z);
-        block += static_cast<uint32_t>(kLanes);
-      }
-      const float* const z = normals + skipped;
+      const float* const z = tile_normals(p, image, channel * pixels + first, count, p.step, normals);
       float* const y = p.y + offset(channel, p.y_pixel);
       if (!p.x)
         for (int64_t i = 0; i < count; ++i) y[i * p.y_pixel] = z[i];

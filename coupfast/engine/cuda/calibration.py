@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import os
-import platform
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -29,12 +28,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import coupfast_kernels
 from coupfast.cache import cache_directory
-from coupfast.engine.flat import flatten
-from coupfast.engine.precision import float32_precision
+from coupfast.engine.cuda.flat import flatten
+from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
-from coupfast.environment import driver_cuda, one_line, sources_sha256
+from coupfast.environment import machine_key, one_line
 from coupfast_kernels.conv3x3 import conv3x3, pack_weight
 from coupfast_kernels.locks import locked
 
@@ -51,10 +49,9 @@ LEAST_ERROR = 2.0**-24
 #: wrong, and plain TF32.
 FLOAT32_LIMIT = 1e-5
 #: tf32: factors with 11 bits. Random data lose 3e-4 of the result's norm where they are rounded, 8e-4 where they are truncated,
-#: which tensor cores may do to operands that nobody rounded (`tests/test_calibration.py` computes both).
+#: which tensor cores may do to operands that nobody rounded (`tests/test_cuda_calibration.py` computes both).
 TF32_LIMIT = 2e-3
 
-PRECISIONS = ("strict", "fast", "3xtf32", "tf32")
 REPEATS = 9  # timings of a candidate, of which the median counts
 FORMAT = 1  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
@@ -121,7 +118,7 @@ class Calibration:
         self,
         device: torch.device | str,
         *,
-        precision: str = "strict",
+        precision: Precision = "strict",
         folder: str | Path | None = None,
         compiler: Compiler | None = None,
         candidates: Mapping[str, Candidate] | None = None,
@@ -139,7 +136,6 @@ class Calibration:
         digest = hashlib.sha256(json.dumps([FORMAT, self.key], sort_keys=True).encode()).hexdigest()
         self.file = self.folder / f"{digest[:32]}.json"
         self._choices: dict[ConvolutionShape, Choice] = {}
-        self._measured: set[ConvolutionShape] = set()
         self._said: set[str] = set()
         self._one_thread = threading.RLock()
 
@@ -164,14 +160,6 @@ class Calibration:
                     self._choices[shape] = self._measure(shape)
             return self._choices[shape]
 
-    def report(self) -> list[dict[str, Any]]:
-        """One JSON-ready row for every shape chosen so far, in order; `measured` is False where the file had it."""
-        with self._one_thread:
-            return [
-                dataclasses.asdict(shape) | dataclasses.asdict(choice) | {"measured": shape in self._measured}
-                for shape, choice in self._choices.items()
-            ]
-
     # --- measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, shape: ConvolutionShape) -> Choice:
@@ -180,7 +168,7 @@ class Calibration:
         samples: dict[str, list[float]] = {}
         passing = False  # a candidate that failed for a reason that may be gone tomorrow
         # The outer settings must not decide what is compared, and no graph is wanted of these calls.
-        with float32_precision(self.device.type, "tf32" if self.precision == "tf32" else "ieee"), torch.no_grad():
+        with float32_precision(self.device.type, self.precision), torch.no_grad():
             arguments = _example(shape, self.device)
             truth = _library(*(tensor.double() for tensor in arguments))
             limit = self._limit(_error(_library(*arguments), truth))
@@ -216,10 +204,7 @@ class Calibration:
         seconds = {name: _median(samples[name]) for name in self.candidates if name not in refused}
         choice = Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, refused)
         logger.info("convolution %s on %s: %s", shape, self.key["device"], choice)
-        kept = choice if passing else self._keep(shape, choice)
-        if kept is choice:
-            self._measured.add(shape)
-        return kept
+        return choice if passing else self._keep(shape, choice)
 
     def _limit(self, library_error: float) -> float:
         if self.precision == "tf32":
@@ -290,50 +275,14 @@ class Calibration:
             logger.warning(message, *values)
 
 
-def machine_key(device: torch.device | str) -> dict[str, Any]:
-    """All that a choice may depend on: GPU, compute capability, driver, versions, and the kernels' source."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, capability = properties.name, f"{properties.major}.{properties.minor}"
-    else:
-        name, capability = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "device": name,
-        "capability": capability,
-        "driver": _driver() if device.type == "cuda" else None,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "kernels": sources_sha256(coupfast_kernels),
-    }
-
-
-def _driver() -> str | None:
-    """The kernel driver's version line, else the newest CUDA that the driver serves; None if neither can be read."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
-    except (OSError, IndexError):
-        newest = driver_cuda()
-        return None if newest is None else "CUDA {}.{}".format(*newest)
-
-
-def _candidates(device: torch.device, precision: str, compiler: Compiler | None) -> dict[str, Candidate]:
+def _candidates(device: torch.device, precision: Precision, compiler: Compiler | None) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {LIBRARY: _library}
     if compiler is not None:
         found["compiled"] = _Compiled(compiler)
     if device.type == "cuda":
         found["triton-ieee"] = _Triton("ieee")
-        if precision == "3xtf32":
-            found["triton-tf32x3"] = _Triton("tf32x3")
-        if precision == "tf32":
-            found["triton-tf32"] = _Triton("tf32")
+        if PRODUCTS[precision] != "ieee":
+            found[f"triton-{PRODUCTS[precision]}"] = _Triton(PRODUCTS[precision])
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from coupfast.engine.flat import FlatGraph
+from coupfast.engine.cuda.flat import FlatGraph
 from coupfast_kernels import group_norm  # noqa: F401  (registers its operators)
 from coupfast_kernels.conv3x3 import pack_weight
 

@@ -9,7 +9,8 @@ from conftest import relu_classifier, small_score
 from cpu_networks import GRAPHS, Net, conv, network
 from torch import nn
 
-from coupfast.engine.fusion import Concatenation, Convolution, FusedNetwork, Region, fuse
+from coupfast.engine.cpu.fusion import fuse
+from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, Region
 from coupfast.tracing import trace
 
 aten = torch.ops.aten
@@ -141,11 +142,11 @@ def test_ddpmpp():
     assert sum("time" in word for word in words.elements()) >= 4
     assert any(isinstance(part, Concatenation) for part in found.parts)
     # The labels' own operations run once a step and never in a part.
-    assert found.time is not None and found.time_operations
-    timely = {operation.node for operation in found.time_operations}
+    assert found.partition.label is not None and found.partition.label_operations
+    timely = {operation.node for operation in found.partition.label_operations}
     inside = {operation.node for part in found.parts if isinstance(part, Region) for operation in part.operations}
     assert not timely & inside
-    assert {part.image_bias for part in convolutions(found)} - {None} <= set(found.time_values)
+    assert {part.image_bias for part in convolutions(found)} - {None} <= set(found.label_values)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -192,7 +193,7 @@ def test_a_channelwise_value_of_the_time_is_an_image_bias():
     module = Net(layers, None).requires_grad_(False)
     found = fused(lambda x, labels: forward(module.layers, x, labels), labels=True)
     assert [describe(part) for part in convolutions(found)] == ["bias time y", "bias y"]
-    assert len(found.time_values) == 2  # the second is not one number a channel, and is added in a region
+    assert len(found.label_values) == 2  # the second is not one number a channel, and is added in a region
     assert left(found) == {"silu.default": 1, "add.Tensor": 1}
 
 
@@ -204,11 +205,9 @@ def test_constants_are_found_once():
 
     found = fused(function)
     assert left(found) == {"mul.Tensor": 1, "add.Tensor": 1}
-    assert {str(operation.node.target) for operation in found.batch_operations} >= {"aten.ones.default", "aten.cumsum.default"}
-    assert not {str(operation.node.target) for operation in found.batch_operations} & {
-        "aten.arange.default",
-        "aten.sin.default",
-    }
+    growing = {str(operation.node.target) for operation in found.partition.batch_operations}
+    assert growing >= {"aten.ones.default", "aten.cumsum.default"}
+    assert not growing & {"aten.arange.default", "aten.sin.default"}
 
 
 @pytest.mark.parametrize(
@@ -244,4 +243,4 @@ def test_a_value_of_the_time_with_images_elsewhere_is_refused():
 
 
 def test_a_function_of_images_has_no_time():
-    assert fused(relu_classifier(torch.float32)).time is None
+    assert fused(relu_classifier(torch.float32)).partition.label is None

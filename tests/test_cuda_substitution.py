@@ -8,8 +8,8 @@ from cpu_networks import GRAPHS, Net, conv, network
 from flat_networks import Functions, assert_close, copied, counts, dead, flat, frozen, images
 from torch import nn
 
-from coupfast.engine.flat import TracedScore
-from coupfast.engine.fused import LIBRARY, fuse_kernels
+from coupfast.engine.cuda.substitution import LIBRARY, fuse_kernels
+from coupfast.engine.cuda.traced import TracedScore
 from coupfast.tracing import trace
 
 OURS = {"conv3x3", "group_norm_silu", "group_norm_silu_vjp"}

@@ -8,7 +8,8 @@ from cpu_networks import GRAPHS, network
 from flat_networks import Functions, assert_close, channels_last, counts, dead, images
 from torch import nn
 
-from coupfast.engine.flat import VIEWS, TracedClassifier, TracedScore, flatten, writes
+from coupfast.engine.cuda.flat import VIEWS, flatten, writes
+from coupfast.engine.cuda.traced import TracedClassifier, TracedScore
 from coupfast.guidance import PiecewiseLinearGraph, scaled_logits
 from coupfast.tracing import trace
 

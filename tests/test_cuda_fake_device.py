@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
-from coupfast.engine import cuda
-from coupfast.engine.flat import VIEWS
+from coupfast.engine.cuda.flat import VIEWS
+from coupfast.engine.cuda.networks import CudaNetworks
+from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance
 
 SHAPE = (3, 8, 8)
@@ -37,7 +38,7 @@ def no_device_guard(monkeypatch):
 
 @functools.cache
 def programs(make_classifier, kernels, bucket):
-    """An engine on the CPU, and its pieces."""
+    """Networks on the CPU, and their pieces."""
     score = small_score(torch.float32).requires_grad_(False)
     classifier = None if make_classifier is None else make_classifier(torch.float32).requires_grad_(False)
     method = "reverse-sde" if classifier is None else "coup"
@@ -45,8 +46,8 @@ def programs(make_classifier, kernels, bucket):
     example = torch.zeros(1, *SHAPE)
     guidance = None if classifier is None else Guidance(classifier, example)
     choose = (lambda *shape: "ieee") if kernels else None
-    made = cuda.CudaPrograms(score, guidance, table, example, True, choose=choose, fuse_norms=kernels)
-    return made, {name: made.piece(name, bucket) for name in made.piece_names()}
+    made = CudaNetworks(score, guidance, table, example, True, choose=choose, fuse_norms=kernels)
+    return made, {name: made.pieces.make(name, bucket) for name in made.pieces.names()}
 
 
 def on_cuda(graph):
@@ -77,7 +78,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-class FakeProgram(cuda.CudaProgram):
+class FakeProgram(CudaProgram):
     """A program whose buffers and pieces are on a device that is not there."""
 
     def __init__(self, made, bucket, pieces):
@@ -105,7 +106,7 @@ def launched(program, mode, curved):
     """Operations of a step with noise, of one without, and of a transpose."""
     watches = []
     with mode, torch.no_grad():
-        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.programs.piecewise_linear)
+        backwards = functools.partial(program._transpose, curved, rebuilds=curved and program.networks.pieces.piecewise_linear)
         for work in (lambda: program._step(True), lambda: program._step(False), backwards):
             work()  # makes buffers
             with Watch() as watch:

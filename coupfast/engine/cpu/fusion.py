@@ -1,123 +1,20 @@
-"""A traced network as a few kinds of large operations: what the CPU engine plans, before it knows batch sizes and memory.
-
-    Convolution   activation(GroupNorm(x)) → convolution → + bias + time embedding → + residual → · scale = y;
-                  relu(y · multiply + add) = z, all in one pass over the data
-    Concatenation along the channels, which costs nothing where the parts are written into place
-    Region        whatever else the network does, as PyTorch does it
-
-Values are the nodes of the trace. Those that no image reaches are constants; those that only the time reaches are found once
-for every step of a grid.
-"""
+"""Which operations of a trace become one: convolutions with what stands around them, concatenations, and the rest."""
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from coupfast.tracing import Operation, PerImage, Trace
+from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, GroupNorm, Part, Region
+from coupfast.engine.partition import Partition, is_tensor
+from coupfast.tracing import Operation, Trace
 
 aten = torch.ops.aten
 
 _BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.native_batch_norm.default}
-
-
-@dataclasses.dataclass(eq=False)
-class GroupNorm:
-    """GroupNorm with an activation ("identity" or "silu") behind it."""
-
-    x: fx.Node
-    groups: int
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
-    activation: str
-
-
-@dataclasses.dataclass(eq=False)
-class Convolution:
-    """One convolution and what it takes in.
-
-    Attributes:
-        x: What it reads; through `norm`, where there is one.
-        y: Its value with image bias, residual and scale.
-        z: relu(y · multiply + add), where the network uses it.
-        keeps_y: Whether anything but z reads y.
-        image_bias: A value of the time, added to every pixel.
-    """
-
-    x: fx.Node
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    stride: int
-    padding: int
-    y: fx.Node
-    norm: GroupNorm | None = None
-    image_bias: fx.Node | None = None
-    residual: fx.Node | None = None
-    scale: float = 1.0
-    z: fx.Node | None = None
-    z_multiply: torch.Tensor | None = None
-    z_add: torch.Tensor | None = None
-    keeps_y: bool = True
-
-    @property
-    def outputs(self) -> list[fx.Node]:
-        return ([self.y] if self.keeps_y else []) + ([self.z] if self.z is not None else [])
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return [self.x] + ([self.residual] if self.residual is not None else [])
-
-
-@dataclasses.dataclass(eq=False)
-class Concatenation:
-    y: fx.Node
-    inputs: list[fx.Node]
-
-    @property
-    def outputs(self) -> list[fx.Node]:
-        return [self.y]
-
-
-@dataclasses.dataclass(eq=False)
-class Region:
-    """Operations as PyTorch runs them, in order."""
-
-    operations: list[Operation]
-    inputs: list[fx.Node]
-    outputs: list[fx.Node]
-
-
-Part = Convolution | Concatenation | Region
-
-
-@dataclasses.dataclass
-class FusedNetwork:
-    """A network's parts in order.
-
-    Attributes:
-        image: The placeholder of the images.
-        time: The placeholder of the labels, or None.
-        output: The value that the network returns.
-        constants: Values that neither reaches; `batch_operations` make those of them that grow with the batch.
-        time_operations: What the labels alone reach, in order; `time_values` are those of them that `parts` read.
-        shapes: Of every value that an image reaches, without the batch.
-    """
-
-    trace: Trace
-    image: fx.Node
-    time: fx.Node | None
-    output: fx.Node
-    constants: dict[fx.Node, Any]
-    batch_operations: list[Operation]
-    time_operations: list[Operation]
-    time_values: list[fx.Node]
-    parts: list[Part]
-    shapes: dict[fx.Node, tuple[int, ...]]
 
 
 def fuse(traced: Trace) -> FusedNetwork:
@@ -135,16 +32,10 @@ class _Fusion:
         self.traced = traced
         self.nodes = [operation.node for operation in traced.operations]
         self.order = {node: index for index, node in enumerate(self.nodes)}
-        placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self.image, self.time = placeholders[0], placeholders[1] if len(placeholders) > 1 else None
-        self.output = next(node for node in self.nodes if node.op == "output").all_input_nodes[0]
-        self.active = self._reached({self.image})
-        self.timely = self._reached({self.time} if self.time is not None else set()) - self.active
-        self.constants: dict[fx.Node, Any] = {}
-        self.batch_operations: list[Operation] = []
+        self.partition = Partition(traced)
+        self.active, self.timely = self.partition.of_images, self.partition.of_labels
+        self.constants = self.partition.constants
         self.taken: set[fx.Node] = set()  # nodes that a convolution took in
-        with torch.no_grad():
-            self._evaluate_constants()
 
     def network(self) -> FusedNetwork:
         convolutions = {node: self._convolution(node) for node in self.nodes if self._is_convolution(node)}
@@ -163,68 +54,28 @@ class _Fusion:
             else:
                 pending.append(operation)
         self._flush(pending, parts)
-        used = {node for part in parts for node in self._reads(part)}
-        self._check(parts, used & self.timely)
-        time_operations = [operation for operation in self.traced.operations if operation.node in self.timely]
+        self._check(parts)
         return FusedNetwork(
-            self.traced,
-            self.image,
-            self.time,
-            self.output,
-            self.constants,
-            self.batch_operations,
-            [operation for operation in time_operations if operation.node.op == "call_function"],
-            [node for node in self.nodes if node in used & self.timely],
+            self.partition,
+            self.partition.frontier({node for part in parts for node in self._reads(part)}),
             parts,
-            {node: tuple(self._value(node).shape[1:]) for node in self.active if self._is_tensor(node)},
+            {node: tuple(self._value(node).shape[1:]) for node in self.active if is_tensor(node)},
         )
 
-    def _check(self, parts: list[Part], time_values: set[fx.Node]) -> None:
-        if self.output not in self.active:
+    def _check(self, parts: list[Part]) -> None:
+        if self.partition.output not in self.active:
             raise ValueError("its output does not depend on the images")
-        for node in dict.fromkeys([self.output, *(value for part in parts for value in (*part.inputs, *part.outputs))]):
+        between = [value for part in parts for value in (*part.inputs, *part.outputs)]
+        for node in dict.fromkeys([self.partition.output, *between]):
             value = self._value(node)
             if value.dtype != torch.float32 or node.meta["images"] != "first":
                 raise ValueError(
                     f"{node} ({node.target}) is {value.dtype} of shape {tuple(value.shape)} at two images, and not float32 "
                     f"with one row an image"
                 )
-        for node in time_values:
-            if node.meta.get("images") == "elsewhere":
-                raise ValueError(
-                    f"{node} ({node.target}), a value of the labels, has its images in another axis than the first"
-                )
-
-    def _reached(self, start: set[fx.Node]) -> set[fx.Node]:
-        reached = set(start)
-        for node in self.nodes:
-            if node.op == "call_function" and any(used in reached for used in node.all_input_nodes):
-                reached.add(node)
-        return reached
-
-    def _evaluate_constants(self) -> None:
-        growing: set[fx.Node] = set()
-        for operation in self.traced.operations:
-            node = operation.node
-            if node.op == "get_attr":
-                self.constants[node] = self.traced.constants[node]
-            elif node.op == "call_function" and node not in self.active and node not in self.timely:
-                leaves = operation.leaves
-                if any(isinstance(leaf, PerImage) for leaf in leaves) or growing.intersection(node.all_input_nodes):
-                    growing.add(node)
-                    self.batch_operations.append(operation)
-                else:
-                    args, kwargs = operation.arguments(self.constants, 1)
-                    self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, node: fx.Node) -> Any:
         return node.meta["val"]
-
-    def _is_tensor(self, node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), torch.Tensor)
-
-    def _users(self, node: fx.Node) -> list[fx.Node]:
-        return list(node.users)
 
     def _reads(self, part: Part) -> set[fx.Node]:
         if isinstance(part, Region):
@@ -294,7 +145,7 @@ class _Fusion:
 
     def _take_next(self, conv: Convolution, position: int) -> bool:
         """Take in the one operation that reads y, if it is one of the epilogue's; whether it was."""
-        users = self._users(conv.y)
+        users = list(conv.y.users)
         if len(users) != 1 or users[0] not in self.active or users[0] in self.taken:
             return False
         user = users[0]
@@ -366,7 +217,7 @@ class _Fusion:
         return multiply, add
 
     def _take_relu(self, conv: Convolution) -> None:
-        for user in self._users(conv.y):
+        for user in conv.y.users:
             if user in self.taken or user not in self.active:
                 continue
             relu = None
@@ -408,7 +259,7 @@ class _Fusion:
             for used in operation.node.all_input_nodes:
                 if used not in inside and used in self.active and used not in inputs:
                     inputs.append(used)
-            if any(user not in inside for user in operation.node.users) and self._is_tensor(operation.node):
+            if any(user not in inside for user in operation.node.users) and is_tensor(operation.node):
                 outputs.append(operation.node)
         parts.append(Region(list(pending), inputs, outputs))
         pending.clear()

@@ -1,0 +1,15 @@
+"""The cpu engine: Winograd convolutions with everything around them fused in, one call per network and step.
+
+Networks are traced once (`coupfast.tracing`), cut into large operations (`fusion` makes `parts`), bound to memory for each
+batch size (`network_program`: `passes` writes down `instructions`, `placement` gives their values places, `regions` runs what
+remains PyTorch's) and run by the C++ kernels of `coupfast_kernels`. `networks` holds what all batch sizes share,
+`program` takes the steps of one, `programs` makes one for each.
+
+Which algorithm a convolution takes follows from its shape and the batch (`algorithms`): runs give the same bits whatever the
+number of threads, and nothing depends on how a trial was timed. (Where less memory is free than twice what all packed weights
+take, the largest are left out, which is said and gives other bits.)
+"""
+
+from coupfast.engine.cpu.programs import CpuPrograms, prepare, unavailable
+
+__all__ = ["CpuPrograms", "prepare", "unavailable"]

@@ -1,0 +1,229 @@
+"""The kernel calls of a program, written down before addresses are known and bound to memory afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from coupfast.engine.cpu.algorithms import PackedKey, WeightStore
+from coupfast.engine.cpu.parts import Convolution, GroupNorm
+from coupfast.engine.cpu.placement import Memory, Storage, View, new_view
+from coupfast_kernels import convolution as kernels
+
+#: What an instruction becomes: a kernel's structure, or a function to call.
+Step = ctypes.Structure | Callable[[], None]
+#: A value and the factor that it still has to be multiplied with.
+Scaled = tuple[View, float]
+
+
+@dataclasses.dataclass
+class Instruction:
+    """`make` gives a kernel's structure or a function to call, when addresses are known."""
+
+    make: Callable[[Memory], Step]
+    reads: list[Storage]
+    writes: list[Storage]
+
+
+class Instructions:
+    """A list of kernel calls for one batch size that grows by one a call.
+
+    Args:
+        batch: Images.
+        weights: Packed weights and the choice of algorithms.
+        threads: CPU threads.
+
+    Attributes:
+        scratch_floats: Scratch memory that the largest of them needs.
+        packed: Packed weights that they read.
+    """
+
+    def __init__(self, batch: int, weights: WeightStore, threads: int) -> None:
+        self.batch, self.weights, self.threads = batch, weights, threads
+        self.scratch_floats = 0
+        self.packed: dict[PackedKey, torch.Tensor] = {}
+        self._list: list[Instruction] = []
+        self._keep: list[torch.Tensor] = []  # memory behind pointers
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __getitem__(self, which: slice) -> list[Instruction]:
+        return self._list[which]
+
+    def new(self, shape: Sequence[int]) -> View:
+        """A value of this shape (without the batch) that lies in no other."""
+        return new_view(shape, self.batch)
+
+    def pointer(self, tensor: torch.Tensor | None) -> int | None:
+        """Where a constant lies, which is kept from now on; None for none."""
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+    def emit(self, make: Callable[[Memory], Step], reads: Sequence[View | None], writes: Sequence[View | None]) -> None:
+        self._list.append(Instruction(make, [v.storage for v in reads if v], [v.storage for v in writes if v]))
+
+    def sum(self, a: View, factor_a: float, b: View | None, factor_b: float, y: View) -> None:
+        """y = factor_a a + factor_b b."""
+        channels, pixels = y.rows()
+
+        def make(memory: Memory) -> ctypes.Structure:
+            return kernels.Sum(
+                pixels=self.batch * pixels,
+                channels=channels,
+                a_pixel=a.pixel or channels,
+                b_pixel=0 if b is None else b.pixel or channels,
+                y_pixel=y.pixel or channels,
+                factor_a=factor_a,
+                factor_b=factor_b,
+                a=memory.address(a),
+                b=None if b is None else memory.address(b),
+                y=memory.address(y),
+            )
+
+        self.emit(make, [a, b], [y])
+
+    def convolution(
+        self,
+        conv: Convolution,
+        x: View,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool,
+        fields: Callable[[Any, Memory], None],
+        reads: list[View | None],
+        writes: list[View | None],
+    ) -> None:
+        """One convolution of `x`, or its transpose, with a result of `shape`; `fields` says what comes before and behind."""
+        tile = self.weights.tiles(conv, shape, self.batch, transposed)
+        packed = self.weights.packed(conv, tile, transposed)
+        kernel = conv.weight.shape[2]
+        pad = kernel - 1 - conv.padding if transposed else conv.padding
+        shapes = (self.batch, *x.shape), (self.batch, *shape)
+        structure = kernels.plain_conv(tile, *shapes, packed, kernel=kernel, stride=conv.stride, pad=pad)
+        structure.x_pixel = x.pixel
+        self.packed[conv, tile, transposed] = packed
+        self.scratch_floats = max(self.scratch_floats, kernels.scratch_floats(structure, self.threads))
+
+        def make(memory: Memory) -> ctypes.Structure:
+            structure.x, structure.scratch = memory.address(x), memory.scratch.ctypes.data
+            fields(structure, memory)
+            return structure
+
+        self.emit(make, reads, writes)
+
+    def affine(self, x: View) -> View:
+        """A place for what `group_norm` finds: four numbers an image and channel."""
+        return self.new((4, x.shape[0]))
+
+    def affine_addresses(self, affine: View, memory: Memory) -> dict[str, int]:
+        """Where subtrahend, factor, addend and inverse deviation lie."""
+        start, size = memory.address(affine), 4 * self.batch * affine.shape[1]
+        return {name: start + i * size for i, name in enumerate(("subtract", "multiply", "add", "inverse"))}
+
+    def group_norm(self, norm: GroupNorm, x: View, affine: View) -> None:
+        """The statistics of `x` as an affine map a channel."""
+        channels, height, width = x.shape
+
+        def make(memory: Memory) -> ctypes.Structure:
+            return kernels.GroupNormAffine(
+                batch=self.batch,
+                channels=channels,
+                groups=norm.groups,
+                pixels=height * width,
+                x_pixel=x.pixel,
+                eps=norm.eps,
+                x=memory.address(x),
+                gamma=self.pointer(norm.weight),
+                beta=self.pointer(norm.bias),
+                **self.affine_addresses(affine, memory),
+            )
+
+        self.emit(make, [x], [affine])
+
+    def group_norm_vjp(self, norm: GroupNorm, x: View, affine: View, dh: View, before: Scaled | None) -> View:
+        """The transpose of activation(GroupNorm(x)), applied to `dh`, plus `before`."""
+        result = self.new(x.shape)
+        channels, height, width = x.shape
+
+        def make(memory: Memory) -> ctypes.Structure:
+            structure = kernels.GroupNormVjp(
+                batch=self.batch,
+                channels=channels,
+                groups=norm.groups,
+                activation=kernels.SILU if norm.activation == "silu" else kernels.IDENTITY,
+                pixels=height * width,
+                x_pixel=x.pixel,
+                dh_pixel=dh.pixel,
+                dx_pixel=result.pixel,
+                x=memory.address(x),
+                gamma=self.pointer(norm.weight),
+                dh=memory.address(dh),
+                dx=memory.address(result),
+                **self.affine_addresses(affine, memory),
+            )
+            add_residual(structure, memory, before)
+            return structure
+
+        self.emit(make, [x, dh, affine, before[0] if before is not None else None], [result])
+        return result
+
+    def masked(self, dz: View, factor: float, multiply: torch.Tensor | None, mask_address: int, before: Scaled | None) -> View:
+        """The transpose of relu(y · multiply + add) with respect to y, applied to `dz`, plus `before`."""
+        result = self.new(dz.shape)
+        if factor != 1.0:
+            multiply = torch.full((dz.shape[0],), factor, dtype=torch.float32) if multiply is None else multiply * factor
+        channels, pixels = result.rows()
+
+        def make(memory: Memory) -> ctypes.Structure:
+            structure = kernels.Masked(
+                pixels=self.batch * pixels,
+                channels=channels,
+                d_pixel=dz.pixel,
+                y_pixel=result.pixel,
+                d=memory.address(dz),
+                mask=mask_address,
+                multiply=self.pointer(multiply),
+                y=memory.address(result),
+            )
+            add_residual(structure, memory, before)
+            return structure
+
+        self.emit(make, [dz, before[0] if before is not None else None], [result])
+        return result
+
+    def bind(self, which: slice, memory: Memory) -> list[Callable[[], None]]:
+        """Some of them as functions to call in order; kernels that follow each other are one call."""
+        steps: list[Callable[[], None]] = []
+        structures: list[ctypes.Structure] = []
+
+        def flush() -> None:
+            if structures:
+                operations, threads = kernels.Operations(list(structures)), self.threads
+                steps.append(lambda: operations.run(threads))
+                structures.clear()
+
+        for instruction in self[which]:
+            made = instruction.make(memory)
+            if isinstance(made, ctypes.Structure):
+                structures.append(made)
+            else:
+                flush()
+                steps.append(made)
+        flush()
+        return steps
+
+
+def add_residual(structure: Any, memory: Memory, residual: Scaled | None, divided_by: float = 1.0) -> None:
+    """Let a kernel add a value to its result; the kernel multiplies the sum by `divided_by` afterwards."""
+    if residual is not None:
+        view, factor = residual
+        structure.residual, structure.residual_pixel = memory.address(view), view.pixel
+        structure.residual_factor = factor / divided_by

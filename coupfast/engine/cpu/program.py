@@ -1,0 +1,169 @@
+"""Steps of the cpu engine and their transposes, for one batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from coupfast.engine.cpu.network_program import NetworkProgram
+from coupfast.engine.cpu.networks import CpuNetworks
+from coupfast.engine.protocol import Keep
+from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
+from coupfast.noise import CounterNoise, Noise
+from coupfast_kernels.cpu_guided_step import guided_step_cpu
+from coupfast_kernels.guided_step import guided_step_ref
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What a step leaves for its transpose: the classifier's slopes, as the program or as `Guidance` keeps them."""
+
+    slopes: torch.Tensor | None = None
+    region_slopes: list[Slope] = dataclasses.field(default_factory=list)
+    p: torch.Tensor | None = None
+    linearization: Linearization | None = None
+
+
+class CpuProgram:
+    """Steps of one batch size on a number of threads.
+
+    Args:
+        networks: What all batch sizes share.
+        batch: Images.
+        threads: CPU threads.
+    """
+
+    def __init__(self, networks: CpuNetworks, batch: int, threads: int) -> None:
+        self.networks, self.batch, self.threads = networks, batch, threads
+        self.table = networks.table
+        self._programs: dict[str, NetworkProgram] = {}
+
+    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
+        row, networks = self.table.row(k), self.networks
+        if not x_k.is_contiguous(memory_format=torch.channels_last):
+            x_k = x_k.contiguous()  # images may come transposed, which the step's own kernel does not read
+        with networks.turn, torch.no_grad():
+            if networks.score is None:
+                eps_hat = networks.eager.eps_hat(k, x_k)
+            else:
+                program = self._program("score")
+                program.set_label(networks.label_values(k))
+                eps_hat = torch.empty_like(x_k).copy_(program.forward(x_k))
+            g, kept = None, _Kept()
+            if networks.guidance is not None and row[2] != 0.0:
+                g, kept = self._guide(x_k, keep != "nothing" and networks.differentiate_guidance)
+            return self._move(k, x_k, eps_hat, g, noise), None if keep == "nothing" else kept
+
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
+        row, networks = self.table.row(k), self.networks
+        with networks.turn, torch.no_grad():
+            w = None
+            if networks.guidance is not None and row[2] != 0.0 and networks.differentiate_guidance:
+                w = self._hvp(x_k, v, saved or _Kept())
+            if networks.score is None:
+                u = networks.eager.eps_hat_vjp(k, x_k, v)
+            else:
+                program = self._program("score transpose")
+                program.set_label(networks.label_values(k))
+                program.forward(x_k)
+                u = program.backward(v)
+            return guided_step_ref(v, u, w, row)
+
+    def _move(self, k: int, x_k: torch.Tensor, eps_hat: torch.Tensor, g: torch.Tensor | None, noise: Noise) -> torch.Tensor:
+        """x_{k+1}; counted noise is made on the way."""
+        row = self.table.row(k)
+        if isinstance(noise, CounterNoise) and row[3] != 0.0:
+            return guided_step_cpu(x_k, eps_hat, g, row, seed=noise.seed, ids=noise.ids, draw=noise.draw, step=k)
+        return guided_step_ref(x_k, eps_hat, g, row, noise.z(k, x_k) if row[3] != 0.0 else None)
+
+    def bytes(self, *, gradient: bool) -> int:
+        """Workspace that the programs need."""
+        plans = [self._plan(kind) for kind in self._kinds(gradient)]
+        arena, scratch = max((p.arena_floats for p in plans), default=0), max((p.scratch_floats for p in plans), default=0)
+        return 4 * (arena + scratch) + max((p.region_bytes() for p in plans), default=0)
+
+    def weights_bytes(self, *, gradient: bool) -> int:
+        """Packed weights that the programs need, each once."""
+        needed: dict[Any, int] = {}
+        for kind in self._kinds(gradient):
+            needed |= self._plan(kind).packed_bytes()
+        return sum(needed.values())
+
+    def slopes_bytes(self) -> int:
+        if not self._has("hvp"):
+            return 0
+        return self._plan("hvp").slopes_bytes()
+
+    def _kinds(self, gradient: bool) -> list[str]:
+        kinds = ("score", "guidance", *(("score transpose", "hvp") if gradient else ()))
+        return [kind for kind in kinds if self._has(kind)]
+
+    # --- programs of networks -----------------------------------------------------------------------------------------------
+
+    def _has(self, kind: str) -> bool:
+        networks = self.networks
+        network = {"guidance": networks.classifier, "hvp": networks.linear}.get(kind, networks.score)
+        return network is not None and (kind != "hvp" or networks.differentiate_guidance)
+
+    def _plan(self, kind: str) -> NetworkProgram:
+        """A program of this kind, made when it is first wanted; memory is bound in `_program`."""
+        if kind not in self._programs:
+            networks = self.networks
+            network = networks.score if kind.startswith("score") else networks.classifier
+            assert network is not None
+            self._programs[kind] = NetworkProgram(
+                network.network,
+                self.batch,
+                network.weights,
+                backward=kind != "score",
+                linear=networks.guidance.graph if kind == "hvp" and networks.guidance is not None else None,
+                threads=self.threads,
+            )
+        return self._programs[kind]
+
+    def _program(self, kind: str) -> NetworkProgram:
+        program = self._plan(kind)
+        program.bind(self.networks.workspace)
+        return program
+
+    # --- the classifier ---------------------------------------------------------------------------------------------------
+
+    def _guide(self, x_k: torch.Tensor, keep: bool) -> tuple[torch.Tensor, _Kept]:
+        """∇ log p_ŷ = Jᵀ(e_ŷ − p), and what its Hessian needs."""
+        guidance = self.networks.guidance
+        assert guidance is not None
+        if self.networks.classifier is None:
+            g, linearization = guidance.gradient(x_k, keep_slopes=keep)
+            return g, _Kept(linearization=linearization if keep else None)
+        program = self._program("guidance")
+        p, label = _confidence(program.forward(x_k))
+        g = program.backward(confidence_cotangent(p, label))
+        if not keep:
+            return g, _Kept()
+        if self.networks.linear is None:
+            return g, _Kept(linearization=Linearization(label))
+        return g, _Kept(program.slopes.clone(), program.region_slopes, p)
+
+    def _hvp(self, x_k: torch.Tensor, v: torch.Tensor, kept: _Kept) -> torch.Tensor:
+        guidance = self.networks.guidance
+        assert guidance is not None
+        if self.networks.linear is None:
+            with torch.enable_grad():
+                return guidance.hvp(x_k, v, kept.linearization)
+        if kept.slopes is None or kept.p is None:
+            program = self._program("guidance")
+            p, _ = _confidence(program.forward(x_k))
+            kept = _Kept(program.slopes, program.region_slopes, p)
+        assert kept.slopes is not None and kept.p is not None
+        program = self._program("hvp")
+        program.slopes.copy_(kept.slopes)
+        program.region_slopes = kept.region_slopes
+        return program.backward(hessian_cotangent(kept.p, program.forward(v)))
+
+
+def _confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax and ŷ."""
+    log_p = torch.log_softmax(logits, dim=1)
+    return log_p.exp(), log_p.argmax(dim=1)

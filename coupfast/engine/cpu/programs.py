@@ -1,0 +1,90 @@
+"""The cpu engine: a program for each batch size, made when it is first wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from coupfast.engine.cpu.networks import CpuNetworks
+from coupfast.engine.cpu.program import CpuProgram
+from coupfast.engine.eager import guidance_of
+from coupfast.engine.protocol import StepMemory
+from coupfast.solvers import CoefficientTable
+from coupfast_kernels import native
+
+#: Batch sizes whose programs are kept: attacks run on fewer and fewer images. Their memory is one workspace.
+KEPT_BATCHES = 8
+
+
+class CpuPrograms:
+    """The engine bound to networks, a table and a shape of images; one `CpuProgram` per batch size. Made by `prepare`."""
+
+    engine = "cpu"
+    largest_batch: int | None = None
+
+    def __init__(self, networks: CpuNetworks) -> None:
+        self.networks = networks
+        self._programs: OrderedDict[tuple[int, int], CpuProgram] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def for_batch(self, batch: int) -> CpuProgram:
+        key = (batch, torch.get_num_threads())
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = CpuProgram(self.networks, *key)
+                while len(self._programs) > KEPT_BATCHES:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end(key)
+            return self._programs[key]
+
+    def memory(self, batch: int) -> StepMemory:
+        """The programs' own memory, and what PyTorch's operations in between take of it, one image's in proportion."""
+        networks = self.networks
+        if networks.score is None or (networks.guidance is not None and networks.classifier is None):
+            eager = networks.eager.memory(batch)
+            return dataclasses.replace(eager, forward_keeping=eager.forward, activations=eager.slopes)
+        program = self.for_batch(batch)
+        forward, transpose, slopes = program.bytes(gradient=False), program.bytes(gradient=True), program.slopes_bytes()
+        return StepMemory(forward, forward + slopes, transpose, transpose, slopes, slopes)
+
+    def weights_bytes(self, batch: int, *, gradient: bool) -> int:
+        """Packed weights of the algorithms that this batch takes, beside the networks' own weights."""
+        return self.for_batch(batch).weights_bytes(gradient=gradient)
+
+    def evaluations(self) -> dict[str, dict[str, int]]:
+        kinds = self.networks.eager.evaluations()
+        return kinds | {"activations": kinds["slopes"]}
+
+
+def unavailable(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why this engine cannot run networks of this kind here, or None."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"the cpu engine runs float32 on a CPU, not {dtype} on {device.type}"
+    return native.unavailable()
+
+
+def prepare(
+    score: nn.Module,
+    classifier: nn.Module | None,
+    table: CoefficientTable,
+    example: torch.Tensor,
+    *,
+    differentiate_guidance: bool = True,
+) -> CpuPrograms:
+    """Programs for states like `example`; the arguments are those of the eager engine.
+
+    Raises:
+        ValueError: for a dtype or device that is not this engine's.
+        native.NativeUnavailable: if the C++ kernels cannot be built here.
+    """
+    reason = unavailable(example.dtype, example.device)
+    if reason is not None:
+        if example.dtype == torch.float32 and example.device.type == "cpu":
+            raise native.NativeUnavailable(reason)
+        raise ValueError(f"{reason}; engine='eager' does")
+    guidance = guidance_of(classifier, table, example)
+    return CpuPrograms(CpuNetworks(score, guidance, table, example, differentiate_guidance))

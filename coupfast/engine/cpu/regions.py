@@ -1,0 +1,162 @@
+"""The operations between a program's kernels, as PyTorch runs them: values, linear parts and transposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+
+from coupfast.engine.cpu.parts import FusedNetwork, Region
+from coupfast.engine.cpu.placement import dense
+from coupfast.guidance import PiecewiseLinearGraph, Slope
+from coupfast.tracing import Operation, PerImage
+
+aten = torch.ops.aten
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default}
+
+
+class Regions:
+    """Runs regions of a network at one batch size, and their transposes afterwards.
+
+    Args:
+        network: What the regions are of.
+        batch: Images.
+        linear: See `NetworkProgram`.
+        differentiable: Whether transposes are to be possible: `run` then keeps autograd's graph until `transpose`.
+
+    Attributes:
+        label_values: What the labels alone decide, for the whole batch; to be set before a run.
+        slopes: What a run of the network finds of kinks, in order; a run of its linear part takes them from here.
+    """
+
+    def __init__(self, network: FusedNetwork, batch: int, *, linear: PiecewiseLinearGraph | None, differentiable: bool) -> None:
+        self.network, self.batch, self.linear, self.differentiable = network, batch, linear, differentiable
+        self.label_values: dict[fx.Node, torch.Tensor] = {}
+        self.slopes: list[Slope] = []
+        self._remaining: Iterator[Slope] = iter(())
+        self._constants = network.partition.at_batch(batch)
+        self._graphs: dict[Region, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    def begin(self) -> None:
+        """Before the first region of a run."""
+        if self.linear is not None:
+            self._remaining = iter(self.slopes)
+        else:
+            self.slopes = []
+
+    def end(self) -> None:
+        """After the last transpose: nothing is kept of the run."""
+        self._graphs.clear()
+
+    def run(self, region: Region, calls: list[Call], inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """A region's operations on `inputs`, their results into `outputs`."""
+        with torch.set_grad_enabled(self.differentiable):
+            leaves = [tensor.detach().requires_grad_(self.differentiable) for tensor in inputs]
+            values: dict[fx.Node, Any] = dict(zip(region.inputs, map(dense, leaves), strict=True))
+            values.update(self.label_values)
+            for call in calls:
+                values[call.node] = self._value(call, *call.arguments(values))
+            results = [values[node] for node in region.outputs]
+        with torch.no_grad():
+            for target, result in zip(outputs, results, strict=True):
+                target.copy_(result)
+        if self.differentiable:
+            self._graphs[region] = (leaves, results)
+
+    def _value(self, call: Call, arguments: tuple, keywords: dict) -> Any:
+        if self.linear is not None and not call.reshapes:
+            return self.linear.tangent(call.node, arguments, keywords, self._remaining)
+        value = call.target(*arguments, **keywords)
+        if self.differentiable and self.linear is None:
+            slope = PiecewiseLinearGraph.slope(call.node, arguments, value)
+            if slope is not None:
+                self.slopes.append(slope)
+        return value
+
+    def transpose(
+        self, region: Region, cotangents: list[tuple[torch.Tensor, float] | None], targets: list[torch.Tensor]
+    ) -> None:
+        """The transpose of the region's last run.
+
+        Args:
+            cotangents: Of each output, with a factor; None where there is none.
+            targets: Where the cotangents of the inputs go.
+        """
+        leaves, results = self._graphs.pop(region)
+        pairs = [
+            (result, pair[0] if pair[1] == 1.0 else pair[0] * pair[1])
+            for result, pair in zip(results, cotangents, strict=True)
+            if pair is not None and result.requires_grad
+        ]
+        gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
+        if pairs:
+            ends, cotangent = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(ends, leaves, cotangent, allow_unused=True)
+        for target, gradient in zip(targets, gradients, strict=True):
+            target.zero_() if gradient is None else target.copy_(gradient)
+
+    def calls(self, region: Region) -> list[Call]:
+        """The region's operations for this batch size, their constant arguments filled in."""
+        calls = []
+        for operation in region.operations:
+            node: Any = operation.node
+            leaves = [self._constants.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in operation.leaves]
+            leaves = [leaf * self.batch if isinstance(leaf, PerImage) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(leaves, operation.spec)
+            reshapes = node.target in _RESHAPES
+            # Maps are channels last here, which a view of the traced network's memory cannot always be.
+            target = aten.reshape.default if reshapes else node.target
+            calls.append(Call(node, target, reshapes, args, kwargs))
+        return calls
+
+    def bytes(self) -> int:
+        """What the operations hold at once: all results of the largest region, or of all of them where the transposes need
+        those."""
+        sizes = [
+            sum(
+                int(np.prod(self.network.shapes.get(node, (0,))))
+                for operation in region.operations
+                if _allocates(operation)
+                for node in _results(operation.node)
+            )
+            for region in self.network.regions()
+        ]
+        return 4 * self.batch * (sum(sizes) if self.differentiable else max(sizes, default=0))
+
+    def slopes_bytes(self) -> int:
+        """What a run leaves in `slopes`."""
+        nodes = [operation.node for region in self.network.regions() for operation in region.operations]
+        return sum(PiecewiseLinearGraph.slope_bytes(node, self.batch) for node in nodes)
+
+
+class Call:
+    """One operation of a region: its arguments, with nodes where values come in when it runs."""
+
+    def __init__(self, node: fx.Node, target: Callable, reshapes: bool, args: tuple, kwargs: dict) -> None:
+        self.node, self.target, self.reshapes = node, target, reshapes
+        self._args, self._kwargs = args, kwargs
+        self._flat = not _has_nodes(kwargs) and not any(isinstance(a, (list, tuple)) and _has_nodes(a) for a in args)
+
+    def arguments(self, values: dict[fx.Node, Any]) -> tuple[tuple, dict]:
+        if self._flat:  # nearly always; looking into lists takes as long as a small operation
+            return tuple([values[a] if type(a) is fx.Node else a for a in self._args]), self._kwargs
+        return tree_map(lambda leaf: values[leaf] if type(leaf) is fx.Node else leaf, (self._args, self._kwargs))
+
+
+def _allocates(operation: Operation) -> bool:
+    schema = getattr(operation.node.target, "_schema", None)
+    return schema is not None and not any(argument.alias_info for argument in schema.arguments)
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The nodes that stand for an operation's results: its own, or where it has several those that pick one."""
+    return [node] if "val" in node.meta else list(node.users)
+
+
+def _has_nodes(argument: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in tree_leaves(argument))

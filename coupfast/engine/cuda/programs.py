@@ -1,0 +1,133 @@
+"""The cuda engine: a program for each bucket of batch sizes, made when it is first wanted."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from coupfast.engine.cuda.calibration import LIBRARY, Calibration, ConvolutionShape
+from coupfast.engine.cuda.capture import CudaBackend
+from coupfast.engine.cuda.networks import CudaNetworks
+from coupfast.engine.cuda.options import Options
+from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.cuda.support import unavailable
+from coupfast.engine.eager import guidance_of
+from coupfast.engine.precision import Precision
+from coupfast.engine.protocol import StepMemory
+from coupfast.solvers import CoefficientTable
+
+#: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+#: Programs that are kept: each holds graphs and their memory.
+KEPT_PROGRAMS = 4
+
+
+class CudaPrograms:
+    """The engine bound to networks, a table and a shape of images; one `CudaProgram` per bucket of batch sizes.
+
+    Made by `prepare`, which checks the device.
+    """
+
+    engine = "cuda"
+    largest_batch: int | None = BUCKETS[-1]
+
+    def __init__(self, networks: CudaNetworks) -> None:
+        self.networks = networks
+        self._programs: OrderedDict[int, CudaProgram] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def for_batch(self, batch: int) -> CudaProgram:
+        """The program of the smallest bucket that holds so many images.
+
+        Also where a larger one is there already: what a batch gives must not depend on which batches came before it.
+
+        Raises:
+            ValueError: for more images than the largest bucket.
+        """
+        bucket = bucket_of(batch)
+        with self._lock:
+            if bucket not in self._programs:
+                self._programs[bucket] = CudaProgram(self.networks, bucket)
+                while len(self._programs) > KEPT_PROGRAMS:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end(bucket)
+            return self._programs[bucket]
+
+    def memory(self, batch: int) -> StepMemory:
+        return self.networks.memory(bucket_of(batch))
+
+    def weights_bytes(self, batch: int, *, gradient: bool) -> int:
+        """Copies of weights, as far as they are made."""
+        return self.networks.pieces.weights_bytes()
+
+    def evaluations(self) -> dict[str, dict[str, int]]:
+        kinds = self.networks.eager.evaluations()
+        return kinds | {"activations": kinds["slopes"]}
+
+
+def bucket_of(batch: int) -> int:
+    """The smallest bucket for so many images; ValueError if there is none."""
+    for bucket in BUCKETS:
+        if batch <= bucket:
+            return bucket
+    raise ValueError(f"the cuda engine runs up to {BUCKETS[-1]} images at a time, got {batch}; split the batch")
+
+
+def prepare(
+    score: nn.Module,
+    classifier: nn.Module | None,
+    table: CoefficientTable,
+    example: torch.Tensor,
+    *,
+    differentiate_guidance: bool = True,
+    precision: Precision = "strict",
+    options: Mapping[str, bool] | None = None,
+) -> CudaPrograms:
+    """Programs for states like `example`; the first arguments are those of the eager engine.
+
+    Args:
+        precision: One of `PRECISIONS`: "strict" and "fast" compute in IEEE float32 (calibration allows errors of four times the
+            library's, and up to 1e-5); "3xtf32" takes 3x3 convolutions on tensor cores, with every product split in three;
+            "tf32" allows TF32 in all convolutions and matrix products.
+        options: Parts to switch off, see `Options`.
+
+    Raises:
+        ValueError: for a dtype or device that is not this engine's, or options that do not exist or contradict each other.
+        RuntimeError: where the device, PyTorch or Triton is not up to it.
+    """
+    chosen = Options.of(options)
+    if precision == "3xtf32" and not chosen.triton:
+        raise ValueError("precision='3xtf32' is a precision of this project's convolutions: it needs engine_options 'triton'")
+    reason = unavailable(example.dtype, example.device)
+    if reason is not None:
+        if example.device.type == "cuda" and example.dtype == torch.float32:
+            raise RuntimeError(f"{reason}; engine='eager' runs without")
+        raise ValueError(f"{reason}; engine='eager' does")
+    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False) if chosen.compile else None
+    choose = None
+    if chosen.triton:
+        calibration = Calibration(example.device, precision=precision, compiler=compiler)
+
+        def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
+            shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
+            kind, _, precision = calibration.choose(shape).candidate.partition("triton-")
+            return LIBRARY if kind else precision
+
+    networks = CudaNetworks(
+        score,
+        guidance_of(classifier, table, example),
+        table,
+        example,
+        differentiate_guidance,
+        precision=precision,
+        backend=(lambda: CudaBackend(example.device)) if chosen.graphs else None,
+        compiler=compiler,
+        choose=choose,
+        fuse_norms=chosen.triton,
+    )
+    return CudaPrograms(networks)
