@@ -3,6 +3,7 @@
 from coupfast.budget import Plan
 from coupfast.certificate import GradientCertificate, check_gradient
 from coupfast.engines import Engine
+from coupfast.evaluation import Evaluation, Spec, evaluate
 from coupfast.gradients import BPDA, Adjoint, AdjointParameters, Exact, NoGradient, Surrogate
 from coupfast.methods import COUP, DiffPure, Method, ReverseSDE, StepMethod, TableMethod
 from coupfast.models.zoo import load_classifier, load_score
@@ -21,6 +22,7 @@ __all__ = [
     "CoefficientTable",
     "DiffPure",
     "Engine",
+    "Evaluation",
     "Exact",
     "GradientCertificate",
     "Method",
@@ -30,11 +32,13 @@ __all__ = [
     "Purifier",
     "ReverseSDE",
     "Settings",
+    "Spec",
     "StepMethod",
     "Surrogate",
     "TableMethod",
     "VPSDE",
     "check_gradient",
+    "evaluate",
     "load_classifier",
     "load_score",
     "purify",

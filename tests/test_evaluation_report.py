@@ -78,9 +78,7 @@ def test_the_configuration_shows_what_was_set_and_the_stages_what_follows(runs):
     parts = {part.title: part for part in report.sections([report.read(runs / "purified")])}
     rows = dict(parts["purified: configuration, versions, hashes"].rows)
     assert (
-        rows["spec.attack_options.iterations"] == "3"
-        and "spec.attack_options.queries" not in rows
-        and "spec.limit" not in rows
+        rows["spec.attack_options.iterations"] == "3" and "spec.attack_options.queries" not in rows and "spec.limit" not in rows
     )
     stages = parts["purified: stages of the attack"]
     (dlr,) = [dict(zip(stages.header, row, strict=True)) for row in stages.rows if row[0] == "apgd-dlr"]

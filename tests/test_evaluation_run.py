@@ -11,6 +11,8 @@ import re
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -21,7 +23,7 @@ from evaluation_cases import SMALL, dies_once, labelled, plain, purified, purifi
 from coupfast.evaluation import Spec, evaluate, launch, pools, progress
 from coupfast.evaluation import configuration as configuration_module
 from coupfast.evaluation import ledger as ledger_module
-from coupfast.evaluation.attacks import Cost
+from coupfast.evaluation.attacks import Attack, Cost, Result
 from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError, Outcome
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.pools import UnitFailed
@@ -271,6 +273,49 @@ def test_a_unit_that_kills_its_workers_is_named(tmp_path, monkeypatch):
         run(tmp_path / "run", build=deadly_elsewhere, workers=2)
     with Ledger(tmp_path / "run") as ledger:
         assert ledger.done() == {}
+
+
+UNGUARDED = """
+from evaluation_cases import labelled, plain
+from coupfast.evaluation import evaluate
+
+evaluate(plain, *labelled(4), attack="none", shard=2, draws=1, workers=2, out="run")
+"""
+
+
+def test_a_script_that_its_workers_run_again_is_told_so(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert "did not begin (exit code 1; what it said stands above): a script that starts workers runs again in" in last
+    guarded = UNGUARDED.replace("evaluate(plain", 'if __name__ == "__main__":\n    evaluate(plain').replace('"run"', '"other"')
+    (tmp_path / "guarded.py").write_text(guarded)
+    subprocess.run([sys.executable, "guarded.py"], cwd=tmp_path, env=environment, check=True, timeout=300)
+
+
+def test_a_worker_does_not_write_into_what_it_is_given():
+    """Ray's arrays are shared, and cannot be written to: attacks that work in place get their own."""
+
+    class InPlace(Attack):
+        def run(self, defense, x, y, *, seed):
+            return Result(x.add_(0.001).clamp_(0, 1))
+
+        def cost(self):
+            return Cost(0, 0)
+
+    x, y = (tensor.numpy() for tensor in labelled(2))
+    before = x.copy()
+    for array in (x, y):
+        array.flags.writeable = False
+    described, here = Metered(plain("cpu")).describe(), configuration_module.environment(torch.device("cpu"))
+    rules = Rules({"in-place": InPlace()}, 1, False, 1, 0, 1, environment=here, defense=described)
+    outcome = Worker(rules, plain, "cpu").execute(Task(Unit("in-place", 0, (0, 1)), {"x": x, "y": y}))
+    np.testing.assert_array_equal(x, before)
+    np.testing.assert_allclose(outcome.arrays["x_adv"], (before + 0.001).clip(0, 1), rtol=1e-6)
 
 
 def deadly_elsewhere(device):

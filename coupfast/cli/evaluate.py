@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from coupfast.cli.reports import command_line
 from coupfast.cli.spec import add_spec, spec_of
 from coupfast.evaluation import notes, plan
 from coupfast.evaluation.launch import CLUSTERS, evaluate
+from coupfast.evaluation.ledger import DATABASE
 
 
 def add(commands: Any, method: str | None, attack: str | None) -> None:
@@ -39,6 +42,16 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
     )
     parser.add_argument("--cluster", choices=CLUSTERS, default="none", help="none: processes here; ray: on a Ray cluster")
     add_spec(parser, method, attack)
+
+
+@contextlib.contextmanager
+def _said_how_to_go_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / DATABASE).is_file():
+            print(f"\nto go on: coupfast evaluate --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        raise
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,16 +80,19 @@ def run(options: argparse.Namespace) -> int:
         )
     if certified:
         beside["certificate"] = certify
-    with evaluate(
-        spec,
-        out=folder,
-        resume=options.resume is not None,
-        workers=options.workers,
-        cluster=options.cluster,
-        command=command_line(options.argv),
-        notes=beside,
-        progress=True,
-    ) as found:
+    with (
+        _said_how_to_go_on(folder),
+        evaluate(
+            spec,
+            out=folder,
+            resume=options.resume is not None,
+            workers=options.workers,
+            cluster=options.cluster,
+            command=command_line(options.argv),
+            notes=beside,
+            progress=True,
+        ) as found,
+    ):
         if options.plan:
             print(plan.beside(plan.Plan.from_dict(found.ledger.notes()["plan"]), plan.happened(found.ledger)))
         print(f"{found.title}; 95 % intervals")

@@ -86,7 +86,9 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._settings():
-            inputs = {name: torch.from_numpy(array).to(self.device) for name, array in task.arrays.items()}
+            # What comes through shared memory, as Ray's does, cannot be written to, and an attack may work in place.
+            own = {name: array if array.flags.writeable else array.copy() for name, array in task.arrays.items()}
+            inputs = {name: torch.from_numpy(array).to(self.device) for name, array in own.items()}
             do = self._judge if task.unit.stage == JUDGE else self._attack
             result, tensors = do(task.unit, inputs)
         return Outcome(
