@@ -1,9 +1,11 @@
 """Fast, exact, reproducible diffusion-based adversarial purification and its evaluation."""
 
+import importlib
+from typing import Any
+
 from coupfast.budget import Plan
 from coupfast.certificate import GradientCertificate, check_gradient
 from coupfast.engines import Engine
-from coupfast.evaluation import Evaluation, Spec, evaluate
 from coupfast.gradients import BPDA, Adjoint, AdjointParameters, Exact, NoGradient, Surrogate
 from coupfast.methods import COUP, DiffPure, Method, ReverseSDE, StepMethod, TableMethod
 from coupfast.models.zoo import load_classifier, load_score
@@ -43,3 +45,12 @@ __all__ = [
     "load_score",
     "purify",
 ]
+
+_OF_EVALUATION = ("Evaluation", "Spec", "evaluate")
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: a purification needs no ledger, no workers and no attacks.
+    if name not in _OF_EVALUATION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("coupfast.evaluation"), name)
