@@ -23,7 +23,7 @@ from tqdm import tqdm
 import coupfast
 from coupfast.data import load_images
 from coupfast.evaluation.attacks.autoattack import APGD
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.protocols import wilson_interval
 from coupfast.models.checkpoints import state_dict_sha256
 
@@ -84,7 +84,7 @@ def attack(
     defense = coupfast.PurifiedClassifier(purifier, classifier, seed=options.seed)
     apgd = APGD("Linf", options.eps / 255, iterations=options.iterations, eot_iter=options.eot_iter)
     start = time.perf_counter()
-    result = apgd.run(Defense(defense), x, y, seed=options.seed)
+    result = apgd.run(Metered(defense), x, y, seed=options.seed)
     seconds = time.perf_counter() - start
     x_adv = result.strongest
     assert x_adv is not None and float((x_adv - x).abs().max()) <= options.eps / 255 + 1e-6

@@ -55,7 +55,7 @@ from coupfast.data import load_images
 from coupfast.engine.networks import frozen
 from coupfast.evaluation.attacks.autoattack import APGD
 from coupfast.evaluation.attacks.base import Result
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.protocols import wilson_interval
 from coupfast.reference import purify_published
 from coupfast.sde import parity_grid
@@ -137,7 +137,7 @@ def _rows(case: Case, t: float, engines: Sequence[str], options: argparse.Namesp
         ("published-frozen", "torchsde"): Published(score, classifier, t, t_end, "none"),
         **{(name, engine): ours(engine, name) for name in OURS for engine in engines},
     }
-    defenses = {key: Defense(model) for key, model in models.items() if key[0] in options.contenders}
+    defenses = {key: Metered(model) for key, model in models.items() if key[0] in options.contenders}
     broken = _over_their_contract(case, t, [key for key in defenses if key[0] in OURS], options.seed)
     sound = [key for key in defenses if key not in broken]
     attack = APGD("Linf", options.eps / 255, iterations=options.iterations_timed, eot_iter=options.eot_iter)
@@ -216,7 +216,7 @@ def _rows(case: Case, t: float, engines: Sequence[str], options: argparse.Namesp
     return rows
 
 
-def _from_the_start(defense: Defense) -> None:
+def _from_the_start(defense: Metered) -> None:
     """Its noise and its counts, as at the first call."""
     defense.reset()
     if isinstance(defense.model, Published):

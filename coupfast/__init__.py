@@ -1,5 +1,8 @@
 """Fast, exact, reproducible diffusion-based adversarial purification and its evaluation."""
 
+import importlib
+from typing import Any
+
 from coupfast.budget import Plan
 from coupfast.certificate import GradientCertificate, check_gradient
 from coupfast.engines import Engine
@@ -21,6 +24,7 @@ __all__ = [
     "CoefficientTable",
     "DiffPure",
     "Engine",
+    "Evaluation",
     "Exact",
     "GradientCertificate",
     "Method",
@@ -30,12 +34,23 @@ __all__ = [
     "Purifier",
     "ReverseSDE",
     "Settings",
+    "Spec",
     "StepMethod",
     "Surrogate",
     "TableMethod",
     "VPSDE",
     "check_gradient",
+    "evaluate",
     "load_classifier",
     "load_score",
     "purify",
 ]
+
+_OF_EVALUATION = ("Evaluation", "Spec", "evaluate")
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: a purification needs no ledger, no workers and no attacks.
+    if name not in _OF_EVALUATION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("coupfast.evaluation"), name)

@@ -23,15 +23,16 @@ import torch
 from tqdm import tqdm
 
 from coupfast import device_checks, environment
-from coupfast.certificate import Definition
-from coupfast.defenses import METHODS
+from coupfast.definition import Definition
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.precision import strict_float32
+from coupfast.engines import ENGINES
+from coupfast.methods import METHODS
 from coupfast.models.checkpoints import file_sha256, listed_sha256
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
-from coupfast.purify import ENGINES, Purifier
+from coupfast.purify import Purifier
 from coupfast.solvers import SOLVERS
 from coupfast_kernels import native
 from coupfast_kernels.noise import philox_4x32_10_ref, standard_normal_ref
@@ -284,7 +285,7 @@ def _cases() -> Iterator[tuple[str, dict[str, Any], str]]:
     for method, recipe in METHODS.items():
         for solver in SOLVERS:
             yield f"{method}, {solver}", {"method": method, "solver": solver}, "silu"
-        if recipe.guidance:
+        if recipe.guided:
             # Piecewise-linear classifiers have a route of their own to the Hessian-vector product.
             yield f"{method}, ReLU classifier", {"method": method}, "relu"
             yield f"{method}, detached guidance", {"method": method, "guidance_gradient": "detached"}, "silu"

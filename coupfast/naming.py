@@ -1,21 +1,33 @@
-"""Objects by name: `package.module:NAME`, for what people add without editing this package."""
+"""Objects by name: `package.module:NAME` or `file.py:NAME`, for what people add without editing this package."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+_OF_FILE = "_coupfast_file_"  # how the names of modules begin that were made from a file
 
 
 def is_reference(name: Any) -> bool:
-    """Whether a word is of the form `package.module:NAME`."""
-    return isinstance(name, str) and ":" in name and all(part.isidentifier() for part in name.replace(":", ".").split("."))
+    """Whether a word is of the form `package.module:NAME` or `file.py:NAME`."""
+    if not isinstance(name, str):
+        return False
+    place, _, attribute = name.rpartition(":")
+    words = attribute if place.endswith(".py") else f"{place}.{attribute}"
+    return bool(place) and all(part.isidentifier() for part in words.split("."))
 
 
 def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, option: str = "name") -> Any:
-    """What `package.module:NAME` names; the module is imported from `sys.path`.
+    """What `package.module:NAME` or `file.py:NAME` names.
 
     Args:
-        name: A module and an attribute of it.
+        name: A module or a file and an attribute of it. A module is looked for in `sys.path` and then in the current folder.
         expected: What it has to be an instance or a subclass of; None takes anything.
         option: The option that it was given for, for messages.
 
@@ -23,20 +35,20 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
         ValueError: if the name has another form, the module cannot be imported or has no such attribute, or what it is does
             not fit. The message says which.
     """
-    module_name, _, attribute = name.partition(":")
     if not is_reference(name):
-        raise ValueError(f"`{option}` names an object as package.module:NAME, got {name!r}")
+        raise ValueError(f"`{option}` names an object as package.module:NAME or file.py:NAME, got {name!r}")
+    place, _, attribute = name.rpartition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = _file(place) if place.endswith(".py") else _module(place)
     except Exception as error:  # a module may do anything when it is imported
         hint = ""
-        if isinstance(error, ModuleNotFoundError) and error.name == module_name.split(".")[0]:
-            hint = "; its folder has to be on sys.path (PYTHONPATH)"
-        raise ValueError(f"`{option}`={name!r}: importing {module_name} gives {type(error).__name__}: {error}{hint}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == place.split(".")[0]:
+            hint = "; its folder has to be on sys.path (PYTHONPATH) or the current one; a file has its suffix, file.py:NAME"
+        raise ValueError(f"`{option}`={name!r}: importing {place} gives {type(error).__name__}: {error}{hint}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = ", ".join(sorted(word for word in vars(found) if not word.startswith("_"))[:8])
-            raise ValueError(f"`{option}`={name!r}: {module_name} has no {part!r}; it has {public or 'nothing public'}")
+            raise ValueError(f"`{option}`={name!r}: {place} has no {part!r}; it has {public or 'nothing public'}")
         found = getattr(found, part)
     if expected is not None:
         fits = isinstance(found, expected) or (isinstance(found, type) and issubclass(found, expected))
@@ -48,5 +60,44 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
 
 
 def reference_to(found: Any) -> str:
-    """`package.module:NAME` of a class or function, as `resolve` takes it."""
-    return f"{found.__module__}:{found.__qualname__}"
+    """The name of a class or function, as `resolve` takes it."""
+    module = sys.modules.get(found.__module__)
+    place = str(module.__file__) if module is not None and is_from_file(found) else found.__module__
+    return f"{place}:{found.__qualname__}"
+
+
+def is_from_file(found: Any) -> bool:
+    """Whether a class or function is of a module that was made from a file, which no other process could import by its name."""
+    return str(found.__module__).startswith(_OF_FILE)
+
+
+def _module(place: str) -> ModuleType:
+    here, top = os.getcwd(), place.partition(".")[0]
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        # A console script does not look where it is started; `python -m` does.
+        if error.name != top or here in sys.path or not (Path(top).is_dir() or Path(f"{top}.py").is_file()):
+            raise
+    sys.path.append(here)  # after everything else; for what the module imports later, and in its workers, too
+    importlib.invalidate_caches()
+    return importlib.import_module(place)
+
+
+def _file(place: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    # One module for one file, however often and from where it is named.
+    name = f"{_OF_FILE}{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # its suffix is .py
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

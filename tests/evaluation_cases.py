@@ -9,9 +9,7 @@ from conftest import small_score
 from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier
-from coupfast.evaluation.defense import Defense
-from coupfast.evaluation.runs import evaluate
-from coupfast.evaluation.spec import Spec
+from coupfast.evaluation import Spec, evaluate
 
 
 def pixel_classifier():
@@ -24,7 +22,7 @@ def pixel_classifier():
 
 
 def plain(device):
-    return Defense(pixel_classifier().to(device))
+    return pixel_classifier().to(device)
 
 
 def purified(device, gradient="exact"):
@@ -32,7 +30,7 @@ def purified(device, gradient="exact"):
     # A short time: the random score network knows nothing of images, and most are still to be classified correctly.
     options = {"t": 0.003, "num_steps": 2, "gradient": gradient, "engine": "eager"}  # nothing to compile in every worker
     purifier = Purifier(small_score(torch.float32), classifier, **options)
-    return Defense(PurifiedClassifier(purifier, classifier))
+    return PurifiedClassifier(purifier, classifier)
 
 
 def dies_once(flag, device):
@@ -63,8 +61,9 @@ def labelled(count, *, wrong=()):
     return x, y
 
 
-SMALL = Spec(attack="autoattack-rand", iterations=3, eot_iter=2, shard=2, draws=3, paths=1, eps=0.5 / 255)
+SMALL = Spec.of(attack="autoattack-rand", iterations=3, eot_iter=2, shard=2, draws=3, paths=1, eps=0.5 / 255, seed=121)
 
 
 def run(folder, spec=SMALL, build=purified, count=5, **options):
-    return evaluate(spec, folder, build=build, images=labelled(count, wrong=[1]), **options)
+    """The ledger of a run to its end."""
+    return evaluate(spec, *labelled(count, wrong=[1]), defense=build, out=folder, **options).ledger

@@ -1,4 +1,3 @@
-import inspect
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from PIL import Image
 import coupfast
 from coupfast import cli, doctor
 from coupfast.data import load_images
-from coupfast.models.checkpoints import state_dict_sha256, write_safetensors
+from coupfast.models.checkpoints import file_sha256, state_dict_sha256, write_safetensors
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.wide_resnet import WideResNet
 
@@ -35,7 +34,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def networks(weights):
     score, classifier = weights / "score.safetensors", weights / "classifier.safetensors"
-    return ["--score", str(score), "--classifier", str(classifier), "--steps", "2", "--device", "cpu"]
+    return ["--score", str(score), "--classifier", str(classifier), "--num-steps", "2", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -72,22 +71,11 @@ def test_purify_writes_images_and_a_report(photos, networks, weights, tmp_path, 
     torch.testing.assert_close(written, purified, rtol=0.0, atol=0.51 / 255)
 
     report = json.loads((out / "purify.json").read_text())
-    assert report["settings"] == {
-        "method": "coup",
-        "t": 0.05,
-        "num_steps": 2,
-        "guidance_scale": 1.0,
-        "solver": "euler-maruyama",
-        "beta_min": 0.1,
-        "beta_max": 20.0,
-        "clamp": True,
-        "engine": report["settings"]["engine"],  # "auto" is resolved
-        "precision": "strict",
-        "seed": 7,
-        "draws": [0],
-        "batch": 20,
-    }
-    assert report["settings"]["engine"] != "auto"
+    settings = report["settings"]
+    assert (settings["seed"], settings["draws"], settings["batch"], settings["num_steps"]) == (7, [0], 20, 2)
+    assert settings["engine"]["runs"] in ("eager", "cpu")  # "auto" is resolved
+    expected_settings = coupfast.Settings.of(t=0.05, num_steps=2, gradient="none")
+    assert coupfast.Settings.from_dict({**settings, "engine": expected_settings.to_dict()["engine"]}) == expected_settings
     score = coupfast.load_score(weights / "score.safetensors")
     assert report["networks"]["score"]["sha256"] == state_dict_sha256(score)
     assert report["networks"]["classifier"]["source"] == str(weights / "classifier.safetensors")
@@ -152,7 +140,7 @@ def test_unguided_methods_load_no_classifier(photos, networks, tmp_path):
     assert run("purify", photos, "--method", "diffpure", "--out", tmp_path / "out", *arguments) == 0
     report = json.loads((tmp_path / "out" / "purify.json").read_text())
     assert list(report["networks"]) == ["score"]
-    assert report["settings"]["clamp"] is False
+    assert report["settings"]["method"]["clamp"] is False
 
 
 def test_never_overwrites(photos, networks, tmp_path, capsys):
@@ -179,6 +167,7 @@ def test_never_overwrites(photos, networks, tmp_path, capsys):
         (["purify", "{photos}", "--out", "{tmp}", "--first-id", "4294967295"], "`--first-id`"),
         (["purify", "{photos}", "--out", "{tmp}", "--seed", "-1"], "`seed` is an integer in [0, 2**64), got -1"),
         (["purify", "{photos}", "--out", "{photos}/a.png/x"], "a.png"),
+        (["purify", "{photos}", "--out", "{tmp}", "--method", "cuop"], "got 'cuop'; did you mean 'coup'?"),
         (["purify", "{photos}", "{large}", "--out", "{tmp}"], "are 3x9x9, those of"),
         (["purify", "{large}", "--out", "{tmp}"], "the score net is made for 8 x 8"),
         (["purify", "{photos}", "--out", "{tmp}", "--score", "{photos}/a.png"], "a.png"),
@@ -210,7 +199,7 @@ def test_debug_shows_the_traceback(photos, networks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["purify", "x"], ["puriify"], ["purify", "x", "--out", "y", "--method", "cuop"]], ids=str
+    "arguments", [[], ["purify", "x"], ["puriify"], ["purify", "x", "--out", "y", "--engine", "cup"]], ids=str
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -259,14 +248,14 @@ def test_check_gradient(photos, networks, tmp_path, capsys):
     text = capsys.readouterr().out
     report = json.loads(target.read_text())
     certificate = report["certificate"]
-    assert "gradient='bpda'" in text
-    assert certificate["gradient"] == "bpda"
+    assert "bpda" in text
+    assert certificate["settings"]["gradient"]["name"] == "bpda"
     assert certificate["overall"]["relative_error"] > 1e-2
     assert report["images"] == [str(photos / "a.png")]
     assert set(report["networks"]) == {"score", "classifier"}
     assert run("check-gradient", photos, "--method", "reverse-sde", *small[:2], *none, "--json", "-", *networks) == 0
     certificate = json.loads(capsys.readouterr().out)["certificate"]
-    assert certificate["gradient"] == "exact"
+    assert (certificate["settings"]["gradient"]["name"], certificate["verdict"]) == ("exact", "exact")
     assert certificate["overall"]["relative_error"] < 1e-4
     assert "cross-entropy" in certificate["loss"]
 
@@ -285,7 +274,7 @@ def test_convert(tmp_path, capsys):
     arguments.write_text(json.dumps(config))
     assert run("convert", source, target, "--config", arguments) == 0
     digest = capsys.readouterr().out.split()[0]
-    assert digest == cli.file_sha256(target)
+    assert digest == file_sha256(target)
     loaded = coupfast.load_score(target)
     assert state_dict_sha256(loaded) == state_dict_sha256(network)
     assert run("convert", source, target, "--config", arguments) == 2
@@ -296,33 +285,43 @@ def test_convert(tmp_path, capsys):
     assert not (tmp_path / "other.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["purify", "check-gradient", "doctor", "convert"])
+@pytest.mark.parametrize("command", ["purify", "check-gradient", "evaluate", "plan", "report", "doctor", "convert"])
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(command, "--help")
     assert exit_.value.code == 0
     assert "usage: coupfast" in capsys.readouterr().out
-    parser = cli._parser()
+    parser = cli.parser()
     subparser = parser._subparsers._group_actions[0].choices[command]
     for action in subparser._actions:
         assert action.help, action.option_strings
 
 
-def test_defaults_are_those_of_the_function():
-    options = cli._parser().parse_args(["purify", "x", "--out", "y"])
-    signature = inspect.signature(coupfast.purify).parameters
-    for option, parameter in (
-        ("method", "method"),
-        ("t", "t"),
-        ("guidance_scale", "guidance_scale"),
-        ("steps", "num_steps"),
-        ("solver", "solver"),
-        ("engine", "engine"),
-        ("precision", "precision"),
-    ):
-        assert getattr(options, option) == signature[parameter].default
-    assert options.draw == [0]
-    assert options.no_clamp is not signature["clamp"].default
+def test_what_is_not_said_is_not_there():
+    """So that defaults are those of the functions, which are told nothing."""
+    options = vars(cli.parser().parse_args(["purify", "x", "--out", "y"]))
+    spelled = {option.keyword for kind in coupfast.settings.options().values() for option in kind} | {"method", "score"}
+    assert not spelled & set(options)
+    assert (options["draw"], options["seed"]) == ([0], 0)
+
+
+def test_one_name_for_one_thing():
+    """Every keyword of a purification is an option of that name; older spellings are taken, and not shown."""
+    text = cli.parser()._subparsers._group_actions[0].choices["check-gradient"].format_help()
+    for kind in coupfast.settings.options().values():
+        for option in kind:
+            assert option.flag in text
+    assert "--steps" not in text
+    parse = cli.parser().parse_args
+    assert parse(["purify", "x", "--out", "y", "--steps", "7"]) == parse(["purify", "x", "--out", "y", "--num-steps", "7"])
+    assert parse(["evaluate", "--memory-gib", "2"]) == parse(["evaluate", "--memory-budget", "2GiB"])
+
+
+def test_a_gradient_that_is_not_what_it_claims_to_be(photos, networks, monkeypatch, capsys):
+    monkeypatch.setattr(coupfast.certificate.GradientCertificate, "verdict", "not exact")
+    small = ["--images", 1, "--draws", 0, "--directions", 0]
+    assert run("check-gradient", photos, "--method", "reverse-sde", *small, *networks) == 1
+    assert "not exact" in capsys.readouterr().out
 
 
 def test_python_m_coupfast():

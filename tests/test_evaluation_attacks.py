@@ -3,18 +3,35 @@
 import dataclasses
 import math
 
+import evaluation_cases
 import pytest
 import torch
-from evaluation_cases import labelled, plain, purified, purified_bpda
+from evaluation_cases import labelled
 from torch.nn import functional
 
-from coupfast.evaluation.attacks import SUITES, suite
-from coupfast.evaluation.attacks.autoattack import APGD, OFFERS
-from coupfast.evaluation.attacks.pgd import PGD
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation import Spec, evaluate
+from coupfast.evaluation.attacks import APGD, PGD
+from coupfast.evaluation.attacks.autoattack import OFFERS
+from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.protocols import OFFICIAL, judged, scores
-from coupfast.evaluation.runs import evaluate
-from coupfast.evaluation.spec import Spec
+from coupfast.evaluation.suites import SUITES, find
+
+
+def plain(device):
+    return Metered(evaluation_cases.plain(device))
+
+
+def purified(device):
+    return Metered(evaluation_cases.purified(device))
+
+
+def purified_bpda(device):
+    return Metered(evaluation_cases.purified_bpda(device))
+
+
+def suite(name, norm, eps, settings=None):
+    return find(name).stages(norm, eps, settings)
+
 
 CUTS = {"iterations": 4, "queries": 12, "target_classes": 3}
 
@@ -39,8 +56,8 @@ def test_equals_run_standard_evaluation(version, norm, eps, shard, tmp_path):
 
     name = f"autoattack-{version}"
     cuts = {field: CUTS[field] for field in CUTS if version == "standard" or field == "iterations"}
-    spec = Spec(attack=name, norm=norm, eps=eps, seeding="autoattack", shard=shard, draws=1, **cuts)
-    with evaluate(spec, tmp_path / "run", build=plain, images=(x, y)) as ledger:
+    spec = Spec.of(attack=name, norm=norm, eps=eps, seed=121, seeding="autoattack", shard=shard, draws=1, **cuts)
+    with evaluate(spec, x, y, defense=evaluation_cases.plain, out=tmp_path / "run").ledger as ledger:
         records = ledger.done()
         ours = x.clone()
         standing = set(range(12))
@@ -61,8 +78,8 @@ def test_equals_run_standard_evaluation(version, norm, eps, shard, tmp_path):
 
 def test_every_stage_is_compared(tmp_path):
     """The radii above let every attack of the standard suite have images to work on."""
-    spec = Spec(attack="autoattack-standard", eps=1 / 255, seeding="autoattack", shard=12, draws=1, **CUTS)
-    with evaluate(spec, tmp_path / "run", build=plain, images=labelled(12, wrong=[3])) as ledger:
+    spec = Spec.of(attack="autoattack-standard", eps=1 / 255, seed=121, seeding="autoattack", shard=12, draws=1, **CUTS)
+    with evaluate(spec, *labelled(12, wrong=[3]), defense=evaluation_cases.plain, out=tmp_path / "run").ledger as ledger:
         assert {record.unit.stage for record in ledger.done().values()} == {"clean", *spec.stages(), "judge"}
 
 
@@ -317,8 +334,8 @@ def test_what_fooled_a_defense_without_noise_is_what_it_is_judged_by(seed, tmp_p
     with torch.no_grad():
         y = plain("cpu")(x).argmax(dim=1)
     cuts = {"iterations": 10, "queries": 30, "target_classes": 3}
-    spec = Spec(attack="autoattack-standard", method="none", eps=0.7 / 255, shard=40, draws=1, paths=0, **cuts)
-    with evaluate(spec, tmp_path / "run", build=plain, images=(x, y)) as ledger:
+    spec = Spec.of(attack="autoattack-standard", eps=0.7 / 255, seed=121, shard=40, draws=1, paths=0, **cuts)
+    with evaluate(spec, x, y, defense=evaluation_cases.plain, out=tmp_path / "run").ledger as ledger:
         attacked = judged(ledger)["attacked"]
     official, single = scores(attacked, OFFICIAL), scores(attacked, "single")
     assert 0 < official.sum() < 40
@@ -354,7 +371,7 @@ def test_an_image_that_failed_once_stays_off_the_curve():
             return 0 * ask(x) + torch.nn.functional.one_hot(said, 10)
 
     attack = PGD("Linf", 1 / 255, iterations=4, eot_iter=1, drop="never")
-    assert attack.run(Defense(Flickering()), x, y, seed=0).curve == (3, 2, 1, 1, 1)
+    assert attack.run(Metered(Flickering().eval()), x, y, seed=0).curve == (3, 2, 1, 1, 1)
     assert looks == [3] * 5
 
 
@@ -362,10 +379,7 @@ def test_an_image_that_failed_once_stays_off_the_curve():
 def test_a_random_start_is_uniform_in_the_ball(norm):
     n, d, eps = 40000, 4, 0.1
     x = torch.full((n, 1, 2, 2), 0.5)  # nothing is clipped
-    constant = Defense(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(d, 2)))
-    with torch.no_grad():
-        attack = PGD(norm, eps, iterations=0, eot_iter=1, random_start=True)
-        start = attack.run(constant, x, torch.zeros(n, dtype=torch.int64), seed=3).x_adv
+    start = PGD(norm, eps, random_start=True).start(x, seed=3)
     delta = ((start - x) / eps).flatten(1).double()
     size = delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
     assert float(size.max()) <= 1 + 1e-5

@@ -10,6 +10,8 @@ import torch
 from conftest import small_score
 
 from coupfast import cli
+from coupfast.cli.spec import spec_of
+from coupfast.evaluation import notes
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
 from coupfast.models.checkpoints import write_safetensors
@@ -33,7 +35,7 @@ def networks(tmp_path_factory):
     return [*map(str, paths), "--device", "cpu"]
 
 
-SMALL = ["--steps", "2", "--t", "0.01", "--attack", "apgd-ce", "--iterations", "2", "--shard", "2", "--draws", "3"]
+SMALL = ["--num-steps", "2", "--t", "0.01", "--attack", "apgd-ce", "--iterations", "2", "--shard", "2", "--draws", "3"]
 
 
 def run(*arguments):
@@ -52,10 +54,15 @@ def test_evaluate_and_resume(networks, tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert run("evaluate", "--resume", tmp_path / "run", "--eps", "8/255", "--method", "diffpure") == 2
     error = capsys.readouterr().err
-    assert "another configuration" in error and "spec.eps was 0.25 and is 0.0313" in error and "spec.method was" in error
+    assert (
+        "another configuration" in error
+        and "spec.eps was 0.25 and is 0.0313" in error
+        and 'defense.method.name was "coup" and is "diffpure"' in error
+    )
     with Ledger(tmp_path / "run", read_only=True) as ledger:
         assert shlex.split(ledger.command)[:2] == ["coupfast", "evaluate"]
-        assert ledger.configuration["spec"]["clamp"] is False
+        assert ledger.configuration["spec"]["purifier"] == {"t": 0.01, "num_steps": 2, "clamp": False}
+        assert ledger.configuration["defense"]["method"]["clamp"] is False
         json.dumps(ledger.configuration)
 
 
@@ -71,6 +78,7 @@ def test_evaluate_and_resume(networks, tmp_path, capsys):
         (("--out", "run", "--attack", "apgd-ce", "--queries", "5"), "'apgd-ce' has no queries"),
         (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
         (("--out", "run", "--price", "1"), "`--price` is for --plan"),
+        (("--out", "run", "--method", "none", "--certify", "1"), "with --method none there is none"),
     ],
 )
 def test_says_what_is_wrong_before_any_work(networks, tmp_path, monkeypatch, capsys, arguments, message):
@@ -92,7 +100,7 @@ def test_an_attack_gets_the_gradient_that_it_is_made_for(networks, tmp_path, cap
     assert run("evaluate", *networks, *small, "--attack", *attack, "--out", tmp_path / "run") == 0
     assert said in capsys.readouterr().out
     with Ledger(tmp_path / "run", read_only=True) as ledger:
-        assert ledger.configuration["defense"]["gradient"] == gradient
+        assert ledger.configuration["defense"]["gradient"]["name"] == gradient
         assert list(ledger.configuration["stages"]) == [attack[0]]
 
 
@@ -119,26 +127,31 @@ def test_help_says_what_is_published_and_what_is_assumed(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "(default: 8/255)",
-        "of PGD: 2/255 in Linf, eps / 5 in L2",
-        "changes: 0.05",
-        "of Square: 5000",
-        "in [0, 2**63)",
+        "steps of the attack (100 in autoattack-standard, autoattack-rand, apgd-ce; 40 in bpda-eot, pgd-eot; 20 in",
+        "2/255 in Linf and eps/5 in L2",
+        "share of pixels that is changed (0.05 in",
+        "queries for an image (5000 in autoattack-standard)",
+        "in [0, 2**63) (default: 0)",
         "5 % of pixels is an assumption",
         "EOT 15 is an assumption",
+        "least keeps nothing but states, else bytes (2GiB, 500MiB) (default: least)",
     ):
         assert words in text
 
 
 @pytest.mark.parametrize("text, paths", [("4", 4), ("0,5,7", (0, 5, 7)), ("7,", (7,))])
 def test_paths_are_a_number_or_numbers(text, paths):
-    assert cli._parser().parse_args(["evaluate", "--paths", text]).paths == paths
+    assert cli.parser().parse_args(["evaluate", "--paths", text]).paths == paths
 
 
 def test_the_papers_options():
-    options = cli._parser().parse_args(["evaluate", "--paper", "--norm", "L2", "--out", "run", "--score-weights", "random"])
-    options.argv = ["evaluate", "--paper", "--norm", "L2", "--out", "run", "--score-weights", "random"]
-    spec = cli._spec(options)
-    assert (spec.images, spec.t, spec.eps, spec.norm, spec.seed) == ("cifar10-512", 0.075, 0.5, "L2", 121)
+    def spec_of_words(*words):
+        return spec_of(cli.parser().parse_args(["evaluate", "--paper", *words]))
+
+    spec = spec_of_words("--norm", "L2", "--out", "run", "--score-weights", "random")
+    assert (spec.images, spec.purifier, spec.eps, spec.norm, spec.seed) == ("cifar10-512", {"t": 0.075}, 0.5, "L2", 121)
+    assert spec_of_words("--seed", "3", "--t", "0.05").seed == 3 and spec_of_words("--t", "0.05").purifier == {"t": 0.05}
+    assert spec_of_words("--method", "none").purifier is None
     assert (spec.score, spec.classifier, spec.score_weights) == ("cifar10-ddpmpp-deep", "wrn-28-10", "random")
 
 
@@ -172,7 +185,7 @@ def test_plan_before_and_after(networks, tmp_path, monkeypatch, capsys):
         (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
         (("--out", "run", "--attack", "autoattack-standard", "--target-classes", "10"), "`target_classes` is at most 9"),
         (("--out", "run", "--certify", "-1"), "`--certify` is a number of images"),
-        (("--out", "run", "--method", "none"), "with --method none there is none"),
+        (("--out", "run", "--method", "none"), "`num_steps`, `t` are of a purifier, and with method 'none' there is none"),
     ],
 )
 def test_plans_and_certifies_nothing_that_it_cannot_run(networks, tmp_path, monkeypatch, capsys, arguments, message):
@@ -180,8 +193,8 @@ def test_plans_and_certifies_nothing_that_it_cannot_run(networks, tmp_path, monk
     (tmp_path / "file").write_text("")
     if "taken" in arguments:
         assert run("evaluate", *networks, *SMALL, "--out", "taken") == 0
-    monkeypatch.setattr(cli.planning, "plan", lambda *_, **__: pytest.fail("planned"))
-    monkeypatch.setattr(cli, "check_gradient", lambda *_, **__: pytest.fail("certified"))
+    monkeypatch.setattr(notes, "plan", lambda *_, **__: pytest.fail("planned"))
+    monkeypatch.setattr(notes, "check_gradient", lambda *_, **__: pytest.fail("certified"))
     small = SMALL if "--attack" not in arguments else SMALL[:4]
     assert run("evaluate", *networks, *small, "--plan", "--certify", "1", *arguments) == 2
     assert message in capsys.readouterr().err
@@ -196,7 +209,9 @@ def test_report(networks, tmp_path, capsys):
         assert "certifying" not in capsys.readouterr().err
     capsys.readouterr()
     assert run("report", tmp_path / "run") == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "run" / f"report.{suffix}") for suffix in ("html", "md")]
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "run" / f"report.{suffix}") for suffix in ("html", "md", "json", "csv")
+    ]
     assert "| overall.cosine |" in (tmp_path / "run" / "report.md").read_text()
     assert run("report", tmp_path / "run") == 2
     assert "--force" in capsys.readouterr().err

@@ -9,7 +9,9 @@ from coupfast.evaluation import plan as planning
 from coupfast.evaluation.plan import Plan, Probe, Stage, beside, duration, happened, plan
 from coupfast.evaluation.spec import Spec, paper
 
-TINY = Spec(attack="apgd-ce", iterations=2, t=0.06, num_steps=4, score_weights="random", classifier_weights="random", limit=3)
+TINY = Spec.of(
+    attack="apgd-ce", iterations=2, t=0.06, num_steps=4, score_weights="random", classifier_weights="random", limit=3
+)
 
 
 def test_plans_networks_without_weights():
@@ -36,7 +38,7 @@ def test_plans_networks_without_weights():
 
 def test_an_attack_that_batches_draws_needs_their_memory():
     def peak(eot_iter, shard):
-        spec = dataclasses.replace(TINY, attack="pgd-eot", eot_iter=eot_iter, shard=shard, limit=1)
+        spec = TINY.but(attack="pgd-eot", eot_iter=eot_iter, shard=shard, limit=1)
         return plan(spec, probe_steps=1).probe.memory_of["pgd-eot"]
 
     one = peak(1, 2)
@@ -45,7 +47,7 @@ def test_an_attack_that_batches_draws_needs_their_memory():
 
 def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):
     monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 100, None))
-    found = plan(Spec(**paper("Linf"), score_weights="random", classifier_weights="random"), workers=8)
+    found = plan(Spec.of(**paper("Linf"), score_weights="random", classifier_weights="random"), workers=8)
     assert sum(stage.gradient for stage in found.stages) == 512 * 4040
     assert "1 " not in str(found).splitlines()[-1] and str(found).endswith("8 workers: 9.0 days")
 
@@ -58,11 +60,11 @@ def test_named_networks_need_no_weights_and_the_plan_says_that_they_are_random(m
         return Probe(1.0, 3.0, 1, 2, 100, None)
 
     monkeypatch.setattr(planning, "probe", probe)
-    found = plan(Spec(**paper("L2")))
+    found = plan(Spec.of(**paper("L2")))
     assert str(found).startswith("random weights: cifar10-ddpmpp-deep, wrn-28-10 (trained ones take as long)")
     assert Plan.from_dict(found.to_dict()) == found
-    assert plan(Spec(**paper("L2"), score_weights="a.pth")).random == ("wrn-28-10",)
-    assert plan(Spec(**paper("L2"), method="none")).random == ("wrn-28-10",)
+    assert plan(Spec.of(**paper("L2"), score_weights="a.pth")).random == ("wrn-28-10",)
+    assert plan(Spec.of(**paper("L2")).but(method="none")).random == ("wrn-28-10",)
     assert "random" not in str(plan(Spec()))
     assert built == [("random", "random"), ("a.pth", "random"), ("random", "random"), (None, None)]
 
@@ -122,8 +124,8 @@ def test_more_images_than_exist():
 
 
 def test_no_memory_is_claimed_for_what_cannot_be_told():
-    assert plan(dataclasses.replace(TINY, gradient="adjoint"), probe_steps=1).probe.memory is None
-    assert plan(dataclasses.replace(TINY, method="none")).probe.of_steps == 1
+    assert plan(TINY.but(gradient="adjoint"), probe_steps=1).probe.memory is None
+    assert plan(TINY.but(method="none")).probe.of_steps == 1
 
 
 @pytest.mark.parametrize("seconds, text", [(119, "119.0 s"), (120, "2.0 min"), (7200, "2.0 h"), (172800, "2.0 days")])

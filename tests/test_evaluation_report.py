@@ -1,8 +1,10 @@
 """Reports: they say what the ledger says, and need nothing else to be read."""
 
 import base64
+import csv
 import dataclasses
 import io
+import json
 import re
 import shutil
 
@@ -13,11 +15,9 @@ from evaluation_cases import SMALL, labelled, plain, purified, run
 from PIL import Image
 
 from coupfast.data import CIFAR10_CLASSES
-from coupfast.evaluation import report
-from coupfast.evaluation.attacks import attack_to_dict
-from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation import Ledger, evaluate, report
 from coupfast.evaluation.protocols import judged
-from coupfast.evaluation.runs import evaluate
+from coupfast.evaluation.report import pictures, tables
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,15 @@ def runs(tmp_path_factory):
 
 
 def test_a_page_that_needs_nothing_else(runs, tmp_path):
-    page, tables = report.write([runs / "purified", runs / "plain"], tmp_path / "out" / "report.html")
+    page, markdown_page, json_page, csv_page = report.write(
+        [runs / "purified", runs / "plain"], tmp_path / "out" / "report.html"
+    )
+    found = json.loads(json_page.read_text())
+    assert set(found) == {"purified", "plain"} and len(found["plain"]["attacked"]["predictions"]) == 5
+    rows = list(csv.DictReader(io.StringIO(csv_page.read_text())))
+    assert [row["run"] for row in rows] == ["purified"] * 12 + ["plain"] * 12
+    official = next(row for row in rows if (row["run"], row["kind"], row["protocol"]) == ("plain", "attacked", "official"))
+    assert float(official["accuracy"]) == found["plain"]["accuracy"] and int(official["images"]) == 5
     text = page.read_text()
     assert "http" not in text and "<script" not in text and "src=" in text
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
@@ -42,7 +50,7 @@ def test_a_page_that_needs_nothing_else(runs, tmp_path):
     # Into a folder that does not hold this run.
     assert "coupfast evaluate --out &#x27;a b-again&#x27; --t 0.1 &#x27;&lt;&amp;&gt;&#x27;" in text
     assert re.search(r"<p>2 runs; reported on \d{4}-\d\d-\d\d\.</p>", text)
-    markdown = tables.read_text()
+    markdown = markdown_page.read_text()
     for title in ("purified: accuracy", "purified against plain, attacked", "plain: by class", "plain: what it took"):
         assert f"<h2>{title}</h2>" in text and f"## {title}" in markdown
     assert "<img" not in markdown
@@ -69,10 +77,41 @@ def test_numbers_are_those_of_the_ledger(runs):
 def test_the_configuration_shows_what_was_set_and_the_stages_what_follows(runs):
     parts = {part.title: part for part in report.sections([report.read(runs / "purified")])}
     rows = dict(parts["purified: configuration, versions, hashes"].rows)
-    assert rows["spec.iterations"] == "3" and "spec.queries" not in rows and "null" not in rows.values()
+    assert (
+        rows["spec.attack_options.iterations"] == "3" and "spec.attack_options.queries" not in rows and "spec.limit" not in rows
+    )
     stages = parts["purified: stages of the attack"]
     (dlr,) = [dict(zip(stages.header, row, strict=True)) for row in stages.rows if row[0] == "apgd-dlr"]
     assert (dlr["loss"], dlr["iterations"], dlr["eot_iter"]) == ("dlr", "3", "2")
+
+
+def test_what_matters_most_comes_first_a_column_a_run(runs):
+    found = [report.read(runs / "purified"), report.read(runs / "plain")]
+    table = report.sections(found)[0]
+    assert table.title == "Summary" and table.header == ("", "purified", "plain")
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["images"] == ("5", "5") and rows["defense"][0].startswith("coup, t = 0.003 in 2 steps")
+    for kind in ("clean", "attacked"):
+        for number, one in enumerate(found):
+            value = 100 * one.verdicts[kind].official.mean()
+            assert rows[f"{kind}: official"][number].startswith(f"{value:.1f} % (")
+
+
+def test_legends_cover_no_curve(runs, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+    found = report.read(runs / "purified")
+    pictures.curve_picture([found, dataclasses.replace(found, name="another one")])
+    pictures.path_picture(found)
+    assert len(figures) == 2
+    for figure in figures:
+        figure.canvas.draw()
+        axes = [panel for panel in figure.axes if panel.lines]
+        legends = [*figure.legends, *(panel.get_legend() for panel in axes if panel.get_legend())]
+        assert axes and legends
+        for legend in legends:
+            for panel in axes:
+                assert not legend.get_window_extent().overlaps(panel.get_window_extent())
 
 
 def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
@@ -87,27 +126,28 @@ def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
 
 def test_guidance_and_assumptions_are_named_where_there_are_any(runs):
     found = report.read(runs / "purified")
-    assert "gradient exact, guidance exact;" in report._summary(found)
-    configuration = {**found.configuration, "defense": {**found.configuration["defense"], "method": "reverse-sde"}}
-    assert "guidance" not in report._summary(dataclasses.replace(found, configuration=configuration))
-    assert report._assumed(found) == ""
-    spec = {**found.configuration["spec"], "attack": "bpda-eot-20", "eot_iter": None, "step_size": 0.01}
+    assert "gradient exact, guidance exact;" in tables._described(found)
+    defense = {**found.configuration["defense"], "method": {"name": "reverse-sde", "t": 0.1}, "guided": False}
+    configuration = {**found.configuration, "defense": defense}
+    assert "guidance" not in tables._described(dataclasses.replace(found, configuration=configuration))
+    assert tables._assumed(found) == ""
+    spec = {**found.configuration["spec"], "attack": "bpda-eot-20", "attack_options": {"step_size": 0.01}}
     assumed = dataclasses.replace(found, configuration={**found.configuration, "spec": spec})
-    assert report._assumed(assumed) == " That EOT 15 is an assumption of this project: the paper does not state it legibly."
+    assert tables._assumed(assumed) == " That EOT 15 is an assumption of this project: the paper does not state it legibly."
 
 
 def test_a_radius_is_named_where_there_is_one(runs):
     found = report.read(runs / "purified")
-    assert "; autoattack-rand Linf 0.5/255 (apgd-ce: " in report._summary(found)
+    assert "; autoattack-rand Linf 0.5/255 (apgd-ce: " in tables._described(found)
     for attack, ending in (
         ("salt-and-pepper", "; salt-and-pepper (salt-and-pepper: amount 0.05)"),
         ("none", "; no attack"),
         ("pgd-eot", "; pgd-eot Linf 0.5/255 (pgd-eot: iterations 40, eot_iter 15, "),
     ):
-        spec = dataclasses.replace(SMALL, attack=attack, iterations=None, eot_iter=None)
-        stages = {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()}
-        configuration = {**found.configuration, "spec": dataclasses.asdict(spec), "stages": stages}
-        summary = report._summary(dataclasses.replace(found, configuration=configuration))
+        spec = SMALL.but(attack=attack)
+        stages = {stage: attack.to_dict() for stage, attack in spec.stages().items()}
+        configuration = {**found.configuration, "spec": spec.to_dict(), "stages": stages}
+        summary = tables._described(dataclasses.replace(found, configuration=configuration))
         assert ending in summary and (ending[-1] in ", " or summary.endswith(ending))
 
 
@@ -117,14 +157,14 @@ def test_only_cifar10_has_the_names_of_its_classes(runs):
     for images, name in (("cifar10-20", CIFAR10_CLASSES[label]), ("cifar10", CIFAR10_CLASSES[label]), ("svhn.npz", str(label))):
         spec = {**found.configuration["spec"], "images": images}
         other = dataclasses.replace(found, configuration={**found.configuration, "spec": spec})
-        (table,) = report._classes([other])
+        (table,) = tables.classes([other])
         assert name in [row[0] for row in table.rows]
 
 
 def test_curves_are_of_all_images(runs):
     found = report.read(runs / "purified")
-    curves = report._curves(found)
-    assert list(curves)[0] == "apgd-ce" and len(curves["apgd-ce"]) == SMALL.iterations + 1
+    curves = pictures.curves(found)
+    assert list(curves)[0] == "apgd-ce" and len(curves["apgd-ce"]) == SMALL.attack_options["iterations"] + 1
     for curve in curves.values():
         assert 0 <= curve[-1] <= curve[0] <= 1 and (np.diff(curve) <= 0).all()
     assert curves["apgd-ce"][0] <= 0.8  # one label is wrong: that image is never attacked
@@ -148,32 +188,33 @@ def test_chosen_images_are_shown(tmp_path):
 
 def test_the_path_is_without_noise_and_shows_the_label_and_what_beats_it(runs):
     found = report.read(runs / "purified")
-    purifier = purified("cpu").purified.purifier
+    purifier = purified("cpu").purifier
     x = torch.from_numpy(found.shown["attacked_images"])
     with torch.no_grad():
         _, states = purifier(x, noise=torch.zeros(2, *x.shape), return_trajectory=True)
-        confidences = purified("cpu").purified.classifier(((states[-1] + 1) / 2).clamp(0, 1)).softmax(dim=1)
+        confidences = purified("cpu").classifier(((states[-1] + 1) / 2).clamp(0, 1)).softmax(dim=1)
     torch.testing.assert_close(torch.from_numpy(found.shown["attacked_confidences"][-1]), confidences, rtol=1e-4, atol=1e-5)
     labels = found.verdicts["clean"].labels
     for number in range(3):
         others = [c for c in range(10) if c != labels[number]]
-        assert report._competitor(found, number) == max(others, key=lambda c: confidences[number, c])
-    assert "Without noise, as in the paper's Fig. 2a: of the label" in report._path_picture(found).note
+        assert pictures.competitor(found, number) == max(others, key=lambda c: confidences[number, c])
+    assert "Without noise, as in the paper's Fig. 2a: of the label" in pictures.path_picture(found).note
 
 
-def test_runs_that_cannot_be_compared_say_why(runs, tmp_path):
+def test_runs_are_compared_on_what_both_have(runs, tmp_path):
     run(tmp_path / "fewer", dataclasses.replace(SMALL, draws=2), count=3).close()
     parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "fewer")])
-    (text,) = [part for part in parts if part.title == "plain against fewer"]
-    assert "the same images" in text.lines
+    (table,) = [part for part in parts if part.title == "plain against fewer, clean"]
+    assert "compared on the 3 images that both have, of 5 and 3 and on the first 2 draws, of 3 and 2" in table.note
+    assert [row[0] for row in table.rows][2:4] == ["worst of 2 draws", "majority of 2 draws"]
 
 
 def test_other_pixels_with_equal_labels_are_not_the_same_images(runs, tmp_path):
     x, y = labelled(5, wrong=[1])
-    evaluate(SMALL, tmp_path / "brighter", build=plain, images=((x + 0.01).clamp(0, 1), y)).close()
+    evaluate(SMALL, (x + 0.01).clamp(0, 1), y, defense=plain, out=tmp_path / "brighter").close()
     parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "brighter")])
     (text,) = [part for part in parts if part.title.startswith("plain against brighter")]
-    assert "needs the same images, and these are others" in text.lines
+    assert "needs the same images, and of 5 and 5 images none is in both runs" in text.lines
 
 
 def test_common_noise_is_claimed_of_the_judges_draws_only(runs, tmp_path):
@@ -185,7 +226,7 @@ def test_common_noise_is_claimed_of_the_judges_draws_only(runs, tmp_path):
 
 
 def test_attacks_that_differ_are_pointed_out(runs, tmp_path):
-    run(tmp_path / "weaker", dataclasses.replace(SMALL, iterations=1), build=plain).close()
+    run(tmp_path / "weaker", SMALL.but(iterations=1), build=plain).close()
     parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "weaker")])
     (table,) = [part for part in parts if part.title == "plain against weaker, attacked"]
     assert "Warning: they were not attacked in the same way" in table.note

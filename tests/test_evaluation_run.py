@@ -11,6 +11,8 @@ import re
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,16 +20,15 @@ import pytest
 import torch
 from evaluation_cases import SMALL, dies_once, labelled, plain, purified, purified_bpda, run
 
+from coupfast.evaluation import Spec, evaluate, launch, pools, progress
+from coupfast.evaluation import configuration as configuration_module
 from coupfast.evaluation import ledger as ledger_module
-from coupfast.evaluation import pools, runner, runs
-from coupfast.evaluation import worker as worker_module
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.attacks import Attack, Cost, Result
 from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError, Outcome
+from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.pools import UnitFailed
-from coupfast.evaluation.runs import evaluate
-from coupfast.evaluation.spec import Spec
 from coupfast.evaluation.units import Schedule, Unit
-from coupfast.evaluation.worker import Task
+from coupfast.evaluation.worker import Rules, Task, Worker
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_judging_noise_is_common_to_defenses_and_shards(tmp_path):
     logits = []
     for number, (shard, attack) in enumerate([(2, "autoattack-rand"), (5, "none")]):
         cut = {} if attack == "none" else {"iterations": 1, "eot_iter": 1}
-        spec = Spec(attack=attack, shard=shard, eps=SMALL.eps, draws=3, **cut)
+        spec = Spec.of(attack=attack, shard=shard, eps=SMALL.eps, draws=3, seed=121, **cut)
         with run(tmp_path / str(number), spec) as ledger:
             judged = [record for record in ledger.done().values() if record.unit.stage == "judge"]
             logits.append(np.concatenate([ledger.arrays(record)["clean_logits"] for record in judged], axis=1))
@@ -88,9 +89,9 @@ def test_judging_noise_is_common_to_defenses_and_shards(tmp_path):
 
 
 def test_progress_is_said_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     clock = iter(range(10**6))
-    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     with run(tmp_path / "run", progress=True) as ledger:
         records = ledger.done()
     *lines, last = capsys.readouterr().err.splitlines()
@@ -139,10 +140,11 @@ def test_processes_say_how_far_a_unit_is(tmp_path):
 def test_progress_stays_within_what_a_unit_can_take(capsys):
     """A unit that is done again, since its worker died, is counted again."""
     schedule, unit = Schedule(4, 2, ("attack",)), Unit("attack", 0, (0, 1))
-    with runner._Progress(schedule, {"clean": 1, "attack": 10, "judge": 1}, [], show=True) as progress:
+    costs = {"clean": Cost(1, 0), "attack": Cost(4, 6), "judge": Cost(1, 0)}
+    with progress.Progress(schedule, costs, [], show=True) as bar:
         for _ in range(100):
-            progress.passed(unit, 2)
-        progress._say()
+            bar.passed(unit, 2)
+        bar._say()
     assert capsys.readouterr().err.startswith(f"evaluate: {100 * 20 / 48:.0f} %, 0 images fooled, 0 units done")
 
 
@@ -273,6 +275,49 @@ def test_a_unit_that_kills_its_workers_is_named(tmp_path, monkeypatch):
         assert ledger.done() == {}
 
 
+UNGUARDED = """
+from evaluation_cases import labelled, plain
+from coupfast.evaluation import evaluate
+
+evaluate(plain, *labelled(4), attack="none", shard=2, draws=1, workers=2, out="run")
+"""
+
+
+def test_a_script_that_its_workers_run_again_is_told_so(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert "did not begin (exit code 1; what it said stands above): a script that starts workers runs again in" in last
+    guarded = UNGUARDED.replace("evaluate(plain", 'if __name__ == "__main__":\n    evaluate(plain').replace('"run"', '"other"')
+    (tmp_path / "guarded.py").write_text(guarded)
+    subprocess.run([sys.executable, "guarded.py"], cwd=tmp_path, env=environment, check=True, timeout=300)
+
+
+def test_a_worker_does_not_write_into_what_it_is_given():
+    """Ray's arrays are shared, and cannot be written to: attacks that work in place get their own."""
+
+    class InPlace(Attack):
+        def run(self, defense, x, y, *, seed):
+            return Result(x.add_(0.001).clamp_(0, 1))
+
+        def cost(self):
+            return Cost(0, 0)
+
+    x, y = (tensor.numpy() for tensor in labelled(2))
+    before = x.copy()
+    for array in (x, y):
+        array.flags.writeable = False
+    described, here = Metered(plain("cpu")).describe(), configuration_module.environment(torch.device("cpu"))
+    rules = Rules({"in-place": InPlace()}, 1, False, 1, 0, 1, environment=here, defense=described)
+    outcome = Worker(rules, plain, "cpu").execute(Task(Unit("in-place", 0, (0, 1)), {"x": x, "y": y}))
+    np.testing.assert_array_equal(x, before)
+    np.testing.assert_allclose(outcome.arrays["x_adv"], (before + 0.001).clip(0, 1), rtol=1e-6)
+
+
 def deadly_elsewhere(device):
     if multiprocessing.parent_process() is not None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -282,7 +327,7 @@ def deadly_elsewhere(device):
 class Broken(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.model = plain("cpu").model
+        self.model = plain("cpu")
 
     def forward(self, x):
         if len(x) > 1:
@@ -291,7 +336,7 @@ class Broken(torch.nn.Module):
 
 
 def broken(device):
-    return Defense(Broken())
+    return Broken().eval()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -319,36 +364,43 @@ def test_a_damaged_file_is_made_again(reference, tmp_path):
             ledger.arrays(record)
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(reference, tmp_path):
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path):
+    spec = SMALL.but(attack="none")
+
+    def unattacked(folder, **options):
+        return run(folder, spec, build=plain, count=60, **options)
+
+    with unattacked(tmp_path / "reference") as ledger:
+        reference = ledger.fingerprint()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # SQLite's log, which grows by some 10,000 bytes a unit, reaches it half way; what it needs to begin has 33,000.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, limit[1]))
+    # The database, which has some 25,000 bytes to begin with and more than 36,000 in the end, reaches it half way.
+    assert (tmp_path / "reference" / DATABASE).stat().st_size > 36_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limit[1]))
     try:
         with pytest.raises(LedgerError, match="is the disk full.* What is recorded is safe"):
-            run(tmp_path / "run")
+            unattacked(tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with Ledger(tmp_path / "run", read_only=True) as ledger:
         recorded = ledger.done()
     assert len(recorded) >= 3
-    with run(tmp_path / "run", resume=True) as ledger:
+    with unattacked(tmp_path / "run", resume=True) as ledger:
         assert ledger.fingerprint() == reference
         records = ledger.done()
         assert len(records) > len(recorded) and recorded == {name: records[name] for name in recorded}  # their times, too
 
 
 def test_a_disk_that_fills_up_on_the_way(reference, tmp_path, monkeypatch):
-    write, count = ledger_module._write, 0
+    write, count = ledger_module.write_whole, 0
 
     def full(path, content):
         nonlocal count
         count += 1
         if count == 4:
-            path.with_suffix(".partial").write_bytes(content[:10])
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(ledger_module, "_write", full)
+    monkeypatch.setattr(ledger_module, "write_whole", full)
     with pytest.raises(LedgerError, match="No space left on device.*is the disk full"):
         run(tmp_path / "run")
     with Ledger(tmp_path / "run", read_only=True) as ledger:
@@ -398,32 +450,33 @@ def test_another_configuration_is_refused(tmp_path, change, message):
 def test_other_weights_images_or_software_are_refused(tmp_path, monkeypatch):
     def other(device):
         defense = purified(device)
-        defense.model.classifier[3].bias.data += 1e-6
+        defense.classifier[3].bias.data += 1e-6
         return defense
 
     run(tmp_path / "run", count=2).close()
     with pytest.raises(ValueError, match="configuration: defense.classifier_sha256 was .* and is"):
         run(tmp_path / "run", build=other, count=2, resume=True)
     x, y = labelled(2, wrong=[1])
-    with pytest.raises(ValueError, match="configuration: images.(labels|x_sha256) was"):
-        evaluate(SMALL, tmp_path / "run", build=purified, images=(x.flip(0), y), resume=True)
+    with pytest.raises(ValueError, match="configuration: images.sha256 was"):
+        evaluate(SMALL, x.flip(0), y, defense=purified, out=tmp_path / "run", resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(worker_module, "sources_sha256", lambda *packages: "other")
+        patch.setattr(configuration_module, "sources_sha256", lambda *packages: "other")
         with pytest.raises(ValueError, match='configuration: environment.sources_sha256 was ".*" and is "other"'):
             run(tmp_path / "run", count=2, resume=True)
-    monkeypatch.setattr(worker_module.coupfast, "__version__", "99")
+    monkeypatch.setattr(configuration_module.coupfast, "__version__", "99")
     with pytest.raises(ValueError, match='configuration: environment.coupfast was ".*" and is "99"'):
         run(tmp_path / "run", count=2, resume=True)
 
 
 def test_a_worker_with_other_software_or_weights_refuses():
-    rules = SMALL.rules(purified("cpu").describe())
-    worker_module.Worker(rules, purified, "cpu")
+    described, here = Metered(purified("cpu")).describe(), configuration_module.environment(torch.device("cpu"))
+    rules = Rules(SMALL.stages(), 1, False, 3, 1, 1, environment=here, defense=described)
+    Worker(rules, purified, "cpu")
     older = dataclasses.replace(rules, environment={**rules.environment, "torch": "0.4"})
     with pytest.raises(ValueError, match='would not give the same bits: environment.torch was "0.4" and is'):
-        worker_module.Worker(older, purified, "cpu")
-    with pytest.raises(ValueError, match='would not give the same bits: .*defense.gradient was "exact" and is "bpda"'):
-        worker_module.Worker(rules, purified_bpda, "cpu")
+        Worker(older, purified, "cpu")
+    with pytest.raises(ValueError, match='would not give the same bits: .*defense.gradient.name was "exact" and is "bpda"'):
+        Worker(rules, purified_bpda, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -441,14 +494,17 @@ def test_bad_images_are_refused_before_any_work(tmp_path, change, message):
     x, y = labelled(5)
     y[0] = 9
     with pytest.raises(ValueError, match=message):
-        evaluate(SMALL, tmp_path / "run", build=plain, images=change(x, y))
+        evaluate(SMALL, *change(x, y), defense=plain, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (Spec(attack="autoattack-standard", target_classes=10), "`target_classes` is at most 9 for a classifier of 10 classes"),
+        (
+            Spec.of(attack="autoattack-standard", target_classes=10),
+            "`target_classes` is at most 9 for a classifier of 10 classes",
+        ),
         (Spec(attack="apgd-ce", norm="L2", eps=7.0), "`eps` = 7 reaches every image in .0, 1. of 48 values, .* 6.928 apart"),
     ],
 )
@@ -457,7 +513,7 @@ def test_an_attack_that_does_not_fit_is_refused_before_any_work(tmp_path, spec, 
     small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)).eval()
     images = (x[:, :, :4, :4].contiguous(), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=message):
-        evaluate(spec, tmp_path / "run", build=lambda device: Defense(small), images=images)
+        evaluate(spec, *images, defense=small, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -472,27 +528,31 @@ def test_losses_need_classes(tmp_path, attack, classes, least, message):
     x, _ = labelled(2)
     y = torch.tensor([0, 1])
     cuts = {"iterations": 1} | ({"queries": 2, "target_classes": 1} if attack == "autoattack-standard" else {"eot_iter": 1})
-    spec = Spec(attack=attack, method="none", draws=1, paths=0, **cuts)
+    spec = Spec.of(attack=attack, draws=1, paths=0, **cuts)
 
     def build(count, device):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return Defense(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, count)).eval())
+            return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, count)).eval()
 
     with pytest.raises(ValueError, match=message):
-        evaluate(spec, tmp_path / "run", build=functools.partial(build, classes), images=(x, y))
+        evaluate(spec, x, y, defense=functools.partial(build, classes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    evaluate(spec, tmp_path / "run", build=functools.partial(build, least), images=(x, y)).close()
+    evaluate(spec, x, y, defense=functools.partial(build, least), out=tmp_path / "run").close()
+
+
+class Overflowing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = plain("cpu")
+
+    def forward(self, x):
+        return self.model(x) + (math.nan if len(x) > 1 else 0)
 
 
 def test_a_logit_that_is_no_number_is_no_verdict(tmp_path):
-    def build(device):
-        defense = plain(device)
-        defense.model[3].bias.data[4] = math.nan
-        return defense
-
     with pytest.raises(UnitFailed, match="unit clean-00000 failed: FloatingPointError: of 2 images 2 have a logit that is no"):
-        run(tmp_path / "run", build=build)
+        run(tmp_path / "run", build=Overflowing().eval())
 
 
 @pytest.mark.parametrize(
@@ -515,22 +575,22 @@ def test_a_logit_that_is_no_number_is_no_verdict(tmp_path):
 )
 def test_bad_specs(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SMALL, **change)
+        SMALL.but(**change)
 
 
 def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert runs._devices("cuda", 1) == ["cuda:0"] and runs._devices("cuda", 2) == ["cuda:0", "cuda:1"]
+    assert launch._devices("cuda", 1) == ["cuda:0"] and launch._devices("cuda", 2) == ["cuda:0", "cuda:1"]
     with pytest.raises(ValueError, match="3 workers need a GPU each, and there are 2; use fewer --workers"):
-        runs._devices("cuda", 3)
-    assert runs._devices("cpu", 3) == ["cpu"] * 3
+        launch._devices("cuda", 3)
+    assert launch._devices("cpu", 3) == ["cpu"] * 3
 
 
 def test_too_few_gpus_are_refused_before_any_work(tmp_path, monkeypatch):
     images = labelled(2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 workers need a GPU each, and there are 1"):
-        evaluate(dataclasses.replace(SMALL, device="cuda"), tmp_path / "run", build=pytest.fail, images=images, workers=2)
+        evaluate(dataclasses.replace(SMALL, device="cuda"), *images, defense=pytest.fail, out=tmp_path / "run", workers=2)
     assert not (tmp_path / "run").exists()
 
 
@@ -546,9 +606,11 @@ def test_paths_name_images_that_exist(tmp_path):
 
 def test_spec_is_json(tmp_path):
     with run(tmp_path / "run", count=2) as ledger:
-        spec = json.loads(json.dumps(ledger.configuration["spec"]))
-        assert type(SMALL)(**spec) == SMALL
+        stored = ledger.configuration["spec"]
+    assert (stored["images"], stored["defense"]) == ("given from Python", "given from Python")
+    assert Spec.from_dict({**stored, "images": SMALL.images, "defense": None}) == SMALL
+    assert Spec.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
     chosen = dataclasses.replace(SMALL, paths=(1, 0))
     with run(tmp_path / "chosen", chosen, count=2) as ledger:
-        assert type(SMALL)(**ledger.configuration["spec"]) == chosen
+        assert Spec.from_dict({**ledger.configuration["spec"], "images": SMALL.images, "defense": None}) == chosen
     run(tmp_path / "chosen", chosen, count=2, resume=True).close()

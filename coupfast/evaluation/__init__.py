@@ -1,20 +1,28 @@
 """Evaluating defenses: attacks cut into units of work, a ledger that survives, verdicts and how sure they are.
 
-    spec       what to run, as a value; the networks and the configuration that follow from it
-    runs       start or continue a run
-    attacks/   one class an attack
-    units      which units of work there are and which can start
-    worker     does one unit
-    pools      where workers are: in this process, in several, on a Ray cluster (`cluster`)
-    ledger     what is done, on disk
-    runner     hands units to workers and results to the ledger
-    protocols  verdicts over images and draws
-    plan       what a run will take
-    report     what came out
+spec           what to run, as a value
+attacks/       one class an attack; its fields are its knobs
+suites         which attacks run one after the other
+building       how a worker comes by its defense; purification: the purifier of one that is built here
+metered        a defense whose noise can be set and whose work is counted
+launch         start or continue a run; its checks
+configuration  all that results depend on
+units          which units of work there are and which can start
+dispatch       hands units to workers and results to the ledger; progress says how far it is
+worker         does one unit
+pools          where workers are: in this process, in several, on a Ray cluster (`cluster`)
+ledger         what is done, on disk
+protocols      verdicts over images and draws
+result         what came out, as an object
+plan           what a run will take
+report/        what came out, to read
 """
 
+from coupfast.evaluation.attacks import Attack, Cost, Result, count, knob
+from coupfast.evaluation.launch import evaluate
 from coupfast.evaluation.ledger import Ledger
-from coupfast.evaluation.runs import evaluate
+from coupfast.evaluation.result import Evaluation
 from coupfast.evaluation.spec import Spec
+from coupfast.evaluation.suites import Suite
 
-__all__ = ["Ledger", "Spec", "evaluate"]
+__all__ = ["Attack", "Cost", "Evaluation", "Ledger", "Result", "Spec", "Suite", "count", "evaluate", "knob"]

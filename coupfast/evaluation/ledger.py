@@ -23,15 +23,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from coupfast.evaluation.units import Unit
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
+from coupfast.files import write_whole
+from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # 2: what attacks saw at their strongest images; 3: memory of units
+#: 2: what attacks saw at their strongest images; 3: memory of units; 4: purifier and attack as objects in the configuration.
+VERSION = 4
 DATABASE, LOCK, FILES = "ledger.sqlite", "lock", "units"
 
 _TABLES = """
@@ -85,6 +83,11 @@ class Record:
     peak_bytes: int
     worker: str
 
+    @property
+    def standing(self) -> tuple[int, ...]:
+        """Those of its images that were not fooled; of the judge none."""
+        return tuple(self.result.get("standing", ()))
+
 
 class Ledger:
     """A run's ledger. One process at a time may have it open for writing; any number may read.
@@ -107,12 +110,15 @@ class Ledger:
         path = self.folder / DATABASE
         if not path.is_file():
             raise LedgerError(f"{self.folder} holds no run: there is no {DATABASE} in it")
-        self._lock = None if read_only else _lock(self.folder)
+        self._stack = contextlib.ExitStack()
         try:
+            locks = read_only or _locked(self.folder, self._stack)
             with _explained(self.folder):
-                self._database = _connect(path, read_only)
+                self._database = _read(path) if read_only else _write(path, locks)
                 self._read_run()
                 if not read_only:
+                    for left in (self.folder / FILES).glob(".*.partial"):  # by a process that was killed
+                        left.unlink(missing_ok=True)
                     # Before any work: is this a place that can be written to? Units in flight died with their process.
                     with self._database:
                         self._database.execute("DELETE FROM units WHERE state != 'done'")
@@ -135,11 +141,11 @@ class Ledger:
             (folder / FILES).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LedgerError(f"{folder} cannot be made a run's folder: {error.strerror or error}") from error
-        lock = _lock(folder)
-        try:
+        with contextlib.ExitStack() as stack:
+            locks = _locked(folder, stack)
             with (
                 _explained(folder, "Put that right and start it again"),
-                contextlib.closing(_connect(folder / DATABASE, read_only=False)) as database,
+                contextlib.closing(_write(folder / DATABASE, locks)) as database,
             ):
                 if database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     raise LedgerError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another")
@@ -148,8 +154,6 @@ class Ledger:
                     f"BEGIN EXCLUSIVE;{_TABLES}INSERT INTO run VALUES ({VERSION}, {_quoted(json.dumps(configuration))}, "
                     f"{_quoted(command)}, {_quoted(started)});COMMIT;"
                 )
-        finally:
-            _unlock(lock)
         return cls(folder)
 
     def _read_run(self) -> None:
@@ -159,8 +163,8 @@ class Ledger:
         (version,) = self._database.execute("SELECT version FROM run").fetchone()
         if version != VERSION:
             raise LedgerError(
-                f"the ledger in {self.folder} is of version {version}, this coupfast reads version {VERSION}; "
-                f"use the coupfast that wrote it, or start another run"
+                f"the ledger in {self.folder} is of version {version}, this coupfast reads version {VERSION}, whose "
+                f"configuration says other things; use the coupfast that wrote it, or start another run"
             )
         row = self._database.execute("SELECT configuration, command, started FROM run").fetchone()
         self.configuration: dict[str, Any] = json.loads(row[0])
@@ -184,7 +188,7 @@ class Ledger:
         content = save(outcome.arrays)
         file = f"{FILES}/{outcome.name}.safetensors"
         with _explained(self.folder):
-            _write(self.folder / file, content)
+            write_whole(self.folder / file, content)
             with self._database as database:
                 database.execute(
                     "UPDATE units SET state = 'done', worker = ?, result = ?, file = ?, sha256 = ?, forward_images = ?, "
@@ -273,8 +277,7 @@ class Ledger:
     def close(self) -> None:
         if hasattr(self, "_database"):
             self._database.close()
-        _unlock(self._lock)
-        self._lock = None
+        self._stack.close()
 
     def __enter__(self) -> Ledger:
         return self
@@ -283,49 +286,45 @@ class Ledger:
         self.close()
 
 
-def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
+# Not a write-ahead log: processes share that in memory, which file systems of clusters (NFS, Lustre, GPFS) do not give.
+_SAFE = ("PRAGMA journal_mode = DELETE", "PRAGMA synchronous = FULL")
+
+
+def _write(path: Path, locks: bool) -> sqlite3.Connection:
     # quote() by as_uri: a folder may have any name. Autocommit outside `with connection`, transactions inside.
-    uri = path.absolute().as_uri()
-    if read_only:
-        database = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=30)
+    database = sqlite3.connect(f"{path.absolute().as_uri()}{'' if locks else '?nolock=1'}", uri=True, timeout=30)
+    for pragma in _SAFE:
+        database.execute(pragma)
+    return database
+
+
+def _read(path: Path, *, recovered: bool = False) -> sqlite3.Connection:
+    """A connection that reads only, also where nothing can be written and no file be locked."""
+    for options in ("", "&nolock=1", "&immutable=1"):
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{options}", uri=True, timeout=30)
         try:
             database.execute("SELECT count(*) FROM sqlite_master")
+            return database
         except sqlite3.OperationalError as error:
             database.close()
-            # Readers of a database with a log share a file beside it, and where that is gone and cannot be made they are turned
-            # away in one of these ways. Where there is no log either, nothing is in it and nobody can be writing.
-            refused = any(words in str(error) for words in ("unable to open", "readonly database"))
-            if not refused or path.with_name(f"{path.name}-wal").exists():
-                raise
-            database = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
-        return database
-    database = sqlite3.connect(uri, uri=True, timeout=30)
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")
-    return database
+            refused = error
+        journal = path.with_name(f"{path.name}-journal")
+        if journal.exists() and not recovered:
+            # Left by a writer that died in a transaction, or of one that is at it: SQLite tells, and undoes what is half done.
+            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)) as writer:
+                writer.execute("SELECT count(*) FROM sqlite_master")
+            return _read(path, recovered=True)
+        if not any(words in str(refused) for words in _REFUSED):
+            raise refused
+    raise refused
+
+
+# How SQLite says that it may not lock a file, or make one beside it.
+_REFUSED = ("unable to open", "readonly database", "locking protocol", "disk I/O error")
 
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing, and on the disk when this returns."""
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -342,30 +341,21 @@ def _explained(folder: Path, then: str | None = None) -> Iterator[None]:
         ) from error
 
 
-def _lock(folder: Path) -> int | None:
-    """A lock that the kernel gives back when its process dies, however it dies."""
-    if fcntl is None:
-        raise LedgerError("a run needs POSIX file locks, which this system does not have")
+def _locked(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Take the run for this process, until it ends, however it ends. False where the file system has no locks."""
+    path = folder / LOCK
     try:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise LedgerError(f"{folder} cannot be written to: {error.strerror or error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
+        held = stack.enter_context(locked(path, work="works on this run", patience=0.0))
+        if held:
+            with contextlib.suppress(OSError):  # the number is for a message only
+                path.write_text(f"{os.getpid()}\n")
+        else:
+            logger.warning("%s is where no file can be locked: see to it that no other process works on this run", folder)
+        return held
+    except TimeoutError as error:
+        owner = path.read_text(errors="replace").strip() or "unknown"
         raise LedgerError(
             f"another process (pid {owner}) is working on the run in {folder}; wait for it, or use --workers there"
         ) from error
-    try:
-        os.truncate(lock, 0)
-        os.write(lock, f"{os.getpid()}\n".encode())
-    except OSError:
-        pass  # The number is for a message only.
-    return lock
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+    except OSError as error:
+        raise LedgerError(f"{folder} cannot be written to: {error.strerror or error}") from error

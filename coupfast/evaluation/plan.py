@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from coupfast.data import CIFAR10_SETS
-from coupfast.evaluation.defense import NO_DEFENSE, Defense
+from coupfast.evaluation import purification
+from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.spec import Spec
 from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
 from coupfast.purify import PurifiedClassifier, Purifier
 
@@ -127,12 +130,21 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: int = 2, price: float | None = None) -> Plan:
+def plan(
+    spec: Spec,
+    *,
+    defense: Given | None = None,
+    workers: int = 1,
+    probe_images: int = 1,
+    probe_steps: int = 2,
+    price: float | None = None,
+) -> Plan:
     """Probe and count.
 
     Args:
         spec: What would be evaluated. Networks take as long with random weights as with others: a name whose weights are not
             given gets them. Of a named set of images that is not here, the size is known, and its images are not read.
+        defense: In the place of the one that `spec` names.
         workers: That would share it.
         probe_images: Batch of the probe.
         probe_steps: Steps of the probe's purification, of the steps that a purification has.
@@ -140,13 +152,18 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     """
     if workers < 1 or probe_images < 1 or probe_steps < 1:
         raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
-    score, classifier = (
-        "random" if weights is None and needs_weights(name) else weights
-        for name, weights in ((spec.score, spec.score_weights), (spec.classifier, spec.classifier_weights))
-    )
-    spec = dataclasses.replace(spec, score_weights=score, classifier_weights=classifier)
-    networks = [(spec.score, score)] if spec.method != NO_DEFENSE else []
-    random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
+    own = spec.defense is None and defense is None
+    random: tuple[str, ...] = ()
+    if own:
+        score, classifier = (
+            "random" if weights is None and needs_weights(name) else weights
+            for name, weights in ((spec.score, spec.score_weights), (spec.classifier, spec.classifier_weights))
+        )
+        spec = dataclasses.replace(spec, score_weights=score, classifier_weights=classifier)
+        networks = [(spec.score, score)] if spec.purifier is not None else []
+        random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
+    elif defense is not None:
+        spec.refuse_own_defense()
     if spec.images in CIFAR10_SETS:
         count, shape = CIFAR10_SETS[spec.images] if spec.limit is None else spec.limit, torch.Size((3, 32, 32))
         if count > CIFAR10_SETS[spec.images]:
@@ -154,31 +171,34 @@ def plan(spec: Spec, *, workers: int = 1, probe_images: int = 1, probe_steps: in
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
-    measured = probe(spec, shape, images=probe_images, steps=probe_steps)
+    measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
         stages.append(Stage(name, count, forward, gradient, forward * measured.forward + gradient * measured.gradient))
     return Plan(tuple(stages), workers, measured, price, random)
 
 
-def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:
+def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images: int, steps: int) -> Probe:
     """Time a few steps on random images of a shape, and scale them."""
     device, threads = "cuda:0" if spec.device == "cuda" else "cpu", torch.get_num_threads()
     torch.set_num_threads(spec.threads)
     try:
         x = torch.rand(images, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-        defense = spec.build(device)
-        purified = defense.purified
+        metered = Metered((spec.builder() if defense is None else builder(defense))(device))
+        purified = metered.purified
         if purified is None:
-            return Probe(_seconds(defense, x, False) / images, _seconds(defense, x, True) / images, images, 1, 1, None)
+            return Probe(_seconds(metered, x, False) / images, _seconds(metered, x, True) / images, images, 1, 1, None)
         purifier, classifier = purified.purifier, purified.classifier
         # The backward pass of a surrogate has another number of steps than the forward pass: nothing to scale by.
-        ran = purifier.num_steps if purifier.gradient == "surrogate" else min(steps, purifier.num_steps)
-        short = dataclasses.replace(spec, num_steps=ran).purifier(purifier.score, classifier)
+        ran = purifier.num_steps if purifier.settings.gradient.name == Surrogate.name else min(steps, purifier.num_steps)
+        fewer = purification.shortened(purifier.settings, ran)
+        if fewer is None:
+            ran = purifier.num_steps
+        short = Purifier(purifier.score, purifier.classifier, settings=fewer or purifier.settings)
         seconds = []
         for gradient in (False, True):
-            after = _seconds(Defense(classifier), x, gradient)
-            all_of_it = _seconds(Defense(PurifiedClassifier(short, classifier)), x, gradient)
+            after = _seconds(Metered(classifier), x, gradient)
+            all_of_it = _seconds(Metered(PurifiedClassifier(short, classifier)), x, gradient)
             seconds.append((max(all_of_it - after, 0.0) * purifier.num_steps / ran + after) / images)
         del short  # a purifier leaves out algorithms that have no room beside another one's weights
         memory_of = _memory(spec, purifier, classifier, shape)
@@ -190,8 +210,8 @@ def probe(spec: Spec, shape: torch.Size, *, images: int, steps: int) -> Probe:
 
 def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.Size) -> dict[str, int]:
     """Peak bytes of a worker at each stage; none where one cannot be told."""
-    if purifier.gradient in ("adjoint", "adjoint-parameters"):
-        return {}  # torchsde's
+    if not purification.plans_memory(purifier.settings):
+        return {}
     networks = {network for network in (purifier.score, purifier.classifier, classifier) if network is not None}
     weights = sum(t.numel() * t.element_size() for network in networks for t in (*network.parameters(), *network.buffers()))
     stages, image = spec.stages(), (shape[0], shape[1], shape[2])
@@ -199,7 +219,8 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
     @functools.cache
     def peak(batch: int, gradient: bool) -> int:
         gc.collect()
-        alone = spec.purifier(purifier.score, classifier, gradient=None if gradient else "none")
+        settings = purifier.settings if gradient else purification.without_gradient(purifier.settings)
+        alone = Purifier(purifier.score, purifier.classifier, settings=settings)
         predicted = alone.plan(batch, image_shape=image)
         return weights + predicted.weights_bytes + predicted.peak_bytes
 
@@ -259,15 +280,12 @@ def duration(seconds: float) -> str:
 
 def _counts(spec: Spec, images: int) -> list[tuple[str, int, int]]:
     """Stage, images through the defense without and with a gradient, in a run on that many images."""
-    stages = spec.stages()
-    # A verdict on one fresh draw follows each attack.
-    costs = {name: attack.cost() for name, attack in stages.items()}
-    attacks = [(name, images * (cost.forward + cost.again + 1), images * cost.gradient) for name, cost in costs.items()]
-    judge = images * spec.draws * (2 if stages else 1) + spec.path_cost(images)
-    return [(CLEAN, images, 0), *attacks, (JUDGE, judge, 0)]
+    counts = [(stage, images * (cost.forward + cost.again), images * cost.gradient) for stage, cost in spec.costs().items()]
+    stage, judged, none = counts[-1]
+    return [*counts[:-1], (stage, judged + (0 if spec.purifier is None else spec.path_cost(images)), none)]
 
 
-def _seconds(defense: Defense, x: torch.Tensor, gradient: bool) -> float:
+def _seconds(defense: Metered, x: torch.Tensor, gradient: bool) -> float:
     """The second of two calls: the first one builds and warms up."""
     for _ in range(2):
         started = time.perf_counter()

@@ -122,6 +122,9 @@ class Processes:
                 except (EOFError, OSError):
                     self._replace(member, task)
                     continue
+                if answer is None:
+                    member.began = True
+                    continue
                 if isinstance(answer, int):
                     passed(task.unit.name, answer)
                     continue
@@ -134,6 +137,15 @@ class Processes:
         assert member.process is not None
         member.process.join()
         code = member.process.exitcode
+        if not member.began and code is not None and code > 0:
+            # Not killed: its own Python gave up before it could take a task.
+            raise UnitFailed(
+                task.unit.name,
+                f"the worker of unit {task.unit.name} did not begin (exit code {code}; what it said stands above): a script "
+                f'that starts workers runs again in each of them, and needs `if __name__ == "__main__":` around that; what was '
+                f"defined in a notebook or on a prompt is not found there: put it into a file (file.py:build), or use one "
+                f"worker",
+            )
         self._deaths[task.unit.name] += 1
         if self._deaths[task.unit.name] == ATTEMPTS:
             member.task, member.process = None, None
@@ -152,11 +164,12 @@ class Processes:
 
     def _start(self, member: _Member) -> None:
         member.pipe, theirs = self._context.Pipe()
-        member.process = self._context.Process(
+        process = self._context.Process(
             target=_serve, args=(theirs, self._make, member.device), name=f"worker-{member.number}", daemon=True
         )
-        member.process.start()
+        process.start()
         theirs.close()
+        member.process, member.began = process, False
 
     def close(self) -> None:
         running = [member for member in self._members if member.process is not None]
@@ -177,13 +190,19 @@ class _Member:
         self.process: Any = None
         self.pipe: Any = None
         self.task: Task | None = None
+        self.began = False  # it has loaded, and takes tasks
 
 
 def _serve(pipe: Any, make: Callable[[str], Worker], device: str) -> None:
-    """A worker's process: tasks in; numbers of images that are through, and outcomes or errors, out, until nobody is there."""
+    """A worker's process: tasks in; None once, numbers of images that are through, and outcomes or errors, out, until nobody is
+    there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent deals with it.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = None
+    try:
+        pipe.send(None)
+    except OSError:
+        return
     while True:
         try:
             task = pipe.recv()

@@ -6,6 +6,7 @@ the judge saw to one number per image; they can disagree, and `contradictions` s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -47,7 +48,7 @@ class Judged:
         labels: (images,).
         looks: How many draws the official verdict asks for: one, and of attacked images one more for each stage.
         unchanged: Of attacked images, how many are as they came, since no attack got to try anything else.
-        x_sha256: Of the run's clean images: two runs of equal ones are of the same images.
+        sha256: Of each clean image: by these, two runs know which images both have.
     """
 
     official: np.ndarray
@@ -55,7 +56,7 @@ class Judged:
     labels: np.ndarray
     looks: int = 1
     unchanged: int = 0
-    x_sha256: str = ""
+    sha256: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,7 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
             labels=np.array(ledger.configuration["images"]["labels"]),
             looks=1 + (len(ledger.configuration["stages"]) if kind == "attacked" else 0),
             unchanged=as_they_came[kind],
-            x_sha256=str(ledger.configuration["images"]["x_sha256"]),
+            sha256=tuple(ledger.configuration["images"]["sha256"]),
         )
         for kind, rows in logits.items()
         if rows
@@ -248,6 +249,7 @@ class Comparison:
         interval: 95 %, from resampled images and draws, the same for both.
         only_first, only_second: Images that only one of them classifies correctly; None for "average".
         p: Of McNemar's exact test of equal accuracy; None for "average".
+        images, draws: How many were compared: those that both have.
     """
 
     difference: float
@@ -255,6 +257,8 @@ class Comparison:
     only_first: int | None
     only_second: int | None
     p: float | None
+    images: int = 0
+    draws: int = 0
 
     @property
     def conclusion(self) -> int:
@@ -271,21 +275,12 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def compare(first: Judged, second: Judged, protocol: str) -> Comparison:
-    """Paired comparison by one protocol.
+    """Paired comparison by one protocol, on the images and the first draws that both have.
 
     Raises:
-        ValueError: if the two are not of the same images and, for the judge's draws, as many draws.
+        ValueError: if they have no image in common.
     """
-    if first.x_sha256 != second.x_sha256:
-        raise ValueError(
-            f"a paired comparison needs the same images, and these are others (SHA-256 {first.x_sha256[:16]} against "
-            f"{second.x_sha256[:16]})"
-        )
-    if not np.array_equal(first.labels, second.labels) or len(first.logits) != len(second.logits):
-        raise ValueError(
-            f"a paired comparison needs the same images and as many draws: {len(first.labels)} images and {len(first.logits)} "
-            f"draws against {len(second.labels)} and {len(second.logits)}"
-        )
+    first, second = common(first, second)
     a, b = scores(first, protocol), scores(second, protocol)
     differences = []
     for images, draws in _resamples(protocol, len(a), len(first.logits)):
@@ -302,7 +297,48 @@ def compare(first: Judged, second: Judged, protocol: str) -> Comparison:
         only_first=only[0],
         only_second=only[1],
         p=mcnemar(*only) if only[0] is not None and only[1] is not None else None,
+        images=len(a),
+        draws=len(first.logits),
     )
+
+
+def common(first: Judged, second: Judged) -> tuple[Judged, Judged]:
+    """Two runs' verdicts on the images, and the first draws, that both have.
+
+    Raises:
+        ValueError: if there is no such image, or the two have other labels for one.
+    """
+    mine, theirs = ({key: i for i, key in enumerate(_keys(verdicts))} for verdicts in (first, second))
+    shared = [key for key in mine if key in theirs]
+    if not shared:
+        raise ValueError(
+            f"a paired comparison needs the same images, and of {len(mine)} and {len(theirs)} images none is in both runs"
+        )
+    draws = min(len(first.logits), len(second.logits))
+    pair = [
+        dataclasses.replace(
+            verdicts,
+            official=verdicts.official[chosen],
+            logits=verdicts.logits[:draws, chosen],
+            labels=verdicts.labels[chosen],
+            sha256=tuple(key for key, _ in shared),
+        )
+        for verdicts, chosen in ((first, [mine[key] for key in shared]), (second, [theirs[key] for key in shared]))
+    ]
+    if not np.array_equal(pair[0].labels, pair[1].labels):
+        wrong = int((pair[0].labels != pair[1].labels).sum())
+        raise ValueError(f"a paired comparison needs the same labels, and {wrong} of {len(shared)} images have others")
+    return pair[0], pair[1]
+
+
+def _keys(verdicts: Judged) -> list[tuple[str, int]]:
+    """What an image is known by: its values, and how many equal ones came before."""
+    seen: collections.Counter[str] = collections.Counter()
+    keys = []
+    for digest in verdicts.sha256:
+        keys.append((digest, seen[digest]))
+        seen[digest] += 1
+    return keys
 
 
 def contradictions(names: tuple[str, str], comparisons: Mapping[str, Comparison]) -> list[str]:

@@ -1,40 +1,45 @@
-"""What to evaluate, as a value: from it follow the defense, the units and the configuration that a ledger keeps."""
+"""What to evaluate, as a value: from it follow the defense, the attacks and the units of work."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from coupfast.data import load_images
-from coupfast.defenses import METHODS
-from coupfast.evaluation.attacks import Attack, attack_to_dict, suite, suite_gradient
-from coupfast.evaluation.defense import NO_DEFENSE, Defense
+from coupfast.evaluation import purification, suites
+from coupfast.evaluation.attacks import Attack, Cost, knobs
+from coupfast.evaluation.building import Builder, Named, Networks
+from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule
-from coupfast.evaluation.worker import Rules, chosen, environment
-from coupfast.models.zoo import load_classifier, load_score
-from coupfast.purify import PurifiedClassifier, Purifier
+from coupfast.evaluation.worker import chosen
+from coupfast.gradients import NoGradient
+from coupfast.naming import reference_to
+from coupfast.options import did_you_mean
+from coupfast.settings import Settings
 
 SEEDINGS = ("unit", "autoattack")
+#: What a ledger says in the place of a name, where images or a defense were objects that Python had.
+GIVEN = "given from Python"
+_NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """An evaluation. The first fields are the options of `load_images`, `load_score`, `load_classifier` and `Purifier`.
+    """An evaluation. The first fields are the options of `load_images`, `load_score` and `load_classifier`.
 
     Attributes:
-        method: The purifier's, or "none": the classifier alone.
-        gradient: The purifier's; None takes the one that the attack is made for.
-        memory_gib: GiB above the weights that a purification may take; None takes the least, which never splits a batch.
-        attack: A suite of `coupfast.evaluation.attacks`.
-        norm, eps: Of the attack, for images in [0, 1].
-        iterations, eot_iter, queries, target_classes, step_size, drop, amount: Of the suite's stages; None as published.
+        purifier: `Settings`, or those keywords of `Settings.of` that are not its defaults (the gradient's is the one that the
+            attack is made for, with the least memory, which never splits a batch). None: the classifier alone.
+        defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
+        attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.
+        attack_options: Knobs of the attack to set, in every stage that has them; the others as published.
+        norm, eps: Of the attack, for images in [0, 1]; None takes those of an attack that is given as an object, else Linf and
+            8/255.
         seed: All randomness follows from it.
         seeding: "unit": every unit has randomness of its own. "autoattack": every attack takes the run's seed and the images
             that still stand are batched anew before each stage, as AutoAttack does it.
@@ -43,6 +48,9 @@ class Spec:
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
         threads: CPU threads of a worker.
         device: "cpu" or "cuda"; with several workers each "cuda" worker has a GPU of its own.
+
+    Raises:
+        ValueError: if a field has a value that makes no sense, or two of them contradict each other.
     """
 
     images: str = "cifar10-20"
@@ -52,28 +60,13 @@ class Spec:
     classifier: str = "cifar10-tiny"
     classifier_weights: str | None = None
     activation: str | None = None
-    method: str = "coup"
-    t: float = 0.1
-    num_steps: int | None = None
-    guidance_scale: float = 1.0
-    solver: str = "euler-maruyama"
-    clamp: bool = True
-    engine: str = "auto"
-    precision: str = "strict"
-    gradient: str | None = None
-    guidance_gradient: str = "exact"
-    memory_gib: float | None = None
-    attack: str = "autoattack-rand"
-    norm: str = "Linf"
-    eps: float = 8 / 255
-    iterations: int | None = None
-    eot_iter: int | None = None
-    queries: int | None = None
-    target_classes: int | None = None
-    step_size: float | None = None
-    drop: str | None = None
-    amount: float | None = None
-    seed: int = 121
+    purifier: purification.Asked | None = dataclasses.field(default_factory=dict)
+    defense: str | None = None
+    attack: suites.Asked = "autoattack-rand"
+    attack_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    norm: str | None = None
+    eps: float | None = None
+    seed: int = 0
     seeding: str = "unit"
     shard: int = 16
     draws: int = 10
@@ -82,8 +75,6 @@ class Spec:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.method not in (NO_DEFENSE, *METHODS):
-            raise ValueError(f"`method` is one of {', '.join((NO_DEFENSE, *METHODS))}, got {self.method!r}")
         if self.seeding not in SEEDINGS:
             raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
         if self.device not in ("cpu", "cuda"):
@@ -94,20 +85,109 @@ class Spec:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
         if not isinstance(self.paths, int):
-            object.__setattr__(self, "paths", tuple(sorted(set(self.paths))))  # a list, where it comes from JSON
+            self._set(paths=tuple(sorted(set(self.paths))))  # a list, where it comes from JSON
         if self.paths != () and (self.paths if isinstance(self.paths, int) else self.paths[0]) < 0:
             raise ValueError(f"`paths` is a number of images or their numbers from 0, got {self.paths!r}")
         for name in ("limit", "shard", "draws", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` is at least 1, got {value!r}")
+        if isinstance(self.purifier, Mapping):
+            others = {name for name in self.purifier if name != "method"}
+            if others and self.purifier.get("method") == NO_DEFENSE:
+                raise ValueError(f"{_list(sorted(others))} of a purifier, and with method {NO_DEFENSE!r} there is none")
+            self._set(purifier=None if self.purifier.get("method") == NO_DEFENSE else dict(self.purifier))
+        if self.defense is not None:
+            self.refuse_own_defense()
+        self._set(attack_options={name: value for name, value in self.attack_options.items() if value is not None})
+        own: dict[str, Any] = {}
+        if isinstance(self.attack, Attack):
+            own = {name: getattr(self.attack, name) for name in ("norm", "eps") if name in knobs.names(self.attack)}
+        for key, published in (("norm", "Linf"), ("eps", 8 / 255)):
+            value = getattr(self, key)
+            if value is None:
+                self._set(**{key: own.get(key, published)})
+            elif value != own.get(key, value):
+                raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {own[key]!r}: say it there only")
         stages = self.stages()
-        if self.gradient == "none" and any(attack.cost().gradient for attack in stages.values()):
-            raise ValueError(f"{self.attack!r} follows a gradient, and `gradient` is 'none'")
+        settings = self.settings()
+        if settings and settings.gradient.name == NoGradient.name and any(attack.cost().gradient for attack in stages.values()):
+            raise ValueError(f"{self.suite.name!r} follows a gradient, and `gradient` is 'none'")
+
+    @classmethod
+    def of(cls, **keywords: Any) -> Spec:
+        """A spec from flat keywords: its fields, a purifier's (`t`, `num_steps`, …; `method="none"` for the classifier alone)
+        and the attack's knobs (`iterations`, …), each put where it belongs. None is what is not said.
+
+        Raises:
+            ValueError: if nothing has a keyword, or two contradict each other.
+        """
+        said = {name: value for name, value in keywords.items() if value is not None or name == "purifier"}
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = purification.keywords(said.get("method"))
+        if flat := {name: said.pop(name) for name in known if name in said and name not in fields}:
+            base = said.get("purifier") or {}
+            if flat.get("method") == NO_DEFENSE:
+                said["purifier"] = flat
+            else:
+                said["purifier"] = Settings.of(base, **flat) if isinstance(base, Settings) else {**base, **flat}
+        attack = suites.find(said.get("attack", cls.attack))
+        knobs_of_attacks = {name for suite in (attack, *suites.SUITES.values()) for name in suite.options()}
+        options = {name: said.pop(name) for name in list(said) if name not in fields and name in knobs_of_attacks}
+        if options:
+            said["attack_options"] = {**said.get("attack_options", {}), **options}
+        if unknown := sorted(set(said) - fields):
+            hint = did_you_mean(unknown[0], [*fields, *known, *attack.options()])
+            raise ValueError(f"an evaluation has no {', '.join(unknown)} to set{hint}")
+        return cls(**said)
+
+    def but(self, **keywords: Any) -> Spec:
+        """This one with flat keywords (see `of`) in the place of what it has."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if keywords.get("attack") not in (None, self.attack):  # what was set was the other attack's
+            fields |= {"attack_options": {}}
+            if isinstance(self.attack, Attack) or isinstance(keywords["attack"], Attack):
+                fields |= {"norm": None, "eps": None}
+        return Spec.of(**{**fields, **{name: value for name, value in keywords.items() if value is not None}})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it. An attack that is an object becomes its name and its knobs."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        attack = self.attack
+        if isinstance(attack, Attack):
+            values = {name: getattr(attack, name) for name in knobs.names(attack) if name not in ("norm", "eps")}
+            fields["attack_options"] = {**values, **self.attack_options}
+            attack = type(attack)
+        if isinstance(attack, type):
+            fields["attack"] = reference_to(attack)
+        elif not isinstance(attack, str):
+            fields["attack"] = attack.name
+        fields["purifier"] = purification.to_json(self.purifier, made_for=self.suite.gradient)
+        made: dict[str, Any] = json.loads(json.dumps(fields))
+        return made
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Spec:
+        """What `to_dict` was made of, as far as names lead there.
+
+        Raises:
+            ValueError: if an attack or a method is not where it was.
+        """
+        return cls(**{**fields, "purifier": purification.from_json(fields["purifier"])})
+
+    def settings(self) -> Settings | None:
+        """How the defense that is built here purifies; None where it does not, or another one is given."""
+        if self.purifier is None or self.defense is not None:
+            return None
+        return purification.settings_of(self.purifier, made_for=self.suite.gradient)
+
+    @property
+    def suite(self) -> suites.Suite:
+        return suites.find(self.attack)
 
     def stages(self) -> dict[str, Attack]:
         """The attack's stages by name."""
-        names = ("iterations", "eot_iter", "queries", "target_classes", "step_size", "drop", "amount")
-        return suite(self.attack, self.norm, self.eps, {name: getattr(self, name) for name in names})
+        assert self.norm is not None and self.eps is not None  # `__post_init__`
+        return self.suite.stages(self.norm, self.eps, self.attack_options)
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels.
@@ -122,85 +202,57 @@ class Spec:
             raise ValueError(f"`limit` asks for {self.limit} images, and {self.images} has {len(x)}")
         return x, y
 
-    def build(self, device: str) -> Defense:
+    def builder(self) -> Builder:
+        """What builds the defense on a device; it can be sent to other processes."""
+        return self.networks() if self.defense is None else Named(self.defense)
+
+    def networks(self) -> Networks:
+        """What builds the defense from the networks."""
+        return Networks(**{name: getattr(self, name) for name in _NETWORKS}, settings=self.settings())
+
+    def build(self, device: str) -> Metered:
         """The defense on a device."""
-        classifier = load_classifier(
-            self.classifier, weights=self.classifier_weights, device=device, activation=self.activation
-        )
-        if self.method == NO_DEFENSE:
-            return Defense(classifier)
-        score = load_score(self.score, weights=self.score_weights, device=device)
-        return Defense(PurifiedClassifier(self.purifier(score, classifier), classifier))
+        return Metered(self.builder()(device))
 
-    def purifier(self, score: nn.Module, classifier: nn.Module, gradient: str | None = None) -> Purifier:
-        """The purifier around networks that are there; `gradient`, if given, in the place of the run's."""
-        return Purifier(
-            score,
-            classifier,
-            method=self.method,
-            t=self.t,
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            solver=self.solver,
-            clamp=self.clamp,
-            engine=self.engine,
-            precision=self.precision,
-            gradient=gradient or self.gradient or suite_gradient(self.attack),
-            guidance_gradient=self.guidance_gradient,  # type: ignore[arg-type]
-            memory_budget="least" if self.memory_gib is None else int(self.memory_gib * 2**30),
-        )
+    def refuse_own_defense(self) -> None:
+        """ValueError if there are options of a defense that is built from networks here, beside one that is given."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        said = [name for name in _NETWORKS if getattr(self, name) != default[name]]
+        said += list(self.purifier) if isinstance(self.purifier, Mapping) else ["purifier"]
+        if said:
+            raise ValueError(
+                f"{_list(said)} of a defense that is built here, and `defense` gives another one: set them where that is made"
+            )
 
-    def schedule(self, images: int) -> Schedule:
-        """The units of a run on that many images."""
-        like_autoattack = self.seeding == "autoattack"
-        attack_all = self.method != NO_DEFENSE and not like_autoattack
-        return Schedule(images, self.shard, tuple(self.stages()), regroup=like_autoattack, attack_all=attack_all)
+    def schedule(self, images: int, *, attack_all: bool) -> Schedule:
+        """The units of a run on that many images; `attack_all` where the defense has noise."""
+        regroup = self.seeding == "autoattack"
+        return Schedule(images, self.shard, tuple(self.stages()), regroup=regroup, attack_all=attack_all and not regroup)
 
-    def rules(self, defense: Mapping[str, Any]) -> Rules:
-        """What a worker needs; `defense` describes the one that it has to build."""
-        return Rules(
-            attacks=self.stages(),
-            seed=self.seed,
-            attack_seed=self.seeding == "autoattack",
-            draws=self.draws,
-            paths=self.paths,
-            threads=self.threads,
-            environment=environment(torch.device(self.device)),
-            defense=defense,
-        )
-
-    def cost(self) -> dict[str, int]:
-        """Images through the defense for one image at each stage, at most."""
+    def costs(self) -> dict[str, Cost]:
+        """What one image takes at each stage, at most; of an attack with the verdict on one fresh draw that follows it."""
         stages = self.stages()
-        attacks = {stage: attack.cost().forward + attack.cost().gradient + 1 for stage, attack in stages.items()}
-        return {CLEAN: 1, **attacks, JUDGE: self.draws * (2 if stages else 1)}
+        attacks = {stage: attack.cost() for stage, attack in stages.items()}
+        attacks = {stage: dataclasses.replace(cost, forward=cost.forward + 1) for stage, cost in attacks.items()}
+        return {CLEAN: Cost(1, 0), **attacks, JUDGE: Cost(self.draws * (2 if stages else 1), 0)}
 
     def path_cost(self, images: int) -> int:
-        """Images that the judge purifies to show their way, in a run on that many."""
-        if self.method == NO_DEFENSE:
-            return 0
+        """Images that the judge of a purifier purifies to show their way, in a run on that many."""
         # With noise and without.
         return 2 * len(chosen(self.paths, range(images))) * (2 if self.stages() else 1)
 
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
 
 def paper(norm: str) -> dict[str, Any]:
-    """The fields of a `Spec` that the paper has otherwise: its images, networks, radius and time. Weights are the reader's."""
+    """Keywords of `Spec.of` that the paper has otherwise: images, networks, radius, time, seed. Weights are the reader's."""
     networks = {"score": "cifar10-ddpmpp-deep", "classifier": "wrn-28-10"}
     radius = {"eps": 8 / 255, "t": 0.1} if norm == "Linf" else {"eps": 0.5, "t": 0.075}
-    return {"images": "cifar10-512", **networks, "norm": norm, **radius}
+    return {"images": "cifar10-512", **networks, "norm": norm, **radius, "seed": 121}
 
 
-def configuration(spec: Spec, defense: Defense, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
-    """All that a run's results depend on, as JSON has it."""
-    return {
-        "spec": json.loads(json.dumps(dataclasses.asdict(spec))),
-        "stages": {stage: attack_to_dict(attack) for stage, attack in spec.stages().items()},
-        "defense": defense.describe(),
-        "images": {"count": len(x), "shape": list(x.shape[1:]), "x_sha256": _sha256(x), "labels": y.tolist()},
-        "environment": environment(torch.device(spec.device)),
-    }
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    array = np.ascontiguousarray(tensor.cpu().numpy())
-    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+def _list(names: Any) -> str:
+    names = list(names)
+    return f"`{'`, `'.join(names)}` {'is' if len(names) == 1 else 'are'}"

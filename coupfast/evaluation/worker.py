@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import coupfast
-import coupfast_kernels
-from coupfast.environment import machine_key, sources_sha256, version
 from coupfast.evaluation.attacks import Attack, Result
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.building import Builder
+from coupfast.evaluation.configuration import difference, environment
 from coupfast.evaluation.ledger import Outcome
+from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
-from coupfast_kernels import native
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +39,8 @@ class Rules:
         draws: Fresh draws that judge each image.
         paths: Which images keep their way through the purification; see `chosen`.
         threads: Of a worker.
-        environment: Where the run was started; see `environment`.
-        defense: What the run was started with; see `Defense.describe`.
+        environment: Where the run was started; see `configuration.environment`.
+        defense: What the run was started with; see `Metered.describe`.
     """
 
     attacks: Mapping[str, Attack]
@@ -63,35 +58,6 @@ def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
     return [i for i, image in enumerate(images) if (image < paths if isinstance(paths, int) else image in paths)]
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What can change the bits of a result besides what a user chooses."""
-    packages = {name: version(name) for name in ("torch", "numpy", "pyautoattack")}
-    return {
-        "coupfast": coupfast.__version__,
-        "sources_sha256": sources_sha256(coupfast, coupfast_kernels),
-        **{name: found for name, found in packages.items() if found is not None},
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "kernels_isa": os.environ.get("COUPFAST_CPU_ISA") or native.isas()[0],
-        "device": device.type,
-        **({"gpu": machine_key(device)} if device.type == "cuda" else {}),
-    }
-
-
-def difference(wanted: Any, found: Any, name: str = "") -> str:
-    """In words, what two configurations do not have in common; empty if they are equal."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        parts = [
-            difference(wanted.get(key), found.get(key), f"{name}.{key}" if name else str(key))
-            for key in sorted({*wanted, *found}, key=str)
-        ]
-        return "; ".join(part for part in parts if part)
-    if wanted == found:
-        return ""
-    was, now = (text if len(text := json.dumps(value)) <= 80 else f"{text[:77]}..." for value in (wanted, found))
-    return f"{name} was {was} and is {now}"
-
-
 class Worker:
     """Builds its defense once, then does units.
 
@@ -101,10 +67,10 @@ class Worker:
         device: Where.
     """
 
-    def __init__(self, rules: Rules, build: Callable[[str], Defense], device: str) -> None:
+    def __init__(self, rules: Rules, build: Builder, device: str) -> None:
         self.rules, self.device = rules, torch.device(device)
         with self._settings():
-            self.defense = build(device)
+            self.defense = Metered(build(device))
         wanted = {"environment": dict(rules.environment), "defense": dict(rules.defense)}
         if changed := difference(wanted, {"environment": environment(self.device), "defense": self.defense.describe()}):
             raise ValueError(
@@ -120,7 +86,9 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with self._settings():
-            inputs = {name: torch.from_numpy(array).to(self.device) for name, array in task.arrays.items()}
+            # What comes through shared memory, as Ray's does, cannot be written to, and an attack may work in place.
+            own = {name: array if array.flags.writeable else array.copy() for name, array in task.arrays.items()}
+            inputs = {name: torch.from_numpy(array).to(self.device) for name, array in own.items()}
             do = self._judge if task.unit.stage == JUDGE else self._attack
             result, tensors = do(task.unit, inputs)
         return Outcome(
@@ -175,7 +143,7 @@ class Worker:
                 continue
             rows = []
             for draw in range(self.rules.draws):
-                self.defense.reseed(seed)
+                self.defense.reseed(seed, draw)
                 with torch.no_grad():
                     if self.defense.purified is None:
                         torch.manual_seed(derive_seed(seed, str(draw)))
@@ -202,7 +170,7 @@ class Worker:
         with torch.no_grad():
             x_pure = purified.purifier(x, seed=seed, ids=ids, draw=0)
             # As in the paper's Fig. 2a: "to focus on the purification process, we do not consider Brownian motion".
-            silence = x.new_zeros(purified.purifier.recipe.num_noises, *x.shape)
+            silence = x.new_zeros(purified.purifier.settings.method.num_noises, *x.shape)
             _, states = purified.purifier(x, noise=silence, return_trajectory=True)
             on_the_way = [purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]
         return {"images": x, "purified": x_pure, "confidences": torch.stack(on_the_way)}  # [steps + 1, images, classes]

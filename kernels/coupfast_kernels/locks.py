@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, work: str, patience: float) -> Iterator[None]:
-    """Hold a lock file. The system gives it back when its holder ends, however it ends; the file stays.
+def locked(path: Path, *, work: str, patience: float) -> Iterator[bool]:
+    """Hold a lock file; gives whether it is held. The system gives it back when its holder ends, however it ends; the file stays.
 
     Args:
         work: What a process does that holds it, to say what is waited for.
@@ -31,12 +31,14 @@ def locked(path: Path, *, work: str, patience: float) -> Iterator[None]:
     Where there are no locks, nothing is held.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # not inherited by programs that are run meanwhile
+    held = False
     try:
         started = time.monotonic()
         waiting = False
         while fcntl is not None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
                 break
             except BlockingIOError:
                 if not waiting:
@@ -48,6 +50,6 @@ def locked(path: Path, *, work: str, patience: float) -> Iterator[None]:
             except OSError as error:
                 logger.debug("no locks beside %s: %s", path, error)
                 break
-        yield
+        yield held
     finally:
         os.close(descriptor)

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.attacks.knobs import count, knob
+from coupfast.evaluation.metered import Metered
 
 #: How often an image is offered to an attack that does not begin because its first look at it finds it misclassified already.
 OFFERS = 8
@@ -27,13 +28,13 @@ _LOGGER = logging.getLogger("auto-attack")  # pyautoattack's own
 class APGD(Attack):
     """APGD on the cross-entropy or the DLR loss, one restart."""
 
-    norm: str
-    eps: float
-    loss: Literal["ce", "dlr"] = "ce"
-    iterations: int = 100
-    eot_iter: int = 1
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    loss: Literal["ce", "dlr"] = knob("ce", "cross-entropy, or the difference of logits ratio")
+    iterations: int = count(100, "steps of the attack")
+    eot_iter: int = count(1, "draws of the noise that a gradient is averaged over")
 
-    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter)
         settings = {
             "norm": self.norm,
@@ -69,13 +70,13 @@ class APGD(Attack):
 class TargetedAPGD(Attack):
     """APGD on the targeted DLR loss, against the most likely other classes in turn."""
 
-    norm: str
-    eps: float
-    iterations: int = 100
-    eot_iter: int = 1
-    target_classes: int = 9
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    iterations: int = count(100, "steps of the attack")
+    eot_iter: int = count(1, "draws of the noise that a gradient is averaged over")
+    target_classes: int = count(9, "the most likely other classes, attacked in turn")
 
-    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {
             "norm": self.norm,
             "eps": self.eps,
@@ -93,21 +94,19 @@ class TargetedAPGD(Attack):
         return 4
 
     def cost(self) -> Cost:
-        return Cost(
-            1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter, again=OFFERS - 1
-        )
+        return Cost(1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter, again=OFFERS - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class FABTargeted(Attack):
     """FAB, against the most likely other classes in turn."""
 
-    norm: str
-    eps: float
-    iterations: int = 100
-    target_classes: int = 9
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    iterations: int = count(100, "steps of the attack")
+    target_classes: int = count(9, "the most likely other classes, attacked in turn")
 
-    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {
             "norm": self.norm,
             "eps": self.eps,
@@ -119,20 +118,20 @@ class FABTargeted(Attack):
         return seen.result(_perturb("fab_pt.FABAttack_PT", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
-        return Cost(
-            1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations, again=OFFERS - 1
-        )
+        return Cost(1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations, again=OFFERS - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Square(Attack):
     """Square: random search, no gradient."""
 
-    norm: str
-    eps: float
-    queries: int = 5000
+    gradient = None
 
-    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    queries: int = count(5000, "queries for an image")
+
+    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {"norm": self.norm, "eps": self.eps, "n_queries": self.queries, "p_init": 0.8, "resc_schedule": False}
         seen = _Seen(defense, x, y, self.norm, self.eps)
         return seen.result(_perturb("square.SquareAttack", settings, seen, seed=seed))
@@ -155,7 +154,7 @@ class _Seen:
         draws: How often the attack asks at one point, one time after the other.
     """
 
-    def __init__(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, norm: str, eps: float, *, draws: int = 1) -> None:
+    def __init__(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, norm: str, eps: float, *, draws: int = 1) -> None:
         self.defense, self.x, self.y, self.norm, self.eps, self.draws = defense, x, y, norm, eps, draws
         self.plain: list[torch.Tensor] = []
         self.with_gradient: list[torch.Tensor] = []

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from coupfast.evaluation.defense import Defense
+from coupfast.evaluation.attacks import knobs
+from coupfast.evaluation.metered import Metered
+from coupfast.naming import is_from_file, reference_to, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +51,31 @@ class Result:
 
 
 class Attack(abc.ABC):
-    """One stage of an evaluation: a frozen dataclass of its settings, with a `run`."""
+    """One stage of an evaluation: a frozen dataclass whose fields are its knobs (see `knobs`), with a `run` and a `cost`.
+
+    Fields `norm` ("Linf" or "L2") and `eps` (for images in [0, 1]) are the evaluation's; an attack without them knows no ball.
+    All values are such as JSON holds: a ledger keeps them.
+
+    Attributes:
+        gradient: The gradient of a purifier that the attack is made for; None where it follows none.
+    """
+
+    gradient: ClassVar[str | None] = "exact"
+
+    def __post_init__(self) -> None:
+        """Checks the fields; a subclass with more to check calls this first."""
+        knobs.check(self)
+        fields = knobs.names(self)
+        if "eps" in fields:
+            knobs.check_ball(getattr(self, "norm", "Linf"), self.eps)  # type: ignore[attr-defined]
 
     @abc.abstractmethod
-    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         """Attack a batch.
 
         Args:
             defense: Its noise is set by the caller.
-            x: Images in [0, 1], float32.
+            x: Images in [0, 1], float32; not to be written into.
             y: Their labels.
             seed: All randomness of the attack follows from it.
         """
@@ -72,3 +93,33 @@ class Attack(abc.ABC):
     @abc.abstractmethod
     def cost(self) -> Cost:
         """Of one image, at most."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The class and all fields, as JSON has them.
+
+        Raises:
+            ValueError: if a field's value is not one of JSON's.
+        """
+        kind = type(self)
+        fields = {name: getattr(self, name) for name in knobs.names(self)}
+        for name, value in fields.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(
+                    f"`{name}` of {kind.__name__} is a {type(value).__name__}, and a ledger keeps numbers, texts and lists of "
+                    f"them ({error})"
+                ) from error
+        own = kind.__module__.startswith("coupfast.")
+        return {"class": kind.__name__ if own else reference_to(kind), **fields}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a class in a file, which no other process could import: its name and its fields."""
+        if not is_from_file(type(self)):
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (reference_to(type(self)), {name: getattr(self, name) for name in knobs.names(self)})
+
+
+def _rebuild(name: str, fields: Mapping[str, Any]) -> Attack:
+    attack: Attack = resolve(name, Attack)(**fields)
+    return attack

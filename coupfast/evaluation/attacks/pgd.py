@@ -6,27 +6,23 @@ With the purifier's gradient "bpda" this is BPDA + EOT (Athalye et al. 2018; Hil
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+import math
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
-from coupfast.evaluation.defense import Defense
-
-Drop: TypeAlias = Literal["never", "any", "mean"]
+from coupfast.evaluation.attacks.knobs import count, knob
+from coupfast.evaluation.metered import Metered
 
 
 @dataclasses.dataclass(frozen=True)
 class PGD(Attack):
-    """PGD with EOT.
+    """PGD with EOT, in sign steps (Linf) or normalized ones (L2).
 
-    Args:
-        norm: "Linf" (sign steps) or "L2" (normalized steps).
-        eps: Radius.
-        iterations: Steps.
-        eot_iter: Draws of the noise at every step.
-        step_size: 0 is 2/255 in Linf, eps/5 in L2.
+    Attributes:
+        step_size: None is 2/255 in Linf, eps/5 in L2.
         mean: The loss is the mean of the draws' cross-entropies, or the cross-entropy of their mean logits.
         drop: When an image leaves the batch, its present form kept: "never"; once "any" of its draws is misclassified, which
             decides it where the worst of several draws counts; or once the "mean" logits are. An image that never leaves is
@@ -35,27 +31,25 @@ class PGD(Attack):
         random_start: Start anywhere in the ball, uniformly, then clip to [0, 1].
     """
 
-    norm: str
-    eps: float
-    iterations: int = 40
-    eot_iter: int = 15
-    step_size: float = 0.0
-    mean: Literal["losses", "logits"] = "losses"
-    drop: Drop = "never"
-    random_start: bool = False
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    iterations: int = count(40, "steps of the attack")
+    eot_iter: int = count(15, "draws of the noise that a gradient is averaged over")
+    step_size: float | None = knob(
+        None,
+        "length of a step, for images in [0, 1]; 2/255 in Linf and eps/5 in L2",
+        metavar="A",
+        words="a finite number above 0 for images in [0, 1]",
+        valid=lambda size: 0 < size < math.inf,
+    )
+    mean: Literal["losses", "logits"] = knob("losses", "the loss is of the draws' mean losses, or of their mean logits")
+    drop: Literal["never", "any", "mean"] = knob(
+        "never", "when an image leaves: never, once any draw is wrong, or once the mean logits are"
+    )
+    random_start: bool = knob(False, "start anywhere in the ball")
 
-    def run(self, defense: Defense, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        x_k = x.clone()
-        if self.random_start:
-            generator = torch.Generator().manual_seed(seed)
-            if self.norm == "Linf":
-                start = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
-            else:
-                # Of a ball of d dimensions the share r^d lies within r of the centre; normal noise has no preferred direction.
-                start = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-                radius = torch.rand((len(x), 1, 1, 1), generator=generator, dtype=x.dtype) ** (1 / x[0].numel())
-                start *= radius / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            x_k = self._project(x + self.eps * start.to(x.device), x)
+    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+        x_k = self.start(x, seed=seed)
         best, best_loss = x_k.clone(), torch.full((len(x),), -float("inf"), dtype=x.dtype, device=x.device)
         active, curve = torch.arange(len(x), device=x.device), []
         standing = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -77,8 +71,22 @@ class PGD(Attack):
             x_k[active] = self._step(x_k[active], x[active], gradient[~leaving])
         return Result(best, tuple(curve))
 
+    def start(self, x: torch.Tensor, *, seed: int) -> torch.Tensor:
+        """Where it begins: the images, or points in the balls around them."""
+        if not self.random_start:
+            return x.clone()
+        generator = torch.Generator().manual_seed(seed)
+        if self.norm == "Linf":
+            start = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
+        else:
+            # Of a ball of d dimensions the share r^d lies within r of the centre; normal noise has no preferred direction.
+            start = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            radius = torch.rand((len(x), 1, 1, 1), generator=generator, dtype=x.dtype) ** (1 / x[0].numel())
+            start *= radius / start.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return self._project(x + self.eps * start.to(x.device), x)
+
     def _expectation(
-        self, defense: Defense, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, k: int
+        self, defense: Metered, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Logits (draws, batch, classes), expected losses (batch,) and, except after the last step, their gradient."""
         n, last = len(x), k == self.iterations
@@ -116,3 +124,15 @@ class PGD(Attack):
 
     def cost(self) -> Cost:
         return Cost(self.eot_iter, self.iterations * self.eot_iter)
+
+
+@dataclasses.dataclass(frozen=True)
+class BPDA(PGD):
+    """BPDA + EOT as the field runs it: PGD on the mean logits of 15 draws, through the purifier's gradient "bpda"."""
+
+    gradient = "bpda"
+
+    mean: Literal["losses", "logits"] = knob("logits", "the loss is of the draws' mean losses, or of their mean logits")
+    drop: Literal["never", "any", "mean"] = knob(
+        "mean", "when an image leaves: never, once any draw is wrong, or once the mean logits are"
+    )

@@ -1,0 +1,188 @@
+"""Options that several commands have. Where nothing is said, an option is not there: what follows then, others say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from coupfast.gradients import GRADIENTS
+from coupfast.methods import METHODS, Method
+from coupfast.models.checkpoints import state_dict_sha256
+from coupfast.models.zoo import classifier_names, load_classifier, load_score, score_names
+from coupfast.naming import is_reference, resolve
+from coupfast.options import Option, options_of
+from coupfast.purify import Purifier
+from coupfast.settings import KINDS, Settings, options
+
+DEFAULT_NETWORK = "cifar10-tiny"
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in every help line that has one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.required:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_command(commands: Any, name: str, run: Command, summary: str, more: str = "") -> argparse.ArgumentParser:
+    """A command's parser, with what all of them have."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary}. {more}".strip(), formatter_class=Formatter
+    )
+    added.set_defaults(run=run)
+    added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return added
+
+
+def add_option(group: Any, option: Option, *, note: str | None = None) -> None:
+    """An option that is in the namespace only where it is given."""
+    default = option.default
+    told = "" if default in (None, dataclasses.MISSING) or isinstance(default, (bool, dict)) else f" (default: {default})"
+    option.add_to(group, default=argparse.SUPPRESS, note=told if note is None else note)
+
+
+def add_purification(parser: argparse.ArgumentParser, method: str | None = None, *, gradient: bool, none: bool = False) -> None:
+    """Options of the purifier, as `coupfast.Settings` has them, and of its networks.
+
+    Args:
+        method: The one that is asked for: options of somebody else's are its own.
+        gradient: Whether gradients matter.
+        none: Whether the method may be none.
+    """
+    group = parser.add_argument_group("the purification")
+    more = ", none: the classifier alone" if none else ""
+    group.add_argument(
+        "--method",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=f"{', '.join(METHODS)} (reverse-sde is COUP without guidance, diffpure adds noise first){more}, or "
+        f"package.module:NAME of another (default: coup)",
+    )
+    known = options()
+    chosen = list(known["method"])
+    if is_reference(method):
+        chosen += options_of(resolve(str(method), Method, option="method"))
+    if gradient:
+        group.add_argument(
+            "--gradient",
+            choices=tuple(GRADIENTS),
+            default=argparse.SUPPRESS,
+            help="what the backward pass computes (default: " + ("the one that the attack is made for)" if none else "exact)"),
+        )
+        chosen += known["gradient"]
+    seen = set()
+    for option in [*chosen, *known["engine"]]:
+        if option.keyword not in seen:
+            # An evaluation's memory is the least, so that no machine splits its batches otherwise.
+            add_option(group, option, note=" (default: least)" if none and option.keyword == "memory_budget" else None)
+        seen.add(option.keyword)
+    # Older spellings.
+    group.add_argument("--steps", dest="num_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    if gradient:
+        group.add_argument("--memory-gib", dest="memory_budget", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    _add_networks(group)
+
+
+def _add_networks(group: Any) -> None:
+    told = f"(default: {DEFAULT_NETWORK})"
+    group.add_argument(
+        "--score",
+        default=argparse.SUPPRESS,
+        metavar="NAME|FILE",
+        help=f"score network: {', '.join(score_names())}, or a weight file {told}",
+    )
+    group.add_argument(
+        "--score-weights",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="weights for a NAME that does not ship with the package",
+    )
+    group.add_argument(
+        "--classifier",
+        default=argparse.SUPPRESS,
+        metavar="NAME|FILE",
+        help=f"classifier: {', '.join(classifier_names())}, a RobustBench name, or a weight file {told}",
+    )
+    group.add_argument(
+        "--classifier-weights",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="weights for a NAME that does not ship with the package",
+    )
+    group.add_argument(
+        "--activation",
+        choices=["relu", "silu"],
+        default=argparse.SUPPRESS,
+        help="of a DMWideResNet file, which does not tell it",
+    )
+
+
+def add_noise(parser: argparse.ArgumentParser, *, seeds: str = "[0, 2**64)", seed: Any = 0) -> None:
+    """Seed and device."""
+    told = "" if seed is not argparse.SUPPRESS else " (default: 0)"
+    parser.add_argument("--seed", type=int, default=seed, metavar="S", help=f"fixes the noise; in {seeds}{told}")
+    device = argparse.SUPPRESS if seed is argparse.SUPPRESS else default_device()
+    parser.add_argument("--device", type=parse_device, default=device, metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
+
+
+def purification_of(options_: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `coupfast.Settings.of` that were given."""
+    given = vars(options_)
+    names: Iterable[str] = [*KINDS, *(option.keyword for kind in options().values() for option in kind)]
+    if is_reference(given.get("method")):
+        names = [*names, *(option.keyword for option in options_of(resolve(given["method"], Method, option="method")))]
+    return {name: given[name] for name in names if name in given}
+
+
+def load_purifier(given: argparse.Namespace, **keywords: Any) -> tuple[Purifier, dict[str, Any]]:
+    """The purifier that the options describe, and what identifies its networks; `keywords` in the place of options."""
+    settings = Settings.of(**{**purification_of(given), **keywords})
+    source, weights = getattr(given, "score", DEFAULT_NETWORK), getattr(given, "score_weights", None)
+    score = load_score(source, weights=weights, device=given.device)
+    networks = {"score": identity(source, weights, score)}
+    classifier = None
+    if settings.method.guided:
+        classifier, networks["classifier"] = load_given_classifier(given)
+    return Purifier(score, classifier, settings=settings), networks
+
+
+def load_given_classifier(given: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier that the options name, and what identifies it."""
+    source, weights = getattr(given, "classifier", DEFAULT_NETWORK), getattr(given, "classifier_weights", None)
+    activation = getattr(given, "activation", None)
+    found = load_classifier(source, weights=weights, device=given.device, activation=activation)
+    return found, identity(source, weights, found)
+
+
+def identity(source: str, weights: str | None, network: nn.Module) -> dict[str, Any]:
+    return {"source": source, "weights": weights, "sha256": state_dict_sha256(network)}
+
+
+def parse_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; say cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _gib(text: str) -> int:
+    return int(float(text) * 2**30)

@@ -1,0 +1,129 @@
+"""`coupfast purify`: images in, images and a record of the run out."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from coupfast.batches import batches, gather, records
+from coupfast.cli.arguments import add_command, add_noise, add_purification, load_purifier
+from coupfast.cli.reports import command_line, environment, refuse_existing, write_json
+from coupfast.data import save_images
+from coupfast.evaluation.purification import describe, short
+
+REPORT = "purify.json"
+ARCHIVE = "purified.npz"
+
+
+def add(commands: Any, method: str | None) -> None:
+    parser = add_command(
+        commands,
+        "purify",
+        run,
+        "Purify images and write them as files",
+        f"Writes one PNG an image (ID-NAME.png) and {REPORT}, which holds all that is needed to repeat the run: settings, "
+        "seed, SHA-256 of weights, inputs and outputs, versions. An image's noise depends on the seed, its id and the draw, "
+        "not on the batch it stands in. Existing files are not replaced without --force.",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IN",
+        help="image files (PNG, JPEG), folders of them, .npz archives, or the names cifar10-20, cifar10-512, cifar10",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to; made if it does not exist")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=("png", "npz"),
+        default=["png"],
+        help=f"png: 8 bits, to look at; npz: the exact float32 values, all in {ARCHIVE}; or both",
+    )
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument("--limit", type=int, metavar="N", help="take at most the first N images of each input")
+    parser.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; same noise, another rounding")
+    parser.add_argument("--first-id", type=int, default=0, metavar="ID", help="id of the first image; the others count on")
+    parser.add_argument(
+        "--draw", type=int, nargs="+", default=[0], metavar="D", help="noise draws, in [0, 2**32): one purified image for each"
+    )
+    add_purification(parser, method, gradient=False)
+    add_noise(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    if options.batch < 1:
+        raise ValueError(f"`--batch` is a number of images, at least 1, got {options.batch}")
+    if len(set(options.draw)) != len(options.draw):
+        raise ValueError(f"`--draw` has an index twice: {' '.join(map(str, options.draw))}")
+    images = gather(options.inputs, options.limit)
+    count = len(images.x)
+    ids = torch.arange(options.first_id, options.first_id + count)
+    if options.first_id < 0 or int(ids[-1]) >= 2**32:
+        raise ValueError(f"`--first-id` and the ids after it are in [0, 2**32), got {options.first_id}")
+    names = []  # [draws][images]
+    for draw in options.draw:
+        suffix = f"-draw{draw}" if len(options.draw) > 1 else ""
+        names.append([f"{i:05d}-{stem}{suffix}" for i, stem in zip(ids.tolist(), images.stems, strict=True)])
+    out, png, npz = Path(options.out), "png" in options.format, "npz" in options.format
+    targets = [out / REPORT]
+    targets += [out / f"{name}.png" for row in names for name in row] if png else []
+    targets += [out / ARCHIVE] if npz else []
+    refuse_existing(targets, options.force)
+
+    purifier, networks = load_purifier(options, gradient="none")
+    purified = []
+    with tqdm(total=count * len(options.draw), desc="purify", unit="image", disable=None) as bar:
+        for batch in batches(
+            purifier,
+            images.x,
+            seed=options.seed,
+            ids=ids,
+            draws=options.draw,
+            size=options.batch,
+            device=options.device,
+            progress=sys.stderr.isatty(),
+        ):
+            purified.append(batch.purified)
+            if png:
+                # With --no-clamp the last step may leave the range by a little: an image file cannot.
+                here = names[batch.draw][batch.part]
+                save_images(batch.purified.clamp(0.0, 1.0), out, here, overwrite=options.force)
+            bar.update(len(batch.purified))
+    everything = torch.cat(purified)
+    out.mkdir(parents=True, exist_ok=True)
+    if npz:
+        fields: dict[str, Any] = {"images": everything.numpy(), "names": np.array([name for row in names for name in row])}
+        if images.labels is not None:
+            fields["labels"] = np.tile(images.labels, len(options.draw))
+        np.savez_compressed(out / ARCHIVE, **fields)
+    seconds = time.perf_counter() - started
+    files = [[f"{name}.png" for name in row] for row in names] if png else None
+    report = {
+        "command": command_line(options.argv),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "settings": describe(purifier) | {"seed": options.seed, "draws": options.draw, "batch": options.batch},
+        "networks": networks,
+        "inputs": options.inputs,
+        "limit": options.limit,
+        "archive": ARCHIVE if npz else None,
+        "hashes": "input_sha256 and output_sha256 are of the float32 values, little-endian, (channel, row, column)",
+        "images": records(images, everything, ids=ids, draws=options.draw, files=files),
+        "environment": environment(options.device),
+    }
+    write_json(report, out / REPORT)
+    each = f", {len(options.draw)} draws each," if len(options.draw) > 1 else ""
+    print(
+        f"Purified {count} images{each} by {short(purifier)} in {purifier.num_steps} steps, engine {purifier.engine} on "
+        f"{options.device}, in {seconds:.1f} s: {out}"
+    )
+    return 0

@@ -1,0 +1,167 @@
+"""Options that describe an evaluation, made from `Spec`, the attacks' knobs and the purifier's settings."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+from typing import Any
+
+from coupfast.cli.arguments import add_noise, add_purification, default_device
+from coupfast.evaluation import suites
+from coupfast.evaluation.attacks.knobs import parse_fraction
+from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.spec import GIVEN, SEEDINGS, Spec, paper
+from coupfast.options import Option
+
+_KNOB = "knob:"  # how destinations of knobs begin, so that none meets another option
+
+
+def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | None) -> None:
+    """What a `Spec` has.
+
+    Args:
+        method, attack: Those that are asked for: what somebody else's can be told is their own.
+    """
+    spec, none = Spec(), argparse.SUPPRESS
+    add = parser.add_argument
+    images = f"labelled images, as for `coupfast purify` (default: {spec.images})"
+    add("images", nargs="?", default=none, metavar="IN", help=images)
+    add("--limit", type=int, default=none, metavar="N", help="the first N images, which must exist")
+    add(
+        "--paper",
+        action="store_true",
+        help="the paper's images, networks, times, radii (for --norm) and seed unless given; an evaluation needs their "
+        "weights: --score-weights, --classifier-weights",
+    )
+    add(
+        "--defense",
+        default=none,
+        metavar="NAME",
+        help="file.py:NAME or package.module:NAME of another defense, in the place of purification and networks: a module from "
+        "images in [0, 1] to logits, or a function that makes one, from a device if it asks for one",
+    )
+    group = attack_group = parser.add_argument_group("the attack (settings left out are the published ones)")
+    assumed = "; ".join(
+        f"{name}: {', '.join(suite.assumed.values())}" for name, suite in suites.SUITES.items() if suite.assumed
+    )
+    group.add_argument(
+        "--attack",
+        default=none,
+        metavar="NAME",
+        help=f"{', '.join(suites.SUITES)}, or package.module:NAME of another (default: {spec.attack}; where the paper is not "
+        f"legible, {assumed})".replace("%", "%%"),
+    )
+    group.add_argument("--norm", choices=("Linf", "L2"), default=none, help=f"of the attack (default: {spec.norm})")
+    group.add_argument(
+        "--eps", type=parse_fraction, default=none, metavar="E", help="radius for images in [0, 1] (default: 8/255)"
+    )
+    group = parser.add_argument_group("the evaluation")
+
+    def add_number(name: str, metavar: str, help: str) -> None:
+        told = f"{help} (default: {getattr(spec, name)})"
+        group.add_argument(f"--{name}", type=int, default=none, metavar=metavar, help=told)
+
+    group.add_argument(
+        "--seeding", choices=SEEDINGS, default=none, help=f"a seed for each unit, or AutoAttack's one (default: {spec.seeding})"
+    )
+    add_number("shard", "N", "images of a unit of work, which is a batch")
+    add_number("draws", "N", "fresh draws that judge each image")
+    group.add_argument(
+        "--paths",
+        type=_paths,
+        default=none,
+        metavar="N|I,J,...",
+        help="images whose purification the report shows: the first N, or by number from 0 (one alone: '7,'; default: "
+        f"{spec.paths})",
+    )
+    add_number("threads", "N", "CPU threads of a worker")
+    add_purification(parser, method, gradient=True, none=True)
+    add_noise(parser, seeds="[0, 2**63)", seed=none)
+    _add_knobs(attack_group, attack)  # last: a name that is taken gets a longer one
+
+
+def spec_of(options: argparse.Namespace) -> Spec:
+    """What the options describe; where they say nothing, what the run to resume or the paper has."""
+    knobs = {name.removeprefix(_KNOB): value for name, value in vars(options).items() if name.startswith(_KNOB)}
+    given = {name: value for name, value in vars(options).items() if name not in _OTHERS and not name.startswith(_KNOB)}
+    if "device" in given:
+        given["device"] = str(given["device"])
+    if getattr(options, "resume", None):
+        base = _stored(options.resume)
+        if "attack" in given and given["attack"] == base.attack:
+            del given["attack"]
+    else:
+        base = Spec.of(device=str(default_device()))
+        if options.paper:
+            base = base.but(**paper(given.get("norm", "Linf")))
+    spec = base.but(**given)
+    return dataclasses.replace(spec, attack_options={**spec.attack_options, **knobs}) if knobs else spec
+
+
+# What commands have beside the options of a spec.
+_OTHERS = {
+    *("command", "run", "run_", "argv", "debug", "out", "resume", "workers", "plan", "price", "certify", "cluster", "paper"),
+    *("probe_images", "probe_steps"),
+}
+
+
+def _stored(folder: str) -> Spec:
+    with Ledger(folder, read_only=True) as ledger:
+        fields = ledger.configuration["spec"]
+    given = [name for name in ("images", "defense") if fields[name] == GIVEN]
+    if given:
+        raise ValueError(
+            f"the run in {folder} was started from Python with {' and '.join(given)} of its own; continue it there, with "
+            f"evaluate(..., resume=True)"
+        )
+    return Spec.from_dict(fields)
+
+
+def _add_knobs(group: Any, attack: str | None) -> None:
+    """An option for each knob of the suites that ship, and of the attack that is asked for."""
+    found: dict[str, Option] = {}
+    published: dict[str, dict[str, list[Any]]] = collections.defaultdict(dict)
+    chosen = [] if attack is None or attack in suites.SUITES else [suites.find(attack)]
+    for suite in [*chosen, *suites.SUITES.values()]:
+        for name, options in suite.options().items():
+            found.setdefault(name, options[0])
+            published[name][suite.name] = [option.default for option in options]
+    for name, option in found.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in group._option_string_actions:  # taken by another option
+            flag = f"--attack-{name.replace('_', '-')}"
+        text = f"{option.help}{_told(published[name])}".replace("%", "%%")
+        if isinstance(option.default, bool):
+            group.add_argument(
+                flag, dest=_KNOB + name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            group.add_argument(
+                flag,
+                dest=_KNOB + name,
+                type=option.parse,
+                default=argparse.SUPPRESS,
+                metavar=None if option.choices else option.metavar or name.upper(),
+                choices=option.choices,
+                help=text,
+            )
+
+
+def _told(published: dict[str, list[Any]]) -> str:
+    """In words, what suites have for a knob where nothing is said."""
+    by_value: dict[str, list[str]] = {}
+    for suite, values in published.items():
+        said = "/".join(map(str, dict.fromkeys(value for value in values if value is not None)))
+        if said:
+            by_value.setdefault(said, []).append(suite)
+    if not by_value:
+        return ""
+    return " (" + "; ".join(f"{value} in {', '.join(names)}" for value, names in by_value.items()) + ")"
+
+
+def _paths(text: str) -> int | tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number) if "," in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images and no list of them; say 4 or 0,5,7") from error

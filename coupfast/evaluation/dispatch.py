@@ -1,0 +1,98 @@
+"""Hands units to workers and their outcomes to the ledger, until nothing is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from coupfast.evaluation.attacks import Cost
+from coupfast.evaluation.ledger import Ledger, Record
+from coupfast.evaluation.pools import Pool, UnitFailed
+from coupfast.evaluation.progress import Progress
+from coupfast.evaluation.units import JUDGE, Schedule, Unit
+from coupfast.evaluation.worker import Task
+
+
+def dispatch(
+    ledger: Ledger,
+    schedule: Schedule,
+    x: np.ndarray,
+    y: np.ndarray,
+    pool: Pool,
+    *,
+    costs: Mapping[str, Cost],
+    progress: bool = False,
+) -> None:
+    """Do what the ledger does not have yet.
+
+    Args:
+        ledger: Open for writing.
+        schedule: The run's units.
+        x: Images in [0, 1], float32, shape (images, channels, height, width).
+        y: Labels, int64.
+        pool: Workers; closed by the caller.
+        costs: What one image takes at each stage, at most: for the time that is left.
+        progress: Show a bar on stderr; where that is no terminal, a line every half minute.
+
+    Raises:
+        UnitFailed: if a unit cannot be done; the others in flight are lost, those recorded are not.
+        LedgerError: if a result cannot be written.
+    """
+    ledger.forget_damaged()
+    records = ledger.done()
+    standing = {name: record.standing for name, record in records.items()}
+    in_flight: dict[str, Unit] = {}
+    with Progress(schedule, costs, records.values(), show=progress) as bar:
+        while True:
+            for unit in schedule.ready(standing):
+                if len(in_flight) < pool.size and unit.name not in in_flight:
+                    task = Task(unit, _inputs(ledger, schedule, records, unit, x, y))
+                    ledger.start(unit)
+                    in_flight[unit.name] = unit
+                    pool.submit(task)
+            if not in_flight:
+                return
+            try:
+                outcome, worker = pool.next(lambda name, images: bar.passed(in_flight[name], images))
+            except UnitFailed as failure:
+                ledger.fail(failure.name, str(failure))
+                raise
+            unit = in_flight.pop(outcome.name)
+            ledger.finish(outcome, worker)
+            records = ledger.done()
+            standing[unit.name] = records[unit.name].standing
+            bar.finished(records[unit.name])
+
+
+def attacked_images(
+    ledger: Ledger, attacks: Sequence[str], records: Mapping[str, Record], images: Sequence[int], x: np.ndarray
+) -> np.ndarray:
+    """What each image has become: its strongest form by what any stage saw of it, else what the last stage left of it."""
+    result = {image: x[image] for image in images}
+    highest = dict.fromkeys(images, (False, -np.inf))
+    for stage in attacks:
+        for record in records.values():
+            if record.unit.stage != stage or not set(record.unit.images) & set(result):
+                continue
+            arrays = ledger.arrays(record)
+            if "x_strongest" in arrays:
+                forms = arrays["x_strongest"]
+                strengths = list(zip(arrays["failed"].tolist(), arrays["loss"].tolist(), strict=True))
+            else:  # of an attack that does not tell, the last counts
+                forms = arrays["x_adv"]
+                strengths = [(True, np.inf)] * len(forms)
+            for image, form, strength in zip(record.unit.images, forms, strengths, strict=True):
+                if image in result and (strength > highest[image] or strength[1] == np.inf):
+                    result[image], highest[image] = form, strength
+    return np.stack([result[image] for image in images])
+
+
+def _inputs(
+    ledger: Ledger, schedule: Schedule, records: Mapping[str, Record], unit: Unit, x: np.ndarray, y: np.ndarray
+) -> dict[str, np.ndarray]:
+    chosen = list(unit.images)
+    arrays = {"x": x[chosen], "y": y[chosen]}
+    if unit.stage == JUDGE and schedule.attacks:
+        arrays["x_adv"] = attacked_images(ledger, schedule.attacks, records, unit.images, x)
+    return arrays

@@ -1,0 +1,124 @@
+"""The purifier that an evaluation builds and what is said of one: the evaluation's only place that looks into `Settings`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from coupfast.gradients import GRADIENTS, Adjoint, NoGradient
+from coupfast.methods import Method, TableMethod, method_name
+from coupfast.naming import is_reference, resolve
+from coupfast.options import options_of
+from coupfast.purify import Purifier
+from coupfast.settings import KINDS, Settings, options
+
+NO_DEFENSE = "none"  # the method of a classifier alone
+
+#: How to purify: all of it, or keywords of `Settings.of` for what is not its default. None: not at all.
+Asked: TypeAlias = Settings | Mapping[str, Any]
+
+
+def keywords(method: Any = None) -> list[str]:
+    """What a purification can be told in flat keywords; a method of somebody else's has its own."""
+    known = dict.fromkeys([*KINDS, *(option.keyword for kind in options().values() for option in kind)])
+    if is_reference(method):
+        method = resolve(method, Method, option="method")
+    if isinstance(method, Method) or (isinstance(method, type) and issubclass(method, Method)):
+        known |= dict.fromkeys(option.keyword for option in options_of(method))
+    return list(known)
+
+
+def settings_of(asked: Asked, *, made_for: str) -> Settings:
+    """All settings. Where keywords do not name a gradient it is the one that the attack is made for, and its memory is "least",
+    which never splits a batch, whatever the machine has left.
+
+    Raises:
+        ValueError, TypeError: see `Settings.of`.
+    """
+    if isinstance(asked, Settings):
+        return asked
+    gradient = asked.get("gradient") or made_for
+    kind = GRADIENTS.get(gradient) if isinstance(gradient, str) else None
+    least = {"memory_budget": "least"} if kind and "memory_budget" in (o.keyword for o in options_of(kind)) else {}
+    return Settings.of(**{**least, **asked, "gradient": gradient})
+
+
+def to_json(asked: Asked | None, *, made_for: str) -> dict[str, Any] | None:
+    """As JSON has it: the keywords where they are words and numbers, else all settings."""
+    if asked is None:
+        return None
+    if not isinstance(asked, Settings):
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(dict(asked)))
+            return plain
+        except TypeError:  # objects among them
+            pass
+    return {"settings": settings_of(asked, made_for=made_for).to_dict()}
+
+
+def from_json(fields: Mapping[str, Any] | None) -> Asked | None:
+    """What `to_json` was made of."""
+    if fields is not None and "settings" in fields:
+        return Settings.from_dict(fields["settings"])
+    return fields
+
+
+def shortened(settings: Settings, num_steps: int) -> Settings | None:
+    """The same in fewer steps, to time one; None where the method cannot say it."""
+    method = settings.method
+    if not isinstance(getattr(method, "t", None), float) or not any(o.field == "num_steps" for o in options_of(method)):
+        return None
+    return dataclasses.replace(settings, method=dataclasses.replace(method, num_steps=num_steps))  # type: ignore[call-arg]
+
+
+def without_gradient(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, gradient=NoGradient())
+
+
+def plans_memory(settings: Settings) -> bool:
+    """Whether the memory of a run can be told: a continuous adjoint's is torchsde's."""
+    return not isinstance(settings.gradient, Adjoint)
+
+
+def describe(purifier: Purifier) -> dict[str, Any]:
+    """What decides a purifier's output and gradient beside its networks and the noise, as JSON has it."""
+    settings = purifier.settings
+    fields: dict[str, Any] = settings.to_dict()
+    return {
+        **fields,
+        "engine": {**fields["engine"], "runs": purifier.engine},
+        "num_steps": purifier.num_steps,
+        "guided": settings.method.guided,
+        "noises_first": isinstance(settings.method, TableMethod) and settings.method.recipe().noising is not None,
+    }
+
+
+def name(defense: Mapping[str, Any], *, built: str | None, alone: bool) -> str:
+    """In a word, a defense that `Metered.describe` describes.
+
+    Args:
+        defense: The description.
+        built: The name that it was built by, if by one.
+        alone: Whether a classifier alone was asked for.
+    """
+    if built is None and "method" in defense:
+        return str(defense["method"]["name"])
+    return "no defense" if alone else built or str(defense["class"]).rpartition(":")[2]
+
+
+def words(defense: Mapping[str, Any], *, built: str | None, alone: bool) -> str:
+    """In words, the same."""
+    if "method" not in defense:
+        return name(defense, built=built, alone=alone)
+    method, gradient = defense["method"], defense["gradient"]
+    t = f", t = {method['t']:g}" if isinstance(method.get("t"), float) else ""
+    guidance = f", guidance {gradient['guidance']}" if defense["guided"] and "guidance" in gradient else ""
+    text = f"{method['name']}{t} in {defense['num_steps']} steps, gradient {gradient['name']}{guidance}"
+    return f"{built}: {text}" if built else text
+
+
+def short(purifier: Purifier) -> str:
+    """A purifier in a word."""
+    return method_name(purifier.settings.method)

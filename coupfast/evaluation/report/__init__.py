@@ -1,0 +1,72 @@
+"""What came out, to read: one HTML file that needs nothing else, its tables as Markdown, and the numbers as JSON and CSV.
+
+parts     what a report is made of
+read      a finished run
+tables, pictures
+render    as HTML and as Markdown
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from coupfast.evaluation.report import pictures, tables
+from coupfast.evaluation.report.parts import Picture, Section, Table, Text
+from coupfast.evaluation.report.read import Run, read, told_apart
+from coupfast.evaluation.report.render import to_html, to_markdown
+from coupfast.evaluation.result import csv_of
+from coupfast.files import write_whole
+
+__all__ = ["Picture", "Run", "Section", "Table", "Text", "read", "sections", "to_html", "to_markdown", "write"]
+
+SUFFIXES = (".html", ".md", ".json", ".csv")
+
+
+def write(folders: Sequence[str | Path], target: str | Path) -> list[Path]:
+    """Report on runs, side by side.
+
+    Args:
+        folders: The runs'.
+        target: The HTML file; Markdown, JSON and CSV go beside it.
+
+    Returns:
+        The paths of all four.
+    """
+    runs = told_apart([read(folder) for folder in folders])
+    parts = sections(runs)
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    about = f"{len(folders)} run{'s' * (len(folders) > 1)}; reported on {today}."
+    found = {run.name: run.found for run in runs}
+    texts = (to_html(parts, about), to_markdown(parts, about), json.dumps(found, indent=1) + "\n", csv_of(found))
+    paths = [Path(target).with_suffix(suffix) for suffix in SUFFIXES]
+    for path, text in zip(paths, texts, strict=True):
+        write_whole(path, text.encode())
+    return paths
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Everything that a report says, in order.
+
+    Raises:
+        ValueError: if a run is there twice.
+    """
+    runs = told_apart(runs)
+    parts: list[Section] = [tables.summary(runs), *(tables.accuracies(run) for run in runs)]
+    for pair in itertools.combinations(runs, 2):
+        parts += tables.comparison(*pair)
+    parts += tables.classes(runs)
+    curved = [run for run in runs if pictures.curves(run)]
+    if curved:
+        parts.append(pictures.curve_picture(curved))
+    for run in runs:
+        if len(run.shown["images"]):
+            if "clean_confidences" in run.shown:
+                parts.append(pictures.path_picture(run))
+            parts.append(pictures.gallery(run))
+    for run in runs:
+        parts += [tables.time(run), *tables.certificate(run), tables.configuration(run), *tables.stages(run), tables.again(run)]
+    return parts

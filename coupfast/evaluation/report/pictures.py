@@ -1,0 +1,145 @@
+"""Pictures of a report."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from coupfast.evaluation.report.parts import Picture
+from coupfast.evaluation.report.read import Run, class_name
+
+# Distinguishable also without colour vision (Okabe and Ito).
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MAGNIFIED = 10
+
+
+def curves(run: Run) -> dict[str, np.ndarray]:
+    """By stage: images that the attack had not yet seen fail, after each iteration, as a share of all images."""
+    curves: dict[str, np.ndarray] = {}
+    for stage in run.configuration["stages"]:
+        units = [record.result["curve"] for record in run.records.values() if record.unit.stage == stage]
+        units = [unit for unit in units if unit]
+        if units:
+            # An attack that has nobody left stops; its curve stays where it ended.
+            length = max(map(len, units))
+            curves[stage] = np.sum([unit + unit[-1:] * (length - len(unit)) for unit in units], axis=0) / run.count
+    return curves
+
+
+def curve_picture(runs: Sequence[Run]) -> Picture:
+    figure = _figure(7.0, 3.9)
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        for style, (stage, curve) in zip(itertools.cycle(("-", "--", ":", "-.")), curves(run).items(), strict=False):
+            label = f"{run.name}, {stage}"
+            axes.plot(100 * curve, style, color=_COLOURS[number % len(_COLOURS)], label=label, linewidth=1.8)
+    axes.set_xlabel("iteration of the attack (0: its starting point)")
+    axes.set_ylabel("not yet seen to fail, % of all")
+    axes.set_ylim(0, 102)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
+    return Picture(
+        "Accuracy against iterations",
+        _png(figure),
+        "As the attack sees it while it runs, on the draws that it uses: an image counts from the first iteration that "
+        "misclassified it. The verdicts above are on fresh draws. Stages begin with the images that the one before left.",
+    )
+
+
+def competitor(run: Run, number: int) -> int:
+    """The likeliest class but for its own at the end of a shown image's way: attacked, where there was an attack."""
+    kind = "attacked" if "attacked_confidences" in run.shown else "clean"
+    last = run.shown[f"{kind}_confidences"][-1, number].copy()
+    last[run.verdicts["clean"].labels[run.shown["images"][number]]] = -1
+    return int(last.argmax())
+
+
+def path_picture(run: Run) -> Picture:
+    images, labels = run.shown["images"], run.verdicts["clean"].labels
+    columns = min(len(images), 2)
+    rows = -(-len(images) // columns)
+    figure = _figure(3.7 * columns + 1.2, 2.9 * rows + 0.3)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(images) :]:
+        panel.set_axis_off()
+    for number, image in enumerate(images):
+        panel = panels[number]
+        for colour, of in zip(_COLOURS, (labels[image], competitor(run, number)), strict=False):
+            for kind, style in (("attacked", "-"), ("clean", ":")):
+                if f"{kind}_confidences" in run.shown:
+                    confidence = run.shown[f"{kind}_confidences"][:, number, of]
+                    label = f"{class_name(run, of)}{' (the label)' if of == labels[image] else ''}, {kind}"
+                    panel.plot(confidence, style, color=colour, label=label, linewidth=1.5)
+        panel.set_title(f"image {image}", fontsize=9)
+        panel.set_ylim(-0.02, 1.02)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below, where no curve is
+    figure.supxlabel("step of the purification", fontsize=9)
+    figure.supylabel("confidence", fontsize=9)
+    noiseless = "Without noise, as in the paper's Fig. 2a"
+    if run.configuration["defense"]["noises_first"]:
+        noiseless += " (nor any before the first step, which this method has otherwise)"
+    return Picture(
+        f"{run.name}: confidence along the purification",
+        _png(figure),
+        f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
+        "state as it is.",
+    )
+
+
+def gallery(run: Run) -> Picture:
+    shown, count = run.shown, len(run.shown["images"])
+    x = shown["clean_images"]
+    columns: list[tuple[str, np.ndarray, str | None]] = [("clean", x, None)]
+    if "clean_purified" in shown:
+        columns.append(("clean, purified", shown["clean_purified"], "clean"))
+    if "attacked_images" in shown:
+        magnified = 0.5 + _MAGNIFIED * (shown["attacked_images"] - x)
+        columns += [(f"perturbation × {_MAGNIFIED}", magnified, None), ("attacked", shown["attacked_images"], None)]
+    if "attacked_purified" in shown:
+        columns.append(("attacked, purified", shown["attacked_purified"], "attacked"))
+    if "clean_purified" not in shown:  # nothing is purified: what the classifier says stands below the images themselves
+        columns = [(title, images, title if title in ("clean", "attacked") else kind) for title, images, kind in columns]
+    figure = _figure(1.6 * len(columns), 1.95 * count + 0.2)
+    axes = np.atleast_2d(figure.subplots(count, len(columns)).reshape(count, len(columns)))
+    labels = run.verdicts["clean"].labels
+    for row, image in enumerate(shown["images"]):
+        for column, (title, images, kind) in enumerate(columns):
+            panel = axes[row, column]
+            panel.imshow(images[row].transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(title, fontsize=9)
+            if column == 0 and kind is None:
+                panel.set_xlabel(f"{class_name(run, labels[image])} ({image})", fontsize=8)
+            if kind is not None:
+                logits = shown[f"{kind}_logits"][0, row]
+                predicted = int(logits.argmax())
+                confidence = float(np.exp(logits[predicted] - logits.max()) / np.exp(logits - logits.max()).sum())
+                colour = "#009e73" if predicted == labels[image] else "#d55e00"
+                panel.set_xlabel(f"{class_name(run, predicted)} {confidence:.2f}", fontsize=8, color=colour)
+    return Picture(
+        f"{run.name}: gallery",
+        _png(figure),
+        "Below: the class that the defense says and its confidence, at the judge's first draw (green: right).",
+    )
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
+    # Not pyplot: it keeps figures and looks for a display.
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

@@ -1,0 +1,174 @@
+"""Suites: the attacks that run one after the other on the images that still stand. A new one is an entry of `SUITES`, or an
+object of somebody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from coupfast.evaluation.attacks import APGD, BPDA, PGD, Attack, FABTargeted, SaltAndPepper, Square, TargetedAPGD, knobs
+from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast.naming import is_reference, resolve
+from coupfast.options import Option, did_you_mean
+
+_STAGE = re.compile(r"[a-z0-9][a-z0-9-]*")  # a stage's name becomes part of file names
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Attacks in order.
+
+    Attributes:
+        name: The suite's.
+        make: Its stages by name, for a norm and a radius, at their published sizes.
+        assumed: What is an assumption of this project, in words, by the knob that would set it.
+    """
+
+    name: str
+    make: Callable[[str, float], Mapping[str, Attack]]
+    assumed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def stages(self, norm: str = "Linf", eps: float = 8 / 255, settings: Mapping[str, Any] | None = None) -> dict[str, Attack]:
+        """The attacks by the names of their stages.
+
+        Args:
+            norm: "Linf" or "L2".
+            eps: Radius, for images in [0, 1].
+            settings: Knobs to set in every stage that has them (`iterations`, `eot_iter`, …).
+
+        Raises:
+            ValueError: for a norm or radius that is none, a knob that no stage has, or a value that it does not take.
+        """
+        knobs.check_ball(norm, eps)
+        try:
+            stages = dict(self.make(norm, eps))
+        except TypeError as error:
+            raise ValueError(f"the attack {self.name!r} cannot be made: {error}") from error
+        for stage, attack in stages.items():
+            if not isinstance(attack, Attack):
+                raise ValueError(f"stage {stage!r} of {self.name!r} is no coupfast.evaluation.attacks.Attack, but {attack!r}")
+            if not _STAGE.fullmatch(stage) or stage in (CLEAN, JUDGE):
+                raise ValueError(f"{stage!r} is no name for a stage: small letters, digits and '-', and not {CLEAN} or {JUDGE}")
+        settings = settings or {}
+        if unused := {name for name in settings if not any(name in knobs.names(attack) for attack in stages.values())}:
+            known = sorted({name for attack in stages.values() for name in knobs.names(attack)} - {"norm", "eps"})
+            raise ValueError(
+                f"{self.name!r} has no {', '.join(sorted(unused))} to set; it has {', '.join(known) or 'nothing to set'}"
+            )
+        return {
+            stage: dataclasses.replace(attack, **{k: v for k, v in settings.items() if k in knobs.names(attack)})  # type: ignore[type-var]
+            for stage, attack in stages.items()
+        }
+
+    def options(self) -> dict[str, list[Option]]:
+        """What can be set in a word, by name: a stage's option for each stage that has it, its default the suite's."""
+        found: dict[str, list[Option]] = {}
+        for attack in self.stages().values():
+            for option in knobs.options(attack):
+                if option.field not in ("norm", "eps"):
+                    found.setdefault(option.field, []).append(option)
+        return found
+
+    @property
+    def gradient(self) -> str:
+        """The gradient of a purifier that its attacks are made for.
+
+        Raises:
+            ValueError: if they are made for several.
+        """
+        kinds = {attack.gradient for attack in self.stages().values()} - {None}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the attacks of {self.name!r} are made for different gradients of the purifier, "
+                f"{', '.join(sorted(map(str, kinds)))}: say which with `gradient`, or evaluate them one by one"
+            )
+        return str(kinds.pop()) if kinds else "exact"
+
+
+#: What is asked for as an attack: a suite's name or "package.module:NAME", or the objects themselves.
+Asked: TypeAlias = str | Attack | type[Attack] | Suite
+
+_ALL = (
+    Suite("none", lambda norm, eps: {}),
+    Suite(
+        "autoattack-standard",
+        lambda norm, eps: {
+            "apgd-ce": APGD(norm, eps),
+            "apgd-t": TargetedAPGD(norm, eps),
+            "fab-t": FABTargeted(norm, eps),
+            "square": Square(norm, eps),
+        },
+    ),
+    Suite(
+        "autoattack-rand",
+        lambda norm, eps: {
+            "apgd-ce": APGD(norm, eps, eot_iter=20),
+            "apgd-dlr": APGD(norm, eps, loss="dlr", eot_iter=20),
+        },
+    ),
+    Suite("apgd-ce", lambda norm, eps: {"apgd-ce": APGD(norm, eps)}),
+    # The 40 steps and 15 replicas of the field, and the 20 steps of COUP's Table 3, which does not state the rest legibly.
+    Suite("bpda-eot", lambda norm, eps: {"bpda-eot": BPDA(norm, eps)}),
+    Suite(
+        "bpda-eot-20",
+        lambda norm, eps: {"bpda-eot-20": BPDA(norm, eps, iterations=20)},
+        {"eot_iter": "EOT 15 is an assumption", "step_size": "the step size of 2/255 is an assumption"},
+    ),
+    Suite("pgd-eot", lambda norm, eps: {"pgd-eot": PGD(norm, eps, random_start=True)}),
+    Suite(
+        "salt-and-pepper",
+        lambda norm, eps: {"salt-and-pepper": SaltAndPepper()},
+        {"amount": "5 % of pixels is an assumption"},
+    ),
+)
+SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
+
+
+def find(asked: Asked) -> Suite:
+    """The suite that is asked for: by its name in `SUITES`, as "package.module:NAME" of an attack or a suite, or as an object.
+
+    Raises:
+        ValueError: if there is none of that name, or it is no attack; the message says which.
+    """
+    if isinstance(asked, Suite):
+        return asked
+    if isinstance(asked, Attack):
+        return _alone(type(asked), asked)
+    if isinstance(asked, type) and issubclass(asked, Attack):
+        return _alone(asked)
+    if not isinstance(asked, str):
+        raise ValueError(f"`attack` is a suite's name, an attack or a suite, got a {type(asked).__name__}")
+    if asked in SUITES:
+        return SUITES[asked]
+    if not is_reference(asked):
+        hint = did_you_mean(asked, SUITES)
+        raise ValueError(f"`attack` is one of {', '.join(SUITES)}, or package.module:NAME, got {asked!r}{hint}")
+    return find(resolve(asked, (Attack, Suite), option="attack"))
+
+
+def _alone(kind: type[Attack], attack: Attack | None = None) -> Suite:
+    """One attack as a suite."""
+    if not dataclasses.is_dataclass(kind):
+        raise ValueError(f"{kind.__name__} is to be a frozen dataclass: @dataclasses.dataclass(frozen=True) before its `class`")
+    if vars(kind).get("__annotations__") and "__dataclass_params__" not in vars(kind):
+        raise ValueError(
+            f"{kind.__name__} has fields of its own and no @dataclasses.dataclass(frozen=True) that would see them"
+        )
+    if not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ValueError(f"{kind.__name__} can be changed while it runs: make it @dataclasses.dataclass(frozen=True)")
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise ValueError(f"{kind.__name__} is no whole attack: it has no {missing}")
+    # FGSM is fgsm, RandomWalk is random-walk.
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", "-", kind.__name__).strip("-").lower()
+
+    def make(norm: str, eps: float) -> dict[str, Attack]:
+        if attack is not None:
+            return {name: attack}
+        ball = {"norm": norm, "eps": eps}
+        return {name: kind(**{field: value for field, value in ball.items() if field in knobs.names(kind)})}
+
+    return Suite(name, make)
