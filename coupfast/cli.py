@@ -34,8 +34,10 @@ from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.evaluation.runs import CLUSTERS, evaluate
 from coupfast.evaluation.spec import SEEDINGS, Spec, paper
-from coupfast.models.checkpoints import convert_score_checkpoint, file_sha256, state_dict_sha256
-from coupfast.models.zoo import classifier_names, load_classifier, load_score, score_names
+from coupfast.models.checkpoints import file_sha256, state_dict_sha256
+from coupfast.models.from_file import convert_checkpoint
+from coupfast.models.registry import described
+from coupfast.models.zoo import choices, import_references, load_classifier, load_score
 from coupfast.purify import ENGINES, GRADIENTS, GUIDANCE_GRADIENTS, PRECISIONS, PurifiedClassifier, Purifier
 from coupfast.solvers import SOLVERS
 
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 where `doctor --strict` finds a problem; 2 for a wrong argument, file or setting, after one line on
         stderr; 130 after Ctrl-C.
     """
+    import_references(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
     options.argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -407,10 +410,12 @@ def _convert(options: argparse.Namespace) -> int:
         raise ValueError(f"{target} is written as safetensors: give it that suffix, so that it is read as such")
     _refuse_existing([target], options.force)
     config = None if options.config is None else json.loads(Path(options.config).read_text())
-    convert_score_checkpoint(source, target, config=config)
+    activation = {"activation": options.activation}
+    written = convert_checkpoint(source, target, config=config, name=options.network, options=activation)
     print(
         f"{file_sha256(target)}  {target}\n"
-        f"{target.stat().st_size / 1e6:.0f} MB of averaged weights, of {source.stat().st_size / 1e6:.0f} MB in {source}"
+        f"{target.stat().st_size / 1e6:.0f} MB of weights of a {written['arch']}, of {source.stat().st_size / 1e6:.0f} MB in "
+        f"{source}"
     )
     return 0
 
@@ -609,13 +614,19 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     convert = command(
         "convert",
         _convert,
-        "Convert a score_sde checkpoint (checkpoint_8.pth) to safetensors with the averaged weights only",
+        "Convert a checkpoint to safetensors with the weights in use only (of score_sde's checkpoint_8.pth the averaged ones)",
     )
     convert.add_argument("source", metavar="SRC", help="the checkpoint; nothing in it is executed")
     convert.add_argument("target", metavar="DST", help="the .safetensors file to write")
     convert.add_argument(
-        "--config", metavar="FILE", help="JSON with the arguments of DDPMpp; without it cifar10_ddpmpp_deep_continuous"
+        "--config", metavar="FILE", help="JSON with the network's configuration; without it the checkpoint tells, or --network"
     )
+    convert.add_argument(
+        "--network",
+        metavar="NAME",
+        help=f"whose weights they are: {described('score')}, {described('classifier')}, or package.module:NAME",
+    )
+    convert.add_argument("--activation", choices=["relu", "silu"], help="of a DMWideResNet, whose weights do not tell it")
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
     for name, values in (defaults or {}).items():
         commands.choices[name].set_defaults(**values)
@@ -720,7 +731,7 @@ def _add_defense(
         "--score",
         default="cifar10-tiny",
         metavar="NAME|FILE",
-        help=f"score network: {', '.join(score_names())}, or a weight file",
+        help=f"score network: {choices('score')}",
     )
     group.add_argument("--score-weights", metavar="FILE", help="weights for a NAME that does not ship with the package")
     group.add_argument(
@@ -732,7 +743,7 @@ def _add_defense(
         "--classifier",
         default="cifar10-tiny",
         metavar="NAME|FILE",
-        help=f"classifier: {', '.join(classifier_names())}, a RobustBench name, or a weight file",
+        help=f"classifier: {choices('classifier')}",
     )
     group.add_argument("--classifier-weights", metavar="FILE", help="weights for a NAME that does not ship with the package")
     group.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="what runs the steps")

@@ -12,22 +12,19 @@ from ddpmpp_table import deep_parameters
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from coupfast.models import registry
 from coupfast.models.checkpoints import (
     CheckpointError,
-    classifier_config,
-    classifier_from_file,
-    convert_score_checkpoint,
     file_sha256,
-    read_classifier_state,
     read_safetensors,
-    read_score_checkpoint,
     read_torch,
-    score_from_file,
+    read_weights,
     state_dict_sha256,
     write_safetensors,
 )
-from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.ddpmpp import DDPMpp, read_score_checkpoint
 from coupfast.models.dm_wide_resnet import CIFAR10_MEAN, CIFAR10_STD, DMWideResNet
+from coupfast.models.from_file import classifier_from_file, convert_checkpoint, score_from_file
 from coupfast.models.wide_resnet import WideResNet
 
 CONFIG = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "image_size": 8}
@@ -74,7 +71,7 @@ def test_full_size_checkpoint_becomes_safetensors(tmp_path):
     checkpoint["model"] = OrderedDict()  # 427 MB that the reader must not need
     torch.save(checkpoint, source)
     del checkpoint
-    convert_score_checkpoint(source, converted)
+    convert_checkpoint(source, converted)
 
     source.unlink()
 
@@ -89,7 +86,7 @@ def test_full_size_checkpoint_becomes_safetensors(tmp_path):
 
 
 def test_conversion_keeps_the_origin(small_score, small_checkpoint, tmp_path):
-    convert_score_checkpoint(small_checkpoint, tmp_path / "score.safetensors", config=CONFIG)
+    convert_checkpoint(small_checkpoint, tmp_path / "score.safetensors", config=CONFIG)
     with safe_open(tmp_path / "score.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["source"] == "checkpoint_8.pth"
@@ -179,7 +176,7 @@ def test_conversion_is_whole_or_nothing(small_checkpoint, tmp_path, monkeypatch)
 
     monkeypatch.setattr("coupfast.models.checkpoints.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        convert_score_checkpoint(small_checkpoint, target, config=CONFIG)
+        convert_checkpoint(small_checkpoint, target, config=CONFIG)
     assert target.read_text() == "what was there before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_8.pth", "score.safetensors"]
 
@@ -218,7 +215,7 @@ def test_hostile_pickles_are_not_executed(writer, wrap, tmp_path):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
-    for read in (read_torch, read_score_checkpoint, score_from_file, read_classifier_state, classifier_from_file):
+    for read in (read_torch, read_score_checkpoint, score_from_file, read_weights, classifier_from_file):
         with pytest.raises(CheckpointError, match=r"weights.pt.*Nothing in it was executed"):
             read(path)
     assert not canary.exists()
@@ -299,7 +296,7 @@ def test_activation_is_given_not_guessed(tmp_path):
         classifier_from_file(path)
     assert classifier_from_file(path, activation="relu").config["activation"] == "relu"
     torch.save(WideResNet(10, 1).state_dict(), path)
-    with pytest.raises(CheckpointError, match="ReLU"):
+    with pytest.raises(CheckpointError, match="WideResNet has 'relu'"):
         classifier_from_file(path, activation="silu")
 
 
@@ -355,8 +352,9 @@ def test_wrong_depth(tmp_path):
 def test_large_architectures_are_inferred():
     with torch.device("meta"):
         for model in (WideResNet(28, 10), DMWideResNet(70, 16, 100, "silu"), WideResNet(70, 16)):
-            config = classifier_config(model.state_dict(), activation=model.config.get("activation"))
-            assert config == {k: v for k, v in model.config.items() if k not in ("mean", "std")}
+            family, config = registry.recognised(model.state_dict())
+            told = {k: v for k, v in model.config.items() if k not in ("mean", "std", "activation")}
+            assert {"arch": family.arch, **config} == told
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -381,11 +379,11 @@ def test_hash_depends_on_values_only():
 def test_a_dictionary_without_names_is_no_state_dict(tmp_path):
     torch.save({0: torch.zeros(3)}, tmp_path / "odd.pt")
     with pytest.raises(CheckpointError):
-        read_classifier_state(tmp_path / "odd.pt")
+        classifier_from_file(tmp_path / "odd.pt")
 
 
 def test_a_refused_pickle_is_not_recommended_for_unsafe_loading(tmp_path):
     torch.save({"a": PurePosixPath("x")}, tmp_path / "path.pt")
     with pytest.raises(CheckpointError) as caught:
-        read_classifier_state(tmp_path / "path.pt")
+        classifier_from_file(tmp_path / "path.pt")
     assert "weights_only" not in str(caught.value)

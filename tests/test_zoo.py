@@ -1,11 +1,11 @@
 import types
+from importlib.resources import files
 
 import pytest
 import torch
 from torch import nn
 
-import coupfast.compat
-from coupfast.models import zoo
+from coupfast.models import registry, robustbench_import, tiny
 from coupfast.models.checkpoints import CheckpointError, file_sha256, state_dict_sha256, write_safetensors
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.diffusers_unet import DiffusersScore
@@ -67,13 +67,13 @@ def test_shipped_files_are_verified(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "cifar10-tiny-score.safetensors").write_bytes(b"something else")
     (folder / "SHA256SUMS").write_text("0" * 64 + "  cifar10-tiny-score.safetensors\n")
-    monkeypatch.setattr(zoo, "files", lambda package: tmp_path)
+    monkeypatch.setattr(tiny, "files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match="cifar10-tiny-score.*SHA-256.*install coupfast again"):
         load_score("cifar10-tiny")
 
 
 def test_weights_readme_names_the_shipped_files():
-    folder = zoo.files("coupfast.models") / "weights"
+    folder = files("coupfast.models") / "weights"
     readme = (folder / "README.md").read_text()
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split()
@@ -148,7 +148,7 @@ def test_wide_resnets_by_name(name, kind, config, tmp_path):
         assert load_classifier(name, weights="random", activation="relu").config["activation"] == "relu"
         loaded = load_classifier(tmp_path / "w.pt", activation="silu")
     else:
-        with pytest.raises(ValueError, match="WideResNet, which has ReLU"):
+        with pytest.raises(ValueError, match="WideResNet has 'relu'"):
             load_classifier(name, weights="random", activation="silu")
         loaded = load_classifier(tmp_path / "w.pt")
     assert state_dict_sha256(loaded) == state_dict_sha256(model)
@@ -157,9 +157,9 @@ def test_wide_resnets_by_name(name, kind, config, tmp_path):
 
 
 def test_diffpure_checkpoints_have_their_own_architectures():
+    names = ("wrn-70-16-dropout", "wideresnet-70-16")
     with torch.device("meta"):
-        dropout = zoo.build(zoo._CLASSIFIERS["wrn-70-16-dropout"])
-        robust = zoo.build(zoo._CLASSIFIERS["wideresnet-70-16"])
+        dropout, robust = (registry.build(registry.find("classifier", name).config) for name in names)
     assert isinstance(dropout, WideResNet)
     assert dropout.mean is not None
     assert isinstance(robust, DMWideResNet)
@@ -180,7 +180,7 @@ def test_unknown_names(load, name, near, monkeypatch):
     def no_robustbench():
         raise ImportError("robustbench is not installed")
 
-    monkeypatch.setattr(coupfast.compat, "import_robustbench", no_robustbench)
+    monkeypatch.setattr(robustbench_import, "import_robustbench", no_robustbench)
     with pytest.raises(ValueError, match=f"unknown.*nearest: .*{near}"):
         load(name)
     with pytest.raises(ValueError, match="unknown.*known: .*cifar10-tiny"):
@@ -255,7 +255,7 @@ def test_real_diffusers_network():
 def robustbench():
     # Not importorskip: as it installs, RobustBench does not import without help.
     try:
-        return coupfast.compat.import_robustbench()
+        return robustbench_import.import_robustbench()
     except ImportError as error:
         pytest.skip(str(error))
 
