@@ -222,6 +222,8 @@ def existing(path: str | Path) -> Path:
 def _beside(path: Path) -> str:
     if not path.parent.is_dir():
         return f": there is no folder {str(path.parent)!r}"
+    if not path.suffix:
+        return ""
     files = sorted(file.name for file in path.parent.iterdir() if file.suffix == path.suffix and file.is_file())
     return f": {str(path.parent)!r} has {some(files)}" if files else ""
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coupfast.models.checkpoints import CheckpointError, check_tensor, read_torch, some
-from coupfast.models.registry import Config, Family, build, register
+from coupfast.models.registry import Config, Family, build, configurations, register
 
 _SQRT_2 = math.sqrt(2.0)
 _GROUP_NORM_EPS = 1e-6
@@ -396,7 +396,7 @@ def _shadow_weights(checkpoint: Any, config: Config | None) -> tuple[Config, dic
         return None
     if config is None:
         shapes = [tuple(found.shape) if isinstance(found, Tensor) else None for found in shadow]
-        fits = (named for named in NAMES.values() if list(_shapes(named).values()) == shapes)
+        fits = (named for named in configurations("DDPMpp") if list(_shapes(named).values()) == shapes)
         config = next(fits, {})
     expected = _shapes(config)
     if len(shadow) != len(expected):
@@ -422,21 +422,18 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
     # The size of the images cannot be read off the weights: what is told is whether they are those of a name.
     if "all_modules.0.weight" not in state:
         return None
-    for config in NAMES.values():
+    for config in configurations("DDPMpp"):
         if all(key in state and tuple(state[key].shape) == shape for key, shape in _shapes(config).items()):
             return config
     return None
 
-
-#: Configurations by the names that they are loaded by; {} is `cifar10_ddpmpp_deep_continuous`.
-NAMES: Mapping[str, Config] = {"cifar10-ddpmpp-deep": {}}
 
 register(
     Family(
         "DDPMpp",
         "score",
         DDPMpp,
-        names=NAMES,
+        names={"cifar10-ddpmpp-deep": {}},  # the defaults are `cifar10_ddpmpp_deep_continuous`
         needs="give `weights=` the public checkpoint_8.pth, a converted safetensors file, or 'random'",
         recognise=_recognise,
         extract=_shadow_weights,

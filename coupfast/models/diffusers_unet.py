@@ -137,7 +137,7 @@ def prediction_of(scheduler: Any) -> str:
     Raises:
         ValueError: if it is something else, or the schedule is not that of the VP-SDE with β from 0.1 to 20 and 1000 steps.
     """
-    config = scheduler.config
+    config = getattr(scheduler, "config", {})
     name = type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
@@ -157,8 +157,8 @@ def prediction_of(scheduler: Any) -> str:
         odds = math.log(found / (1 - found)) if 0.0 < found < 1.0 else -math.inf
         if not abs(odds - math.log(expected / (1 - expected))) <= _LOG_ODDS_TOLERANCE:
             raise ValueError(
-                f"the scheduler {name} (beta_schedule={config.get('beta_schedule')!r}, {len(alphas)} steps) has ᾱ = {found:.4g} "
-                f"at step {label}, where the VP-SDE has {expected:.4g}: labels 999 t would mean other noise to this network. "
+                f"the scheduler {name} (beta_schedule={config.get('beta_schedule')!r}, {len(alphas)} steps) has "
+                f"ᾱ = {found:.4g} at step {label}, where the VP-SDE has {expected:.4g}: labels 999 t would mean other noise to this network. "
                 "Wrap it in a module that translates the labels to steps of equal ᾱ"
             )
     return prediction

@@ -21,6 +21,7 @@ from coupfast.models.checkpoints import (
     write_safetensors,
 )
 from coupfast.models.defaults import plain_defaults
+from coupfast.models.imported import import_named_module, split_reference
 from coupfast.models.registry import KINDS, Config, Family, Kind, Named
 from coupfast.models.wrappers import averaging_counts, find_weights, normalisation, state_dicts
 
@@ -160,8 +161,11 @@ def convert_checkpoint(
 
 
 def _config_of(kinds: Sequence[Kind], name: str, options: Mapping[str, Any]) -> Config:
+    if (reference := split_reference(name)) is not None:
+        import_named_module(reference[0])
+        name = reference[1]
     for kind in kinds:
-        named = registry.find(kind, name, options)
+        named = registry.find_known(kind, name, options)
         if named is not None and named.config is not None:
             return named.config
     raise ValueError(f"{name!r} names no network with a configuration; such are {', '.join(map(registry.described, kinds))}")

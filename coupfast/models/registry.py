@@ -179,12 +179,12 @@ def register(entry: Family | Names) -> None:
 
 
 def register_score(arch: str | None = None, **fields: Any) -> Callable[[Network], Network]:
-    """Register a class of score networks; keyword arguments are the fields of its `Family`, `arch` the class's name if not given."""
+    """Register a class of score networks; keyword arguments are fields of its `Family`, `arch` its own name if not given."""
     return _decorator("score", arch, fields)
 
 
 def register_classifier(arch: str | None = None, **fields: Any) -> Callable[[Network], Network]:
-    """Register a class of classifiers; keyword arguments are the fields of its `Family`, `arch` the class's name if not given."""
+    """Register a class of classifiers; keyword arguments are fields of its `Family`, `arch` its own name if not given."""
     return _decorator("classifier", arch, fields)
 
 
@@ -215,6 +215,14 @@ def family_of(arch: object) -> Family:
             "imported: name it as package.module:NAME"
         )
     return _families[arch]
+
+
+def configurations(arch: str) -> list[Config]:
+    """The configurations of an architecture (without `arch`) that have names."""
+    family = family_of(arch)
+    known = [named.config for source in sources(family.kind) for name in source.listed() if (named := source.find(name, {}))]
+    of_names = [config for config in known if config is not None and config["arch"] == arch]
+    return [*family.names.values(), *({key: value for key, value in config.items() if key != "arch"} for config in of_names)]
 
 
 def recognised(state: Mapping[str, Tensor]) -> tuple[Family, Config] | None:

@@ -39,7 +39,8 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
     first, last = state.get("layer1.0.conv1.weight"), state.get("linear.weight")
     if first is None or last is None or tuple(first.shape) != (64, 64, 3, 3) or last.ndim != 2 or last.shape[1] != 512:
         return None
-    two_blocks = (f"layer{group}.1.conv2.weight" in state and f"layer{group}.2.conv1.weight" not in state for group in range(1, 5))
+    groups = [f"layer{group}" for group in range(1, 5)]
+    two_blocks = (f"{group}.1.conv2.weight" in state and f"{group}.2.conv1.weight" not in state for group in groups)
     # Pre-activation ResNets have these names, too, but no batch norm after the first convolution.
     if "bn1.weight" not in state or not all(two_blocks):
         return None

@@ -189,10 +189,10 @@ def as_network(kind: Kind, value: object) -> nn.Module:
     """
     if (model := registry.adopted(kind, value)) is not None:
         return model
+    if registry.adopted(other := _OTHER[kind], value) is not None:
+        raise TypeError(f"a {type(value).__name__} is a {KINDS[other]}, not a {KINDS[kind]}: are the two swapped?")
     if not isinstance(value, nn.Module):
-        raise TypeError(
-            f"a {KINDS[kind]} is a name, the path of a file or an nn.Module, got {type(value).__name__}"
-        )
+        raise TypeError(f"a {KINDS[kind]} is a name, the path of a file or an nn.Module, got {type(value).__name__}")
     _check_kind(kind, value)
     return value
 
@@ -208,10 +208,10 @@ def _loaded(kind: Kind, source: object, weights: str | Path | None, options: Map
         return _by_reference(kind, *reference, weights, options, seed)
     if (known := registry.find_known(kind, name, options)) is not None:
         return _by_name(known, weights, seed)
-    if path.is_dir() and (network := registry.from_folder(kind, path)) is not None:
+    if name and path.is_dir() and (network := registry.from_folder(kind, path)) is not None:
         _refuse_weights(weights, "the folder has them")
         return network
-    if path.exists() or _is_path(source):
+    if name and (path.exists() or _is_path(source)):
         path = existing(path)
         _refuse_weights(weights, "the file has them")
         given = {option: value for option, value in options.items() if option != "threat_model"}
