@@ -1,4 +1,4 @@
-"""The surroundings in which networks are made: what a process has set as torch's defaults must not change what is loaded."""
+"""The surroundings in which networks are made: torch's defaults and modes in a process must not change what is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -19,3 +20,22 @@ def plain_defaults() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+def without_inference_tensors(model: nn.Module) -> nn.Module:
+    """The module, with ordinary tensors in the place of weights that were made in inference mode: those allow no gradient."""
+    made: dict[int, Tensor] = {}  # tied weights stay tied
+
+    def ordinary(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            value = tensor.clone()
+            made[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+        return made[id(tensor)]
+
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        tensors[name] = ordinary(tensor)
+    return model

@@ -175,8 +175,8 @@ def _read_folder(folder: Path) -> nn.Module | None:
     path = next((inner / name for name in _WEIGHT_FILES if (inner / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{inner} has a config.json of a UNet2DModel and no weights: {' or '.join(_WEIGHT_FILES)}")
-    content, _ = read_weights(path)
     with plain_defaults():
+        content, _ = read_weights(path)
         network = _build(**config)
         extracted = _extract(content, {})
         if extracted is None:

@@ -89,8 +89,8 @@ def network_from_file(
     Raises:
         FileNotFoundError, CheckpointError: as `score_from_file`.
     """
-    content, stored = read_weights(path)
-    with _naming(path):
+    with plain_defaults(), _naming(path):
+        content, stored = read_weights(path)
         if config is None and stored is not None:
             config = _agreed(stored, options or {})
         if config is None:
@@ -102,8 +102,7 @@ def network_from_file(
                 raise _other_kind(family, kind)
         if mean is not None or std is not None:
             config = {**config, "mean": mean, "std": std}
-        with plain_defaults():
-            return _filled(content, layout, config, path)
+        return _filled(content, layout, config, path)
 
 
 def fill_named(named: Named, path: str | Path) -> nn.Module:
@@ -114,8 +113,8 @@ def fill_named(named: Named, path: str | Path) -> nn.Module:
     """
     if named.config is not None:
         return network_from_file(path, named.kind, config=named.config)[0]
-    content, _ = read_weights(path)
     with plain_defaults(), _naming(path):
+        content, _ = read_weights(path)
         model = named.build(0)
         state, front = _beside(*_fitting(content, model), model)
         load_state(model, state, path, may_lack=named.may_lack)

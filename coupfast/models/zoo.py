@@ -18,7 +18,7 @@ from torch import nn
 from coupfast.models import registry
 from coupfast.models.adapters import NoiseFrom
 from coupfast.models.checkpoints import existing
-from coupfast.models.defaults import plain_defaults
+from coupfast.models.defaults import plain_defaults, without_inference_tensors
 from coupfast.models.from_file import fill_named, network_from_file
 from coupfast.models.imported import import_named_module, split_reference
 from coupfast.models.registry import KINDS, Kind, Named
@@ -101,7 +101,8 @@ def load_score(
               is a scheduler, what it says of prediction and noise schedule is heeded;
             * ``"package.module:NAME"`` or ``"folder/file.py:NAME"``: a name that this module registers (`registry.py`), a
               network in it, or a function without arguments that makes one;
-            * any other module with ``forward(x, labels)``. A module is frozen as it is, not copied.
+            * any other module with ``forward(x, labels)``. A module is frozen as it is, not copied (only weights that were made
+              in inference mode are replaced by ordinary ones).
         device: Where the network goes; None leaves modules, and puts new networks on the CPU, whatever torch's default device.
         dtype: What its weights are cast to; None leaves modules, and makes new networks float32, whatever torch's default is.
         weights: For a name: the path of its weights, or ``"random"``. None takes those that come with the name.
@@ -346,5 +347,6 @@ def _unknown(kind: Kind, name: str, options: Mapping[str, Any], missing: ImportE
 
 
 def _frozen(model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    with torch.inference_mode(False):
+        return without_inference_tensors(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
