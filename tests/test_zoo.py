@@ -367,7 +367,8 @@ def test_torch_defaults_do_not_change_what_is_loaded(seed, tmp_path):
         yield load_classifier(tmp_path / "w.pt")
 
     model = WideResNet(10, 1, mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1)).double()
-    torch.save({"0.mean": model.mean, "0.std": model.std} | {f"1.{k}": v for k, v in model.state_dict().items()}, tmp_path / "w.pt")
+    weights = {f"1.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"0.mean": model.mean, "0.std": model.std} | weights, tmp_path / "w.pt")
     expected = [state_dict_sha256(network) for network in networks()]
     try:
         torch.set_default_dtype(torch.float64)

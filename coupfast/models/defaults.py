@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def without_inference_tensors(model: nn.Module) -> nn.Module:
 
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
+            tensors: dict[str, Any]
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_inference():

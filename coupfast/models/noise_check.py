@@ -39,7 +39,7 @@ EXPLAINED = 0.5
 CONTRAST = 0.05
 #: Errors at other labels, as shares of that at 999 t.
 LABEL_WARNING, LABEL_REFUSAL = 0.6, 1 / 3
-#: Mean squared errors of the noise: below the first a network serves, whatever the labels; above the second one is no predictor.
+#: Mean squared errors of the noise: below the first a network serves, whatever its labels; above the second it predicts nothing.
 GOOD_ERROR, WEAK_ERROR = 0.08, 0.25
 
 _IMAGES = 2
@@ -57,20 +57,20 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
 
     Args:
         score: (x_t, labels) → eps_hat, in eval mode.
-        x: Images in [0, 1], (batch, channels, height, width), in the dtype and on the device of the network, of the kind that it
-            was trained on; the first two are used. On images of noise a predictor of anything is a poor one, and nothing is told.
+        x: Images in [0, 1], (batch, channels, height, width), in the dtype and on the device of the network, of the kind that
+            it was trained on; the first two are used. On images of noise every predictor is a poor one, and nothing is told.
         sde: The schedule; None is the published one.
 
     Raises:
-        ValueError: if it predicts v, x₀ or −ε, or the noise at labels of another scale; the message says what, how it was told, and
-            what to do.
+        ValueError: if it predicts v, x₀ or −ε, or the noise at labels of another scale; the message says what, how that was
+            told, and what to do.
         TypeError: if it takes whole labels only.
 
     Warns:
-        UserWarning: if other labels give a much smaller error (a cosine schedule), or fractions of labels are cut off or rounded.
+        UserWarning: if other labels give a smaller error by far (a cosine schedule), or fractions of labels are cut off.
 
-    Cost: three calls of two images; for a network whose error is not small, or that rounds its labels, up to 15 calls of one or two
-    more. torch's generators are not used.
+    Cost: three calls of two images and three of one; ten more of two for a network whose error is not small. torch's generators
+    are not used.
     """
     sde = sde or VPSDE()
     x0 = 2.0 * x[:_IMAGES].detach() - 1.0
@@ -153,8 +153,8 @@ def _message(other: str) -> str:
     if other in ("v_prediction", "sample"):
         advice = f"load_score(network, prediction={other!r}) makes the noise of it"
     return (
-        f"the score network does not predict the noise, but {_WHAT[other]}: of noised images of known noise its output has those "
-        f"shares; {advice}"
+        f"the score network does not predict the noise, but {_WHAT[other]}: of noised images of known noise its output has "
+        f"those shares; {advice}"
     )
 
 
@@ -192,7 +192,7 @@ def _labels(x0: Tensor, label: float) -> Tensor:
 
 
 def _cosine_time(alpha_bar: float) -> float:
-    """t of the cosine schedule with that ᾱ = cos²(π/2 (t + 0.008)/1.008) (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
+    """t where cos²(π/2 (t + 0.008)/1.008) is that ᾱ: the cosine schedule of Nichol and Dhariwal 2021, arXiv:2102.09672."""
     return math.acos(math.sqrt(alpha_bar)) * 2.0 / math.pi * 1.008 - 0.008
 
 
@@ -205,8 +205,8 @@ def _check_fractions(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE) ->
         how = "cuts off" if torch.equal(between, below) else "rounds"
         advice = "; load_score(network, whole_labels=True) gives it the nearest step" if how == "cuts off" else ""
         warnings.warn(
-            f"the score network {how} fractions of labels (99.9 is to it {'99' if how == 'cuts off' else '100'}): its times are "
-            f"off by up to {'1' if how == 'cuts off' else '0.5'}/999{advice}",
+            f"the score network {how} fractions of labels (99.9 is to it {'99' if how == 'cuts off' else '100'}): its times "
+            f"are off by up to {'1' if how == 'cuts off' else '0.5'}/999{advice}",
             UserWarning,
             stacklevel=3,
         )
