@@ -83,7 +83,7 @@ def _purify(options: argparse.Namespace) -> int:
         raise ValueError(f"`--batch` is a number of images, at least 1, got {options.batch}")
     if len(set(options.draw)) != len(options.draw):
         raise ValueError(f"`--draw` has an index twice: {' '.join(map(str, options.draw))}")
-    images = _load(options.inputs, options.limit)
+    images = _load(options.inputs, options.limit, options.channels)
     ids = torch.arange(options.first_id, options.first_id + len(images.x))
     if options.first_id < 0 or int(ids[-1]) >= 2**32:
         raise ValueError(f"`--first-id` and the ids after it are in [0, 2**32), got {options.first_id}")
@@ -212,10 +212,10 @@ class _Images:
         return np.concatenate(self.label_parts) if len(self.label_parts) == len(self.parts) else None
 
 
-def _load(inputs: Sequence[str], limit: int | None) -> _Images:
+def _load(inputs: Sequence[str], limit: int | None, channels: int | None = None) -> _Images:
     images = _Images()
     for source in inputs:
-        x, y = load_images(source, limit=limit)
+        x, y = load_images(source, limit=limit, channels=channels, labels_needed=False)
         if images.parts and x.shape[1:] != images.parts[0].shape[1:]:
             found, first = ("x".join(map(str, shape[1:])) for shape in (x.shape, images.parts[0].shape))
             raise ValueError(f"the images of {source} are {found}, those of {inputs[0]} {first}; purify them separately")
@@ -518,6 +518,9 @@ def _parser(defaults: Mapping[str, Mapping[str, Any]] | None = None) -> argparse
     )
     purify.add_argument("--force", action="store_true", help="replace files that exist")
     purify.add_argument("--limit", type=int, metavar="N", help="take at most the first N images of each input")
+    purify.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 keeps grey image files grey; 3: RGB, of grey ones three equal channels"
+    )
     purify.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; same noise, another rounding")
     purify.add_argument("--first-id", type=int, default=0, metavar="ID", help="id of the first image; the others count on")
     purify.add_argument(

@@ -35,8 +35,8 @@ def without_inference_tensors(model: nn.Module) -> nn.Module:
 
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules():
-            tensors: dict[str, Any]
-            for tensors in (module._parameters, module._buffers):
+            both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in both:
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_inference():
                         tensors[name] = ordinary(tensor)

@@ -158,8 +158,8 @@ def prediction_of(scheduler: Any) -> str:
         if not abs(odds - math.log(expected / (1 - expected))) <= _LOG_ODDS_TOLERANCE:
             raise ValueError(
                 f"the scheduler {name} (beta_schedule={config.get('beta_schedule')!r}, {len(alphas)} steps) has "
-                f"ᾱ = {found:.4g} at step {label}, where the VP-SDE has {expected:.4g}: labels 999 t would mean other noise to this "
-                "network. Wrap it in a module that translates the labels to steps of equal ᾱ"
+                f"ᾱ = {found:.4g} at step {label}, where the VP-SDE has {expected:.4g}: labels 999 t would mean other noise to "
+                "this network. Wrap it in a module that translates the labels to steps of equal ᾱ"
             )
     return prediction
 

@@ -39,7 +39,7 @@ EXPLAINED = 0.5
 CONTRAST = 0.05
 #: Errors at other labels, as shares of that at 999 t.
 LABEL_WARNING, LABEL_REFUSAL = 0.6, 1 / 3
-#: Mean squared errors of the noise: below the first a network serves, whatever its labels; above the second it predicts nothing.
+#: Mean squared errors of the noise: below the first a network serves, whatever its labels; above the second it tells nothing.
 GOOD_ERROR, WEAK_ERROR = 0.08, 0.25
 
 _IMAGES = 2
