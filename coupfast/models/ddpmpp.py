@@ -5,7 +5,7 @@
 A U-Net of BigGAN-style residual blocks without resampling filters, every residual sum divided by sqrt(2). The default
 configuration is `cifar10_ddpmpp_deep_continuous`: 106,632,579 parameters in 956 tensors. The labels reach the network
 only through one vector per residual block, `Dense_0(SiLU(temb))`; `time_projections` computes them, `denoise` is the
-rest, and an engine that knows its time grid calls the first once per grid.
+rest. Engines know nothing of that: they find in a trace of any network what its labels alone decide.
 
 Here are also the names that it is loaded by, how its weight files are recognised (by the names and shapes of its tensors, or as
 a score_sde checkpoint, whose averaged weights are a list without names), and its random weights.
