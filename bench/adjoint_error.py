@@ -3,8 +3,9 @@
 COUP on the shipped trained networks, on the first images of CIFAR-10's test set that the demo has. The gradient of the summed
 cross-entropy of the purified, clipped images with respect to the images, by torchsde's `sdeint_adjoint` with the guidance
 detached, as COUP's code has it, against the exact gradient of the same forward steps on the same noise, guidance and Hessian
-included. In float64, so that no rounding is in it. Of each image, then averaged: `cosine`, `rel_error` = |v − v*| / |v*|, and
-`sign_agreement`, the share of pixels whose gradient has the right sign. The rows:
+included. Times, σ and noise are in float64, networks in float32 (`--dtype float64` tells what that rounds). Of each image, then
+averaged: `cosine`, `rel_error` = |v − v*| / |v*|, and `sign_agreement`, the share of pixels whose gradient has the right sign.
+The rows:
 
 * `steps`: `--num-steps` equal ones, and those of published code (1e-3, the last one shorter). The backward pass walks the
   forward grid back (`purify_ref(adjoint="frozen")`, which is `gradient="adjoint"` of a purifier). `after_first_step` has the
@@ -12,14 +13,14 @@ included. In float64, so that no rounding is in it. Of each image, then averaged
 * `end`: steps of 1e-3 that end at `--t-end`, from the first `--t`. `stiffness` is h β/σ² of the first backward step: where the
   score is that of noise of width σ around an image, that step multiplies v by about 1 − h β/σ².
 * `shifted`, beside the published steps: what published code (`purify_published`) does, which steps back by 1e-3 from t = 1e-5,
-  so that its backward grid lies beside the forward one, on the same Brownian path. `rel_difference` is |v − v'| / |v'|, with v'
-  the gradient that walks the forward grid back: what the shift alone does.
-* `float32`: published code in float32, as published, from the first `--t`: with its rounding of time and of σ. `walked_back`
-  and the truth are in float64 on its times and increments.
+  so that its backward grid lies beside the forward one, on the same Brownian path. Time is in float64 here, so that
+  `rel_difference` = |v − v'| / |v'|, with v' the gradient that walks the forward grid back, is the shift's doing.
+* `float32`: published code in float32, as published, from the first `--t`: with its rounding of time and of σ, which
+  `walked_back` and the truth, on its times and increments, do not have.
 
-Every row has a Brownian path of its own, from one seed. Nothing is printed unless, on one image: the exact gradient
-is that of `coupfast.purify(gradient="exact")`, the continuous adjoint that of `gradient="adjoint"`, both to rounding, and
-published code that walks a grid which ends on a whole step is `purify_ref(adjoint="frozen")`. Otherwise it exits with 1.
+Every row has a Brownian path of its own, from one seed. Nothing is printed, and the exit status is 1, unless on one image, in
+float64 and to rounding: the exact gradient is that of `coupfast.purify(gradient="exact")`, the continuous adjoint that of
+`gradient="adjoint"`, and published code on a grid that ends on a whole step is `purify_ref(adjoint="frozen")`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ PARITY_T = 0.06  # three steps from there tell
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """Frozen networks in float64, images in [0, 1] and their labels."""
+    """Frozen networks and images in [0, 1] of one dtype, and labels."""
 
     score: nn.Module
     classifier: nn.Module
@@ -67,6 +68,10 @@ class Case:
     def cotangent(self, x_k: torch.Tensor) -> torch.Tensor:
         point = x_k.detach().requires_grad_()
         return torch.autograd.grad(self.loss(point), point)[0]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        score, classifier = (copy.deepcopy(network).to(dtype) for network in (self.score, self.classifier))
+        return Case(score, classifier, self.x.to(dtype), self.y)
 
     def first(self) -> Case:
         return dataclasses.replace(self, x=self.x[:1], y=self.y[:1])
@@ -115,11 +120,11 @@ def walked_back(case: Case, grid: np.ndarray, noise: torch.Tensor, w: torch.Tens
 
 
 def published(case: Case, *, t: float, t_end: float, entropy: int, dtype: torch.dtype, w: torch.Tensor) -> torch.Tensor:
-    """The same by published code, in `dtype`; in float64 for the result."""
-    score, classifier = (copy.deepcopy(network).to(dtype) for network in (case.score, case.classifier))
-    x_0 = (2.0 * case.x - 1.0).to(dtype).requires_grad_()
-    x_k = purify_published(x_0, score, classifier, t=t, t_end=t_end, adjoint_params="none", entropy=entropy)
-    return torch.autograd.grad(x_k, x_0, w.to(dtype))[0].double()
+    """The same by published code, in `dtype`."""
+    case = case.to(dtype)
+    x_0 = (2.0 * case.x - 1.0).requires_grad_()
+    x_k = purify_published(x_0, case.score, case.classifier, t=t, t_end=t_end, adjoint_params="none", entropy=entropy)
+    return torch.autograd.grad(x_k, x_0, w.to(dtype))[0]
 
 
 def steps_to(t: float, t_end: float) -> np.ndarray:
@@ -159,7 +164,7 @@ class Brownian:
 
 
 def errors(v: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
-    v, truth = v.flatten(1), truth.flatten(1)
+    v, truth = v.double().flatten(1), truth.double().flatten(1)
     cosine = nn.functional.cosine_similarity(v, truth)
     return {
         "cosine": float(cosine.mean()),
@@ -172,13 +177,14 @@ def errors(v: torch.Tensor, truth: torch.Tensor) -> dict[str, Any]:
 
 def relative(v: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """|v − truth| / |truth|, (batch,)."""
-    return (v - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    v, truth = v.double().flatten(1), truth.double().flatten(1)
+    return (v - truth).norm(dim=1) / truth.norm(dim=1)
 
 
 def walk_row(case: Case, grid: np.ndarray, entropy: int, *, steps: str) -> dict[str, Any]:
     """`steps`: "equal", "published" or "cut" (those of 1e-3, which end before t = 1e-5)."""
     t, t_end, h = float(grid[0]), float(grid[-1]), float(grid[-2] - grid[-1])
-    noise = Brownian(case.x, t, t_end, entropy).noise(grid)
+    noise = Brownian(case.x, t, t_end, entropy).noise(grid).to(case.x.dtype)
     found = exact(case, grid, noise)
     v = walked_back(case, grid, noise, found.w)
     row = {
@@ -186,7 +192,6 @@ def walk_row(case: Case, grid: np.ndarray, entropy: int, *, steps: str) -> dict[
         "num_steps": len(grid) - 1,
         "t_end": t_end,
         "steps": steps,
-        "dtype": "float64",
         "stiffness": float(h * VPSDE().beta(t_end) / VPSDE().sigma(t_end) ** 2),
         **errors(v, found.v),
     }
@@ -200,7 +205,7 @@ def walk_row(case: Case, grid: np.ndarray, entropy: int, *, steps: str) -> dict[
 
 def float32_row(case: Case, t: float, entropy: int) -> dict[str, Any]:
     grid = parity_grid(t)
-    noise = Brownian(case.x, t, T_END, entropy, torch.float32).noise(grid)
+    noise = Brownian(case.x, t, T_END, entropy, torch.float32).noise(grid).to(case.x.dtype)
     found = exact(case, grid, noise)
     back = walked_back(case, grid, noise, found.w)
     v = published(case, t=t, t_end=T_END, entropy=entropy, dtype=torch.float32, w=found.w)
@@ -209,7 +214,6 @@ def float32_row(case: Case, t: float, entropy: int) -> dict[str, Any]:
         "num_steps": len(grid) - 1,
         "t_end": float(grid[-1]),
         "steps": "published",
-        "dtype": "float32",
         "walked_back": errors(back, found.v),
         "shifted": {**errors(v, found.v), **differences(v, back)},
     }
@@ -226,7 +230,7 @@ def differences(v: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 def parity(case: Case, seed: int) -> dict[str, float]:
     """Relative differences of what must be equal but for rounding, on one image."""
-    case, t = case.first(), PARITY_T
+    case, t = case.first().to(torch.float64), PARITY_T
     grid = time_grid(t, 3)
     noise = Brownian(case.x, t, T_END, seed).noise(grid)
     found = exact(case, grid, noise)
@@ -259,12 +263,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     x, y = load_images("cifar10-20", limit=options.images)
     assert y is not None
     networks = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
-    case = Case(*(network.double().requires_grad_(False) for network in map(copy.deepcopy, networks)), x.double(), y)
+    case = Case(*(copy.deepcopy(network).requires_grad_(False) for network in networks), x, y)
+    case = case.to(getattr(torch, options.dtype))
     settings = {
         "images": len(x),
         "t": options.t,
         "num_steps": options.num_steps,
         "t_end": options.t_end,
+        "dtype": options.dtype,
         "seed": options.seed,
         "weights": dict(zip(("score", "classifier"), map(state_dict_sha256, networks), strict=True)),
     }
@@ -310,8 +316,8 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None
 
     print(f"torchsde's continuous adjoint against the exact gradient, COUP, cifar10-tiny, {options.images} images, means:")
     for name, row in rows.items():
-        walked = row if row["dtype"] == "float64" else row["walked_back"]
-        line(name, walked, f"  h β/σ² {row['stiffness']:.3g}" if "stiffness" in row else "  forward grid walked back, float64")
+        walked = row.get("walked_back", row)
+        line(name, walked, f"  h β/σ² {row['stiffness']:.3g}" if "stiffness" in row else "  forward grid walked back")
         if "after_first_step" in row:
             line("    its first backward step exact", row["after_first_step"])
         if "shifted" in row:
@@ -351,6 +357,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=[1e-4, 1e-3, 1e-2],
         help="times at which the grid ends, in [1e-5, t) (default: 1e-4 1e-3 1e-2, beside 1e-5, where published code ends)",
     )
+    add("--dtype", choices=["float32", "float64"], default="float32", help="of the networks (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the Brownian path (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     add("--json", type=Path, help="write rows to this file, and go on from it if it is there")
