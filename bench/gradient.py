@@ -4,25 +4,28 @@ Method COUP, forward and backward pass, in turns within one run. The modes:
 
 * `published`: torchsde's `sdeint_adjoint` as COUP's code calls it: every parameter requires a gradient, whose integrals the
   backward pass solves for; the guidance is taken by `.backward(retain_graph=True)` on a detached copy, so H is missing;
-* `published-differentiated`: the same adjoint with the guidance differentiated (`purify_ref(adjoint="parameters")`);
+* `published-differentiated`: that adjoint with the guidance differentiated (`purify_ref(adjoint="parameters")`: it walks the
+  forward grid back, where `published` steps back by 1e-3 from where the run ends; `adjoint_error.py` says what that does);
 * `frozen`: `published` with frozen networks and `adjoint_params=()`: the best that torchsde's adjoint can do;
-* `frozen-differentiated`: the same with the guidance differentiated;
+* `frozen-differentiated`: `published-differentiated` with frozen networks and `adjoint_params=()`;
 * `back-propagation`: through torchsde's plain loop, all steps in memory, networks frozen;
 * `double-backward`: the discrete adjoint in eager PyTorch, one step recomputed at a time, Hessian-vector products by double
   back-propagation;
 * `exact`, `detached`: `coupfast.Purifier` with that `guidance_gradient`, one row per engine.
 
-All take the published run's path (`cases.published_path`). Errors are against the discrete gradient of exactly those steps
-in float64, means over images: `rel_error` = |v − v64| / |v64|, `cosine`, and `sign_agreement`, the share of pixels whose
-gradient has the right sign. v is the gradient with respect to the image in [0, 1] of ⟨w, purified image⟩. All modes have the
-same w: the gradient of the classifier's cross-entropy at the float64 result, scaled to a root mean square of 1.
+All take the published run's path in the published steps of 1e-3 (`cases.published_path`): the error of torchsde's adjoint
+depends strongly on them. Errors are against the discrete gradient of exactly those steps in float64, means over images:
+`rel_error` = |v − v64| / |v64|, `cosine`, and `sign_agreement`, the share of pixels whose gradient has the right sign. v is the
+gradient with respect to the image in [0, 1] of ⟨w, purified image⟩. All modes have the same w: the gradient of the
+classifier's cross-entropy at the float64 result, scaled to a root mean square of 1.
 `rounding` is the relative error against the same mode in float64 (None for torchsde's adjoints). An engine whose `rounding`
 is over 4 times that of float32 back-propagation (or of `double-backward`, if that mode is left out) gets no times, and the
 command exits with 1. With a trained classifier it may be 1e-3 in any case: a ReLU that lies on its kink to within rounding
 may fall on the other side, which moves the Hessian by up to a percent; the tests check more closely, under equal masks.
 
 Where only the first K of N steps are taken (`scaled`: the default for the paper's networks on a CPU; `--full` takes all),
-errors are those of K steps, whereas times are stated for N: a forward pass through torchsde times (N + 1) / (K + 1), since it
+errors are those of K steps, which for torchsde's adjoint are much less than those of N (the last step, to t = 1e-5, makes most
+of its error), whereas times are stated for N: a forward pass through torchsde times (N + 1) / (K + 1), since it
 evaluates the drift once more than it takes steps, all else times N / K.
 
 `peak_bytes` is the peak of PyTorch's allocator above the weights for all N steps. It grows by the same amount with every
