@@ -9,10 +9,10 @@ import torch
 
 from coupfast.sde import VPSDE, time_grid
 from coupfast.solvers import euler_maruyama
-from coupfast_kernels.convolution import Operations
-from coupfast_kernels.cpu_guided_step import guided_step_cpu, guided_step_structure, set_row
 from coupfast_kernels.guided_step import guided_step_ref
+from coupfast_kernels.guided_step.cpu import guided_step_cpu, guided_step_structure, set_row
 from coupfast_kernels.noise import SECOND_NOISE_STEP, standard_normal_ref
+from coupfast_kernels.operations import Operations
 
 SEED, STEP = 0x0123456789ABCDEF, 7
 

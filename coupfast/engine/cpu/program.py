@@ -12,8 +12,8 @@ from coupfast.engine.cpu.networks import CpuNetworks
 from coupfast.engine.protocol import Keep
 from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
 from coupfast.noise import CounterNoise, Noise
-from coupfast_kernels.cpu_guided_step import guided_step_cpu
 from coupfast_kernels.guided_step import guided_step_ref
+from coupfast_kernels.guided_step.cpu import guided_step_cpu
 
 
 @dataclasses.dataclass

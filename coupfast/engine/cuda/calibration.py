@@ -33,7 +33,7 @@ from coupfast.engine.cuda.flat import flatten
 from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
-from coupfast_kernels.conv3x3 import conv3x3, pack_weight
+from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ class _Compiled:
 
 
 class _Triton:
-    """`coupfast_kernels.conv3x3` at one precision of its products."""
+    """`coupfast_kernels`' `conv3x3` at one precision of its products."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision
