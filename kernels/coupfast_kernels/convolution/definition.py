@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+#: Relative error, in the Euclidean norm and against float64, of a convolution that passes for float32: what Winograd's F(4 × 4)
+#: makes of a layer at its usual points. Three TF32 products for one leave out 2⁻²¹ of each at most, and float32 sums of 4608
+#: terms of random signs round by less: both stay well below. It refuses what is wrong, and plain TF32.
+FLOAT32_LIMIT = 1e-5
+#: The same of one TF32 product, of factors with 11 bits. Random data lose 3e-4 of the result's norm where they are rounded,
+#: 8e-4 where they are truncated, which tensor cores may do to operands that nobody rounded (`tests/test_cuda_calibration.py`
+#: computes both).
+TF32_LIMIT = 2e-3
+
 
 def conv2d_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
     """The definition: PyTorch's convolution with zero padding kernel // 2, in the dtype of `x`."""

@@ -81,10 +81,10 @@ _most: int | None = None  # configs that are tried
 
 
 @contextlib.contextmanager
-def trying(most: int) -> Iterator[None]:
-    """Try that many configs of a shape and no more, where a result counts and not its time: each takes seconds to compile.
+def trying(most: int | None) -> Iterator[None]:
+    """Try that many configs of a shape and no more, where a result counts and not its time; None tries all.
 
-    For all threads: a backward pass on a GPU runs in one of its own.
+    Each takes seconds to compile. For all threads: a backward pass on a GPU runs in one of its own.
     """
     global _most
     before, _most = _most, most
