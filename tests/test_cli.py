@@ -225,7 +225,7 @@ def test_interrupted(monkeypatch, capsys):
 
 
 def test_doctor(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(doctor, "_cases", lambda: iter([("reverse-sde", {"method": "reverse-sde"}, "silu")]))
+    monkeypatch.setattr(doctor.engines, "cases", lambda: iter([("reverse-sde", {"method": "reverse-sde"}, "silu")]))
     target = tmp_path / "new" / "doctor.json"
     assert run("doctor", "--strict", "--json", target) == 0
     assert "All checks passed" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_doctor(monkeypatch, tmp_path, capsys):
     assert run("doctor", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
-    monkeypatch.setattr(doctor, "NORMALS_SHA256", "0" * 64)
+    monkeypatch.setattr(doctor.shipped, "NORMALS_SHA256", "0" * 64)
     assert run("doctor") == 0
     assert "PROBLEM  noise on cpu" in capsys.readouterr().out
     assert run("doctor", "--strict") == 1

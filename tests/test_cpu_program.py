@@ -15,8 +15,8 @@ from coupfast.engine.cpu.parts import FusedNetwork
 from coupfast.engine.cpu.placement import Workspace
 from coupfast.guidance import PiecewiseLinearGraph, scaled_logits
 from coupfast.tracing import trace
-from coupfast_kernels import convolution as kernels
 from coupfast_kernels import native
+from coupfast_kernels.convolution import cpu as kernels
 
 REASON = native.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")

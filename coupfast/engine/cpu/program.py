@@ -13,8 +13,8 @@ from coupfast.engine.protocol import Cotangent, Keep, State
 from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
 from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
 from coupfast.noise import CounterNoise, Noise
-from coupfast_kernels.cpu_guided_step import guided_step_cpu
 from coupfast_kernels.guided_step import guided_step_ref
+from coupfast_kernels.guided_step.cpu import guided_step_cpu
 
 
 @dataclasses.dataclass
