@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import programs_of, relu_classifier, silu_classifier, small_score
-from cpu_networks import network
+from cpu_networks import moved, network
 from test_adjoint import plain_autograd, weights
 from test_purify import definition
 from torch import nn
@@ -600,6 +600,25 @@ def test_copies(score, classifier, images):
         assert_equal(purifier(images, seed=0), expected)
     for other in (copy.deepcopy(defense), pickle.loads(pickle.dumps(defense))):
         assert_equal(other(images, draw=0), logits)
+
+
+@pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier, None])
+def test_bits_do_not_depend_on_addresses(make_classifier):
+    """`deepcopy`, pickle, `.double().float()` and loading put weights elsewhere. (The shipped networks show it, being larger.)"""
+    import coupfast
+
+    results = []
+    for offset in (0, 12):
+        if make_classifier is None:
+            score, classifier, size = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny"), 32
+        else:
+            score, classifier, size = small_score(torch.float32), make_classifier(torch.float32), 8
+        networks = moved(score, offset), moved(classifier, offset)
+        x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+        purifier = Purifier(*networks, num_steps=2, engine="cpu")
+        results.append((purifier(x, seed=0), gradient(purifier, x, seed=0)))
+    for found, expected in zip(*results, strict=True):
+        assert_equal(found, expected)
 
 
 def test_another_default_dtype(score, classifier, images):
