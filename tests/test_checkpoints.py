@@ -437,6 +437,13 @@ def test_a_normalisation_in_front_becomes_mean_and_std(wrap, family, tmp_path):
         torch.testing.assert_close(loaded.eval()(x), model(x), rtol=0, atol=0)
 
 
+def test_a_normalisation_in_front_contradicts_another(tmp_path):
+    torch.save({"0.mean": MEAN, "0.std": STD, **prefixed("1.", WideResNet(10, 1).state_dict())}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="w.pt: the file normalises with mean=.*the caller says"):
+        classifier_from_file(tmp_path / "w.pt", mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    assert classifier_from_file(tmp_path / "w.pt", mean=MEAN.tolist(), std=STD.tolist()).config["mean"] == MEAN.tolist()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

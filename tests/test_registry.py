@@ -122,6 +122,10 @@ def test_functions_and_networks_that_are_not_registered(outside, tmp_path):
     torch.save(coupfast.load_classifier("outside_models:made", seed=2).state_dict(), tmp_path / "made.pt")
     filled = coupfast.load_classifier("outside_models:made", weights=tmp_path / "made.pt")
     assert state_dict_sha256(filled) == state_dict_sha256(coupfast.load_classifier("outside_models:made", seed=2))
+    with pytest.raises(ValueError, match="`outside_models:OutsideClassifier` is a class of networks, without weights"):
+        coupfast.load_classifier("outside_models:OutsideClassifier")
+    assert zoo.needs_weights("outside_models:OutsideClassifier") and not zoo.needs_weights("outside_models:made")
+    assert coupfast.load_classifier("outside_models:OutsideClassifier", weights="random").head.out_features == 10
     assert coupfast.load_classifier("outside_models:there").head.out_features == 3
     by_file = coupfast.load_classifier(f"{outside}/outside_models.py:there")
     assert by_file is coupfast.load_classifier("outside_models:there")  # one module, however it is named

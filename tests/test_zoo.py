@@ -455,6 +455,72 @@ def test_a_table_of_time_steps_gets_whole_labels():
     torch.testing.assert_close(found, table(x, torch.tensor([100, 3])), rtol=0, atol=0)
 
 
+# --- diffusers, as the adapter sees it: stand-ins that run where it does not load ----------------------------------------
+
+
+def stand_in(name, *bases):
+    return type(name, bases, {"__module__": "diffusers.stand_in"})
+
+
+class FakeScheduler:
+    """What a scheduler says: its configuration, and ᾱ of its steps if it has any."""
+
+    def __init__(self, betas=(1e-4, 0.02, 1000), **config):
+        self.config = config
+        if betas is not None:
+            self.alphas_cumprod = torch.cumprod(1 - torch.linspace(*betas), dim=0)
+
+
+def fake_pipeline(scheduler, **parts):
+    pipeline = stand_in("SomePipeline", stand_in("DiffusionPipeline", object))()
+    pipeline.unet, pipeline.scheduler = stand_in("UNet2DModel", FakeUNet)(), scheduler
+    for name, part in parts.items():
+        setattr(pipeline, name, part)
+    return pipeline
+
+
+def test_what_a_scheduler_says_is_heeded():
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 500.0])
+    plain = load_score(fake_pipeline(FakeScheduler()))
+    torch.testing.assert_close(plain(x, labels), 2 * x + labels[:, None, None, None], rtol=0, atol=0)
+    assert (plain.image_size, plain.channels) == (8, 3)
+    for prediction in ("v_prediction", "sample"):
+        adapted = load_score(fake_pipeline(FakeScheduler(prediction_type=prediction)))
+        assert (adapted.prediction, adapted.image_size) == (prediction, 8)
+        expected = load_score(DiffusersScore(FakeUNet()), prediction=prediction)
+        torch.testing.assert_close(adapted(x, labels), expected(x, labels), rtol=0, atol=0)
+    load_score(fake_pipeline(FakeScheduler(betas=None, beta_min=0.1, beta_max=20)))
+    with pytest.raises(TypeError, match="SomePipeline is a score network, not a classifier"):
+        load_classifier(fake_pipeline(FakeScheduler()))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "error", "message"),
+    [
+        (lambda: fake_pipeline(FakeScheduler((1e-4, 0.012, 1000))), ValueError, "where the VP-SDE has"),
+        (lambda: fake_pipeline(FakeScheduler((1e-4, 0.02, 4000))), ValueError, "4000 steps"),
+        (lambda: fake_pipeline(FakeScheduler((1e-4, 0.02, 100))), ValueError, "100 steps"),
+        (lambda: fake_pipeline(FakeScheduler(None, sigma_max=1348.0)), ValueError, "another process than the VP-SDE"),
+        (lambda: fake_pipeline(FakeScheduler(prediction_type="flow")), ValueError, "prediction_type='flow'; served are epsilon"),
+        (lambda: fake_pipeline(FakeScheduler(), vae=nn.Identity()), TypeError, "is no score network of images"),
+        (lambda: fake_pipeline(FakeScheduler(), unet=None), TypeError, "found none"),
+        (lambda: fake_pipeline(FakeScheduler(), unet=nn.Identity()), TypeError, "found Identity"),
+    ],
+)
+def test_pipelines_that_do_not_serve(pipeline, error, message):
+    with pytest.raises(error, match=message):
+        load_score(pipeline())
+
+
+def test_time_steps_of_another_kind():
+    table = DiffusersScore(FakeUNet(time_embedding_type="learned"))
+    x = torch.zeros(2, 3, 8, 8)
+    found = table(x, torch.tensor([99.9, 3.2]))[:, 0, 0, 0]
+    assert found.tolist() == [100.0, 3.0]
+    with pytest.raises(ValueError, match="standard deviation of the noise"):
+        DiffusersScore(FakeUNet(time_embedding_type="fourier"))
+
+
 # --- diffusers, as it is installed -------------------------------------------------------------------------------------
 
 
@@ -462,7 +528,7 @@ def test_a_table_of_time_steps_gets_whole_labels():
 def diffusers():
     package = pytest.importorskip("diffusers")
     try:
-        _ = package.UNet2DModel
+        _ = package.UNet2DModel, package.DDPMPipeline, package.DDPMScheduler
     except RuntimeError as error:
         pytest.skip(f"diffusers does not load here: {' '.join(str(error).split())}")
     return package

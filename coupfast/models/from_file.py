@@ -102,7 +102,11 @@ def network_from_file(
                 raise _other_kind(family, kind)
         if mean is not None or std is not None:
             config = {**config, "mean": mean, "std": std}
-        return _filled(content, layout, config, path)
+        model, full = _filled(content, layout, config, path)
+        for name, given in (("mean", mean), ("std", std)):
+            if given is not None and list(given) != list(full[name]):
+                raise CheckpointError(f"the file normalises with {name}={full[name]}, the caller says {list(given)}")
+        return model, full
 
 
 def fill_named(named: Named, path: str | Path) -> nn.Module:

@@ -51,15 +51,12 @@ def needs_weights(name: str) -> bool:
 
     For names that other packages serve, which may have to be imported and fetched, the answer is False.
     """
-    reference = split_reference(name)
-    if reference is not None:
-        import_named_module(reference[0])
-    short = name if reference is None else reference[1]
-    for kind in KINDS:
-        named = registry.find_known(kind, short)
-        if named is not None and named.pretrained is None:
+    if (reference := split_reference(name)) is not None:
+        module, name = import_named_module(reference[0]), reference[1]
+        if _is_class(getattr(module, name, None)):
             return True
-    return False
+    known = (registry.find_known(kind, name) for kind in KINDS)
+    return any(named is not None and named.pretrained is None for named in known)
 
 
 def import_references(arguments: Sequence[str], options: Iterable[str] = ("--score", "--classifier", "--network")) -> None:
@@ -255,6 +252,8 @@ def _by_reference(
     if isinstance(value, nn.Module) or not callable(value):
         _refuse_weights(weights, "a module has its own")
         return as_network(kind, value)
+    if _is_class(value) and weights is None:
+        raise ValueError(f"`{module}:{name}` is a class of networks, without weights: give `weights=` a file, or 'random'")
     with plain_defaults(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -266,6 +265,10 @@ def _by_reference(
         assert weights is not None
         return fill_named(Named(name, kind, lambda seed: model), weights)
     return model
+
+
+def _is_class(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
 def _is_path(source: object) -> bool:
