@@ -67,16 +67,16 @@ from timing import Summary, interleave, launches, peak_bytes, rotated, timed, ti
 from torch import nn
 
 import coupfast
-from coupfast import adjoint
-from coupfast.defenses import METHODS, recipe
+from coupfast import integrate
 from coupfast.engine import ReplayedNoise
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.networks import frozen
 from coupfast.engine.precision import strict_float32
+from coupfast.engines import ENGINES
 from coupfast.guidance import Guidance
-from coupfast.purify import ENGINES
+from coupfast.methods import METHODS
 from coupfast.reference import purify_published, purify_ref
-from coupfast.sde import VPSDE, parity_grid
+from coupfast.sde import parity_grid
 
 METHOD = "coup"
 CONTRACT = 4.0  # `strict`: in units of the error of float32 back-propagation through the plain loop
@@ -217,11 +217,11 @@ def discrete_adjoint(
 ) -> torch.Tensor:
     """Purified images whose gradient is the discrete adjoint, one step at a time, H v by double back-propagation."""
     x_0 = 2.0 * x - 1.0
-    table = recipe(METHODS[METHOD], sde=VPSDE(), t=path.grid).table
+    table = METHODS[METHOD](t=path.grid).recipe().table
     guidance = Guidance(classifier, x_0.detach(), route="double-backward")
     program = EagerProgram(score, guidance, table, x_0.detach()[:1], differentiate_guidance)
-    run = adjoint.Run(program, ReplayedNoise(path.noise.to(x.dtype)), adjoint.Storage(piece=len(x)))
-    return (adjoint.integrate(x_0, run, gradient=True) + 1.0) * 0.5
+    run = integrate.Run(program, ReplayedNoise(path.noise.to(x.dtype)), integrate.Storage(piece=len(x)))
+    return (integrate.integrate(x_0, run, gradient=True) + 1.0) * 0.5
 
 
 def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, Any]]:

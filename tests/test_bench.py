@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from coupfast.purify import ENGINES
+from coupfast.engines import ENGINES
 from coupfast.reference import purify_published, purify_ref
 from coupfast_kernels import native
 

@@ -604,7 +604,7 @@ def test_copies(score, classifier, images):
 
 @pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier, None])
 def test_bits_do_not_depend_on_addresses(make_classifier):
-    """`deepcopy`, pickle, `.double().float()` and loading put weights elsewhere. (The shipped networks show it, being larger.)"""
+    """`deepcopy`, pickle, `.double().float()` and loading put weights elsewhere. (Shipped networks show it, being larger.)"""
     import coupfast
 
     results = []
