@@ -132,9 +132,10 @@ def benchmark_images(source: str, batch: int, *, device: torch.device, seed: int
     if source == "random":
         x = torch.rand(batch, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(seed))
     else:
-        x, _ = load_images(source, limit=batch)
+        x, _ = load_images(source)
         if len(x) < batch:
             raise ValueError(f"{source!r} has {len(x)} images, a batch of {batch} was asked for; use a smaller `--batch`")
+        x = x[:batch]
     return x.to(device)
 
 

@@ -33,6 +33,7 @@ from coupfast.engine.precision import strict_float32
 from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerprint
 from coupfast.gradients import Adjoint
 from coupfast.methods import Recipe, TableMethod, method_name
+from coupfast.models.zoo import as_network, is_adoptable
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
 from coupfast.trials import check_against, check_images, check_network, rounding_of, try_classifier, words
@@ -66,7 +67,7 @@ class Purifier(nn.Module):
                 f"method {method_name(method)!r} follows a classifier's confidence and needs `classifier`; without one use "
                 "'reverse-sde'"
             )
-        self.score = check_network(score, "score net")
+        self.score = check_network(adopted(score), "score net")
         self.classifier = check_network(classifier, "classifier") if method.guided else None
         self.num_steps = self.settings.num_steps
         self.last_seed: int | None = None
@@ -386,6 +387,11 @@ def purify(
     """
     purifier = Purifier(score, classifier, settings=settings, **keywords)
     return purifier(x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress)
+
+
+def adopted(score: Any) -> Any:
+    """A diffusers model or pipeline as `load_score` makes a score net of it; anything else as it is."""
+    return as_network("score", score) if is_adoptable("score", score) else score
 
 
 def check_seed(seed: Any) -> int:

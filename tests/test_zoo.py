@@ -501,7 +501,7 @@ def test_what_a_scheduler_says_is_heeded():
         (lambda: fake_pipeline(FakeScheduler((1e-4, 0.02, 4000))), ValueError, "4000 steps"),
         (lambda: fake_pipeline(FakeScheduler((1e-4, 0.02, 100))), ValueError, "100 steps"),
         (lambda: fake_pipeline(FakeScheduler(None, sigma_max=1348.0)), ValueError, "another process than the VP-SDE"),
-        (lambda: fake_pipeline(FakeScheduler(prediction_type="flow")), ValueError, "prediction_type='flow'; served are eps"),
+        (lambda: fake_pipeline(FakeScheduler(prediction_type="flow")), ValueError, "=.flow.; served are epsilon"),
         (lambda: fake_pipeline(FakeScheduler(), vae=nn.Identity()), TypeError, "is no score network of images"),
         (lambda: fake_pipeline(FakeScheduler(), unet=None), TypeError, "found none"),
         (lambda: fake_pipeline(FakeScheduler(), unet=nn.Identity()), TypeError, "found Identity"),

@@ -178,6 +178,11 @@ def load_classifier(
     return _frozen(_loaded("classifier", source, weights, options, seed), device, dtype)
 
 
+def is_adoptable(kind: Kind, value: object) -> bool:
+    """Whether `as_network` would make a network of another library's object."""
+    return registry.adopted(kind, value) is not None
+
+
 def as_network(kind: Kind, value: object) -> nn.Module:
     """A module as it is, or the network made of another library's object; what `load_*` do with a module, less the freezing.
 
