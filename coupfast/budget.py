@@ -50,6 +50,20 @@ class Plan:
     budget_bytes: int
     evaluations: dict[str, int]
 
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the budget."""
+        return self.peak_bytes <= self.budget_bytes
+
+    def check_fits(self) -> None:
+        """MemoryError if it does not."""
+        if not self.fits:
+            raise MemoryError(
+                f"{self.batch} images in {self.num_steps} steps need {self.least_bytes / 2**20:.0f} MiB even one image at a "
+                f"time, and half of the free memory is {self.budget_bytes / 2**20:.0f} MiB; use fewer images a call, or give "
+                "`memory_budget` in bytes"
+            )
+
     def __str__(self) -> str:
         kept = ["all states"]
         if self.storage.slopes:
@@ -62,7 +76,7 @@ class Plan:
             f"keeps {', '.join(kept)}\n"
             f"transformed weights {self.weights_bytes / 2**20:.1f} MiB; "
             f"predicted peak {self.peak_bytes / 2**20:.1f} MiB above all weights (budget {self.budget_bytes / 2**20:.1f}, "
-            f"least {self.least_bytes / 2**20:.1f})\n"
+            f"least {self.least_bytes / 2**20:.1f}){'' if self.fits else ', which does not fit'}\n"
             f"network evaluations, forward and backward: {counts}"
         )
 
@@ -142,12 +156,6 @@ def choose_storage(need: Need, budget: int | Literal["auto", "least"], allowed: 
     piece = min(need.batch, need.largest_batch or need.batch)
     while piece > 1 and need.peak(piece, False, 0) > allowed:
         piece = (piece + 1) // 2
-    if budget == "auto" and need.peak(piece, False, 0) > allowed:
-        raise MemoryError(
-            f"{need.batch} images in {need.num_steps} steps need {need.peak(1, False, 0) / 2**20:.0f} MiB even one image at a "
-            f"time, and half of the free memory is {allowed / 2**20:.0f} MiB; use fewer images a call, or give "
-            "`memory_budget` in bytes"
-        )
     if piece < need.batch and budget == "auto":
         logger.info("%d images do not fit at once: purifying %d at a time", need.batch, piece)
     slopes = need.may_keep and need.memory(1).slopes > 0 and need.peak(piece, True, 0) <= allowed
@@ -178,7 +186,6 @@ def make_plan(
 
     Raises:
         ValueError: if the budget is below the least that is possible.
-        MemoryError: if not even one image fits into half of the free memory.
     """
     allowed = allowed_bytes(need, budget, free)
     storage = choose_storage(need, budget, allowed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from coupfast.engine.precision import strict_float32
 
@@ -27,6 +29,33 @@ class _FirstOrderOnly(torch.autograd.Function):
             "a purification has first derivatives only: its gradient cannot be differentiated again; a loss that contains "
             "the gradient needs plain back-propagation (`coupfast.reference.purify_ref`)"
         )
+
+
+def refuse_transforms() -> None:
+    """RuntimeError inside of a `torch.func` transform that cannot go through a purification, in words."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key() == torch._C._functorch.TransformType.Grad:
+        return
+    name = str(interpreter.key()).rpartition(".")[2].lower()
+    raise RuntimeError(
+        f"a purification cannot run inside of torch.func.{name} (nor jacrev, jacfwd, hessian, which use it): it looks at its "
+        "images and has reverse-mode first derivatives only; pass the whole batch, and use torch.autograd.grad or "
+        "torch.func.grad"
+    )
+
+
+def outside_transforms() -> contextlib.AbstractContextManager:
+    """Outside of `torch.func.grad` and its kind for a while: what is made and kept in here must not be theirs."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return contextlib.nullcontext()
+    return temporarily_clear_interpreter_stack()
+
+
+def unwrapped(x: torch.Tensor) -> torch.Tensor:
+    """The tensor inside of what `torch.func` transforms put around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.detach()
 
 
 def first_order_only(*gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -68,6 +97,10 @@ class _Strict(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], graph: list) -> torch.Tensor:
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # which has no graph of one's own: made in `backward`
+            graph[:] = [x, function]
+            with torch.no_grad(), strict_float32(x.device.type):
+                return function(x)
         with torch.enable_grad(), strict_float32(x.device.type):
             start = x.detach().requires_grad_()
             end = function(start)
@@ -80,10 +113,43 @@ class _Strict(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_transforms()
         start, end = ctx.graph
+        if callable(end) and not isinstance(end, torch.Tensor):
+            with torch.enable_grad(), strict_float32(grad.device.type):
+                start = start.detach().requires_grad_()
+                end = end(start)
         with torch.no_grad(), strict_float32(grad.device.type):
             (grad_x,) = torch.autograd.grad(end, start, grad, retain_graph=True)
         return *first_order_only(grad_x), None, None
+
+
+class _ParameterGradients(torch.autograd.Function):
+    """Zeros like network(x); the backward pass gives the parameters' gradients, and runs only where one is wanted."""
+
+    @staticmethod
+    def forward(network: torch.nn.Module, x: torch.Tensor, like: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.network, x, _, *parameters = inputs
+        ctx.save_for_backward(x, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad(), strict_float32(grad.device.type):
+            found = torch.autograd.grad(ctx.network(x), parameters, grad, allow_unused=True)
+        return None, None, None, *first_order_only(*found)
+
+
+def with_parameter_gradients(logits: torch.Tensor, network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`logits`, which are network(x), such that those parameters of the network that require gradients get them."""
+    parameters = [each for each in network.parameters() if each.requires_grad and not each.is_inference()]
+    if not parameters or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return logits
+    return logits + _ParameterGradients.apply(network, x.detach(), logits.detach(), *parameters)
 
 
 def strictly(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

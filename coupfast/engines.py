@@ -84,6 +84,9 @@ def fastest_engine(score: nn.Module) -> tuple[str, str | None]:
     fast = {"cpu": ("cpu", cpu.unavailable), "cuda": ("cuda", cuda.unavailable)}
     if found is None:
         return "eager", "the score net has no weights to go by"
+    mixed = {parameter.dtype for parameter in score.parameters() if parameter.is_floating_point()} != {found[0]}
+    if mixed:
+        return "eager", "the score net has weights of several dtypes"
     if found[1].type not in fast or found[0] != torch.float32:
         return "eager", f"the others run float32 on {' or '.join(fast)}, not {found[0]} on {found[1].type}"
     engine, unavailable = fast[found[1].type]

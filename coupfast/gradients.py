@@ -40,7 +40,7 @@ class Gradient:
         name: What people call it.
         claims_exact: Whether it is the gradient of the steps that ran, and a certificate may fail it.
         flows: Whether autograd goes through the steps at all.
-        differentiates_noise: Whether explicit noise that requires a gradient gets one.
+        differentiates_noise: Whether explicit noise may require a gradient (and gets one, if there are any).
         keeps: Whether a run may keep slopes and activations for it.
     """
 
@@ -264,6 +264,7 @@ class NoGradient(Gradient):
 
     name: ClassVar[str] = "none"
     flows: ClassVar[bool] = False
+    differentiates_noise: ClassVar[bool] = True
 
 
 GRADIENTS: dict[str, type[Gradient]] = {

@@ -2,8 +2,8 @@
 
 There are two kinds. A `TableMethod` is linear in what each step reads: it gives a table of coefficients
 (`coupfast.solvers`), which every engine fuses. A `StepMethod` is any function from state to state; PyTorch runs it. Both have
-the exact gradient of the steps that ran, in the memory of one step. A method from elsewhere is an object of one of these classes,
-given as `method=` or named `package.module:NAME`.
+the exact gradient of the steps that ran, in the memory of one step. A method from elsewhere is an object of one of these
+classes, given as `method=` or named `package.module:NAME`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -38,13 +38,26 @@ class Method(abc.ABC):
         reference: Where it comes from.
         guided: Whether it needs a classifier.
         clamp: Clip the state to [-1, 1] before the first and after the last step.
+        out_of_range: What is done with images that leave [0, 1], as attacks that probe beyond it and smoothing's noise do:
+            "refuse" them; "clip" them to [0, 1], with no gradient where that changed anything; "allow" them as they are (with
+            `clamp`, the first clip of the state is one all the same). A few roundings beyond are clipped in any case, and keep
+            their gradient.
     """
 
     name: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     guided: ClassVar[bool] = False
 
-    clamp: bool = option(True, help="do not clip the state to [-1, 1] (COUP's code does, DiffPure's does not)")
+    clamp: bool = option(True, help="clip the state to [-1, 1] before and after, as COUP's code does and DiffPure's does not")
+    out_of_range: Literal["refuse", "clip", "allow"] = option(
+        "refuse",
+        choices=("refuse", "clip", "allow"),
+        help="images beyond [0, 1]: refuse them, clip them, or allow them (rounding is always clipped)",
+    )
+
+    def __post_init__(self) -> None:
+        check_name("out_of_range", self.out_of_range, ("refuse", "clip", "allow"))
+        object.__setattr__(self, "clamp", bool(self.clamp))
 
     @property
     @abc.abstractmethod
@@ -184,6 +197,7 @@ class DiffusionMethod(TableMethod):
     sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=_sde, metavar="B,B")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.t, (Sequence, np.ndarray)) and not isinstance(self.t, str):
             object.__setattr__(self, "t", check_times(self.t))
             if self.num_steps is not None:
@@ -202,7 +216,6 @@ class DiffusionMethod(TableMethod):
                 check_name("solver", self.solver, SOLVERS)
         elif not callable(self.solver):
             raise TypeError(f"`solver` is a name or a function that fills a table, got {type(self.solver).__name__}")
-        object.__setattr__(self, "clamp", bool(self.clamp))
 
     @property
     def grid(self) -> np.ndarray:

@@ -44,7 +44,8 @@ class Option:
 
     def add_to(self, parser: Any, *, default: Any = None, note: str = "") -> None:
         """Add this option to an argparse parser or group. Without a word of the user's its value is `default`."""
-        help_text = f"{self.help}{note}".replace("%", "%%")
+        off = "do not " if self.default is True else ""
+        help_text = f"{off}{self.help}{note}".replace("%", "%%")
         if isinstance(self.default, bool):
             action = "store_false" if self.default else "store_true"
             parser.add_argument(self.flag, dest=self.keyword, action=action, default=default, help=help_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ from tqdm import tqdm
 
 from coupfast import budget
 from coupfast.budget import Need, Plan
-from coupfast.engine import Noise, Programs
+from coupfast.engine import Noise, Programs, StepMemory
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
+from coupfast.fingerprint import weights_fingerprint
 from coupfast.gradients import Surrogate
 from coupfast.integrate import Run, Storage, integrate
 from coupfast.methods import Method, Networks, StepMethod, TableMethod
@@ -52,7 +54,16 @@ class Prepared(abc.ABC):
         self._plans: dict[int, Plan] = {}
         with strict_float32(example.device.type):
             try_networks(self.score, self.classifier, example)
+            self._weights = weights_fingerprint(self.score, self.classifier)
             self._build(example)
+
+    def check_unchanged(self) -> None:
+        """RuntimeError if the weights are not what they were when this was made; asked before a backward pass."""
+        if weights_fingerprint(self.score, self.classifier) != self._weights:
+            raise RuntimeError(
+                "the weights of a network changed between a purification and its backward pass, which would mix old and new "
+                "ones: call backward() before the weights are changed, or purify again"
+            )
 
     @property
     def method(self) -> Method:
@@ -73,7 +84,7 @@ class Prepared(abc.ABC):
         return x_k, x_k
 
     def plan(self, batch: int) -> Plan:
-        """What a run of so many images with its gradient will store and evaluate."""
+        """What a run of so many images with its gradient will store and evaluate; it may not fit."""
         if batch not in self._plans:
             with strict_float32(self.device.type):
                 self._plans[batch] = self._plan(batch)
@@ -84,11 +95,26 @@ class Prepared(abc.ABC):
 
     def _storage(self, batch: int, largest: int | None, gradient: bool) -> Storage:
         # Without a gradient a run holds two states and one layer's activations: there is nothing to plan.
-        return self.plan(batch).storage if gradient else Storage(min(batch, largest or batch))
+        if not gradient:
+            return Storage(min(batch, largest or batch))
+        plan = self.plan(batch)
+        plan.check_fits()
+        return plan.storage
 
     def _bar(self, storage: Storage, batch: int, progress: bool) -> tqdm:
         total = len(storage.pieces(batch)) * self.num_steps
         return tqdm(total=total, desc="purify", unit="step", disable=not progress, leave=False)
+
+
+#: Batches up to which memory is planned to the byte; beyond, in proportion: a plan of a million images makes nothing so large.
+LARGEST_PLANNED = 4096
+
+
+def _in_proportion(memory: Callable[[int], StepMemory], batch: int) -> StepMemory:
+    if batch <= LARGEST_PLANNED:
+        return memory(batch)
+    sizes = dataclasses.astuple(memory(LARGEST_PLANNED))
+    return StepMemory(*(-(-size * batch // LARGEST_PLANNED) for size in sizes))
 
 
 class PreparedTable(Prepared):
@@ -121,7 +147,14 @@ class PreparedTable(Prepared):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_0, x_in = self.begin(x_k, noise)
         storage = self._storage(len(x_0), self.programs.largest_batch, gradient)
-        run = Run(self.programs, noise, storage, keep_states=keep_states, surrogate=self.surrogate)
+        run = Run(
+            self.programs,
+            noise,
+            storage,
+            keep_states=keep_states,
+            check=self.check_unchanged,
+            surrogate=self.surrogate,
+        )
         with self._bar(storage, len(x_0), progress) as bar:
             run.progress = bar.update
             x_last = integrate(x_0, run, gradient=gradient, x_in=x_in if self.recipe.table.e is not None else None)
@@ -140,14 +173,14 @@ class PreparedTable(Prepared):
             state_bytes=image,
             may_keep=gradient.keeps,
             largest_batch=programs.largest_batch,
-            memory=programs.memory,
+            memory=lambda piece: _in_proportion(programs.memory, piece),
         )
         return budget.make_plan(
             need,
             getattr(gradient, "memory_budget", "auto"),
             free=available_bytes(self.device),
             engine=programs.engine,
-            weights_bytes=lambda piece: programs.weights_bytes(piece, gradient=steps_back > 0),
+            weights_bytes=lambda piece: programs.weights_bytes(min(piece, LARGEST_PLANNED), gradient=steps_back > 0),
             evaluations=programs.evaluations(),
         )
 
@@ -165,7 +198,7 @@ class PreparedSteps(Prepared):
         self, x_k: torch.Tensor, noise: Noise, *, gradient: bool, keep_states: bool, progress: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         storage = self._storage(len(x_k), None, gradient)
-        run = StepRun(self.programs, noise, storage, keep_states=keep_states)
+        run = StepRun(self.programs, noise, storage, keep_states=keep_states, check=self.check_unchanged)
         with self._bar(storage, len(x_k), progress) as bar:
             run.progress = bar.update
             x_last = integrate_steps(x_k, run, gradient=gradient)
@@ -182,7 +215,7 @@ class PreparedSteps(Prepared):
             state_bytes=programs.state_bytes(),
             may_keep=False,
             largest_batch=None,
-            memory=programs.memory,
+            memory=lambda piece: _in_proportion(programs.memory, piece),
         )
         return budget.make_plan(
             need,

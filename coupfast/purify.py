@@ -18,15 +18,16 @@ import torch
 from torch import nn
 
 from coupfast.budget import Plan
-from coupfast.derivatives import strictly
+from coupfast.derivatives import outside_transforms, refuse_transforms, strictly, unwrapped, with_parameter_gradients
 from coupfast.engine import CounterNoise, Noise, ReplayedNoise
-from coupfast.engine.networks import check_eval, dtype_and_device, frozen, weights_identity
+from coupfast.engine.networks import check_eval, dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
+from coupfast.fingerprint import fingerprint
 from coupfast.gradients import Adjoint
 from coupfast.methods import Recipe, TableMethod, method_name
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
-from coupfast.trials import check_against, check_images, check_network, words
+from coupfast.trials import check_against, check_images, check_network, rounding_of, try_classifier, words
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ class Purifier(nn.Module):
                     return_trajectory=return_trajectory,
                     progress=progress,
                 )
-        check_images(x)
+        refuse_transforms()
+        check_images(x, bounded=self.settings.method.out_of_range == "refuse")
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)
         purified, states = self._purify(prepared, x, source, return_trajectory, progress)
@@ -140,7 +142,8 @@ class Purifier(nn.Module):
             image_shape: (channels, height, width); None takes the score net's own.
 
         Raises:
-            ValueError: if `memory_budget` is below the least that is possible (which the message says).
+            ValueError: if `memory_budget` is below the least that is possible (which the message says). What does not fit into
+                the memory that is free is planned all the same, and says so; a run of it raises MemoryError.
         """
         if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
             raise ValueError(f"`batch` is a number of images, at least 1, got {batch!r}")
@@ -156,16 +159,17 @@ class Purifier(nn.Module):
             return self._prepare(torch.zeros(1, *image_shape, dtype=dtype, device=device)).plan(int(batch))
 
     def _prepare(self, x: torch.Tensor) -> Prepared:
-        """Programs for images like `x`, after all checks; kept until the weights, the shape or the device change."""
+        """Programs for images like `x`, after all checks; kept until the networks, the shape or the device change."""
         for network, name in ((self.score, "score net"), (self.classifier, "classifier")):
             if network is not None:
                 check_eval(network, name)
-                check_against(network, name, x)
-        key = (tuple(x.shape[1:]), x.dtype, x.device, weights_identity(self.score), weights_identity(self.classifier))
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = prepare(self.settings, self.engine, self.score, self.classifier, x[:1].detach())
-            self._prepared[key] = prepared
+                check_against(network, name, x, self.settings.engine.precision)
+        example = unwrapped(x[:1])
+        with outside_transforms():
+            key = (tuple(x.shape[1:]), x.dtype, x.device, fingerprint(self.score), fingerprint(self.classifier))
+            prepared = self._prepared.get(key)
+            if prepared is None:
+                prepared = self._prepared[key] = prepare(self.settings, self.engine, self.score, self.classifier, example)
             while len(self._prepared) > 4:
                 self._prepared.popitem(last=False)
         return prepared
@@ -185,7 +189,7 @@ class Purifier(nn.Module):
         if seed is None:
             seed = secrets.randbits(63)
         self.last_seed = check_seed(seed)  # for the caller to read; another of its threads may write it at any moment
-        ids = torch.arange(len(x)) if ids is None else ids
+        ids = torch.arange(len(x), device="cpu") if ids is None else ids
         return CounterNoise(
             int(seed),
             words("ids", ids, len(x), x.device),
@@ -205,7 +209,7 @@ class Purifier(nn.Module):
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("`noise` has values that are not finite")
         gradient = self.settings.gradient
-        if noise.requires_grad and torch.is_grad_enabled() and gradient.flows and not gradient.differentiates_noise:
+        if noise.requires_grad and torch.is_grad_enabled() and not gradient.differentiates_noise:
             raise ValueError(f"the gradient of `noise` exists with gradient='exact' only, not with {gradient.name!r}")
         if recipe is None or recipe.table.f is None:
             return ReplayedNoise(noise)
@@ -218,7 +222,7 @@ class Purifier(nn.Module):
         gradient, clamp = self.settings.gradient, self.settings.method.clamp
         with torch.set_grad_enabled(torch.is_grad_enabled() and gradient.flows):
             with strict_float32(x.device.type):
-                x_k = 2.0 * x - 1.0
+                x_k = 2.0 * _in_range(x, self.settings.method.out_of_range) - 1.0
                 if clamp:
                     x_k = _clip(x_k)
             x_k, states = gradient.through(prepared, x_k, noise, keep_states, progress)
@@ -293,17 +297,32 @@ class PurifiedClassifier(nn.Module):
             ids: Image ids, which with `draw` name the noise; None means 0 … batch − 1.
             draw: An int or (batch,) ints; None takes the counter's next.
         """
-        check_images(x)
+        refuse_transforms()
+        check_images(x, bounded=self.purifier.settings.method.out_of_range == "refuse")
         check_eval(self.classifier, "classifier")
-        check_against(self.classifier, "classifier", x)
+        check_against(self.classifier, "classifier", x, self.purifier.settings.engine.precision)
+        if getattr(self, "_is_replica", False) and (ids is None or draw is None):
+            raise RuntimeError(
+                "a replica of DataParallel does not know which images it has, and its counter of draws is lost: give `ids` and "
+                "`draw` as tensors with the batch, or run one process a GPU (coupfast evaluate --workers)"
+            )
         if draw is None:
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
         purified = self.purifier(x, seed=self.seed, ids=ids, draw=draw)
-        identity = weights_identity(self.classifier)
-        if self._frozen is None or self._frozen[0] != identity:
-            self._frozen = (identity, frozen(self.classifier))
-        return strictly(self._frozen[1], purified)
+        return with_parameter_gradients(strictly(self._head(x), purified), self.classifier, purified)
+
+    def _head(self, x: torch.Tensor) -> nn.Module:
+        """The classifier, frozen, as it is now; tried on two images when it is new or changed."""
+        example = unwrapped(x[:1])
+        with outside_transforms():
+            identity = (tuple(x.shape[1:]), x.dtype, x.device, fingerprint(self.classifier))
+            if self._frozen is None or self._frozen[0] != identity:
+                copy = frozen(self.classifier)
+                with strict_float32(x.device.type):
+                    try_classifier(copy, example, differentiable=False)
+                self._frozen = (identity, copy)
+            return self._frozen[1]
 
 
 def purify(
@@ -368,6 +387,20 @@ def check_seed(seed: Any) -> int:
 def _network_repr(network: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in network.parameters())
     return f"{type(network).__name__} ({count / 1e6:.3g} M parameters)"
+
+
+def _in_range(x: torch.Tensor, out_of_range: str) -> torch.Tensor:
+    """Images in [0, 1]; what was beyond by rounding keeps its gradient, what was clipped has none."""
+    if out_of_range == "allow":
+        return x
+    with torch.no_grad():
+        inside = bool(((x >= 0.0) & (x <= 1.0)).all())
+    if inside:
+        return x
+    rounding = rounding_of(x.dtype)
+    near = (x >= -rounding) & (x <= 1.0 + rounding)
+    clipped = x.detach().clamp(0.0, 1.0)
+    return torch.where(near, clipped + (x - x.detach()), clipped)
 
 
 def _clip(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.derivatives import all_finite, first_order_only
+from coupfast.derivatives import all_finite, first_order_only, refuse_transforms
 from coupfast.engine import Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.precision import strict_float32
@@ -109,6 +109,7 @@ class StepRun:
     storage: Storage
     progress: Callable[[], object] = lambda: None
     keep_states: bool = False
+    check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
     states: list[list[StepState]] = dataclasses.field(default_factory=list)  # [piece][step]
 
     def trajectory(self) -> list[torch.Tensor]:
@@ -173,6 +174,8 @@ class _StepGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_transforms()
+        ctx.run.check()
         (x_in,) = ctx.saved_tensors
         grad_rows = grad.new_zeros(ctx.rows_shape) if ctx.needs_input_grad[1] else None
         with torch.no_grad(), strict_float32(grad.device.type):

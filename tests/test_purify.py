@@ -247,9 +247,28 @@ def test_networks_are_left_as_they_were(score, classifier, images):
     for network in (score, classifier):
         network.requires_grad_(True)
     x = images.clone().requires_grad_()
-    PurifiedClassifier(Purifier(score, classifier, num_steps=2), classifier)(x).sum().backward()
+    other = relu_classifier().requires_grad_(True)
+    PurifiedClassifier(Purifier(score, classifier, num_steps=2), other)(x).sum().backward()
     for network in (score, classifier):
         assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+def test_a_classifier_after_the_purification_gets_its_parameters_gradients(score, classifier, images):
+    """Those of what it computes of the purified images; where it also guides, its guiding counts as a constant."""
+    classifier.requires_grad_(True)
+    classifier.bn1.weight.requires_grad_(False)
+    purifier = Purifier(score, classifier, num_steps=2)
+    defense = PurifiedClassifier(purifier, classifier, seed=1)
+    defense(images, draw=0).square().sum().backward()
+    wanted = [p for p in classifier.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(classifier(purifier(images, seed=1, draw=0)).square().sum(), wanted)
+    for parameter, gradient in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+    assert classifier.bn1.weight.grad is None
+    before = [p.grad.clone() for p in wanted]
+    x = images.clone().requires_grad_()
+    torch.autograd.grad(defense(x, draw=0).sum(), x)  # an attack asks for the image's only
+    assert all(torch.equal(p.grad, g) for p, g in zip(wanted, before, strict=True))
 
 
 def test_changed_weights_are_seen(score, images):
@@ -302,7 +321,7 @@ def test_settings_are_restored_after_an_error(score, images):
 
         def forward(self, x, labels):
             Failing.calls += 1
-            if Failing.calls > 2:
+            if Failing.calls > 3:
                 raise RuntimeError("out of luck")
             return 0 * x
 

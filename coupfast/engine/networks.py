@@ -32,13 +32,17 @@ def frozen(network: Network) -> Network:
     """A copy of the modules around the same weights, none of which requires a gradient.
 
     The caller's network keeps its `requires_grad` flags. Weights that are replaced (by `.to(device)`, say) are not seen by the
-    copy, and what an engine makes of them beforehand does not follow changes in place: compare `weights_identity`.
+    copy, and what an engine makes of them beforehand does not follow changes in place: compare `coupfast.fingerprint`.
     """
     memo: dict[int, object] = {}
     for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_usable(parameter), requires_grad=False)
     for buffer in network.buffers():
-        memo[id(buffer)] = buffer.detach()
+        memo[id(buffer)] = _usable(buffer)
+    for module in network.modules():  # results that are kept as attributes, as the old weight_norm does, have no deepcopy
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = _usable(value)
     try:
         alias = copy.deepcopy(network, memo)
     except Exception as error:
@@ -49,12 +53,9 @@ def frozen(network: Network) -> Network:
     return alias.requires_grad_(False)
 
 
-def weights_identity(network: nn.Module | None) -> tuple[tuple[int, int], ...]:
-    """Where the weights lie, and how often they were written to: changes when any of them is replaced or changed in place."""
-    if network is None:
-        return ()
-    tensors = [*network.parameters(), *network.buffers()]
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its graph; a copy of one that was made in inference mode, which autograd would refuse."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 def dtype_and_device(network: nn.Module) -> tuple[torch.dtype, torch.device] | None:
