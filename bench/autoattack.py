@@ -2,7 +2,8 @@
 
 APGD-CE from pyautoattack, unmodified, on the same images from the same starting points. The contenders:
 
-* `published`: COUP as its code runs it, through torchsde's `sdeint_adjoint` with every parameter's gradient integrated;
+* `published`: COUP as its code runs it, in steps of 1e-3 through torchsde's `sdeint_adjoint` with every parameter's gradient
+  integrated, but without the clips around it, which the rows below leave out, too;
 * `published-frozen`: the same with frozen networks and `adjoint_params=()`;
 * `exact`, `detached`: `coupfast.PurifiedClassifier` with that guidance gradient, one row per engine.
 

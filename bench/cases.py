@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coupfast
 from coupfast.data import load_images
-from coupfast.defenses import METHODS, recipe
 from coupfast.engine.rates import matmul_rate
-from coupfast.purify import ENGINES
-from coupfast.sde import VPSDE, parity_grid, time_grid
+from coupfast.engines import ENGINES
+from coupfast.methods import METHODS
+from coupfast.sde import parity_grid, time_grid
 
 NETWORKS = {"paper": ("cifar10-ddpmpp-deep", "wrn-28-10"), "tiny": ("cifar10-tiny", "cifar10-tiny")}
 IMAGE_SHAPE = (3, 32, 32)
@@ -132,9 +132,10 @@ def benchmark_images(source: str, batch: int, *, device: torch.device, seed: int
     if source == "random":
         x = torch.rand(batch, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(seed))
     else:
-        x, _ = load_images(source, limit=batch)
+        x, _ = load_images(source)
         if len(x) < batch:
             raise ValueError(f"{source!r} has {len(x)} images, a batch of {batch} was asked for; use a smaller `--batch`")
+        x = x[:batch]
     return x.to(device)
 
 
@@ -182,11 +183,8 @@ def published_path(x_0: torch.Tensor, *, t: float, steps: int, forward_noising: 
 
 def purifier_on(grid: np.ndarray, networks: Networks, method: str, **options: object) -> coupfast.Purifier:
     """A purifier with the public options, on any grid of times; without clips, which the published code has outside it."""
-    classifier = networks.classifier if METHODS[method].guidance else None
-    purifier = coupfast.Purifier(networks.score, classifier, method=method, t=float(grid[0]), clamp=False, **options)
-    purifier.recipe = recipe(METHODS[method], sde=VPSDE(), t=grid)
-    purifier.num_steps = purifier.recipe.table.num_steps
-    return purifier
+    classifier = networks.classifier if METHODS[method].guided else None
+    return coupfast.Purifier(networks.score, classifier, method=method, t=grid, clamp=False, **options)
 
 
 def pass_flop(networks: Networks, x: torch.Tensor) -> dict[str, int]:

@@ -4,25 +4,28 @@ Method COUP, forward and backward pass, in turns within one run. The modes:
 
 * `published`: torchsde's `sdeint_adjoint` as COUP's code calls it: every parameter requires a gradient, whose integrals the
   backward pass solves for; the guidance is taken by `.backward(retain_graph=True)` on a detached copy, so H is missing;
-* `published-differentiated`: the same adjoint with the guidance differentiated (`purify_ref(adjoint="parameters")`);
+* `published-differentiated`: that adjoint with the guidance differentiated (`purify_ref(adjoint="parameters")`: it walks the
+  forward grid back, where `published` steps back by 1e-3 from where the run ends; `adjoint_error.py` says what that does);
 * `frozen`: `published` with frozen networks and `adjoint_params=()`: the best that torchsde's adjoint can do;
-* `frozen-differentiated`: the same with the guidance differentiated;
+* `frozen-differentiated`: `published-differentiated` with frozen networks and `adjoint_params=()`;
 * `back-propagation`: through torchsde's plain loop, all steps in memory, networks frozen;
 * `double-backward`: the discrete adjoint in eager PyTorch, one step recomputed at a time, Hessian-vector products by double
   back-propagation;
 * `exact`, `detached`: `coupfast.Purifier` with that `guidance_gradient`, one row per engine.
 
-All take the published run's path (`cases.published_path`). Errors are against the discrete gradient of exactly those steps
-in float64, means over images: `rel_error` = |v − v64| / |v64|, `cosine`, and `sign_agreement`, the share of pixels whose
-gradient has the right sign. v is the gradient with respect to the image in [0, 1] of ⟨w, purified image⟩. All modes have the
-same w: the gradient of the classifier's cross-entropy at the float64 result, scaled to a root mean square of 1.
+All take the published run's path in the published steps of 1e-3 (`cases.published_path`): the error of torchsde's adjoint
+depends strongly on them. Errors are against the discrete gradient of exactly those steps in float64, means over images:
+`rel_error` = |v − v64| / |v64|, `cosine`, and `sign_agreement`, the share of pixels whose gradient has the right sign. v is the
+gradient with respect to the image in [0, 1] of ⟨w, purified image⟩. All modes have the same w: the gradient of the
+classifier's cross-entropy at the float64 result, scaled to a root mean square of 1.
 `rounding` is the relative error against the same mode in float64 (None for torchsde's adjoints). An engine whose `rounding`
 is over 4 times that of float32 back-propagation (or of `double-backward`, if that mode is left out) gets no times, and the
 command exits with 1. With a trained classifier it may be 1e-3 in any case: a ReLU that lies on its kink to within rounding
 may fall on the other side, which moves the Hessian by up to a percent; the tests check more closely, under equal masks.
 
 Where only the first K of N steps are taken (`scaled`: the default for the paper's networks on a CPU; `--full` takes all),
-errors are those of K steps, whereas times are stated for N: a forward pass through torchsde times (N + 1) / (K + 1), since it
+errors are those of K steps, which for torchsde's adjoint are much less than those of N (the last step, to t = 1e-5, makes most
+of its error), whereas times are stated for N: a forward pass through torchsde times (N + 1) / (K + 1), since it
 evaluates the drift once more than it takes steps, all else times N / K.
 
 `peak_bytes` is the peak of PyTorch's allocator above the weights for all N steps. It grows by the same amount with every
@@ -64,16 +67,16 @@ from timing import Summary, interleave, launches, peak_bytes, rotated, timed, ti
 from torch import nn
 
 import coupfast
-from coupfast import adjoint
-from coupfast.defenses import METHODS, recipe
+from coupfast import integrate
 from coupfast.engine import ReplayedNoise
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.networks import frozen
 from coupfast.engine.precision import strict_float32
+from coupfast.engines import ENGINES
 from coupfast.guidance import Guidance
-from coupfast.purify import ENGINES
+from coupfast.methods import METHODS
 from coupfast.reference import purify_published, purify_ref
-from coupfast.sde import VPSDE, parity_grid
+from coupfast.sde import parity_grid
 
 METHOD = "coup"
 CONTRACT = 4.0  # `strict`: in units of the error of float32 back-propagation through the plain loop
@@ -214,11 +217,11 @@ def discrete_adjoint(
 ) -> torch.Tensor:
     """Purified images whose gradient is the discrete adjoint, one step at a time, H v by double back-propagation."""
     x_0 = 2.0 * x - 1.0
-    table = recipe(METHODS[METHOD], sde=VPSDE(), t=path.grid).table
+    table = METHODS[METHOD](t=path.grid).recipe().table
     guidance = Guidance(classifier, x_0.detach(), route="double-backward")
     program = EagerProgram(score, guidance, table, x_0.detach()[:1], differentiate_guidance)
-    run = adjoint.Run(program, ReplayedNoise(path.noise.to(x.dtype)), adjoint.Storage(piece=len(x)))
-    return (adjoint.integrate(x_0, run, gradient=True) + 1.0) * 0.5
+    run = integrate.Run(program, ReplayedNoise(path.noise.to(x.dtype)), integrate.Storage(piece=len(x)))
+    return (integrate.integrate(x_0, run, gradient=True) + 1.0) * 0.5
 
 
 def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -27,7 +27,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from coupfast_kernels import conv3x3, group_norm, guided_step, noise
+from coupfast_kernels.convolution import gpu as conv3x3
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, Config
+from coupfast_kernels.group_norm import gpu as group_norm
+from coupfast_kernels.guided_step import gpu as guided_step
+from coupfast_kernels.noise import gpu as noise
 
 TARGETS = (80, 90, 100)  # A100; H100, H200; B200
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -129,7 +133,7 @@ def standard_normal_launch(shape: tuple[int, ...]) -> Launch:
 
 
 def conv3x3_launch(
-    shape: tuple[int, ...], out_channels: int, precision: str, config: conv3x3.Config, *, fused: bool = True
+    shape: tuple[int, ...], out_channels: int, precision: str, config: Config, *, fused: bool = True
 ) -> Launch:
     """The launch of `conv3x3` for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones."""
     batch, in_channels, height, width = shape
@@ -144,12 +148,12 @@ def conv3x3_cases() -> dict[str, Launch]:
     """Every config and precision. Of its shape a launch's machine code knows which channels are multiples of 16: all but 3."""
     configs = {
         f"{precision} {config.block_m} × {config.block_n} × {config.block_k}": (precision, config)
-        for precision in conv3x3.PRECISIONS
-        for config in conv3x3.CONFIGS[precision]
+        for precision in PRECISIONS
+        for config in CONFIGS[precision]
     }
     found = {name: conv3x3_launch((8, 128, 32, 32), 128, *how) for name, how in configs.items()}
-    for precision in conv3x3.PRECISIONS:
-        large, narrow = conv3x3.CONFIGS[precision][0], conv3x3.CONFIGS[precision][-3]
+    for precision in PRECISIONS:
+        large, narrow = CONFIGS[precision][0], CONFIGS[precision][-3]
         found[f"{precision}, 3 channels in"] = conv3x3_launch((8, 3, 32, 32), 128, precision, large)
         found[f"{precision}, 3 channels out"] = conv3x3_launch((8, 128, 32, 32), 3, precision, narrow)
     return found

@@ -49,8 +49,8 @@ from coupfast.engine.cpu.parts import Convolution, FusedNetwork
 from coupfast.engine.cpu.placement import Workspace
 from coupfast.guidance import scaled_logits
 from coupfast.tracing import trace
-from coupfast_kernels import convolution as kernels
-from coupfast_kernels import native
+from coupfast_kernels import native, operations
+from coupfast_kernels.convolution import cpu as kernels
 
 CONTRACT = 4.0  # the error against float64 in units of eager's
 AGREEMENT = 1e-4  # relative to eager's result, where there is no float64 one
@@ -389,10 +389,10 @@ def _kernel_call(layer: Layer, x: torch.Tensor, size: int, transposed: bool) -> 
     threads = torch.get_num_threads()
     scratch = torch.empty(kernels.scratch_floats(conv, threads))
     conv.x, conv.y, conv.scratch = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
-    operations, alive = kernels.Operations([conv]), (x, packed, scratch)
+    kernel, alive = operations.Operations([conv]), (x, packed, scratch)
 
     def call() -> torch.Tensor:
-        operations.run(threads)
+        kernel.run(threads)
         assert alive
         return y
 

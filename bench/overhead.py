@@ -27,7 +27,7 @@ from coupfast.engine.cpu import program as cpu_program
 from coupfast.engine.cpu.regions import Call, Regions
 from coupfast.engine.networks import frozen
 from coupfast.engine.precision import strict_float32
-from coupfast_kernels.convolution import Operations
+from coupfast_kernels.operations import Operations
 
 PARTS = ("kernels", "PyTorch", "outside")
 

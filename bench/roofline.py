@@ -28,8 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from coupfast.models.ddpmpp import DDPMpp
-from coupfast.models.wide_resnet import WideResNet
+from coupfast.models import registry
 
 MARK = "arithmetic, not measured"
 PARTS = ("convolutions", "matmuls", "group norms", "elementwise", "guided step")
@@ -128,8 +127,8 @@ def passes(network: nn.Module, *inputs: torch.Tensor) -> dict[str, list[Work]]:
 
 def paper_steps() -> dict[str, list[Work]]:
     """The work of a forward and a backward step of COUP with the paper's networks."""
+    score, classifier = registry.skeleton("score", "cifar10-ddpmpp-deep"), registry.skeleton("classifier", "wrn-28-10")
     with torch.device("meta"):
-        score, classifier = DDPMpp(), WideResNet(28, 10)
         x, label = torch.empty(1, 3, 32, 32), torch.empty(1)
     score, classifier = (network.eval().requires_grad_(False) for network in (score, classifier))
     of_score, of_classifier = passes(score, x, label), passes(classifier, x)

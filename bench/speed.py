@@ -67,9 +67,9 @@ from timing import Summary, interleave, launches, rotated, timed_twice, times_fa
 from torch import nn
 
 import coupfast
-from coupfast.defenses import METHODS
 from coupfast.engine.precision import strict_float32
-from coupfast.purify import ENGINES
+from coupfast.engines import ENGINES
+from coupfast.methods import METHODS
 from coupfast.reference import purify_published, purify_ref
 from coupfast.sde import parity_grid, time_grid
 
@@ -146,7 +146,7 @@ def _purifications(
     case: Case, method: str, t: float, engines: list[str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row for each contender: parity first, then times for those within their contract."""
-    networks, x, noising = case.networks, case.x, METHODS[method].forward_noising
+    networks, x, noising = case.networks, case.x, (METHODS[method]().recipe().noising is not None)
     num_steps = len(parity_grid(t)) - 1
     steps = steps_to_time(options, num_steps)
     path = published_path(2.0 * x - 1.0, t=t, steps=steps, forward_noising=noising, entropy=options.seed)
@@ -215,7 +215,7 @@ def _purifications(
     turns = interleave({c.name: lambda c=c: timed_twice(c.call, x.device)[0] for c in timed_ones}, options.repeats)
     seconds = {c.name: [c.factor / len(x) * sample.seconds for sample in turns[c.name]] for c in timed_ones}
     flop = pass_flop(networks, x)
-    step_flop = flop["score"] + (2 * flop["classifier"] if METHODS[method].guidance else 0)
+    step_flop = flop["score"] + (2 * flop["classifier"] if METHODS[method].guided else 0)
     for name, samples in seconds.items():
         summary = Summary.of(samples)
         rows[name] |= {
@@ -237,8 +237,8 @@ def _purifications(
 
 
 def _reference_contender(case: Case, method: str, t: float, path: Path, *, strict: bool) -> _Contender:
-    networks, noising = case.networks, METHODS[method].forward_noising
-    classifier = networks.classifier if METHODS[method].guidance else None
+    networks, noising = case.networks, (METHODS[method]().recipe().noising is not None)
+    classifier = networks.classifier if METHODS[method].guided else None
     images, device = rotated(case.x), case.x.device
 
     def call() -> torch.Tensor:
@@ -302,11 +302,11 @@ def definition(
                 classifier,
                 noise.double(),
                 grid=grid,
-                forward_noising=METHODS[method].forward_noising,
+                forward_noising=(METHODS[method]().recipe().noising is not None),
             )
         return (x_k + 1.0) * 0.5
 
-    if not METHODS[method].guidance:
+    if not METHODS[method].guided:
         return purified(None), 0.0
     truth = purified(networks.classifier64)
     if not networks.relus_may_flip:

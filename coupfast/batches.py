@@ -33,12 +33,13 @@ class Images:
     labels: np.ndarray | None
 
 
-def gather(inputs: Sequence[str], limit: int | None) -> Images:
+def gather(inputs: Sequence[str], limit: int | None, channels: int | None = None) -> Images:
     """The images of several inputs; see `load_images`.
 
     Args:
         inputs: Files, folders, archives or names.
         limit: At most the first ones of each input.
+        channels: Of image files; 1 keeps grey ones grey.
 
     Raises:
         ValueError: if an input is none, or their images are not of one shape.
@@ -48,7 +49,7 @@ def gather(inputs: Sequence[str], limit: int | None) -> Images:
     sources: list[str] = []
     labels: list[np.ndarray] = []
     for source in inputs:
-        x, y = load_images(source, limit=limit)
+        x, y = load_images(source, limit=limit, channels=channels, labels_needed=False)
         if parts and x.shape[1:] != parts[0].shape[1:]:
             found, first = ("x".join(map(str, shape[1:])) for shape in (x.shape, parts[0].shape))
             raise ValueError(f"the images of {source} are {found}, those of {inputs[0]} {first}; purify them separately")

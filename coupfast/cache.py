@@ -7,5 +7,9 @@ from pathlib import Path
 
 
 def cache_directory(kind: str) -> Path:
-    """`$XDG_CACHE_HOME/coupfast/KIND`, by default below `~/.cache`; not made here."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "coupfast" / kind
+    """`$XDG_CACHE_HOME/coupfast/KIND`, by default below `~/.cache`; not made here.
+
+    A variable that is empty or no absolute path counts as unset, as the XDG specification has it.
+    """
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+    return (chosen if chosen.is_absolute() else Path("~/.cache").expanduser()) / "coupfast" / kind

@@ -6,9 +6,11 @@ Nothing is unpickled. Pillow, torchvision and foolbox are imported only where a 
 import importlib.util
 import io
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,13 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
+#: Other names that folders of CIFAR-10 images go by.
+_CIFAR10_ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "auto": "automobile"}
+#: What torchvision downloads and unpacks: where it is, its name, its MD5.
+_CIFAR10_ARCHIVE = ("https://www.cs.toronto.edu/~kriz", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
+#: How far beyond [0, 1] rounding may carry a value: a few float32 ulps of 1. It is clipped.
+_ROUNDING = 1e-6
+
 #: Named sets of its images and how many they are.
 CIFAR10_SETS = {"cifar10-20": 20, "cifar10-512": 512, "cifar10": 10_000}
 
@@ -30,6 +39,8 @@ def load_images(
     limit: int | None = None,
     root: str | Path | None = None,
     classes: Sequence[str] = CIFAR10_CLASSES,
+    channels: int | None = None,
+    labels_needed: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Load images and, where the source has them, labels.
 
@@ -40,46 +51,74 @@ def load_images(
             * ``"cifar10-512"``: the 512 test images of the paper, in the order of `cifar10_512_indices`;
             * ``"cifar10"``: all 10,000 test images (these two are read, and downloaded, by torchvision);
             * a folder of PNG or JPEG images in the order of `image_files`, or one such image. Subfolders, if any,
-              are classes: each is named by its label (``3``) or by an entry of `classes` (``cat``);
-            * an ``.npz`` file with ``x`` or ``images`` (uint8, or floats in [0, 1]; NCHW or NHWC) or with
+              are classes: each is named by its label (``3``) or by an entry of `classes` (``cat``), in any case;
+            * an ``.npz`` file with ``x`` or ``images`` (uint8, or floats in [0, 1]; NCHW or NHWC, 1 or 3 channels) or with
               ``jpeg``, ``offsets`` (JPEG files end to end, image i in ``jpeg[offsets[i]:offsets[i + 1]]``),
               and optionally ``y`` or ``labels``.
-        limit: Keep at most this many images, the first ones.
+        limit: Keep at most this many images, the first ones. More than a named set has is an error, more than a folder or file
+            has is warned of.
         root: Where torchvision looks for CIFAR-10 and downloads it to; default ``$XDG_CACHE_HOME/coupfast/data``
             (``~/.cache/coupfast/data``). Only for ``"cifar10"`` and ``"cifar10-512"``.
-        classes: The class names in label order, to understand the names of a folder's subfolders.
+        classes: The class names in label order, to understand the names of a folder's subfolders. CIFAR-10's are also
+            understood as ``plane`` and ``car``.
+        channels: 1 or 3: grey images become three equal channels, images of three equal channels become grey. None leaves
+            arrays as they are and makes RGB of image files, with a warning where that multiplies grey ones.
+        labels_needed: Whether subfolders that name no label are an error. Where not, there are no labels then.
 
     Returns:
-        ``(x, y)``: x in [0, 1], float32, shape (n, 3, height, width); y int64, shape (n,), or None where the source
-        has no labels (None rather than a made-up label, so that no accuracy is computed by accident).
+        ``(x, y)``: x in [0, 1], float32, on the CPU, shape (n, 1 or 3, height, width); y int64, shape (n,), or None where the
+        source has no labels (None rather than a made-up label, so that no accuracy is computed by accident).
 
     Raises:
-        FileNotFoundError: if `source` is neither a name nor a path that exists.
-        ValueError: if the images differ in size, are not 8-bit RGB or grey, or hold values outside [0, 1].
+        FileNotFoundError: if `source` is neither a name nor a path that exists, or is a set that is not here and cannot be
+            downloaded; the message says which file to put where.
+        ValueError: if the images differ in size, are not 8-bit RGB or grey, or hold values outside [0, 1] beyond rounding.
         ImportError: if the package that a source needs is missing; the message names the extra.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` is a number of images, at least 1, got {limit}; leave it out to load all")
-    if source == "cifar10-20":
-        return _foolbox_cifar10(limit)
-    if source in ("cifar10", "cifar10-512"):
-        x, y = _torchvision_cifar10(root)
-        if source == "cifar10-512":
-            chosen = cifar10_512_indices()
-            x, y = x[chosen], y[chosen]
-        return _to_float(x[:limit], source), torch.from_numpy(y[:limit])
+    if channels not in (None, 1, 3):
+        raise ValueError(f"`channels` is 1 (grey), 3 (RGB) or None, got {channels!r}")
+    x, y = _read(source, limit, root, tuple(classes), channels, labels_needed)
+    if limit is not None and len(x) < limit:
+        warnings.warn(f"{source} has {len(x)} image{'s' * (len(x) > 1)}, fewer than limit={limit}", UserWarning, stacklevel=2)
+    return x, y
+
+
+def _read(
+    source: str | Path,
+    limit: int | None,
+    root: str | Path | None,
+    classes: tuple[str, ...],
+    channels: int | None,
+    labels_needed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if source in CIFAR10_SETS:
+        count = CIFAR10_SETS[str(source)]
+        if limit is not None and limit > count:
+            raise ValueError(f"`limit` asks for {limit} images, and {source} has {count}")
+        if source == "cifar10-20":
+            x, labels = _foolbox_cifar10(limit)
+        else:
+            pixels, numbers = _torchvision_cifar10(str(source), root)
+            if source == "cifar10-512":
+                chosen = cifar10_512_indices()
+                pixels, numbers = pixels[chosen], numbers[chosen]
+            x, labels = _to_float(pixels[:limit], str(source)), torch.from_numpy(numbers[:limit])
+        return _with_channels(x, channels, str(source)), labels
 
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, limit, tuple(classes))
+        return _folder(path, limit, classes, channels, labels_needed)
     if not path.exists():
         raise FileNotFoundError(
             f"`source` is {str(source)!r}: no file or folder of that name, and not one of {', '.join(CIFAR10_SETS)}"
         )
     if path.suffix.lower() == ".npz":
-        return _npz(path, limit)
+        x, y = _npz(path, limit, channels)
+        return _with_channels(x, channels, str(path)), y
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _to_float(_decode([path]), str(path)), None
+        return _image_file(path, channels), None
     raise ValueError(f"{path} has the suffix {path.suffix!r}; expected .npz, {', '.join(IMAGE_SUFFIXES)} or a folder")
 
 
@@ -94,7 +133,8 @@ def save_images(
     """Write each image as an 8-bit PNG, ``directory/name.png``, and optionally all of them exactly as one ``.npz``.
 
     Args:
-        x: Images in [0, 1], shape (n, 3, height, width). A PNG holds ``round(255 x)``, an error of up to 1/510:
+        x: Images in [0, 1], shape (n, 3, height, width), or (n, 1, height, width) for grey PNGs. A PNG holds
+            ``round(255 x)``, an error of up to 1/510:
             evaluate the tensor or the ``.npz``, look at the PNG.
         directory: Made if it does not exist.
         names: One distinct file name an image, without a suffix.
@@ -110,8 +150,8 @@ def save_images(
         ValueError: if `x` has another shape or values outside [0, 1], or the names do not fit.
     """
     Image = _pillow()
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"`x` must have the shape (n, 3, height, width), got {tuple(x.shape)}")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"`x` must have the shape (n, 3, height, width), or (n, 1, height, width), got {tuple(x.shape)}")
     if len(names) != len(x) or len(set(names)) != len(names):
         raise ValueError(
             f"`names` needs one distinct name an image: {len(x)} images, {len(names)} names, {len(set(names))} distinct"
@@ -120,7 +160,7 @@ def save_images(
         if not name or name != Path(name).name:
             raise ValueError(f"{name!r} in `names` is not a plain file name (no folders)")
     images = x.detach().to(device="cpu", dtype=torch.float32).numpy()
-    _check_range(images, "`x`")
+    images = _in_range(images, "`x`")
 
     folder = Path(directory)
     paths = [folder / f"{name}.png" for name in names]
@@ -136,7 +176,7 @@ def save_images(
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.rint(images * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     for image, path in zip(pixels, paths, strict=False):
-        Image.fromarray(image).save(path)
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path)
     if npz is not None:
         np.savez_compressed(paths[-1], images=images, names=np.array(list(names)))
     return paths
@@ -202,11 +242,11 @@ def _foolbox_cifar10(limit: int | None) -> tuple[Tensor, Tensor]:
             f"expected the 20 files cifar10_NN_LABEL.png in {folder}, found {len(files)} files cifar10_*.png; "
             'install foolbox 3.3: pip install "foolbox==3.3.4"'
         )
-    y = torch.tensor([int(label[2]) for label in labels[:limit] if label], dtype=torch.int64)
-    return _to_float(_decode(files[:limit]), "cifar10-20"), y
+    y = torch.tensor([int(label[2]) for label in labels[:limit] if label], dtype=torch.int64, device="cpu")
+    return _to_float(_decode(files[:limit], 3, "cifar10-20"), "cifar10-20"), y
 
 
-def _torchvision_cifar10(root: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _torchvision_cifar10(source: str, root: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
     try:
         from torchvision.datasets import CIFAR10  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ModuleNotFoundError as error:
@@ -221,7 +261,15 @@ def _torchvision_cifar10(root: str | Path | None) -> tuple[np.ndarray, np.ndarra
         ) from error
     if root is None:
         root = cache_directory("data")
-    dataset = CIFAR10(str(Path(root).expanduser()), train=False, download=True)
+    try:
+        dataset = CIFAR10(str(Path(root).expanduser()), train=False, download=True)
+    except Exception as error:  # of many types, where the network, the disk or the archive fails, and none names the set
+        site, archive, md5 = _CIFAR10_ARCHIVE
+        raise FileNotFoundError(
+            f"the images {source!r} are of the CIFAR-10 test set, which is not in {root} and could not be downloaded "
+            f"({' '.join(str(error).split()) or type(error).__name__}); put the file {archive} (from {site}, MD5 {md5}) into "
+            f"the folder {root}, or give `root` a folder that has it"
+        ) from error
     images, labels = dataset.data, np.asarray(dataset.targets, dtype=np.int64)
     if images.shape != (10000, 32, 32, 3) or images.dtype != np.uint8 or labels.shape != (10000,):
         raise ValueError(
@@ -231,20 +279,37 @@ def _torchvision_cifar10(root: str | Path | None) -> tuple[np.ndarray, np.ndarra
     return images.transpose(0, 3, 1, 2), labels
 
 
-def _folder(folder: Path, limit: int | None, classes: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+def _image_file(path: Path, channels: int | None) -> Tensor:
+    return _to_float(_decode([path], channels, str(path)), str(path))
+
+
+def _folder(
+    folder: Path, limit: int | None, classes: tuple[str, ...], channels: int | None, labels_needed: bool
+) -> tuple[Tensor, Tensor | None]:
     files = image_files(folder)[:limit]
     y = None
     if files[0].parent != folder:
-        y = torch.tensor([_label(file.parent.name, classes) for file in files], dtype=torch.int64)
-    return _to_float(_decode(files), str(folder)), y
+        labels = [_label(file.parent.name, classes, labels_needed) for file in files]
+        known = [label for label in labels if label is not None]
+        if len(known) == len(labels):
+            y = torch.tensor(known, dtype=torch.int64, device="cpu")
+    return _to_float(_decode(files, channels, str(folder)), str(folder)), y
 
 
-def _label(name: str, classes: tuple[str, ...]) -> int:
+def _label(name: str, classes: tuple[str, ...], needed: bool) -> int | None:
     # Never the rank of the subfolder: with one class missing, every label after it would be wrong.
     if name.isascii() and name.isdigit():
         return int(name)
     if name in classes:
         return classes.index(name)
+    lower = [entry.lower() for entry in classes]
+    word = name.lower()
+    if classes == CIFAR10_CLASSES:
+        word = _CIFAR10_ALIASES.get(word, word)
+    if lower.count(word) == 1:
+        return lower.index(word)
+    if not needed:
+        return None
     raise ValueError(
         f"the subfolder {name!r} is neither a label (0, 1, ...) nor one of the {len(classes)} class names "
         f"({', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}); "
@@ -252,7 +317,7 @@ def _label(name: str, classes: tuple[str, ...]) -> int:
     )
 
 
-def _npz(path: Path, limit: int | None) -> tuple[Tensor, Tensor | None]:
+def _npz(path: Path, limit: int | None, channels: int | None) -> tuple[Tensor, Tensor | None]:
     try:
         archive = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -271,7 +336,7 @@ def _npz(path: Path, limit: int | None) -> tuple[Tensor, Tensor | None]:
         if image_fields == ["jpeg"]:
             jpeg, offsets = archive["jpeg"], archive["offsets"]
             count = len(offsets) - 1
-            images = _decode(_jpeg_files(jpeg, offsets, limit, path))
+            images = _decode(_jpeg_files(jpeg, offsets, limit, path), channels, str(path))
         else:
             images = archive[image_fields[0]]
             count = len(images) if images.ndim else 0
@@ -309,37 +374,85 @@ def _jpeg_files(jpeg: np.ndarray, offsets: np.ndarray, limit: int | None, path: 
 
 
 def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
-    if images.ndim == 4 and (images.shape[1] == 3) != (images.shape[3] == 3):
-        return images if images.shape[1] == 3 else images.transpose(0, 3, 1, 2)
+    if images.ndim == 4 and (images.shape[1] in (1, 3)) != (images.shape[3] in (1, 3)):
+        return images if images.shape[1] in (1, 3) else images.transpose(0, 3, 1, 2)
+    advice = "; grey images need an axis of their one channel, x[:, None]" if images.ndim == 3 else ""
     raise ValueError(
-        f"the images in {path} must have the shape (n, 3, height, width) or (n, height, width, 3), found {images.shape}"
+        f"the images in {path} must have the shape (n, 3, height, width) or (n, height, width, 3), or with 1 in the place of "
+        f"3, found {images.shape}{advice}"
     )
 
 
-def _decode(files: Sequence[Path | io.BytesIO]) -> np.ndarray:
-    """uint8 images, shape (n, 3, height, width), from image files of one size."""
+def _with_channels(x: Tensor, channels: int | None, source: str) -> Tensor:
+    if channels is None or x.shape[1] == channels:
+        return x
+    if channels == 3:
+        return x.expand(-1, 3, -1, -1).contiguous()
+    if not bool((x == x[:, :1]).all()):
+        raise ValueError(f"`channels` is 1, and the images in {source} have colours; leave it out, or convert them to grey")
+    return x[:, :1].contiguous()
+
+
+def _decode(files: Sequence[Path | io.BytesIO], channels: int | None, source: str) -> np.ndarray:
+    """uint8 images, shape (n, channels or 3, height, width), from image files of one size."""
     Image = _pillow()
     images: list[np.ndarray] = []
+    grey = 0
     for index, file in enumerate(files):
         name = str(file) if isinstance(file, Path) else f"image {index}"
         try:
             with Image.open(file) as opened:
+                frames = getattr(opened, "n_frames", 1)
                 opened.load()
         except OSError as error:
             raise ValueError(f"{name} is not an image that Pillow reads ({error})") from error
+        if frames > 1:
+            raise ValueError(f"{name} has {frames} frames; expected one image a file")
+        if (bits := _png_bits(file)) > 8:
+            raise ValueError(
+                f"{name} has the mode {opened.mode} of {bits} bits a channel; expected 8-bit RGB or grey, so convert it first "
+                "(or store the images as floats in an .npz)"
+            )
         transparent = "A" in opened.mode or "transparency" in opened.info
         if opened.mode not in ("RGB", "L", "P", "RGBA", "LA"):
             raise ValueError(f"{name} has the mode {opened.mode}; expected 8-bit RGB or grey, so convert it first")
         if transparent and opened.convert("RGBA").getextrema()[3] != (255, 255):
             raise ValueError(f"{name} is partly transparent; put it on a background first")
-        pixels = np.asarray(opened.convert("RGB"))
+        is_grey = opened.mode in ("L", "LA")
+        grey += is_grey
+        if channels == 1 and not is_grey and _has_colours(opened.convert("RGB")):
+            raise ValueError(f"`channels` is 1, and {name} has colours; leave it out, or convert it to grey")
+        pixels = np.asarray(opened.convert("L"))[:, :, None] if channels == 1 else np.asarray(opened.convert("RGB"))
         if images and pixels.shape != images[0].shape:
             raise ValueError(
                 f"{name} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first image "
                 f"{images[0].shape[1]}x{images[0].shape[0]}; all images of a source need one size"
             )
         images.append(pixels)
+    if channels is None and grey:
+        # Behind the three functions up to `load_images`: the line that asked for the images.
+        warnings.warn(
+            f"{grey} of {len(images)} images in {source} are grey, and become three equal channels; channels=3 says that this "
+            "is meant, channels=1 keeps grey images grey",
+            UserWarning,
+            stacklevel=5,
+        )
     return np.stack(images).transpose(0, 3, 1, 2)
+
+
+def _png_bits(file: Path | io.BytesIO) -> int:
+    """Bits a channel of a PNG, from its header: Pillow gives 16-bit colours their high bytes only. 8 for other formats."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            header = opened.read(25)
+    else:
+        header = file.getvalue()[:25]
+    return header[24] if len(header) == 25 and header.startswith(b"\x89PNG\r\n\x1a\n") else 8
+
+
+def _has_colours(image: Any) -> bool:
+    pixels = np.asarray(image)
+    return bool((pixels != pixels[:, :, :1]).any())
 
 
 def _to_float(images: np.ndarray, source: str) -> Tensor:
@@ -349,15 +462,18 @@ def _to_float(images: np.ndarray, source: str) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(images)).to(torch.float32) / 255
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"the images in {source} must be uint8, or floats in [0, 1], found {images.dtype}")
-    _check_range(images, f"the images in {source}")
+    images = _in_range(images, f"the images in {source}")
     return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
 
 
-def _check_range(images: np.ndarray, what: str) -> None:
-    if images.size and not (images.min() >= 0 and images.max() <= 1):  # written so that NaN fails
-        raise ValueError(
-            f"{what} must have values in [0, 1], found [{images.min():g}, {images.max():g}]; rescale them first"
-        )
+def _in_range(images: np.ndarray, what: str) -> np.ndarray:
+    """The images, with what rounding carried beyond [0, 1] clipped."""
+    if not images.size or (images.min() >= 0 and images.max() <= 1):  # written so that NaN fails
+        return images
+    if images.min() >= -_ROUNDING and images.max() <= 1 + _ROUNDING:
+        return images.clip(0.0, 1.0)
+    low, high = (np.format_float_positional(value, trim="-") for value in (images.min(), images.max()))  # all their digits
+    raise ValueError(f"{what} must have values in [0, 1], found [{low}, {high}]; rescale them first")
 
 
 def _pillow():  # -> PIL.Image, which mypy may not have here

@@ -44,6 +44,13 @@ def refuse_transforms() -> None:
     )
 
 
+def on_its_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where tensors without a `device` are made: beside those of a CPU, whatever default device the caller has set."""
+    if device.type != "cpu" or torch.get_default_device().type == "cpu":
+        return contextlib.nullcontext()
+    return torch.device("cpu")
+
+
 def outside_transforms() -> contextlib.AbstractContextManager:
     """Outside of `torch.func.grad` and its kind for a while: what is made and kept in here must not be theirs."""
     if torch._C._functorch.peek_interpreter_stack() is None:
@@ -92,21 +99,29 @@ def identity_gradient(image: torch.Tensor, purified: torch.Tensor) -> torch.Tens
     return _IdentityGradient.apply(image, purified.detach())
 
 
+class _Graph:
+    """What a forward pass leaves for its backward pass: a graph of its own, or what it takes to make one."""
+
+    start: torch.Tensor | None = None
+    end: torch.Tensor | None = None
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
 class _Strict(torch.autograd.Function):
     """x → function(x) whose backward pass, too, runs in strict fp32: autograd would run it in the caller's settings."""
 
     @staticmethod
     def forward(
-        x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], graph: list, check: Callable[[], object]
+        x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], graph: _Graph, check: Callable[[], object]
     ) -> torch.Tensor:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # which has no graph of one's own: made in `backward`
-            graph[:] = [x, function]
+            graph.start, graph.function = x, function
             with torch.no_grad(), strict_float32(x.device.type):
                 return function(x)
         with torch.enable_grad(), strict_float32(x.device.type):
             start = x.detach().requires_grad_()
             end = function(start)
-        graph[:] = [start, end]
+        graph.start, graph.end = start, end
         return end.detach()
 
     @staticmethod
@@ -116,15 +131,23 @@ class _Strict(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_transforms()
+        grad = unwrapped(grad)
+        with outside_transforms(), on_its_device(grad.device):
+            return *first_order_only(_Strict._vjp(ctx, grad)), None, None, None
+
+    @staticmethod
+    def _vjp(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         ctx.check()
-        start, end = ctx.graph
-        if callable(end) and not isinstance(end, torch.Tensor):
+        start, end = ctx.graph.start, ctx.graph.end
+        assert start is not None
+        if end is None:
+            assert ctx.graph.function is not None
             with torch.enable_grad(), strict_float32(grad.device.type):
-                start = start.detach().requires_grad_()
-                end = end(start)
+                start = unwrapped(start).requires_grad_()
+                end = ctx.graph.function(start)
         with torch.no_grad(), strict_float32(grad.device.type):
             (grad_x,) = torch.autograd.grad(end, start, grad, retain_graph=True)
-        return *first_order_only(grad_x), None, None, None
+        return grad_x
 
 
 class _ParameterGradients(torch.autograd.Function):
@@ -160,6 +183,6 @@ def strictly(
 ) -> torch.Tensor:
     """function(x) in strict fp32, forwards and backwards; first derivatives only. `check` runs before a backward pass."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Strict.apply(x, function, [], check)
+        return _Strict.apply(x, function, _Graph(), check)
     with strict_float32(x.device.type):
         return function(x)

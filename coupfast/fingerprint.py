@@ -53,6 +53,18 @@ def weights_fingerprint(*networks: nn.Module | None) -> str:
     return _bits([tensor for network in networks if network is not None for tensor in _tensors(network)])
 
 
+def plain_state(network: nn.Module) -> tuple[Any, ...]:
+    """Classes of all modules and their plain attributes: with `weights_fingerprint` what a network is, wherever it lies."""
+    return tuple(
+        (type(module).__qualname__, *((name, value) for name, value in module.__dict__.items() if _is_plain(name, value)))
+        for module in network.modules()
+    )
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    return name not in _INTERNAL and isinstance(value, _PLAIN)
+
+
 def check_unchanged(wanted: str, *networks: nn.Module | None) -> None:
     """RuntimeError if `weights_fingerprint` of these networks is another one by now."""
     if weights_fingerprint(*networks) != wanted:

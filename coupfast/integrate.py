@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from coupfast.derivatives import all_finite, first_order_only, refuse_transforms
+from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
 from coupfast.engine import Cotangent, Keep, Noise, Program, Programs, ReplayedNoise, State
 from coupfast.engine.precision import strict_float32
+from coupfast.engine.rows import extra_images, step_back
 from coupfast_kernels.guided_step import guided_step_ref
 
 
@@ -128,18 +129,10 @@ def _step(program: Program, k: int, state: State, noise: Noise, keep: Keep) -> t
 
 def _without_networks(program: Program, k: int, state: State, noise: Noise) -> torch.Tensor:
     """A row that only mixes what is there, as a forward noising does: nothing for an engine to be fast at."""
-    row, x = program.table.row(k), state.x
-    e, f, p, _ = row[4:] if len(row) == 8 else (0.0,) * 4
-    return guided_step_ref(
-        x,
-        None,
-        None,
-        row,
-        noise.z(k, x) if row[3] != 0.0 else None,
-        x_in=state.x_in if e != 0.0 else None,
-        z2=noise.z2(k, x) if f != 0.0 else None,
-        x_before=state.x_before if p != 0.0 else None,
-    )
+    table, row, x = program.table, program.table.row(k), state.x
+    z = noise.z(k, x) if row[3] != 0.0 else None
+    z2 = noise.z2(k, x) if table.extended and row[5] != 0.0 else None
+    return guided_step_ref(x, None, None, row, z, z2=z2, **extra_images(table, k, state))
 
 
 class _ExactGradient(torch.autograd.Function):
@@ -161,6 +154,12 @@ class _ExactGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_transforms()
+        grad = unwrapped(grad)
+        with outside_transforms(), on_its_device(grad.device):
+            return *first_order_only(*_ExactGradient._vjp(ctx, grad)), None
+
+    @staticmethod
+    def _vjp(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.run.check()
         wanted = ctx.needs_input_grad[2:4]
         grad_rows, grad_second = (
@@ -169,7 +168,7 @@ class _ExactGradient(torch.autograd.Function):
         grad_in = torch.zeros_like(grad) if ctx.reads_x_in else None
         with torch.no_grad(), strict_float32(grad.device.type):
             grad_x = _backward(ctx.run, grad, grad_in, grad_rows, grad_second)
-        return *first_order_only(grad_x, grad_in, grad_rows, grad_second), None
+        return grad_x, grad_in, grad_rows, grad_second
 
 
 def _backward(
@@ -215,13 +214,7 @@ def _step_vjp(program: Program, k: int, x_k: torch.Tensor, saved: Any, v: Cotang
         if table.extended:
             return program.step_vjp(k, x_k, saved, v.x, more=v)
         return Cotangent(program.step_vjp(k, x_k, saved, v.x))
-    a, _, _, _, e, _, p, _ = (*table.row(k), 0.0, 0.0, 0.0, 0.0)[:8]
-    back = a * v.x
-    return Cotangent(
-        back if v.x_before is None else back + v.x_before,
-        None if v.x_in is None else v.x_in + e * v.x,
-        p * v.x if table.two_step else None,
-    )
+    return step_back(table, k, v.x, None, torch.zeros_like, v)  # into ε̂ nothing flows
 
 
 def _raise_not_finite(program: Program, states: list[torch.Tensor], grad: torch.Tensor) -> None:

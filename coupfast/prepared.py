@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,16 @@ from tqdm import tqdm
 
 from coupfast import budget
 from coupfast.budget import Need, Plan
+from coupfast.derivatives import on_its_device, outside_transforms
 from coupfast.engine import Noise, Programs, StepMemory
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
-from coupfast.fingerprint import check_unchanged, weights_fingerprint
+from coupfast.fingerprint import check_unchanged, plain_state, weights_fingerprint
 from coupfast.gradients import Surrogate
 from coupfast.integrate import Run, Storage, integrate
 from coupfast.methods import Method, Networks, StepMethod, TableMethod
+from coupfast.models.noise_check import check_noise_prediction
 from coupfast.solvers import CoefficientTable
 from coupfast.step_functions import StepPrograms, StepRun, integrate_steps
 from coupfast.trials import try_networks
@@ -56,8 +59,10 @@ class Prepared(abc.ABC):
         with strict_float32(example.device.type):
             try_networks(self.score, self.classifier, example)
             weights = weights_fingerprint(self.score, self.classifier)
+            _look_at_prediction(self.score, example)
             self.check_unchanged = functools.partial(check_unchanged, weights, self.score, self.classifier)
-            self._build(example)
+            with on_its_device(example.device):
+                self._build(example)
 
     @property
     def method(self) -> Method:
@@ -80,7 +85,7 @@ class Prepared(abc.ABC):
     def plan(self, batch: int) -> Plan:
         """What a run of so many images with its gradient will store and evaluate; it may not fit."""
         if batch not in self._plans:
-            with strict_float32(self.device.type):
+            with outside_transforms(), on_its_device(self.device), strict_float32(self.device.type):
                 self._plans[batch] = self._plan(batch)
         return self._plans[batch]
 
@@ -98,6 +103,22 @@ class Prepared(abc.ABC):
     def _bar(self, storage: Storage, batch: int, progress: bool) -> tqdm:
         total = len(storage.pieces(batch)) * self.num_steps
         return tqdm(total=total, desc="purify", unit="step", disable=not progress, leave=False)
+
+
+#: Networks that were looked at, by what they are: many purifiers are made around equal ones.
+_LOOKED_AT: set[str] = set()
+
+
+def _look_at_prediction(score: nn.Module, example: torch.Tensor) -> None:
+    """Warn where a noised image of known noise tells that the score net predicts something else than that noise."""
+    what = f"{weights_fingerprint(score)} {plain_state(score)}"
+    if what in _LOOKED_AT or bool(example.std() == 0.0):  # a plan's blank image tells nothing
+        return
+    _LOOKED_AT.add(what)
+    try:
+        check_noise_prediction(score, example)
+    except (TypeError, ValueError) as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 #: Batches up to which memory is planned to the byte; beyond, in proportion: a plan of a million images makes nothing so large.

@@ -19,13 +19,21 @@ import torch
 from torch import nn
 
 from coupfast.budget import Plan
-from coupfast.derivatives import outside_transforms, refuse_transforms, strictly, unwrapped, with_parameter_gradients
+from coupfast.derivatives import (
+    on_its_device,
+    outside_transforms,
+    refuse_transforms,
+    strictly,
+    unwrapped,
+    with_parameter_gradients,
+)
 from coupfast.engine import CounterNoise, Noise, ReplayedNoise
 from coupfast.engine.networks import check_eval, dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
 from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerprint
 from coupfast.gradients import Adjoint
 from coupfast.methods import Recipe, TableMethod, method_name
+from coupfast.models.zoo import as_network, is_adoptable
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
 from coupfast.trials import check_against, check_images, check_network, rounding_of, try_classifier, words
@@ -59,7 +67,7 @@ class Purifier(nn.Module):
                 f"method {method_name(method)!r} follows a classifier's confidence and needs `classifier`; without one use "
                 "'reverse-sde'"
             )
-        self.score = check_network(score, "score net")
+        self.score = check_network(adopted(score), "score net")
         self.classifier = check_network(classifier, "classifier") if method.guided else None
         self.num_steps = self.settings.num_steps
         self.last_seed: int | None = None
@@ -129,7 +137,8 @@ class Purifier(nn.Module):
         check_images(x, bounded=self.settings.method.out_of_range == "refuse")
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)
-        purified, states = self._purify(prepared, x, source, return_trajectory, progress)
+        with on_its_device(x.device):
+            purified, states = self._purify(prepared, x, source, return_trajectory, progress)
         purified = self.settings.gradient.finish(x, purified)
         return purified if states is None else (purified, states)
 
@@ -378,6 +387,11 @@ def purify(
     """
     purifier = Purifier(score, classifier, settings=settings, **keywords)
     return purifier(x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress)
+
+
+def adopted(score: Any) -> Any:
+    """A diffusers model or pipeline as `load_score` makes a score net of it; anything else as it is."""
+    return as_network("score", score) if is_adoptable("score", score) else score
 
 
 def check_seed(seed: Any) -> int:

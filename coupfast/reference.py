@@ -143,7 +143,11 @@ def purify_ref(
         detached: Take the guidance as a constant in gradients, as COUP's code does.
         adjoint: `"none"`: back-propagation goes through every step and gives the exact discrete gradient. `"frozen"`,
             `"parameters"`: torchsde's stochastic adjoint (Li et al. 2020) on the same noise, without and with the
-            integrals of all parameter gradients.
+            integrals of all parameter gradients. It solves state and gradient backwards from the last state in one step
+            for each of `grid`, over the same times, starting at grid[-1]. Its error depends on these steps, most of all on
+            the first, where h β/σ² is about 100 for steps of 1e-3 that end at t = 1e-5 (`bench/adjoint_error.py`). Not
+            what published code does to the last digits: that starts its steps of 1e-3 at t = 1e-5, beside those of the
+            forward run (`purify_published`), and takes no other steps than those.
 
     Returns:
         x_K, the same shape.
@@ -279,13 +283,16 @@ def purify_published(
     cost. Uses torch's global generator for the forward noising and torchsde's Brownian interval for the path.
 
     Args:
-        x_0: State in the [-1, 1] scale, float32.
-        t: Purification time; `t_end` is where it stops (a larger `t_end` shortens the run, for timing).
+        x_0: State in the [-1, 1] scale, float32 as published; in float64 time is float64, too, which tells what
+            the published rounding of t and σ(t) does.
+        t: Purification time; `t_end` is where it stops (a larger `t_end` shortens the run, for timing). Steps are torchsde's
+            default of 1e-3, the last one cut at `t_end`.
         adjoint_params: `"all"` integrates every parameter's adjoint, as published; `"none"` passes `adjoint_params=()`.
         entropy: Seed of the Brownian interval; None as published.
 
     Returns:
-        x at `t_end`, the same shape; back-propagation solves torchsde's stochastic adjoint.
+        x at `t_end`, the same shape; back-propagation solves torchsde's stochastic adjoint in steps of 1e-3 from `t_end` on,
+        the last one cut at `t`: where t − t_end is not a whole number of steps, they lie beside those of the forward run.
     """
     sde = sde or VPSDE()
     x = x_0
@@ -293,7 +300,8 @@ def purify_published(
         alpha_bar = sde.discrete_alpha_bar(t)
         x = float(np.sqrt(alpha_bar)) * x + float(np.sqrt(1 - alpha_bar)) * torch.randn_like(x)
     system = _PublishedSDE(score, classifier, x.shape, guidance_scale, sde)
-    s = torch.tensor([1 - t, 1 - t_end], dtype=torch.float32, device=x.device)
+    time = torch.float64 if x.dtype == torch.float64 else torch.float32
+    s = torch.tensor([1 - t, 1 - t_end], dtype=time, device=x.device)
     path = torchsde.BrownianInterval(
         s[0], s[-1], size=x.flatten(1).shape, dtype=x.dtype, device=x.device, entropy=entropy
     )

@@ -119,8 +119,9 @@ def time_grid(t: float, num_steps: int | None = None) -> np.ndarray:
 def parity_grid(t: float) -> np.ndarray:
     """The reference grid as published: s = 1 − t accumulated in float32, returned as t in float64, shape (K + 1,).
 
-    For comparisons with the published code only: float32 accumulation moves the grid by up to about 1e-6 and, at
-    some t, changes the number of steps.
+    For comparisons with the published code only: float32 accumulation moves the grid by up to about 1e-6 at t = 0.1 and 1e-5
+    at t = 1. The number of steps is that of `time_grid(t)` at every t = n/1000; float32 may add one, a short last one, where
+    t is above such a time by no more than 1e-5.
     """
     check_t(t)
     start, end, dt = np.float32(1.0 - t), np.float32(1.0 - T_END), np.float32(DT_REFERENCE)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.derivatives import all_finite, first_order_only, refuse_transforms
+from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
 from coupfast.engine import Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.precision import strict_float32
@@ -175,12 +175,17 @@ class _StepGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_transforms()
+        grad, x_in = unwrapped(grad), unwrapped(ctx.saved_tensors[0])
+        with outside_transforms(), on_its_device(grad.device):
+            return *first_order_only(*_StepGradient._vjp(ctx, x_in, grad)), None
+
+    @staticmethod
+    def _vjp(ctx: Any, x_in: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.run.check()
-        (x_in,) = ctx.saved_tensors
         grad_rows = grad.new_zeros(ctx.rows_shape) if ctx.needs_input_grad[1] else None
         with torch.no_grad(), strict_float32(grad.device.type):
-            grad_x = _backward(ctx.run, x_in.detach(), grad, grad_rows)
-        return *first_order_only(grad_x, grad_rows), None
+            grad_x = _backward(ctx.run, x_in, grad, grad_rows)
+        return grad_x, grad_rows
 
 
 class _Leaves:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import training
 from torch import Tensor
 
-from coupfast.models.checkpoints import classifier_from_file, file_sha256
+from coupfast.models.checkpoints import file_sha256
+from coupfast.models.from_file import classifier_from_file
 from coupfast.models.wide_resnet import WideResNet
 from coupfast.models.zoo import load_classifier
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import training
 from torch import Tensor
 
-from coupfast.models.checkpoints import file_sha256, score_from_file
+from coupfast.models.checkpoints import file_sha256
 from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.from_file import score_from_file
 from coupfast.models.zoo import load_score
 from coupfast.sde import VPSDE
 

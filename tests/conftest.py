@@ -1,5 +1,7 @@
 """Small random networks that every test can afford."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,18 @@ from coupfast.models.ddpmpp import DDPMpp
 
 # Networks of this size lose more to threads than they gain, the more so where another process wants the cores.
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, *scope):
+        """Its integers are arrays of one element. Triton before 3.7 hands them to `int`, which NumPy from 2.4 on refuses."""
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
 def randomize_batch_norms(network: nn.Module, generator: torch.Generator) -> None:

@@ -72,7 +72,7 @@ def test_adversarial_robustness_toolbox(defense, batch):
 
 
 def test_robustbench(defense, monkeypatch):
-    from coupfast.compat import import_robustbench
+    from coupfast.models.robustbench_import import import_robustbench
 
     try:
         robustbench = import_robustbench()

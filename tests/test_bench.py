@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from coupfast.purify import ENGINES
+from coupfast.engines import ENGINES
 from coupfast.reference import purify_published, purify_ref
 from coupfast_kernels import native
 
@@ -38,7 +38,7 @@ def _as_a_script_sees_it(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(BENCH)
     yield
-    for name in ("speed", "gradient", "peers", "layers", "cases", "timing"):
+    for name in ("speed", "gradient", "peers", "layers", "cases", "timing", "attack_gradients", "adjoint_error"):
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
 
@@ -187,6 +187,91 @@ class TestGradient:
         assert rows["exact", "wrong"]["peak_bytes"] is None
         assert rows["exact", "eager"]["seconds_per_image"] > 0
         assert "no times" in printed
+
+
+class TestAdjointError:
+    OPTIONS = ["--images", "1", "--t", "0.002", "--num-steps", "1", "2", "--t-end", "1e-3"]
+
+    def test_what_the_error_depends_on(self, tmp_path, capsys):
+        file = tmp_path / "results.json"
+        adjoint_error = __import__("adjoint_error")
+        assert adjoint_error.main([*self.OPTIONS, "--json", str(file)]) == 0
+        document = json.loads(file.read_text())
+        assert set(document["parity"]) == {"exact", "adjoint", "published"}
+        assert all(difference < adjoint_error.PARITY for difference in document["parity"].values())
+        rows = document["rows"]
+        one, equal, published, cut, float32 = rows.values()
+        assert [row["num_steps"] for row in rows.values()] == [1, 2, 2, 1, 2]
+        # h β/σ² at t = 1e-5, where σ² is 1.002e-6 and β 0.1002.
+        assert one["stiffness"] == pytest.approx(199, rel=1e-3)
+        assert equal["stiffness"] == pytest.approx(99.5, rel=1e-3)
+        assert published["stiffness"] == pytest.approx(99, rel=1e-3)
+        assert cut["stiffness"] == pytest.approx(1.09, rel=1e-2)
+        assert "after_first_step" not in one  # nothing is left of it
+        for row in (equal, published):
+            # The rest starts at t = 1e-3, where h β/σ² is 1.
+            assert row["after_first_step"]["rel_error"] < 0.1 * row["rel_error"]
+        for row in (published, float32):
+            assert 1e-4 < row["shifted"]["rel_difference"] < 0.1
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in rows)
+
+    def test_nothing_is_printed_without_parity(self, tmp_path, capsys, monkeypatch):
+        file = tmp_path / "results.json"
+        adjoint_error = __import__("adjoint_error")
+        monkeypatch.setattr(adjoint_error, "parity", lambda *_: {"exact": 0.0, "adjoint": 1e-3, "published": float("nan")})
+        assert adjoint_error.main([*self.OPTIONS, "--json", str(file)]) == 1
+        assert "'adjoint': 0.001" in capsys.readouterr().out
+        assert not file.exists()
+
+    def test_a_grid_ends_before_it_starts(self, capsys):
+        with pytest.raises(SystemExit):
+            __import__("adjoint_error").main(["--t", "0.01", "--t-end", "0.02"])
+        assert "ends in [1e-05, 0.01)" in capsys.readouterr().err
+
+
+class TestAttackGradients:
+    def test_published_is_in_published_steps_only(self, capsys):
+        attack_gradients = __import__("attack_gradients")
+        with pytest.raises(SystemExit):
+            attack_gradients.parse_options(["--num-steps", "20", "--modes", "exact", "published"])
+        assert "published code steps by 1e-3" in capsys.readouterr().err
+        assert "published" not in attack_gradients.parse_options(["--num-steps", "20"]).modes
+        assert tuple(attack_gradients.parse_options([]).modes) == attack_gradients.MODES
+        assert "20 steps" in attack_gradients.label("adjoint", 20) and "published" not in attack_gradients.label("adjoint", 20)
+
+    def test_runs_published_code(self, images, score, classifier):
+        """Its own steps, its clips, a path a call: what `purify_published` gives."""
+        attack_gradients = __import__("attack_gradients")
+        x = images.float()
+        score, classifier = (copy.deepcopy(network).float().requires_grad_(False) for network in (score, classifier))
+        model = attack_gradients.PublishedCode(score, classifier, t=0.002, seed=3)
+        with torch.no_grad():
+            first, second = model(x), model(x)
+            x_k = purify_published(2 * x - 1, score, classifier, t=0.002, entropy=3 * 2**32 + 1)
+            assert torch.equal(first, classifier((x_k.clamp(-1, 1) + 1) / 2))
+        assert not torch.equal(first, second)
+
+    def test_pairs_verdicts_image_by_image(self):
+        attack_gradients = __import__("attack_gradients")
+        right = {
+            "exact": torch.tensor([[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]),  # worst of two draws: 1 0 0 0 0
+            "bpda": torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),  # 0 1 1 1 0
+        }
+        rows = [{"mode": mode, **attack_gradients.judged(each.bool())} for mode, each in right.items()]
+        assert [(row["one_draw"], row["worst_of_draws"]) for row in rows] == [(2, 1), (3, 3)]
+        assert [row["mean"] for row in rows] == [pytest.approx(0.4), pytest.approx(0.7)]
+        (pair,) = attack_gradients.paired(rows)
+        assert pair["one_draw"] == {"only_exact": 1, "only_mode": 2, "p": 1.0}
+        # Four discordant images, one of them the exact gradient's: p = 2 (1 + 4) / 2⁴.
+        assert pair["worst_of_draws"] == {"only_exact": 1, "only_mode": 3, "p": 0.625}
+
+    def test_other_options_are_not_mixed_in(self, tmp_path):
+        attack_gradients = __import__("attack_gradients")
+        file = tmp_path / "results.json"
+        attack_gradients.save(file, {"settings": {"num_steps": 60, "grid": "steps of 1e-3"}, "rows": []})
+        with pytest.raises(SystemExit, match="grid, num_steps"):
+            attack_gradients.load(file, {"num_steps": 20, "grid": "equal steps"})
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=native.unavailable() or "")

@@ -1,6 +1,9 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+import textwrap
 import zipfile
 from collections import OrderedDict
 from pathlib import PurePosixPath
@@ -12,22 +15,19 @@ from ddpmpp_table import deep_parameters
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from coupfast.models import registry
 from coupfast.models.checkpoints import (
     CheckpointError,
-    classifier_config,
-    classifier_from_file,
-    convert_score_checkpoint,
     file_sha256,
-    read_classifier_state,
     read_safetensors,
-    read_score_checkpoint,
     read_torch,
-    score_from_file,
+    read_weights,
     state_dict_sha256,
     write_safetensors,
 )
-from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.ddpmpp import DDPMpp, read_score_checkpoint
 from coupfast.models.dm_wide_resnet import CIFAR10_MEAN, CIFAR10_STD, DMWideResNet
+from coupfast.models.from_file import classifier_from_file, convert_checkpoint, score_from_file
 from coupfast.models.wide_resnet import WideResNet
 
 CONFIG = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "image_size": 8}
@@ -74,7 +74,7 @@ def test_full_size_checkpoint_becomes_safetensors(tmp_path):
     checkpoint["model"] = OrderedDict()  # 427 MB that the reader must not need
     torch.save(checkpoint, source)
     del checkpoint
-    convert_score_checkpoint(source, converted)
+    convert_checkpoint(source, converted)
 
     source.unlink()
 
@@ -89,7 +89,7 @@ def test_full_size_checkpoint_becomes_safetensors(tmp_path):
 
 
 def test_conversion_keeps_the_origin(small_score, small_checkpoint, tmp_path):
-    convert_score_checkpoint(small_checkpoint, tmp_path / "score.safetensors", config=CONFIG)
+    convert_checkpoint(small_checkpoint, tmp_path / "score.safetensors", config=CONFIG)
     with safe_open(tmp_path / "score.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["source"] == "checkpoint_8.pth"
@@ -179,7 +179,7 @@ def test_conversion_is_whole_or_nothing(small_checkpoint, tmp_path, monkeypatch)
 
     monkeypatch.setattr("coupfast.models.checkpoints.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        convert_score_checkpoint(small_checkpoint, target, config=CONFIG)
+        convert_checkpoint(small_checkpoint, target, config=CONFIG)
     assert target.read_text() == "what was there before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_8.pth", "score.safetensors"]
 
@@ -218,7 +218,7 @@ def test_hostile_pickles_are_not_executed(writer, wrap, tmp_path):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
-    for read in (read_torch, read_score_checkpoint, score_from_file, read_classifier_state, classifier_from_file):
+    for read in (read_torch, read_score_checkpoint, score_from_file, read_weights, classifier_from_file):
         with pytest.raises(CheckpointError, match=r"weights.pt.*Nothing in it was executed"):
             read(path)
     assert not canary.exists()
@@ -299,7 +299,7 @@ def test_activation_is_given_not_guessed(tmp_path):
         classifier_from_file(path)
     assert classifier_from_file(path, activation="relu").config["activation"] == "relu"
     torch.save(WideResNet(10, 1).state_dict(), path)
-    with pytest.raises(CheckpointError, match="ReLU"):
+    with pytest.raises(CheckpointError, match="WideResNet has 'relu'"):
         classifier_from_file(path, activation="silu")
 
 
@@ -355,8 +355,192 @@ def test_wrong_depth(tmp_path):
 def test_large_architectures_are_inferred():
     with torch.device("meta"):
         for model in (WideResNet(28, 10), DMWideResNet(70, 16, 100, "silu"), WideResNet(70, 16)):
-            config = classifier_config(model.state_dict(), activation=model.config.get("activation"))
-            assert config == {k: v for k, v in model.config.items() if k not in ("mean", "std")}
+            family, config = registry.recognised(model.state_dict())
+            told = {k: v for k, v in model.config.items() if k not in ("mean", "std", "activation")}
+            assert {"arch": family.arch, **config} == told
+
+
+# --- what lies around the weights -------------------------------------------------------------------------------------
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def averaged(state):
+    """What `torch.optim.swa_utils.AveragedModel` has."""
+    return {"n_averaged": torch.tensor(5), **prefixed("module.", state)}
+
+
+AROUND = {
+    "compiled": lambda s: prefixed("_orig_mod.", s),
+    "compiled inside DataParallel": lambda s: prefixed("module._orig_mod.", s),
+    "compiled part": lambda s: {k.replace("block1.", "block1._orig_mod."): v for k, v in s.items()},
+    "FSDP": lambda s: {k.replace("block1.", "_fsdp_wrapped_module.block1._fsdp_wrapped_module."): v for k, v in s.items()},
+    "SWA": averaged,
+    "SWA of DataParallel": lambda s: averaged(prefixed("module.", s)),
+    "SWA under an entry": lambda s: {"model": averaged(s), "epoch": 3},
+    "accuracy": lambda s: {"net": s, "acc": 94.2, "epoch": 199},
+    "float32 beside": lambda s: {"net": s, "acc": np.float32(94.2)},
+    "int64 and bool beside": lambda s: {"state_dict": s, "epoch": np.int64(3), "best": np.bool_(True)},
+    "float16 and uint8 beside": lambda s: {"weights": s, "a": np.float16(1.0), "b": np.uint8(3)},
+    "numbers among the weights": lambda s: {**s, "acc": np.float64(94.2), "epoch": 3, "name": "best"},
+    "nested wrappers": lambda s: prefixed("module.basic_net.", s),
+    "a longer nesting": lambda s: {"net": prefixed("module.model.module.net.", s)},
+    "Lightning": lambda s: {"state_dict": prefixed("classifier.", s), "hyper_parameters": {"lr": 0.1}, "callbacks": {}},
+    "optimizer beside": lambda s: {
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+        "model": s,
+        "amp": {"scale": torch.tensor(1.0)},
+    },
+    "unaveraged beside": lambda s: {"model_state_dict": s, "unaveraged_model_state_dict": {k: v + 1 for k, v in s.items()}},
+    "nested entries": lambda s: {"checkpoint": {"model": {"state_dict": s}}},
+}
+
+
+@pytest.mark.parametrize("wrap", AROUND.values(), ids=AROUND)
+def test_what_lies_around_the_weights_is_dropped(wrap, tmp_path):
+    path, model = tmp_path / "weights.pt", randomised(WideResNet(10, 1, 7))
+    torch.save(wrap(dict(model.state_dict())), path)
+    for loaded in (classifier_from_file(path), classifier_from_file(path, config=model.config)):
+        assert loaded.config == model.config
+        assert_same_weights(loaded, model)
+
+
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
+NORMALISED = {
+    "Sequential": lambda s: {"0.mean": MEAN, "0.std": STD, **prefixed("1.", s)},
+    "shaped": lambda s: {"0.mean": MEAN[None, :, None, None], "0.std": STD[None, :, None, None], **prefixed("1.", s)},
+    "mu, sigma beside a wrapper": lambda s: {"mu": MEAN[:, None, None], "sigma": STD[:, None, None], **prefixed("model.", s)},
+    "mu, sigma among the weights": lambda s: {"mu": MEAN, "sigma": STD, **s},
+    "named layer": lambda s: {"state_dict": prefixed("module.", {"normalize.mean": MEAN, "normalize.std": STD} | s)},
+    "averaged": lambda s: averaged({"0.mean": MEAN, "0.std": STD, **prefixed("1.", s)}),
+    "means, sds": lambda s: {"norm.means": MEAN, "norm.sds": STD, **prefixed("net.", s)},
+}
+
+
+@pytest.mark.parametrize("wrap", NORMALISED.values(), ids=NORMALISED)
+@pytest.mark.parametrize("family", ["WideResNet", "DMWideResNet"])
+def test_a_normalisation_in_front_becomes_mean_and_std(wrap, family, tmp_path):
+    path = tmp_path / "weights.pt"
+    if family == "WideResNet":
+        model, activation = randomised(WideResNet(10, 1, 7, mean=MEAN.tolist(), std=STD.tolist())), None
+    else:
+        model, activation = randomised(DMWideResNet(10, 1, 7, "silu", MEAN.tolist(), STD.tolist())), "silu"
+    torch.save(wrap(dict(model.state_dict())), path)
+    x = torch.rand(2, 3, 8, 8)
+    for loaded in (
+        classifier_from_file(path, activation=activation),
+        classifier_from_file(path, config={k: v for k, v in model.config.items() if k not in ("mean", "std")}),
+    ):
+        assert loaded.config == model.config
+        torch.testing.assert_close(loaded.eval()(x), model(x), rtol=0, atol=0)
+
+
+def test_a_normalisation_in_front_contradicts_another(tmp_path):
+    torch.save({"0.mean": MEAN, "0.std": STD, **prefixed("1.", WideResNet(10, 1).state_dict())}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="w.pt: the file normalises with mean=.*the caller says"):
+        classifier_from_file(tmp_path / "w.pt", mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    assert classifier_from_file(tmp_path / "w.pt", mean=MEAN.tolist(), std=STD.tolist()).config["mean"] == MEAN.tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda s: {"net": s, "ema": {k: v + 1 for k, v in s.items()}}, "several networks .* under 'net' and 'ema'"),
+        (lambda s: {"a": s, "b": dict(s)}, "several networks .* under 'a' and 'b'"),
+        (lambda s: prefixed("student.", s) | prefixed("teacher.", s), "under 'student' and 'teacher'"),
+        (lambda s: {"0.mean": 255 * MEAN, "0.std": 255 * STD, **prefixed("1.", s)}, "do not normalise images in .0, 1."),
+        (lambda s: {"0.mean": MEAN, "0.std": STD * 0, **prefixed("1.", s)}, "do not normalise images in .0, 1."),
+        (lambda s: {"0.mean": MEAN, **prefixed("1.", s)}, "unexpected '0.mean'"),
+        (lambda s: prefixed("module.", s) | {"criterion.weight": torch.zeros(3)}, "unexpected 'criterion.weight'"),
+    ],
+    ids=range(7),
+)
+def test_what_could_mean_something_is_refused(content, message, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(content(dict(WideResNet(10, 1).state_dict())), path)
+    with pytest.raises(CheckpointError, match=f"weights.pt.*{message}"):
+        classifier_from_file(path)
+
+
+def test_score_networks_have_such_files_too(tmp_path):
+    model = randomised(DDPMpp(32, (1, 2, 2), 1))  # of the name cifar10-tiny
+    path = tmp_path / "score.pt"
+    for content in (
+        {"model": prefixed("module._orig_mod.", model.state_dict()), "acc": np.float32(0.1)},
+        {"model": averaged(model.state_dict())},
+        score_sde_checkpoint([parameter.detach() for parameter in model.parameters()]),
+    ):
+        torch.save(content, path)
+        for loaded in (score_from_file(path, config=model.config), score_from_file(path)):
+            assert_same_weights(loaded, model)
+
+
+def test_swapped_files_are_named(tmp_path):
+    classifier, score = tmp_path / "classifier.pt", tmp_path / "checkpoint_8.pth"
+    torch.save({"net": WideResNet(10, 1).state_dict()}, classifier)
+    torch.save(score_sde_checkpoint([parameter.detach() for parameter in DDPMpp(32, (1, 2, 2), 1).parameters()]), score)
+    with pytest.raises(CheckpointError, match=r"classifier.pt.*weights of a classifier \(WideResNet\), not of a score network"):
+        score_from_file(classifier)
+    with pytest.raises(CheckpointError, match=r"checkpoint_8.pth.*weights of a score network \(DDPMpp\), not of a classifier"):
+        classifier_from_file(score)
+    with pytest.raises(CheckpointError, match="does not fit WideResNet: these are weights of a DDPMpp"):
+        classifier_from_file(score, config={"depth": 10, "widen_factor": 1})
+    write_safetensors(tmp_path / "c.safetensors", WideResNet(10, 1).state_dict(), WideResNet(10, 1).config)
+    with pytest.raises(CheckpointError, match="load_classifier"):
+        score_from_file(tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match="file says arch|`activation` is for DMWideResNet"):
+        classifier_from_file(tmp_path / "c.safetensors", activation="silu")
+    dm = DMWideResNet(10, 1, activation="relu")
+    write_safetensors(tmp_path / "d.safetensors", dm.state_dict(), dm.config)
+    with pytest.raises(CheckpointError, match="file says activation='relu', the caller 'silu'"):
+        classifier_from_file(tmp_path / "d.safetensors", activation="silu")
+
+
+def test_converted_classifiers_keep_everything(tmp_path):
+    model = randomised(WideResNet(10, 1, 7, mean=MEAN.tolist(), std=STD.tolist()))
+    torch.save({"net": {"0.mean": MEAN, "0.std": STD, **prefixed("1.", model.state_dict())}}, tmp_path / "w.pt")
+    assert convert_checkpoint(tmp_path / "w.pt", tmp_path / "w.safetensors") == model.config
+    loaded = classifier_from_file(tmp_path / "w.safetensors")
+    assert state_dict_sha256(loaded) == state_dict_sha256(model)
+    torch.save(DMWideResNet(10, 1).state_dict(), tmp_path / "d.pt")
+    with pytest.raises(CheckpointError, match="do not tell its activation"):
+        convert_checkpoint(tmp_path / "d.pt", tmp_path / "d.safetensors")
+    convert_checkpoint(tmp_path / "d.pt", tmp_path / "d.safetensors", options={"activation": "silu"})
+    assert classifier_from_file(tmp_path / "d.safetensors").config["activation"] == "silu"
+    convert_checkpoint(tmp_path / "d.pt", tmp_path / "n.safetensors", name="dm-wrn-10-1")
+    with pytest.raises(ValueError, match="'dm-wrn' names no network"):
+        convert_checkpoint(tmp_path / "d.pt", tmp_path / "e.safetensors", name="dm-wrn")
+
+
+def test_a_full_disk_is_one_line(small_checkpoint, tmp_path):
+    """The operating system refuses files above a size, as it does on a full disk."""
+    code = f"""
+        import resource, signal, sys
+        from coupfast import cli
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        sys.exit(cli.main(["convert", {str(small_checkpoint)!r}, "out.safetensors", "--config", "config.json"]))
+    """
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.startswith("coupfast convert: error: out.safetensors could not be written (")
+    assert found.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_8.pth", "config.json"]
+
+
+def test_tied_weights_are_written(tmp_path):
+    weight = torch.rand(4, 4)
+    state = {"a": weight, "b": weight, "c": weight[:2], "d": torch.rand(3)}
+    write_safetensors(tmp_path / "tied.safetensors", state, {})
+    found, _ = read_safetensors(tmp_path / "tied.safetensors")
+    for name, value in state.items():
+        assert torch.equal(found[name], value)
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -381,11 +565,11 @@ def test_hash_depends_on_values_only():
 def test_a_dictionary_without_names_is_no_state_dict(tmp_path):
     torch.save({0: torch.zeros(3)}, tmp_path / "odd.pt")
     with pytest.raises(CheckpointError):
-        read_classifier_state(tmp_path / "odd.pt")
+        classifier_from_file(tmp_path / "odd.pt")
 
 
 def test_a_refused_pickle_is_not_recommended_for_unsafe_loading(tmp_path):
     torch.save({"a": PurePosixPath("x")}, tmp_path / "path.pt")
     with pytest.raises(CheckpointError) as caught:
-        read_classifier_state(tmp_path / "path.pt")
+        classifier_from_file(tmp_path / "path.pt")
     assert "weights_only" not in str(caught.value)

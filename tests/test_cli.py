@@ -225,7 +225,7 @@ def test_interrupted(monkeypatch, capsys):
 
 
 def test_doctor(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(doctor, "_cases", lambda: iter([("reverse-sde", {"method": "reverse-sde"}, "silu")]))
+    monkeypatch.setattr(doctor.engines, "cases", lambda: iter([("reverse-sde", {"method": "reverse-sde"}, "silu")]))
     target = tmp_path / "new" / "doctor.json"
     assert run("doctor", "--strict", "--json", target) == 0
     assert "All checks passed" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_doctor(monkeypatch, tmp_path, capsys):
     assert run("doctor", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
-    monkeypatch.setattr(doctor, "NORMALS_SHA256", "0" * 64)
+    monkeypatch.setattr(doctor.shipped, "NORMALS_SHA256", "0" * 64)
     assert run("doctor") == 0
     assert "PROBLEM  noise on cpu" in capsys.readouterr().out
     assert run("doctor", "--strict") == 1
@@ -327,3 +327,21 @@ def test_a_gradient_that_is_not_what_it_claims_to_be(photos, networks, monkeypat
 def test_python_m_coupfast():
     found = subprocess.run([sys.executable, "-m", "coupfast", "--version"], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout.strip()) == (0, f"coupfast {coupfast.__version__}")
+
+
+def test_purify_one_channel_and_folders_of_any_name(tmp_path, weights):
+    torch.manual_seed(0)
+    score = DDPMpp(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), image_size=28, channels=1)
+    write_safetensors(tmp_path / "score.safetensors", score.state_dict(), score.config)
+    options = ["--score", tmp_path / "score.safetensors", "--method", "reverse-sde", "--steps", 1, "--device", "cpu"]
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "digits.npz", x=images)
+    assert run("purify", tmp_path / "digits.npz", "--out", tmp_path / "npz", *options) == 0
+    for i, name in enumerate(("zero", "one")):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        Image.fromarray(images[i, 0]).save(tmp_path / "folder" / name / "0.png")
+    assert run("purify", tmp_path / "folder", "--channels", 1, "--out", tmp_path / "png", *options) == 0
+    for out in ("npz", "png"):
+        written = sorted((tmp_path / out).glob("*.png"))
+        assert len(written) == 2
+        assert Image.open(written[0]).mode == "L"

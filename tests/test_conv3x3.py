@@ -16,20 +16,11 @@ from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from coupfast_kernels import conv3x3 as module
-from coupfast_kernels.conv3x3 import (
-    CONFIGS,
-    PRECISIONS,
-    Config,
-    candidates,
-    choose,
-    conv3x3,
-    conv3x3_ref,
-    pack_weight,
-    round_to_tf32,
-    tf32x3_ref,
-    tuned,
-)
+from coupfast_kernels.convolution import gpu as module
+from coupfast_kernels.convolution import gpu_tuning as tuning
+from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32, tf32x3_ref
+from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, Config, candidates, choose, tuned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAST = torch.channels_last
@@ -304,7 +295,7 @@ class TestTuning:
 
     @pytest.fixture(autouse=True)
     def _nothing_chosen(self, monkeypatch):
-        monkeypatch.setattr(module, "_chosen", {})
+        monkeypatch.setattr(tuning, "_chosen", {})
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     @staticmethod
@@ -347,7 +338,7 @@ class TestTuning:
                 raise RuntimeError("Triton Error [CUDA]: invalid argument")
 
         times = {config: float(number) for number, config in enumerate(IEEE_CONFIGS)}
-        with caplog.at_level(logging.WARNING, logger=module.logger.name):
+        with caplog.at_level(logging.WARNING, logger=tuning.logger.name):
             assert choose(IEEE_CONFIGS, launch, self.clock(times, asked)) == IEEE_CONFIGS[2]
         assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
         assert "shared memory" in caplog.text
@@ -359,14 +350,14 @@ class TestTuning:
         monkeypatch.setattr(module, "triton", object())
         monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
         monkeypatch.setattr(module, "_launch", lambda *arguments: None)
-        monkeypatch.setattr(module, "tuned", lambda key, configs, *rest: asked.append((key, configs)) or configs[0])
+        monkeypatch.setattr(tuning, "tuned", lambda key, configs, *rest: asked.append((key, configs)) or configs[0])
         x, weight, _, _ = layer((2, 5, 16, 16), 64, "plain")
 
         def call():
             module._on_cuda(x, pack_weight(weight), None, None, None, None, 1.0, "ieee")
 
         call()
-        with module.trying(2):
+        with tuning.trying(2):
             call()
         call()
         (first, every), (second, two), (third, again) = asked
@@ -381,7 +372,7 @@ class TestTuning:
             RuntimeError, match=r"none of 9 configs runs[\s\S]*no room for 128 pixels[\s\S]*no room for 16 pixels"
         ):
             tuned("a", IEEE_CONFIGS, launch, lambda launch: launch())
-        assert module._chosen == {}
+        assert tuning._chosen == {}
 
     def test_hides_neither_full_memory_nor_mistakes(self):
         for mistake in (torch.OutOfMemoryError("CUDA out of memory"), AttributeError("a bug")):

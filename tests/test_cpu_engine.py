@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import programs_of, relu_classifier, silu_classifier, small_score
-from cpu_networks import network
+from cpu_networks import moved, network
 from test_adjoint import plain_autograd, weights
 from test_purify import definition
 from torch import nn
@@ -422,6 +422,35 @@ def test_score_nets_that_cannot_be_planned(images, network, caplog):
     assert found.plan(3, image_shape=(3, 8, 8)).step.forward > 0
 
 
+class AsDiffusers(nn.Module):
+    """As `UNet2DModel` treats its label, expanded to the batch by ones, and its maps: rows of tokens in a group norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.norm, self.time, self.query = nn.GroupNorm(2, 8), nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, x, labels):
+        labels = labels * torch.ones(len(x), dtype=labels.dtype, device=labels.device)
+        angles = labels[:, None].float() * torch.exp(-torch.arange(8.0) / 2)[None]
+        h = self.first(x) + self.time(torch.cat([angles.sin(), angles.cos()], dim=1))[:, :, None, None]
+        tokens = self.norm(h.view(len(h), 8, -1)).transpose(1, 2)
+        tokens = F.scaled_dot_product_attention(self.query(tokens), tokens, tokens).transpose(1, 2)
+        return self.last(F.silu(tokens.reshape(h.shape) + h))
+
+
+def test_a_score_net_as_those_of_diffusers_is_planned(images, caplog):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        score = AsDiffusers().eval()
+    found, expected = (Purifier(score, method="reverse-sde", num_steps=3, engine=engine) for engine in ("cpu", "eager"))
+    with caplog.at_level(logging.WARNING, logger="coupfast"):
+        torch.testing.assert_close(found(images, seed=0), expected(images, seed=0), rtol=0, atol=10 * 12 * 3 * EPS)
+    assert not caplog.text
+    assert programs(found, images).networks.score is not None
+    assert relative_error(gradient(found, images, seed=0), gradient(expected, images, seed=0)) < 100 * EPS
+
+
 class Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -571,6 +600,25 @@ def test_copies(score, classifier, images):
         assert_equal(purifier(images, seed=0), expected)
     for other in (copy.deepcopy(defense), pickle.loads(pickle.dumps(defense))):
         assert_equal(other(images, draw=0), logits)
+
+
+@pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier, None])
+def test_bits_do_not_depend_on_addresses(make_classifier):
+    """`deepcopy`, pickle, `.double().float()` and loading put weights elsewhere. (Shipped networks show it, being larger.)"""
+    import coupfast
+
+    results = []
+    for offset in (0, 12):
+        if make_classifier is None:
+            score, classifier, size = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny"), 32
+        else:
+            score, classifier, size = small_score(torch.float32), make_classifier(torch.float32), 8
+        networks = moved(score, offset), moved(classifier, offset)
+        x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+        purifier = Purifier(*networks, num_steps=2, engine="cpu")
+        results.append((purifier(x, seed=0), gradient(purifier, x, seed=0)))
+    for found, expected in zip(*results, strict=True):
+        assert_equal(found, expected)
 
 
 def test_another_default_dtype(score, classifier, images):

@@ -10,10 +10,11 @@ import torch
 from test_guided_step import CHANNELS_LAST, CONTIGUOUS, MORE, images, more_terms, poisoned
 from test_noise import KNOWN_ANSWERS, assert_same_bits, random_words, words
 
-from coupfast_kernels import convolution, native
-from coupfast_kernels.cpu_guided_step import guided_step_cpu, guided_step_structure, set_row, standard_normal_cpu
+from coupfast_kernels import native, operations
 from coupfast_kernels.guided_step import guided_step_ref
+from coupfast_kernels.guided_step.cpu import guided_step_cpu, guided_step_structure, set_row
 from coupfast_kernels.noise import FORWARD_NOISING_STEP, SECOND_NOISE_STEP, box_muller_ref, standard_normal_ref
+from coupfast_kernels.noise.cpu import standard_normal_cpu
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler; not for Windows"
@@ -32,9 +33,9 @@ WORDS = [(0, 0), (2**64 - 1, 2**32 - 2), (2**63, 1), (0x0123456789ABCDEF, FORWAR
 @pytest.fixture(params=native.isas())
 def isa(request, monkeypatch):
     monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
-    convolution.compiled.cache_clear()
+    operations.compiled.cache_clear()
     yield request.param
-    convolution.compiled.cache_clear()
+    operations.compiled.cache_clear()
 
 
 def formats(shape):
@@ -51,11 +52,11 @@ class TestBits:
             buffer, y = poisoned(x)
             structure = guided_step_structure(y, x, eps_hat, g, ids=ids, draw=draw)
             structure.a, structure.b, structure.c, structure.d = ROW
-            operations = convolution.Operations([structure])
+            call = operations.Operations([structure])
             for seed, step in WORDS:
                 structure.seed, structure.step = seed, step
                 y.fill_(float("nan"))
-                operations.run(threads)
+                call.run(threads)
                 z = standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=step)
                 assert_same_bits(y, guided_step_ref(x, eps_hat, g, ROW, z))
             assert bool(buffer[:32].isnan().all()) and bool(buffer[-32:].isnan().all())
@@ -72,10 +73,10 @@ class TestBits:
             words = dict(ids=ids, draw=draw) if noisy else dict(ids=None, draw=None)
             structure = guided_step_structure(y, x, eps_hat, g, **words, second_noise=present["second"], **terms)
             set_row(structure, LONG_ROW)
-            operations = convolution.Operations([structure])
+            call = operations.Operations([structure])
             for seed, step in WORDS[1::2] if noisy and not present["second"] else [(2**64 - 1, 2**31 - 2)]:
                 structure.seed, structure.step = seed, step
-                operations.run(threads)
+                call.run(threads)
                 z = standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=step) if noisy else None
                 z2 = None
                 if present["second"]:
@@ -184,7 +185,7 @@ def test_one_structure_serves_a_run(isa):
     x, eps_hat, g = images((2, 3, 8, 8), 3, CHANNELS_LAST)
     ids, draw = torch.tensor([3, 4]), torch.tensor([0, 1])
     structure = guided_step_structure(x, x, eps_hat, g, ids=ids, draw=draw)
-    operations = convolution.Operations([structure, structure])  # twice: the second reads what the first wrote
+    call = operations.Operations([structure, structure])  # twice: the second reads what the first wrote
     generator = random.Random(1)
     for step in range(4):
         row = tuple(generator.uniform(-1, 1) for _ in range(4))
@@ -194,7 +195,7 @@ def test_one_structure_serves_a_run(isa):
         structure.seed, structure.step = seed, step
         z = standard_normal_ref(tuple(x.shape), seed=seed, ids=ids, draw=draw, step=step)
         wanted = guided_step_ref(guided_step_ref(x, eps_hat, g, row, z), eps_hat, g, row, z)
-        operations.run(2)
+        call.run(2)
         assert_same_bits(x, wanted)
 
 

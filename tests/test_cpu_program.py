@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import small_score
-from cpu_networks import GRAPHS, network
+from cpu_networks import GRAPHS, moved, network
 from torch import nn
 
 from coupfast.engine.cpu.algorithms import WeightStore, tile
@@ -15,8 +15,8 @@ from coupfast.engine.cpu.parts import FusedNetwork
 from coupfast.engine.cpu.placement import Workspace
 from coupfast.guidance import PiecewiseLinearGraph, scaled_logits
 from coupfast.tracing import trace
-from coupfast_kernels import convolution as kernels
 from coupfast_kernels import native
+from coupfast_kernels.convolution import cpu as kernels
 
 REASON = native.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -214,6 +214,21 @@ def test_programs_take_turns_in_one_workspace():
         program.bind(workspace)
     for found, wanted in zip(run(programs[0], inputs[0], cotangents[0]), alone[0], strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_addresses_change_no_bit(name):
+    """Weights of a mapped file lie anywhere, those of a copy at a cache line."""
+    x = images(3, size=8)
+    v, results = like(network(name)(x)), []
+    for offset in (0, 4, 12, 52):
+        module = moved(network(name), offset)
+        program = NetworkProgram(fused(module), 3, WeightStore(tile), backward=True, threads=1)
+        bound(program)
+        results.append((program.forward(x).clone(), program.backward(v)))
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["DMWideResNet silu", "torchvision", "concatenations"])

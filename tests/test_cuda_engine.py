@@ -25,7 +25,7 @@ from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance, pack_bits
-from coupfast_kernels.conv3x3 import pack_weight
+from coupfast_kernels.convolution.gpu import pack_weight
 
 EPS = torch.finfo(torch.float32).eps
 

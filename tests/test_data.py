@@ -1,6 +1,9 @@
 import io
+import struct
 import sys
 import types
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +21,18 @@ def pixels(count, height=4, width=5):
 def write_png(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
+
+
+def png_16_bit(image):
+    """A PNG file of 16 bits a channel; Pillow writes none in colour."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = image.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in image)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def as_float(images):
@@ -114,6 +129,18 @@ class TestPublishedSubset:
         data.load_images("cifar10", limit=1)
         assert cifar10[0][0] == str(tmp_path / "coupfast" / "data")
 
+    @pytest.mark.parametrize("error", [OSError("Name or service not known"), RuntimeError("File not found or corrupted")])
+    @pytest.mark.parametrize("name", ["cifar10", "cifar10-512"])
+    def test_offline_it_says_what_to_put_where(self, name, error, cifar10, tmp_path, monkeypatch):
+        def offline(root, train, download):
+            raise error
+
+        monkeypatch.setattr(sys.modules["torchvision.datasets"], "CIFAR10", offline)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        message = f"{name}.*CIFAR-10 test set.*{error}.*cifar-10-python.tar.gz.*folder {tmp_path}/coupfast/data"
+        with pytest.raises(FileNotFoundError, match=message):
+            data.load_images(name)
+
     def test_missing_torchvision_names_the_extra(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchvision", None)
         monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
@@ -174,17 +201,60 @@ class TestFolder:
         image = pixels(1)[0]
         write_png(tmp_path / "0.png", image[:, :, 0])
         write_png(tmp_path / "1.png", np.dstack([image, np.full((4, 5, 1), 255, np.uint8)]))
-        x, _ = data.load_images(tmp_path)
+        with pytest.warns(UserWarning, match="1 of 2 images in .* are grey, and become three equal channels; channels=3"):
+            x, _ = data.load_images(tmp_path)
         assert torch.equal(x, as_float(np.stack([np.repeat(image[:, :, :1], 3, axis=2), image])))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(data.load_images(tmp_path, channels=3)[0], x)
+            with pytest.raises(ValueError, match=r"`channels` is 1, and .*1\.png has colours"):
+                data.load_images(tmp_path, channels=1)
+
+    def test_grey_images_stay_grey_where_that_is_asked_for(self, tmp_path):
+        image = pixels(1)[0]
+        write_png(tmp_path / "0.png", image[:, :, 0])
+        write_png(tmp_path / "1.png", np.repeat(image[:, :, 1:2], 3, axis=2))  # grey, stored as RGB
+        for source, expected in ((tmp_path, image[:, :, :2]), (tmp_path / "0.png", image[:, :, :1])):
+            x, _ = data.load_images(source, channels=1)
+            assert torch.equal(x[:, 0], torch.from_numpy(expected.transpose(2, 0, 1).copy()).float() / 255)
+        with pytest.raises(ValueError, match="`channels` is 1 .*got 2"):
+            data.load_images(tmp_path, channels=2)
+
+    def test_cifar10_classes_go_by_other_names(self, tmp_path):
+        names = ["plane", "Car", "BIRD", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        for name in names:
+            write_png(tmp_path / name / "0.png", pixels(1)[0])
+        y = data.load_images(tmp_path)[1]
+        assert sorted(y.tolist()) == list(range(10))
+        labels = {file.parent.name: int(label) for file, label in zip(data.image_files(tmp_path), y, strict=True)}
+        assert [labels[name] for name in names] == list(range(10))
+        with pytest.raises(ValueError, match="'plane' is neither a label"):  # other classes have no such aliases
+            data.load_images(tmp_path, classes=("airplane", *(name for name in names if name != "plane")))
+
+    def test_labels_that_nobody_needs_need_no_names(self, tmp_path):
+        write_png(tmp_path / "n01440764" / "0.png", pixels(1)[0])
+        write_png(tmp_path / "cat" / "0.png", pixels(1)[0])
+        x, y = data.load_images(tmp_path, labels_needed=False)
+        assert len(x) == 2
+        assert y is None
+        assert data.load_images(tmp_path, labels_needed=False, classes=("cat", "n01440764"))[1].tolist() == [0, 1]
 
     def test_transparent_image_is_refused(self, tmp_path):
         write_png(tmp_path / "0.png", np.dstack([pixels(1)[0], np.full((4, 5, 1), 254, np.uint8)]))
         with pytest.raises(ValueError, match="partly transparent"):
             data.load_images(tmp_path)
 
-    def test_16_bit_image_is_refused(self, tmp_path):
-        write_png(tmp_path / "0.png", np.full((4, 5), 40000, dtype=np.uint16))
-        with pytest.raises(ValueError, match="has the mode I;16"):
+    @pytest.mark.parametrize("colours", [1, 2, 3, 4], ids=["grey", "grey, alpha", "RGB", "RGB, alpha"])
+    def test_16_bit_images_are_refused(self, colours, tmp_path):
+        """Pillow reads the high bytes of 16-bit colours, without a word."""
+        (tmp_path / "0.png").write_bytes(png_16_bit(np.full((4, 5, colours), 0xFF80, dtype=np.uint16)))
+        with pytest.raises(ValueError, match=r"0\.png has the mode .* of 16 bits a channel"):
+            data.load_images(tmp_path)
+
+    def test_several_frames_are_refused(self, tmp_path):
+        frames = [Image.fromarray(image) for image in pixels(2)]
+        frames[0].save(tmp_path / "0.png", save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match="has 2 frames"):
             data.load_images(tmp_path)
 
     def test_broken_image_is_named(self, tmp_path):
@@ -220,6 +290,31 @@ class TestNpz:
         assert y is None
         assert torch.equal(x, torch.from_numpy(images.astype(np.float32)))
 
+    @pytest.mark.parametrize("channels_first", [False, True])
+    def test_one_channel_stays_one_channel(self, channels_first, tmp_path):
+        images = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
+        np.savez(tmp_path / "a.npz", x=images if channels_first else images.transpose(0, 2, 3, 1), y=np.arange(5))
+        x, y = data.load_images(tmp_path / "a.npz")
+        assert torch.equal(x, torch.from_numpy(images))
+        assert y.tolist() == [0, 1, 2, 3, 4]
+        assert torch.equal(data.load_images(tmp_path / "a.npz", channels=3)[0], x.repeat(1, 3, 1, 1))
+
+    def test_three_equal_channels_can_become_one(self, tmp_path):
+        images = np.random.default_rng(0).random((2, 1, 4, 4), dtype=np.float32)
+        np.savez(tmp_path / "a.npz", x=images.repeat(3, axis=1))
+        assert torch.equal(data.load_images(tmp_path / "a.npz", channels=1)[0], torch.from_numpy(images))
+        np.savez(tmp_path / "b.npz", x=np.random.default_rng(0).random((2, 3, 4, 4)))
+        with pytest.raises(ValueError, match="`channels` is 1, and the images in .* have colours"):
+            data.load_images(tmp_path / "b.npz", channels=1)
+
+    def test_rounding_beyond_the_range_is_clipped(self, tmp_path):
+        images = np.array([-1.2e-7, 0.0, 0.5, 1.0000001], dtype=np.float32).reshape(1, 1, 2, 2)
+        np.savez(tmp_path / "a.npz", x=images)
+        assert data.load_images(tmp_path / "a.npz")[0].flatten().tolist() == [0.0, 0.0, 0.5, 1.0]
+        np.savez(tmp_path / "a.npz", x=images + np.float32(1e-5))
+        with pytest.raises(ValueError, match=r"found \[0\.0000\d+, 1\.00001\d*\]"):
+            data.load_images(tmp_path / "a.npz")
+
     def test_jpeg_files_end_to_end(self, tmp_path):
         files = []
         for image in pixels(3, 8, 8):
@@ -246,7 +341,10 @@ class TestNpz:
             ({"pictures": np.zeros((1, 3, 4, 4))}, "has the fields pictures"),
             ({"x": np.zeros((1, 3, 4, 4)), "images": np.zeros((1, 3, 4, 4))}, "has the fields images, x"),
             ({"jpeg": np.zeros(4, np.uint8)}, "has the fields jpeg"),
-            ({"x": np.zeros((1, 4, 4))}, r"found \(1, 4, 4\)"),
+            ({"x": np.zeros((1, 4, 4))}, r"found \(1, 4, 4\); grey images need an axis"),
+            ({"x": np.zeros((1, 2, 4, 4))}, r"found \(1, 2, 4, 4\)"),
+            ({"x": np.zeros((1, 1, 4, 1))}, r"found \(1, 1, 4, 1\)"),
+            ({"x": np.zeros((1, 1, 4, 3))}, r"found \(1, 1, 4, 3\)"),
             ({"x": np.zeros((1, 3, 4, 3))}, r"found \(1, 3, 4, 3\)"),
             ({"x": np.zeros((1, 3, 4, 4), np.int64)}, "found int64"),
             ({"x": np.full((1, 3, 4, 4), -1.0)}, r"found \[-1, -1\]"),
@@ -291,6 +389,30 @@ def test_other_files_are_refused(tmp_path):
         data.load_images(tmp_path / "a.npy")
 
 
+def test_fewer_images_than_asked_for_are_not_taken_in_silence(tmp_path):
+    for name, count in (("cifar10-20", 20), ("cifar10-512", 512), ("cifar10", 10_000)):
+        with pytest.raises(ValueError, match=f"`limit` asks for {count + 1} images, and {name} has {count}"):
+            data.load_images(name, limit=count + 1)
+    write_png(tmp_path / "0.png", pixels(1)[0])
+    np.savez(tmp_path / "a.npz", x=pixels(3))
+    for source, count in ((tmp_path, 1), (tmp_path / "0.png", 1), (tmp_path / "a.npz", 3)):
+        with pytest.warns(UserWarning, match=f"has {count} images?, fewer than limit=5"):
+            assert len(data.load_images(source, limit=5)[0]) == count
+
+
+def test_torch_defaults_do_not_change_the_images(tmp_path):
+    write_png(tmp_path / "cat" / "0.png", pixels(1)[0])
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        x, y = data.load_images(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert (x.dtype, x.device.type, y.device.type) == (torch.float32, "cpu", "cpu")
+    assert torch.equal(x, as_float(pixels(1)))
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_limit_is_positive(limit):
     with pytest.raises(ValueError, match="at least 1"):
@@ -306,6 +428,13 @@ class TestSaveImages:
         # Half a level of rounding to 8 bits, and the float32 roundings of the two scalings by 255.
         tol = 0.5 / 255 + 2 * torch.finfo(torch.float32).eps
         torch.testing.assert_close(data.load_images(tmp_path / "out")[0], x, rtol=0, atol=tol)
+
+    def test_one_channel(self, tmp_path):
+        x = torch.arange(256).reshape(1, 1, 16, 16) / 255
+        data.save_images(x, tmp_path, ["a"], npz="all.npz")
+        assert Image.open(tmp_path / "a.png").mode == "L"
+        assert torch.equal(data.load_images(tmp_path, channels=1)[0], x)
+        assert torch.equal(data.load_images(tmp_path / "all.npz")[0], x)
 
     def test_8_bit_images_survive_exactly(self, tmp_path):
         x = as_float(np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3))
@@ -324,7 +453,7 @@ class TestSaveImages:
         ("x", "names", "message"),
         [
             (torch.zeros(1, 4, 4), ["a"], "shape"),
-            (torch.zeros(1, 1, 4, 4), ["a"], "shape"),
+            (torch.zeros(1, 2, 4, 4), ["a"], "shape"),
             (torch.full((1, 3, 4, 4), -0.1), ["a"], r"found \[-0\.1, -0\.1\]"),
             (torch.full((1, 3, 4, 4), torch.nan), ["a"], "found .nan"),
             (torch.zeros(2, 3, 4, 4), ["a"], "2 images, 1 names"),

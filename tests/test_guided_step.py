@@ -10,7 +10,7 @@ from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from coupfast_kernels import guided_step as module
+from coupfast_kernels.guided_step import gpu as module
 from coupfast_kernels.guided_step import guided_step, guided_step_ref
 from coupfast_kernels.noise import (
     FORWARD_NOISING_STEP,

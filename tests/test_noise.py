@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from coupfast_kernels import noise
 from coupfast_kernels.noise import (
     FORWARD_NOISING_STEP,
     box_muller_ref,
+    definition,
+    gpu,
     philox_4x32_10_ref,
     seed_tensor,
     standard_normal,
@@ -93,14 +94,14 @@ class TestBoxMuller:
     def test_log(self):
         n = 2 * torch.arange(2**23) + 1
         exact = np.log(n.numpy() * 2.0**-24)
-        found = noise._log_of_odd(n).double().numpy()
+        found = definition._log_of_odd(n).double().numpy()
         # 2 ulp: half of one each for the last sum, for exponent · ln 2, for f + tail, and for ln 2 itself and P together.
         assert float(np.max(np.abs(found / exact - 1.0))) <= 2 * 2 * EPS
 
     def test_cos_and_sin(self):
         n = 2 * torch.arange(2**23) + 1
         angle = 2.0 * np.pi * (n.numpy() * 2.0**-24)
-        cosine, sine = (values.double().numpy() for values in noise._cos_sin_of_odd(n))
+        cosine, sine = (values.double().numpy() for values in definition._cos_sin_of_odd(n))
         # The last rounding (½ ulp below 1: ½ · 2⁻²⁴), the last product's (the same), and the rest of the polynomial.
         assert float(np.max(np.abs(cosine - np.cos(angle)))) <= 1.5 * EPS
         assert float(np.max(np.abs(sine - np.sin(angle)))) <= 1.5 * EPS
@@ -122,7 +123,7 @@ class TestBoxMuller:
         """At angle 2⁻²⁴ of a turn the cosine is 1 in float32, so that the first normal is the radius itself."""
         w0 = random_words(200_000, 1)
         radius, _ = box_muller_ref(w0, torch.zeros_like(w0))
-        squared = (-2.0 * noise._log_of_odd(2 * (w0 >> 9) + 1)).numpy()
+        squared = (-2.0 * definition._log_of_odd(2 * (w0 >> 9) + 1)).numpy()
         assert_same_bits(radius, torch.from_numpy(np.sqrt(squared)))
 
 
@@ -151,7 +152,7 @@ class TestDefinition:
     def test_does_not_depend_on_the_size_of_its_own_pieces(self, monkeypatch):
         arguments = dict(seed=1, ids=self.IDS, draw=self.DRAW, step=torch.tensor([0, 4]))
         whole = standard_normal_ref(self.SHAPE, **arguments)
-        monkeypatch.setattr(noise, "ELEMENTS_AT_ONCE", 2 * 3 * 7 * 5)
+        monkeypatch.setattr(definition, "ELEMENTS_AT_ONCE", 2 * 3 * 7 * 5)
         assert_same_bits(standard_normal_ref(self.SHAPE, **arguments), whole)
 
     def test_many_steps_at_once(self):
@@ -237,8 +238,8 @@ def test_imports_without_triton():
     program = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
-import coupfast_kernels.guided_step, coupfast_kernels.noise
-assert coupfast_kernels.noise.triton is None and coupfast_kernels.guided_step.triton is None
+import coupfast_kernels.convolution.gpu, coupfast_kernels.group_norm, coupfast_kernels.guided_step, coupfast_kernels.noise
+assert coupfast_kernels.noise.gpu.triton is None and coupfast_kernels.guided_step.gpu.triton is None
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -263,7 +264,7 @@ if INTERPRETED:
     import triton
     import triton.language as tl
 
-    from coupfast_kernels.noise import box_muller_kernel, philox_4x32_10_kernel
+    from coupfast_kernels.noise.gpu import box_muller_kernel, philox_4x32_10_kernel
 
     @triton.jit
     def _words_kernel(out_ptr, c0_ptr, c1_ptr, c2_ptr, c3_ptr, k0, k1, n, BLOCK: tl.constexpr):
@@ -318,5 +319,5 @@ if INTERPRETED:
         @pytest.mark.parametrize(("seed", "step"), [(0, 0), (2**64 - 2, FORWARD_NOISING_STEP)])
         def test_noise_equals_the_definition(self, shape, seed, step):
             ids, draw = random_words(shape[0], 3), random_words(shape[0], 4)
-            found = noise._launch(list(shape), seed_tensor(seed, "cpu"), ids, draw, torch.tensor(step))
+            found = gpu._launch(list(shape), seed_tensor(seed, "cpu"), ids, draw, torch.tensor(step))
             assert_same_bits(found, standard_normal_ref(shape, seed=seed, ids=ids, draw=draw, step=step))

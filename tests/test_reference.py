@@ -75,6 +75,33 @@ def test_published_run_is_the_definition_on_its_own_grid_and_path(images, guided
     assert not torch.equal(published, x)
 
 
+@pytest.mark.parametrize("whole_steps", [True, False])
+def test_published_gradient_walks_the_forward_grid_back_only_if_it_ends_on_a_whole_step(images, whole_steps):
+    """float64, so that neither time nor σ is rounded: forwards the same either way, backwards its grid is shifted."""
+    x = 2 * images[:2] - 1
+    score, classifier = (network.requires_grad_(False) for network in (small_score(), relu_classifier()))
+    s = [1 - 0.01]
+    for _ in range(4):
+        s.append(s[-1] + 1e-3)
+    if not whole_steps:
+        s[-1] -= 5e-4
+    grid = 1 - np.asarray(s)
+    path = torchsde.BrownianInterval(s[0], s[-1], size=x.flatten(1).shape, dtype=x.dtype, entropy=5)
+    noise = torch.stack([path(a, b).view(x.shape) / np.sqrt(b - a) for a, b in zip(s[:-1], s[1:], strict=True)])
+    weight = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    published = purify_published(one, score, classifier, t=0.01, t_end=float(grid[-1]), adjoint_params="none", entropy=5)
+    definition = purify_ref(other, score, classifier, noise, grid=grid, detached=True, adjoint="frozen")
+    # Four steps; 1 − ᾱ is 1e-3 here and loses four digits.
+    torch.testing.assert_close(published, definition, rtol=0, atol=1e-11)
+    (v,), (w,) = (torch.autograd.grad(end, start, weight) for end, start in ((published, one), (definition, other)))
+    difference = float((v - w).norm() / w.norm())
+    if whole_steps:
+        assert difference < 1e-11
+    else:
+        assert difference > 1e-4
+
+
 def test_published_run_costs_what_it_costs(images):
     """One drift call too many, and gradients of every weight of both networks."""
     x = (2 * images[:1] - 1).float()

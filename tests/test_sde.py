@@ -81,6 +81,20 @@ def test_parity_grid_is_the_reference_grid_to_float32(t):
     assert grid[-1] == pytest.approx(1e-5, abs=2**-24)
 
 
+def test_parity_grid_takes_the_reference_grids_steps_at_every_step_of_the_chain():
+    for n in range(1, 1001):
+        grid, exact = parity_grid(n / 1000), time_grid(n / 1000)
+        assert len(grid) == len(exact) == n + 1
+        # One rounding of s ≤ 1 a step, half an ulp of 2⁻²⁴ each, and one of the start.
+        assert np.abs(grid - exact).max() <= (n + 1) * 2**-25
+
+
+@pytest.mark.parametrize(("above", "more"), [(-1e-6, 0), (9e-6, 1), (1.1e-5, 0)])
+def test_parity_grid_may_take_one_more_step_just_above_one_of_the_chain(above, more):
+    t = 0.1 + above
+    assert len(parity_grid(t)) == len(time_grid(t)) + more
+
+
 @pytest.mark.parametrize("t", [0.0, 1e-5, -0.1, 1.5, float("nan"), 100])
 def test_t_out_of_range(t):
     with pytest.raises(ValueError, match=r"continuous time in \(1e-5, 1\], got"):

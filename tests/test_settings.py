@@ -88,7 +88,7 @@ def test_a_grid_is_what_it_says():
         ({"out_of_range": "wrap"}, ValueError, "`out_of_range` is one of 'refuse', 'clip', 'allow', got 'wrap'"),
         ({"precision": "tf32", "engine": "eager"}, ValueError, "'tf32' is for the cuda engine"),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
 def test_what_makes_no_sense(keywords, error, message):
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)

@@ -1,12 +1,15 @@
 """Networks and images that cannot serve say so before any work; those that can are served."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from conftest import relu_classifier, small_score
 from torch import nn
 
+import coupfast
+import coupfast.data
 from coupfast import PurifiedClassifier, Purifier
 
 X = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -218,9 +221,9 @@ def test_images_that_leave_the_range_on_purpose():
 @pytest.mark.parametrize("engine", ["eager", "cpu"])
 def test_functional_gradients(engine):
     defense = PurifiedClassifier(Purifier(score(), classifier(), num_steps=2, engine=engine), classifier(), seed=1)
+    found = torch.func.grad(lambda image: defense(image, draw=0).square().sum())(X)  # all that is kept is made in here
     x = X.clone().requires_grad_()
     (expected,) = torch.autograd.grad(defense(x, draw=0).square().sum(), x)
-    found = torch.func.grad(lambda image: defense(image, draw=0).square().sum())(X)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(defense(X, draw=0), defense(x, draw=0).detach(), rtol=0, atol=0)  # nothing of it stays
 
@@ -261,3 +264,32 @@ def test_a_plan_makes_nothing_of_the_batchs_size():
     assert ("does not fit" in str(plan)) != plan.fits
     with pytest.raises(ValueError, match="`batch` is a number of images, at least 1, got 0"):
         Purifier(score(), classifier(), num_steps=4).plan(0)
+
+
+class Reparameterised(nn.Module):
+    """The shipped score network as one that predicts something else."""
+
+    def __init__(self, inner, kind):
+        super().__init__()
+        self.inner, self.kind = inner, kind
+
+    def forward(self, x, labels):
+        t = float(labels[0]) / 999
+        alpha, sigma = float(coupfast.VPSDE().alpha_bar(t)) ** 0.5, float(coupfast.VPSDE().sigma(t))
+        eps_hat = self.inner(x, labels)
+        x_0 = (x - sigma * eps_hat) / alpha
+        return {"noise": eps_hat, "v": alpha * eps_hat - sigma * x_0, "x0": x_0, "score": -eps_hat / sigma}[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("v", "but v = "), ("x0", "but the image"), ("score", "other sign"), ("noise", None)]
+)
+def test_a_network_that_predicts_something_else_is_noticed(kind, message):
+    score = Reparameterised(coupfast.load_score("cifar10-tiny"), kind).eval()
+    x, _ = coupfast.data.load_images("cifar10-20", limit=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Purifier(score, method="reverse-sde", t=0.01, num_steps=1, engine="eager")(x, seed=0)
+    said = [str(each.message) for each in caught if "does not predict the noise" in str(each.message)]
+    assert bool(said) == (message is not None)
+    assert message is None or message in said[0]

@@ -15,7 +15,7 @@ import torch
 from test_noise import assert_same_bits, random_words
 
 from coupfast.models.ddpmpp import DDPMpp
-from coupfast_kernels.conv3x3 import CONFIGS
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS
 from coupfast_kernels.guided_step import guided_step_ref
 from coupfast_kernels.noise import SECOND_NOISE_STEP, seed_tensor, standard_normal_ref
 

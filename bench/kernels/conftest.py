@@ -1,5 +1,6 @@
 """`pytest bench/kernels` measures, although the project's tests run with benchmarks off."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -17,27 +18,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_disable = False
 
 
-@pytest.fixture(params=["cpu", "cuda"], scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
-
-
-@pytest.fixture(scope="session")
+@functools.cache
 def bandwidth(device: torch.device) -> float:
     """Bytes per second of a large copy."""
     return copy_bandwidth(device)
 
 
 @pytest.fixture
-def measure(benchmark, device: torch.device, bandwidth: float) -> Callable[..., None]:
-    """`measure(function, bytes_moved=…)` times a function and states its rate as a share of a copy's, and of `flops` if given.
+def measure(benchmark) -> Callable[..., None]:
+    """`measure(function, device, bytes_moved=…, flop=…)` times a function and states its rates, and the share of a copy's.
 
-    The table's times include starting the kernel and waiting for it; the rate is taken on the device, from 20 launches.
+    The table's times include starting the kernel and waiting for it; the rates are taken on the device, from 20 launches.
     """
 
-    def run(function: Callable[[], object], *, bytes_moved: int, flops: int | None = None) -> None:
+    def run(
+        function: Callable[[], object], device: torch.device, *, bytes_moved: int | None = None, flop: int | None = None
+    ) -> None:
         def and_wait() -> None:
             function()
             if device.type == "cuda":
@@ -55,12 +51,11 @@ def measure(benchmark, device: torch.device, bandwidth: float) -> Callable[..., 
         seconds = benchmark.stats.stats.median
         if device.type == "cuda":
             seconds = min(timed(lambda: [function() for _ in range(LAUNCHES)], device)[0] for _ in range(5)) / LAUNCHES
-        benchmark.extra_info |= {
-            "microseconds_on_device": 1e6 * seconds,
-            "bytes_per_second": bytes_moved / seconds,
-            "share_of_copy": bytes_moved / seconds / bandwidth,
-        }
-        if flops is not None:
-            benchmark.extra_info |= {"flops": flops, "flops_per_second": flops / seconds}
+        benchmark.extra_info |= {"microseconds_on_device": 1e6 * seconds}
+        if bytes_moved is not None:
+            rate = bytes_moved / seconds
+            benchmark.extra_info |= {"bytes_per_second": rate, "share_of_copy": rate / bandwidth(device)}
+        if flop is not None:
+            benchmark.extra_info |= {"flops": flop, "flops_per_second": flop / seconds}
 
     return run

@@ -13,6 +13,7 @@ import coupfast
 from coupfast.cli import check_gradient, convert, doctor, evaluate, plan, purify, report
 from coupfast.evaluation.ledger import Ledger, LedgerError
 from coupfast.evaluation.pools import UnitFailed
+from coupfast.models.zoo import import_references
 
 # What a caller can put right: a wrong argument, file, installation or size. Anything else is a bug and keeps its traceback.
 _EXPECTED = (ValueError, FloatingPointError, ImportError, MemoryError, torch.OutOfMemoryError, OSError, UnitFailed)
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
     try:
+        import_references(argv)
         options = parser(argv).parse_args(argv)
         options.argv = argv
         status: int = options.run(options)

@@ -13,7 +13,7 @@ from torch import nn
 from coupfast.gradients import GRADIENTS
 from coupfast.methods import METHODS, Method
 from coupfast.models.checkpoints import state_dict_sha256
-from coupfast.models.zoo import classifier_names, load_classifier, load_score, score_names
+from coupfast.models.zoo import choices, load_classifier, load_score
 from coupfast.naming import is_reference, resolve
 from coupfast.options import Option, options_of
 from coupfast.purify import Purifier
@@ -101,7 +101,7 @@ def _add_networks(group: Any) -> None:
         "--score",
         default=argparse.SUPPRESS,
         metavar="NAME|FILE",
-        help=f"score network: {', '.join(score_names())}, or a weight file {told}",
+        help=f"score network: {choices('score')} {told}",
     )
     group.add_argument(
         "--score-weights",
@@ -113,7 +113,7 @@ def _add_networks(group: Any) -> None:
         "--classifier",
         default=argparse.SUPPRESS,
         metavar="NAME|FILE",
-        help=f"classifier: {', '.join(classifier_names())}, a RobustBench name, or a weight file {told}",
+        help=f"classifier: {choices('classifier')} {told}",
     )
     group.add_argument(
         "--classifier-weights",

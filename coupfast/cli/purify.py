@@ -49,6 +49,9 @@ def add(commands: Any, method: str | None) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument("--limit", type=int, metavar="N", help="take at most the first N images of each input")
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 keeps grey image files grey; 3: RGB, of grey ones three equal channels"
+    )
     parser.add_argument("--batch", type=int, default=20, metavar="N", help="images at a time; same noise, another rounding")
     parser.add_argument("--first-id", type=int, default=0, metavar="ID", help="id of the first image; the others count on")
     parser.add_argument(
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"`--batch` is a number of images, at least 1, got {options.batch}")
     if len(set(options.draw)) != len(options.draw):
         raise ValueError(f"`--draw` has an index twice: {' '.join(map(str, options.draw))}")
-    images = gather(options.inputs, options.limit)
+    images = gather(options.inputs, options.limit, options.channels)
     count = len(images.x)
     ids = torch.arange(options.first_id, options.first_id + count)
     if options.first_id < 0 or int(ids[-1]) >= 2**32:

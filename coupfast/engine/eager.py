@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from coupfast.engine.memory import AllocationAccount
-from coupfast.engine.protocol import Keep, StepMemory
+from coupfast.engine.protocol import Cotangent, Keep, State, StepMemory
+from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
 from coupfast.guidance import Guidance, Linearization
 from coupfast.noise import Noise, ReplayedNoise
 from coupfast.solvers import CoefficientTable
@@ -50,35 +51,42 @@ class EagerProgram:
     def for_batch(self, batch: int) -> EagerProgram:
         return self
 
-    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
+    def step(
+        self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing", *, more: State | None = None
+    ) -> tuple[Any, ...]:
         row = self.table.row(k)
-        saved = _Saved()
-        if keep == "activations":
-            with torch.enable_grad():
-                saved.x = x_k.detach().requires_grad_()
-                saved.eps_hat = self.eps_hat(k, saved.x)
-            eps_hat = saved.eps_hat.detach()
-        else:
-            with torch.no_grad():
-                eps_hat = self.eps_hat(k, x_k)
+        saved, eps_hat = _Saved(), None
+        if reads_eps_hat(self.table, k):
+            if keep == "activations":
+                with torch.enable_grad():
+                    saved.x = x_k.detach().requires_grad_()
+                    saved.eps_hat = self.eps_hat(k, saved.x)
+                eps_hat = saved.eps_hat.detach()
+            else:
+                with torch.no_grad():
+                    eps_hat = self.eps_hat(k, x_k)
         g = None
         if self.guidance is not None and row[2] != 0.0:
             keep_slopes = keep != "nothing" and self.differentiate_guidance
             g, linearization = self.guidance.gradient(x_k, keep_slopes=keep_slopes)
             saved.linearization = linearization if keep_slopes else None
         z = noise.z(k, x_k) if row[3] != 0.0 else None
+        z2 = noise.z2(k, x_k) if self.table.extended and row[5] != 0.0 else None
         with torch.no_grad():
-            return guided_step_ref(x_k, eps_hat, g, row, z), None if keep == "nothing" else saved
+            x_next = guided_step_ref(x_k, eps_hat, g, row, z, z2=z2, **extra_images(self.table, k, more))
+        kept = None if keep == "nothing" else saved
+        return (x_next, kept, eps_hat) if self.table.two_step else (x_next, kept)
 
-    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
         row = self.table.row(k)
         saved = saved or _Saved()
         w = None
         if self.guidance is not None and row[2] != 0.0 and self.differentiate_guidance:
             w = self.guidance.hvp(x_k, v, saved.linearization)
-        u = self.eps_hat_vjp(k, x_k, v, saved)
         with torch.no_grad():
-            return guided_step_ref(v, u, w, row)
+            if more is None:
+                return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved), w, row)
+            return step_back(self.table, k, v, w, lambda u: self.eps_hat_vjp(k, x_k, u, saved), more)
 
     def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
         """ε̂(x_k) at step k's label, with autograd's graph where gradients are enabled."""
@@ -116,27 +124,34 @@ class EagerProgram:
         return StepMemory(*(batch * size for size in dataclasses.astuple(self._one_image)))
 
     def _account(self) -> StepMemory:
-        shape = (1, *self.image_shape)
-        k = int(np.argmax(self.table.c != 0.0))  # some step that guides, if any does
+        table = self.table
+        # Some step that guides and asks for ε̂, if any does, and of those one that reads most.
+        k = max(
+            range(table.num_steps),
+            key=lambda k: (table.c[k] != 0.0, reads_eps_hat(table, k), np.count_nonzero(table.row(k)[4:])),
+        )
         with torch.no_grad():
-            x = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            noise = ReplayedNoise(torch.zeros((self.table.num_steps, *shape), dtype=self.dtype, device=self.device))
+            x = torch.zeros((1, *self.image_shape), dtype=self.dtype, device=self.device)
+            rows = torch.zeros((table.num_steps, *x.shape), dtype=self.dtype, device=self.device)
+            noise = ReplayedNoise(rows, rows if table.f is not None else None)
+            more = State(x, x, x, x) if table.extended else None
+            back = None if not table.extended else Cotangent(x, x, x, x) if table.two_step else Cotangent(x, x)
             outside = [x, noise.rows, self.labels, *_weights(self.score)]
             if self.guidance is not None:
                 outside += _weights(self.guidance.classifier)
                 self.guidance.route  # noqa: B018  (found out once, and not part of a step)
             with AllocationAccount(outside) as forward:
-                self.step(k, x, noise)
+                self.step(k, x, noise, more=more)
             with AllocationAccount(outside) as keeping:
-                x_next, saved = self.step(k, x, noise, "activations")
-                del x_next
+                x_next, saved, *eps_hat = self.step(k, x, noise, "activations", more=more)
+                del x_next, eps_hat
                 activations = keeping.live
             slopes = sum(t.nbytes for t in saved.linearization.tensors()) if saved.linearization else 0
             with AllocationAccount(outside) as on_kept:
-                self.step_vjp(k, x, saved, x)
+                self.step_vjp(k, x, saved, x, more=back)
             del saved
             with AllocationAccount(outside) as rebuilding:
-                self.step_vjp(k, x, None, x)
+                self.step_vjp(k, x, None, x, more=back)
         return StepMemory(forward.peak, keeping.peak, rebuilding.peak, on_kept.peak, slopes, activations)
 
 

@@ -17,6 +17,10 @@ from coupfast.tracing import Operation, PerImage, Trace
 class Partition:
     """The values of a trace of (images) or (images, labels).
 
+    Args:
+        traced: The trace.
+        given: Values to take for the tensors that it found ready; None takes those tensors.
+
     Attributes:
         image, label: The placeholders; `label` is None where there is none.
         output: The value that is returned.
@@ -26,7 +30,7 @@ class Partition:
         batch_operations: What makes those that neither reaches and that grow with the batch, in order.
     """
 
-    def __init__(self, traced: Trace) -> None:
+    def __init__(self, traced: Trace, given: dict[fx.Node, torch.Tensor] | None = None) -> None:
         self.traced = traced
         nodes = [operation.node for operation in traced.operations]
         placeholders = [node for node in nodes if node.op == "placeholder"]
@@ -41,7 +45,7 @@ class Partition:
         ]
         self.constants: dict[fx.Node, Any] = {}
         self.batch_operations: list[Operation] = []
-        self._find_constants()
+        self._find_constants(traced.constants if given is None else given)
 
     def frontier(self, read: set[fx.Node]) -> list[fx.Node]:
         """Those of the values `read` that the labels alone decide, in order.
@@ -93,13 +97,13 @@ class Partition:
                 values[operation.node] = operation.node.target(*args, **kwargs)  # type: ignore[operator]
         return values
 
-    def _find_constants(self) -> None:
+    def _find_constants(self, given: dict[fx.Node, torch.Tensor]) -> None:
         growing: set[fx.Node] = set()
         with torch.no_grad():
             for operation in self.traced.operations:
                 node = operation.node
                 if node.op == "get_attr":
-                    self.constants[node] = self.traced.constants[node]
+                    self.constants[node] = given[node]
                 elif node.op == "call_function" and node not in self.of_images and node not in self.of_labels:
                     per_image = any(isinstance(leaf, PerImage) for leaf in operation.leaves)
                     if per_image or growing.intersection(node.all_input_nodes):

@@ -62,12 +62,30 @@ class Program(Protocol):
 
     table: CoefficientTable
 
-    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
-        """x_{k+1}, and what `step_vjp` may use (None where nothing is kept)."""
+    def step(
+        self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing", *, more: State | None = None
+    ) -> tuple[Any, ...]:
+        """x_{k+1}, and what `step_vjp` may use (None where nothing is kept); with a two-step table also ε̂(x_k).
+
+        Args:
+            k: The step.
+            x_k: Its state.
+            noise: Where z and z′ come from.
+            keep: What to leave for `step_vjp`.
+            more: What an extended table reads beside x_k, which need not be repeated in it.
+        """
         ...
 
-    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
-        """v_k = a_k v + b_k J_εᵀ v + c_k H v at x_k; `saved` as `step` left it, or None to rebuild the step."""
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
+        """v_k = a_k v + b_k J_εᵀ v + c_k H v at x_k; with `more` a `Cotangent` (see `coupfast.engine.rows`).
+
+        Args:
+            k, x_k: The step and the state that it was taken from.
+            saved: As `step` left it, or None to rebuild the step.
+            v: Cotangent of x_{k+1}.
+            more: With an extended table, what the later steps left of x_in, x_k and ε̂(x_k), the latter two in `x_before` and
+                `eps_before`; None there where nothing flows.
+        """
         ...
 
 

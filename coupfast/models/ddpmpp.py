@@ -5,7 +5,10 @@
 A U-Net of BigGAN-style residual blocks without resampling filters, every residual sum divided by sqrt(2). The default
 configuration is `cifar10_ddpmpp_deep_continuous`: 106,632,579 parameters in 956 tensors. The labels reach the network
 only through one vector per residual block, `Dense_0(SiLU(temb))`; `time_projections` computes them, `denoise` is the
-rest, and an engine that knows its time grid calls the first once per grid.
+rest. Engines know nothing of that: they find in a trace of any network what its labels alone decide.
+
+Here are also the names that it is loaded by, how its weight files are recognised (by the names and shapes of its tensors, or as
+a score_sde checkpoint, whose averaged weights are a list without names), and its random weights.
 
 Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", arXiv:2011.13456.
 """
@@ -13,11 +16,16 @@ Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Di
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from coupfast.models.checkpoints import CheckpointError, check_tensor, read_torch, some
+from coupfast.models.registry import Config, Family, build, configurations, register
 
 _SQRT_2 = math.sqrt(2.0)
 _GROUP_NORM_EPS = 1e-6
@@ -347,3 +355,90 @@ class DDPMpp(nn.Module):
                 f"`labels` must have shape ({x.shape[0]},), one 999 t per image (or (1,)), got {tuple(labels.shape)}"
             )
         return self.denoise(x, self.time_projections(labels))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def read_score_checkpoint(path: str | Path, *, config: Config | None = None) -> dict[str, Tensor]:
+    """The averaged weights of a score_sde checkpoint, by name.
+
+    Such a file is `{optimizer, model, ema: {decay, num_updates, shadow_params}, step}`. The weights in use everywhere are
+    `shadow_params`, a list without names in the order in which the network registers its parameters.
+
+    Args:
+        path: The checkpoint, e.g. `checkpoint_8.pth` (1.7 GB, of which the 427 MB of averaged weights are read).
+        config: `DDPMpp` arguments; None is `cifar10_ddpmpp_deep_continuous`.
+
+    Returns:
+        A float32 state dict of `DDPMpp(**config)`, in memory of its own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged, is not such a checkpoint, or its list does not fit the network.
+    """
+    checkpoint = read_torch(path)
+    try:
+        extracted = _shadow_weights(checkpoint, config or {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if extracted is None:
+        found = f"keys {some(list(checkpoint))}" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        raise CheckpointError(f"{path} is no score_sde checkpoint: expected ema → shadow_params, found {found}")
+    return extracted[1]
+
+
+def _shadow_weights(checkpoint: Any, config: Config | None) -> tuple[Config, dict[str, Tensor]] | None:
+    """The configuration and the averaged weights of a score_sde checkpoint; None where it is none."""
+    ema = checkpoint.get("ema") if isinstance(checkpoint, dict) else None
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, (list, tuple)):
+        return None
+    if config is None:
+        shapes = [tuple(found.shape) if isinstance(found, Tensor) else None for found in shadow]
+        fits = (named for named in configurations("DDPMpp") if list(_shapes(named).values()) == shapes)
+        config = next(fits, {})
+    expected = _shapes(config)
+    if len(shadow) != len(expected):
+        raise CheckpointError(
+            f"the network has {len(expected)} tensors, ema.shadow_params has {len(shadow)}; "
+            "is it the checkpoint of another architecture (give its `config`)?"
+        )
+    state = {}
+    for number, ((key, shape), found) in enumerate(zip(expected.items(), shadow, strict=True)):
+        check_tensor(f"ema.shadow_params[{number}]", key, torch.empty(shape, device="meta"), found)
+        # A copy: the read is memory-mapped, and the network must outlive the file.
+        state[key] = found.detach().to(torch.float32, copy=True)
+    return config, state
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = build({"arch": "DDPMpp", **config})
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+
+
+def _recognise(state: Mapping[str, Tensor]) -> Config | None:
+    # The size of the images cannot be read off the weights: what is told is whether they are those of a name.
+    if "all_modules.0.weight" not in state:
+        return None
+    for config in configurations("DDPMpp"):
+        if all(key in state and tuple(state[key].shape) == shape for key, shape in _shapes(config).items()):
+            return config
+    return None
+
+
+register(
+    Family(
+        "DDPMpp",
+        "score",
+        DDPMpp,
+        names={"cifar10-ddpmpp-deep": {}},  # the defaults are `cifar10_ddpmpp_deep_continuous`
+        needs="give `weights=` the public checkpoint_8.pth, a converted safetensors file, or 'random'",
+        recognise=_recognise,
+        extract=_shadow_weights,
+        randomise=DDPMpp.redraw_small_layers,
+        ignored=frozenset({"sigmas"}),  # a buffer of score_sde that no VP network uses
+        weights_only=True,
+    )
+)

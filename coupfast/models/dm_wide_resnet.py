@@ -3,17 +3,21 @@
 Gowal et al. 2020 (arXiv:2010.03593) and 2021, Rebuffi et al. 2021, Wang et al. 2023, as RobustBench stores them:
 images are normalised inside, the activation is ReLU or Swish (SiLU), and convolutions with stride 2 pad below and to
 the right only. Every operation is out of place and has a forward derivative.
+
+Here are also the names that it is loaded by and how its weight files are recognised; they do not tell the activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coupfast.models.wide_resnet import blocks_per_group
+from coupfast.models.registry import Config, Family, register
+from coupfast.models.wide_resnet import blocks_per_group, read_size
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
@@ -133,3 +137,34 @@ class DMWideResNet(nn.Module):
         h = self.layer(h)  # [batch, 64 width, 8, 8]
         h = self.activation(self.batchnorm(h)).mean(dim=(2, 3))  # [batch, 64 width]
         return self.logits(h)
+
+
+# --- names and weights ------------------------------------------------------------------------------------------------
+
+
+def _recognise(state: Mapping[str, Tensor]) -> Config | None:
+    return read_size(state, "DMWideResNet", "layer.0.block.{}.conv_0.weight", "logits.weight", "width")
+
+
+def _by_rule(name: str) -> Config | None:
+    match = re.fullmatch(r"dm-wrn-(\d+)-(\d+)", name)
+    return None if match is None else {"depth": int(match[1]), "width": int(match[2])}
+
+
+register(
+    Family(
+        "DMWideResNet",
+        "classifier",
+        DMWideResNet,
+        names={
+            "dm-wrn-28-10": {"depth": 28, "width": 10},
+            "dm-wrn-70-16": {"depth": 70, "width": 16},
+            # DiffPure's checkpoint of this name.
+            "wideresnet-70-16": {"depth": 70, "width": 16, "activation": "silu"},
+        },
+        rule=_by_rule,
+        rule_text="dm-wrn-D-W",
+        recognise=_recognise,
+        untold={"activation": "give activation='silu' (the published Gowal, Rebuffi and Wang models) or 'relu'"},
+    )
+)

@@ -3,16 +3,21 @@
 Zagoruyko and Komodakis 2016, arXiv:1605.07146: pre-activation blocks, ReLU. Where a block changes the width, its
 shortcut convolution reads relu(bn1(x)); an identity shortcut adds x itself. In eval mode the network is piecewise
 linear in the image, and every operation is out of place and has a forward derivative.
+
+Here are also the names that it is loaded by and how its weight files are recognised.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from coupfast.models.registry import CheckpointError, Config, Family, register
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
@@ -55,6 +60,38 @@ def blocks_per_group(depth: int) -> int:
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"`depth` of a wide residual network is 6 n + 4 (10, 16, 22, 28, …, 70), got {depth}")
     return (depth - 4) // 6
+
+
+def read_size(
+    state: Mapping[str, Tensor], arch: str, block: str, head: str, width: str
+) -> dict[str, int] | None:
+    """Depth, width and classes of a wide residual network, from the names and shapes of its weights.
+
+    Args:
+        state: Weights by name.
+        arch: For messages.
+        block: The name of the first convolution of a block of the first group, with {} for the block's number.
+        head: The name of the last layer's weight.
+        width: How the configuration calls the factor of the widths.
+
+    Returns:
+        ``{"depth": …, width: …, "num_classes": …}``; None where the names are not there.
+
+    Raises:
+        CheckpointError: if the shapes are of no such network.
+    """
+    first, last = state.get(block.format(0)), state.get(head)
+    if first is None or last is None:
+        return None
+    if first.ndim != 4 or last.ndim != 2 or first.shape[0] % 16:
+        raise CheckpointError(
+            f"{block.format(0)} {tuple(first.shape)} and {head} {tuple(last.shape)} are not the shapes of a {arch}: "
+            "expected (16 · width, 16, 3, 3) and (classes, features)"
+        )
+    num_blocks = 0
+    while block.format(num_blocks) in state:
+        num_blocks += 1
+    return {"depth": 6 * num_blocks + 4, width: first.shape[0] // 16, "num_classes": last.shape[0]}
 
 
 class WideResNet(nn.Module):
@@ -134,3 +171,39 @@ class WideResNet(nn.Module):
         h = self.block3(h)  # [batch, 64 widen_factor, 8, 8]
         h = F.relu(self.bn1(h)).mean(dim=(2, 3))  # [batch, 64 widen_factor]
         return self.fc(h)
+
+
+# --- names and weights ------------------------------------------------------------------------------------------------
+
+
+def _recognise(state: Mapping[str, Tensor]) -> Config | None:
+    return read_size(state, "WideResNet", "block1.layer.{}.conv1.weight", "fc.weight", "widen_factor")
+
+
+def _by_rule(name: str) -> Config | None:
+    match = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
+    return None if match is None else {"depth": int(match[1]), "widen_factor": int(match[2])}
+
+
+register(
+    Family(
+        "WideResNet",
+        "classifier",
+        WideResNet,
+        names={
+            "wrn-28-10": {"depth": 28, "widen_factor": 10},
+            "wrn-70-16": {"depth": 70, "widen_factor": 16},
+            # DiffPure's checkpoint of this name, which normalises inside.
+            "wrn-70-16-dropout": {
+                "depth": 70,
+                "widen_factor": 16,
+                "mean": (0.4914, 0.4822, 0.4465),
+                "std": (0.2471, 0.2435, 0.2616),
+            },
+        },
+        rule=_by_rule,
+        rule_text="wrn-D-W",
+        recognise=_recognise,
+        fixed={"activation": "relu"},
+    )
+)

@@ -1,88 +1,88 @@
 """Networks by name, file or module: frozen, in eval mode, ready for a purifier.
 
-Small CIFAR-10 weights ship inside the package. Nothing is downloaded, except by RobustBench for its own names.
+Which names and files there are, the families say (`registry.py`). Small CIFAR-10 weights ship inside the package. Nothing is
+downloaded, except by RobustBench for its own names.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.resources import as_file, files
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from coupfast.cache import cache_directory
-from coupfast.models.checkpoints import (
-    CheckpointError,
-    build,
-    classifier_from_file,
-    file_sha256,
-    listed_sha256,
-    load_state,
-    read_classifier_state,
-    read_torch,
-    score_from_file,
-)
-from coupfast.models.ddpmpp import DDPMpp
-from coupfast.models.diffusers_unet import DiffusersScore
-from coupfast.models.dm_wide_resnet import CIFAR10_MEAN, CIFAR10_STD
+from coupfast.models import registry
+from coupfast.models.adapters import NoiseFrom
+from coupfast.models.checkpoints import existing
+from coupfast.models.defaults import plain_defaults, without_inference_tensors
+from coupfast.models.from_file import fill_named, network_from_file
+from coupfast.models.imported import import_named_module, split_reference
+from coupfast.models.registry import KINDS, Kind, Named
 
-_TINY_SCORE = {"arch": "DDPMpp", "nf": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1}
-_SCORES: dict[str, dict[str, Any]] = {"cifar10-tiny": _TINY_SCORE, "cifar10-ddpmpp-deep": {"arch": "DDPMpp"}}
-
-_CLASSIFIERS: dict[str, dict[str, Any]] = {
-    "cifar10-tiny": {"arch": "WideResNet", "depth": 16, "widen_factor": 2},
-    "wrn-28-10": {"arch": "WideResNet", "depth": 28, "widen_factor": 10},
-    "wrn-70-16": {"arch": "WideResNet", "depth": 70, "widen_factor": 16},
-    "dm-wrn-28-10": {"arch": "DMWideResNet", "depth": 28, "width": 10},
-    "dm-wrn-70-16": {"arch": "DMWideResNet", "depth": 70, "width": 16},
-    # DiffPure's own two checkpoints, under DiffPure's names.
-    "wrn-70-16-dropout": {
-        "arch": "WideResNet",
-        "depth": 70,
-        "widen_factor": 16,
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
-    },
-    "wideresnet-70-16": {"arch": "DMWideResNet", "depth": 70, "width": 16, "activation": "silu"},
+_OTHER: dict[Kind, Kind] = {"score": "classifier", "classifier": "score"}
+_CALLS: dict[Kind, tuple[int, str]] = {
+    "score": (2, "a score network has forward(x, labels)"),
+    "classifier": (1, "a classifier has forward(x)"),
 }
-_RESNET18_AT = "resnet18-at"
-_WRN_NAME = re.compile(r"(dm-)?wrn-(\d+)-(\d+)")
-
-_SHIPPED_SCORE = {"cifar10-tiny": "cifar10-tiny-score.safetensors"}
-_SHIPPED_CLASSIFIER = {"cifar10-tiny": "cifar10-tiny-classifier.safetensors"}
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar", ".t7", ".model")
 
 
 def score_names() -> list[str]:
     """The names that `load_score` knows."""
-    return sorted(_SCORES)
+    return registry.listed("score")
 
 
 def classifier_names() -> list[str]:
-    """The names that `load_classifier` knows by itself; wrn-D-W and dm-wrn-D-W exist for other depths and widths too."""
-    return sorted([*_CLASSIFIERS, _RESNET18_AT])
+    """The names that `load_classifier` knows by itself; some follow a rule (wrn-D-W), others are RobustBench's."""
+    return registry.listed("classifier")
+
+
+def choices(kind: Kind) -> str:
+    """What `load_score` or `load_classifier` takes beside modules, for a line of help."""
+    return f"{registry.described(kind)}, a weight file, or package.module:NAME"
 
 
 def needs_weights(name: str) -> bool:
-    """Whether `load_score` or `load_classifier` knows an architecture by this name and the package has no weights for it."""
-    known = name in _SCORES or _classifier_config(name, None) is not None
-    return known and name not in _SHIPPED_SCORE and name not in _SHIPPED_CLASSIFIER
+    """Whether `load_score` or `load_classifier` knows an architecture by this name and has no weights for it.
+
+    For names that other packages serve, which may have to be imported and fetched, the answer is False.
+    """
+    if (reference := split_reference(name)) is not None:
+        module, name = import_named_module(reference[0]), reference[1]
+        if _is_class(getattr(module, name, None)):
+            return True
+    known = (registry.find_known(kind, name) for kind in KINDS)
+    return any(named is not None and named.pretrained is None for named in known)
+
+
+def import_references(arguments: Sequence[str], options: Iterable[str] = ("--score", "--classifier", "--network")) -> None:
+    """Import the modules that a command line names networks in, so that its help lists what they register.
+
+    A module that does not import is left for the loader, whose message says why.
+    """
+    flags = tuple(options)
+    words = [after for before, after in zip(arguments, arguments[1:], strict=False) if before in flags]
+    words += [word.partition("=")[2] for word in arguments if word.partition("=")[0] in flags]
+    for word in words:
+        if (reference := split_reference(word)) is not None:
+            try:
+                import_named_module(reference[0])
+            except ImportError:
+                continue
 
 
 def load_score(
-    source: str | Path | nn.Module,
+    source: str | Path | nn.Module | object,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     weights: str | Path | None = None,
+    prediction: str | None = None,
+    whole_labels: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """A score network: (x_k, 999 t) → eps_hat, frozen and in eval mode.
@@ -92,50 +92,40 @@ def load_score(
 
             * ``"cifar10-tiny"``: 1.3 M parameters, shipped with the package;
             * ``"cifar10-ddpmpp-deep"``: `cifar10_ddpmpp_deep_continuous` of Score SDE, which needs `weights`;
-            * the path of a safetensors file of `convert_score_checkpoint`, or of a score_sde checkpoint of
-              `cifar10_ddpmpp_deep_continuous`;
-            * a `diffusers.UNet2DModel` (wrapped in `DiffusersScore`);
-            * any other module with ``forward(x, labels)``. A module is frozen as it is, not copied.
-        device: Where the network goes; None leaves it (new networks: the CPU).
-        dtype: What its weights are cast to; None leaves them.
-        weights: For a name: the path of its weights, or ``"random"``. None takes those of the package.
+            * the path of a safetensors file of `coupfast convert`, or of a checkpoint that a registered family recognises,
+              such as score_sde's of `cifar10_ddpmpp_deep_continuous`;
+            * a `diffusers.UNet2DModel` (wrapped in `DiffusersScore`), a pipeline with one, or the folder of either; where there
+              is a scheduler, what it says of prediction and noise schedule is heeded;
+            * ``"package.module:NAME"`` or ``"folder/file.py:NAME"``: a name that this module registers (`registry.py`), a
+              network in it, or a function without arguments that makes one;
+            * any other module with ``forward(x, labels)``. A module is frozen as it is, not copied (only weights that were made
+              in inference mode are replaced by ordinary ones).
+        device: Where the network goes; None leaves modules, and puts new networks on the CPU, whatever torch's default device.
+        dtype: What its weights are cast to; None leaves modules, and makes new networks float32, whatever torch's default is.
+        weights: For a name: the path of its weights, or ``"random"``. None takes those that come with the name.
+        prediction: What the network predicts, where it is not the noise: ``"v_prediction"`` or ``"sample"`` (x₀), as diffusers'
+            schedulers spell it. `adapters.NoiseFrom` makes the noise of it.
+        whole_labels: The network has a table of time steps: labels are rounded to the nearest integer.
         seed: Fixes random weights. They are drawn at ordinary scale, so that eps_hat is of order one.
 
     Returns:
         The network in eval mode, no parameter requiring a gradient.
 
     Raises:
-        ValueError: if a name is unknown (the message gives the nearest ones), or needs `weights`.
-        FileNotFoundError: if `weights` is no file.
+        ValueError: if a name is unknown (the message gives the nearest ones), is a classifier's, or needs `weights`; if a
+            scheduler says that the network belongs to another noise schedule.
+        FileNotFoundError: if a file is missing.
+        ImportError: if the module of a reference, or a package that the network needs, does not import.
         CheckpointError: if a file is damaged or does not fit.
-        TypeError: if a module cannot be called as a score network.
+        TypeError: if a module cannot be called as a score network, or is a classifier.
     """
-    if isinstance(source, nn.Module):
-        _refuse_weights(weights, "a module has its own")
-        model = DiffusersScore(source) if _is_diffusers_unet(source) else source
-        _check_call(model, 2, "a score network has forward(x, labels)")
-    elif str(source) in _SCORES:
-        name = str(source)
-        config = _SCORES[name]
-        if weights == "random":
-            model = _random(config, seed)
-            assert isinstance(model, DDPMpp)
-            model.redraw_small_layers(torch.Generator().manual_seed(seed))
-        elif weights is not None:
-            model = score_from_file(weights, config=config)
-        elif name in _SHIPPED_SCORE:
-            with _shipped(_SHIPPED_SCORE[name]) as path:
-                model = score_from_file(path, config=config)
-        else:
+    model = _loaded("score", source, weights, {}, seed)
+    if prediction is not None or whole_labels:
+        if isinstance(model, NoiseFrom):
             raise ValueError(
-                f"`{name}` does not ship with the package: give `weights=` the public checkpoint_8.pth, a converted "
-                "safetensors file, or 'random'"
+                f"the network's own scheduler says {model.prediction!r}, and it is adapted already; leave out `prediction`"
             )
-    elif Path(source).expanduser().is_file():
-        _refuse_weights(weights, "the file has them")
-        model = score_from_file(source)
-    else:
-        raise ValueError(_unknown("score network", str(source), score_names()))
+        model = NoiseFrom(model, prediction=prediction or "epsilon", whole_labels=whole_labels)
     return _frozen(model, device, dtype)
 
 
@@ -160,11 +150,12 @@ def load_classifier(
               wrn-28-10); ``"dm-wrn-28-10"``, ``"dm-wrn-D-W"``: a `DMWideResNet`. These need `weights`;
             * ``"wrn-70-16-dropout"``, ``"wideresnet-70-16"``: the architectures of DiffPure's checkpoints of these
               names, which need `weights`;
-            * the path of a weight file of one of these families, whose architecture is read from it;
+            * the path of a weight file that a registered family recognises, whose architecture is read from it;
             * the name of a RobustBench CIFAR-10 model. RobustBench downloads its weights, unless `weights` is given;
+            * ``"package.module:NAME"`` or ``"folder/file.py:NAME"``: as for `load_score`;
             * any module. It is frozen as it is, not copied.
-        device: Where the network goes; None leaves it (new networks: the CPU).
-        dtype: What its weights are cast to; None leaves them.
+        device: Where the network goes; None leaves modules, and puts new networks on the CPU, whatever torch's default device.
+        dtype: What its weights are cast to; None leaves modules, and makes new networks float32, whatever torch's default is.
         weights: For a name: the path of its weights, or ``"random"``. None takes those that come with the name.
         activation: ``"relu"`` or ``"silu"`` of a `DMWideResNet`, which weights do not tell: required for the path of
             one that does not say; "silu" where a ``dm-wrn`` name is given alone.
@@ -176,122 +167,169 @@ def load_classifier(
 
     Raises:
         ValueError: if a name is unknown (the message gives the nearest ones, and why RobustBench's are not available
-            where it is missing), or needs `weights`.
-        FileNotFoundError: if `weights` is no file.
-        ImportError: if pyautoattack is missing for its own network.
+            where it is missing), is a score network's, or needs `weights`.
+        FileNotFoundError: if a file is missing.
+        ImportError: if pyautoattack is missing for its own network, or the module of a reference does not import.
+        OSError: if RobustBench cannot download what its name needs; says which file to put where.
         CheckpointError: if a file is damaged or does not fit.
-        TypeError: if a module cannot be called with images alone.
+        TypeError: if a module cannot be called with images alone, or is a score network.
     """
-    if isinstance(source, nn.Module):
+    options = {"activation": activation, "threat_model": threat_model}
+    return _frozen(_loaded("classifier", source, weights, options, seed), device, dtype)
+
+
+def is_adoptable(kind: Kind, value: object) -> bool:
+    """Whether `as_network` would make a network of another library's object."""
+    return registry.adopted(kind, value) is not None
+
+
+def as_network(kind: Kind, value: object) -> nn.Module:
+    """A module as it is, or the network made of another library's object; what `load_*` do with a module, less the freezing.
+
+    Raises:
+        TypeError: if it is neither, or a network of the other kind.
+        ValueError: if it is one that cannot serve.
+    """
+    if (model := registry.adopted(kind, value)) is not None:
+        return model
+    if registry.adopted(other := _OTHER[kind], value) is not None:
+        raise TypeError(f"a {type(value).__name__} is a {KINDS[other]}, not a {KINDS[kind]}: are the two swapped?")
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"a {KINDS[kind]} is a name, the path of a file or an nn.Module, got {type(value).__name__}")
+    _check_kind(kind, value)
+    return value
+
+
+def _loaded(kind: Kind, source: object, weights: str | Path | None, options: Mapping[str, Any], seed: int) -> nn.Module:
+    if not isinstance(source, (str, Path)):
         _refuse_weights(weights, "a module has its own")
-        _check_call(source, 1, "a classifier has forward(x)")
-        return _frozen(source, device, dtype)
-    name = str(source)
-    config = _classifier_config(name, activation)
-    if config is not None:
-        if weights == "random":
-            model = _random(config, seed)
-        elif weights is not None:
-            model = classifier_from_file(weights, config=config)
-        elif name in _SHIPPED_CLASSIFIER:
-            with _shipped(_SHIPPED_CLASSIFIER[name]) as path:
-                model = classifier_from_file(path, config=config)
-        else:
-            raise ValueError(f"`{name}` does not ship with the package: give `weights=` a file, or 'random'")
-    elif name == _RESNET18_AT:
-        _refuse_weights(weights, "the pyautoattack package has them")
-        model = _resnet18_at()
-    elif Path(name).expanduser().is_file():
+        model = as_network(kind, source)
+        _check_result(kind, model)
+        return model
+    name, path = str(source), Path(source).expanduser()
+    if not path.exists() and (reference := split_reference(name)) is not None:
+        return _by_reference(kind, *reference, weights, options, seed)
+    if (known := registry.find_known(kind, name, options)) is not None:
+        return _by_name(known, weights, seed)
+    if name and path.is_dir() and (network := registry.from_folder(kind, path)) is not None:
+        _refuse_weights(weights, "the folder has them")
+        return network
+    if name and (path.exists() or _is_path(source)):
+        path = existing(path)
         _refuse_weights(weights, "the file has them")
-        model = classifier_from_file(name, activation=activation)
-    else:
-        model = _robustbench(name, threat_model, weights, seed)
-    return _frozen(model, device, dtype)
-
-
-def _classifier_config(name: str, activation: str | None) -> dict[str, Any] | None:
-    config = _CLASSIFIERS.get(name)
-    if config is None and (match := _WRN_NAME.fullmatch(name)):
-        depth, width = int(match[2]), int(match[3])
-        if match[1]:
-            config = {"arch": "DMWideResNet", "depth": depth, "width": width}
-        else:
-            config = {"arch": "WideResNet", "depth": depth, "widen_factor": width}
-    if config is None:
-        return None
-    if activation is not None:
-        if config["arch"] != "DMWideResNet":
-            raise ValueError(f"`activation` is for DMWideResNet; `{name}` is a WideResNet, which has ReLU")
-        config = {**config, "activation": activation}
-    return config
-
-
-def _random(config: Mapping[str, Any], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(config)
-
-
-@contextmanager
-def _shipped(file: str) -> Iterator[Path]:
-    """The path of a weight file of the package, after its SHA-256 has been compared with the list beside it."""
-    folder = files("coupfast.models") / "weights"
-    sums = listed_sha256((folder / "SHA256SUMS").read_text())
-    with as_file(folder / file) as path:
-        if (found := file_sha256(path)) != sums[file]:
-            raise CheckpointError(f"{path} is damaged: SHA-256 {found}, expected {sums[file]}; install coupfast again")
-        yield path
-
-
-def _resnet18_at() -> nn.Module:
-    if importlib.util.find_spec("pyautoattack") is None:
-        raise ImportError(f'`{_RESNET18_AT}` comes with pyautoattack: pip install "coupfast[demo]"')
-    resnet: Any = importlib.import_module("pyautoattack.examples.resnet")
-    model: nn.Module = resnet.ResNet18()
-    path = Path(resnet.__file__).with_name("model_test.pt")
-    load_state(model, read_torch(path), path)
-    return model
-
-
-def _robustbench(name: str, threat_model: str, weights: str | Path | None, seed: int) -> nn.Module:
-    from coupfast.compat import import_robustbench
-
+        given = {option: value for option, value in options.items() if option != "threat_model"}
+        return network_from_file(path, kind, options=given)[0]
+    missing: ImportError | None = None
     try:
-        import_robustbench()
+        named = registry.find(kind, name, options)
     except ImportError as error:
-        message = _unknown("classifier", name, classifier_names())
-        raise ValueError(f"{message} RobustBench's names are not available here: {error}") from error
-    enums = importlib.import_module("robustbench.model_zoo.enums")
-    dicts = importlib.import_module("robustbench.model_zoo").model_dicts
-    threats = {threat.value: threat for threat in enums.ThreatModel}
-    if threat_model not in threats:
-        raise ValueError(f"`threat_model` is one of {sorted(threats)}, got {threat_model!r}")
-    models = dicts[enums.BenchmarkDataset.cifar_10].get(threats[threat_model], {})
-    if name not in models:
-        raise ValueError(_unknown(f"classifier ({threat_model})", name, [*classifier_names(), *models]))
-    if weights is None:
-        load_model = importlib.import_module("robustbench.utils").load_model
-        folder = str(cache_directory("robustbench"))  # its own default is ./models of the current folder
-        return load_model(name, model_dir=folder, dataset="cifar10", threat_model=threat_model)
-    with torch.random.fork_rng(devices=[]):
+        named, missing = None, error
+    if named is not None:
+        return _by_name(named, weights, seed)
+    if isinstance(source, Path):
+        existing(path)  # says what is there instead
+    raise ValueError(_unknown(kind, name, options, missing))
+
+
+def _by_name(named: Named, weights: str | Path | None, seed: int) -> nn.Module:
+    if weights == "random":
+        return named.build(seed)
+    if weights is not None:
+        return fill_named(named, weights)
+    if named.pretrained is None:
+        raise ValueError(f"`{named.name}` does not ship with the package: {named.needs}")
+    return named.pretrained()
+
+
+def _by_reference(
+    kind: Kind, module: str, name: str, weights: str | Path | None, options: Mapping[str, Any], seed: int
+) -> nn.Module:
+    imported = import_named_module(module)
+    if (named := registry.find_known(kind, name, options)) is not None:
+        return _by_name(named, weights, seed)
+    value = getattr(imported, name, None)
+    if value is None:
+        public = sorted(key for key in vars(imported) if not key.startswith("_"))
+        raise ValueError(
+            f"{module} registers no {KINDS[kind]} named {name!r} and has no such attribute; it has "
+            f"{', '.join(public) or 'none'}, and known names are {', '.join(registry.listed(kind))}"
+        )
+    if isinstance(value, nn.Module) or not callable(value):
+        _refuse_weights(weights, "a module has its own")
+        return as_network(kind, value)
+    if _is_class(value) and weights is None:
+        raise ValueError(f"`{module}:{name}` is a class of networks, without weights: give `weights=` a file, or 'random'")
+    with plain_defaults(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = models[name]["model"]()
-    if weights != "random":
-        state, _ = read_classifier_state(weights)
-        load_state(model, state, weights)
+        try:
+            made = value()
+        except TypeError as error:
+            raise TypeError(f"{module}:{name} is called without arguments and should return a network: {error}") from error
+    model = as_network(kind, made)
+    if weights not in (None, "random"):
+        assert weights is not None
+        return fill_named(Named(name, kind, lambda seed: model), weights)
     return model
 
 
-def _is_diffusers_unet(module: nn.Module) -> bool:
-    # By name, so that diffusers is never imported by somebody who does not use it.
-    return any(c.__name__ == "UNet2DModel" and c.__module__.startswith("diffusers.") for c in type(module).__mro__)
+def _is_class(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
-def _check_call(module: nn.Module, count: int, expected: str) -> None:
+def _is_path(source: object) -> bool:
+    """Whether a source can only be meant as a file, there or not."""
+    text = str(source)
+    return "/" in text or "\\" in text or text.startswith("~") or Path(text).suffix.lower() in _WEIGHT_SUFFIXES
+
+
+def _check_kind(kind: Kind, module: nn.Module) -> None:
+    other = registry.kind_of(module)
+    if other is not None and other != kind:
+        raise TypeError(
+            f"{_CALLS[kind][1]}; {type(module).__name__} is a {KINDS[other]}: are score network and classifier swapped?"
+        )
+    count, expected = _CALLS[kind]
     try:
         inspect.signature(module.forward).bind(*[None] * count)
     except TypeError as error:
-        raise TypeError(f"{expected}; {type(module).__name__}.forward does not take that: {error}") from error
+        swapped = _takes(module, _CALLS[_OTHER[kind]][0])
+        hint = f" (as a {KINDS[_OTHER[kind]]} does; are the two swapped?)" if swapped else ""
+        raise TypeError(f"{expected}; {type(module).__name__}.forward does not take that: {error}{hint}") from error
+    except ValueError:
+        return  # a callable that tells no signature
+
+
+def _takes(module: nn.Module, count: int) -> bool:
+    try:
+        inspect.signature(module.forward).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_result(kind: Kind, model: nn.Module) -> None:
+    """One image through a module that could be called as either kind: the shape of its result tells which it is."""
+    if not (_takes(model, 1) and _takes(model, 2)):
+        return
+    weight = next((value for value in model.parameters() if value.is_floating_point()), None)
+    channels, size = getattr(model, "channels", 3), getattr(model, "image_size", 32)
+    if weight is None or not isinstance(channels, int) or not isinstance(size, int):
+        return
+    x = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device)
+    inputs = (x, torch.ones(1, dtype=weight.dtype, device=weight.device))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = model.eval()(*inputs[: _CALLS[kind][0]])
+    except Exception:  # images of another size, say: the purifier tries with the very images
+        return
+    if not isinstance(result, torch.Tensor):
+        return
+    found: Kind | None = "score" if result.shape == x.shape else "classifier" if result.ndim == 2 else None
+    if found == _OTHER[kind]:
+        raise TypeError(
+            f"{_CALLS[kind][1]} that returns {'a tensor of the shape of x' if kind == 'score' else 'logits'}; of an image "
+            f"{tuple(x.shape)} {type(model).__name__} makes {tuple(result.shape)}: are score network and classifier swapped?"
+        )
 
 
 def _refuse_weights(weights: str | Path | None, reason: str) -> None:
@@ -299,13 +337,24 @@ def _refuse_weights(weights: str | Path | None, reason: str) -> None:
         raise ValueError(f"`weights` is for networks given by name ({reason}), got {str(weights)!r}")
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
+def _unknown(kind: Kind, name: str, options: Mapping[str, Any], missing: ImportError | None) -> str:
+    if registry.find_known(_OTHER[kind], name) is not None:
+        return f"{name!r} is a {KINDS[_OTHER[kind]]}, not a {KINDS[kind]}: it is for load_{_OTHER[kind]}"
+    known = registry.listed(kind)
+    for source in registry.sources(kind):
+        try:
+            known = [*known, *source.near(options)]
+        except ImportError as error:
+            missing = missing or error
     by_lower = {entry.lower(): entry for entry in known}
     near = [by_lower[entry] for entry in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)]
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known[:12])}"
-    return f"unknown {kind} {name!r}: no such name or file ({hint})."
+    threat = f" ({options['threat_model']})" if options.get("threat_model") else ""
+    message = f"unknown {KINDS[kind]}{threat} {name!r}: no such name or file ({hint})."
+    return message if missing is None else f"{message} More names are not available here: {missing}"
 
 
 def _frozen(model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    with torch.inference_mode(False):
+        return without_inference_tensors(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(path: Path, *, work: str, patience: float) -> Iterator[bool]:
-    """Hold a lock file; gives whether it is held. The system gives it back when its holder ends, however it ends; the file stays.
+    """Hold a lock file; gives whether it is held. The system gives it back when its holder ends, in any way; the file stays.
 
     Args:
         work: What a process does that holds it, to say what is waited for.

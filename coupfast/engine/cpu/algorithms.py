@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from coupfast.engine.cpu.parts import Convolution
-from coupfast_kernels import convolution as kernels
+from coupfast_kernels.convolution import cpu as kernels
 
 #: Packed weights of an algorithm as a multiple of the weights of a 3x3 convolution.
 PACKED = {kernels.DIRECT: 1.0, kernels.F2: 16 / 9, kernels.F4: 4.0}

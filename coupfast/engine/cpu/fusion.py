@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, GroupNorm, Part, Region
+from coupfast.engine.memory import aligned
 from coupfast.engine.partition import Partition, is_tensor
 from coupfast.tracing import Operation, Trace
 
@@ -32,10 +33,22 @@ class _Fusion:
         self.traced = traced
         self.nodes = [operation.node for operation in traced.operations]
         self.order = {node: index for index, node in enumerate(self.nodes)}
-        self.partition = Partition(traced)
+        self.partition = Partition(traced, self._given(traced))
         self.active, self.timely = self.partition.of_images, self.partition.of_labels
         self.constants = self.partition.constants
         self.taken: set[fx.Node] = set()  # nodes that a convolution took in
+
+    def _given(self, traced: Trace) -> dict[fx.Node, torch.Tensor]:
+        """The trace's constants, so that what PyTorch makes of them does not depend on where the caller's weights lie.
+
+        Weights of convolutions, which are large, stay as they are: kernels read them packed, and the few that PyTorch reads
+        are aligned when that is known.
+        """
+
+        def is_read_packed(node: fx.Node) -> bool:
+            return all(user.target is aten.convolution.default and user.args[1] is node for user in node.users)
+
+        return {node: value if is_read_packed(node) else aligned(value) for node, value in traced.constants.items()}
 
     def network(self) -> FusedNetwork:
         convolutions = {node: self._convolution(node) for node in self.nodes if self._is_convolution(node)}
@@ -55,6 +68,10 @@ class _Fusion:
                 pending.append(operation)
         self._flush(pending, parts)
         self._check(parts)
+        for region in (part for part in parts if isinstance(part, Region)):
+            for node in {used for operation in region.operations for used in operation.node.all_input_nodes}:
+                if isinstance(self.constants.get(node), torch.Tensor):
+                    self.constants[node] = aligned(self.constants[node])
         return FusedNetwork(
             self.partition,
             self.partition.frontier({node for part in parts for node in self._reads(part)}),
@@ -108,6 +125,8 @@ class _Fusion:
         arguments: Any = node.args
         x, weight, bias, stride, padding = arguments[:5]
         bias_value = None if bias is None else self.constants[bias].contiguous()
+        if stride[0] != 1:  # PyTorch takes its transpose
+            self.constants[weight] = aligned(self.constants[weight])
         conv = Convolution(x, self.constants[weight], bias_value, stride[0], padding[0], node)
         self.taken.add(node)
         self._take_norm(conv)

@@ -12,7 +12,8 @@ import torch
 from coupfast.engine.cpu.algorithms import PackedKey, WeightStore
 from coupfast.engine.cpu.parts import Convolution, GroupNorm
 from coupfast.engine.cpu.placement import Memory, Storage, View, new_view
-from coupfast_kernels import convolution as kernels
+from coupfast_kernels import operations
+from coupfast_kernels.convolution import cpu as kernels
 
 #: What an instruction becomes: a kernel's structure, or a function to call.
 Step = ctypes.Structure | Callable[[], None]
@@ -75,7 +76,7 @@ class Instructions:
         channels, pixels = y.rows()
 
         def make(memory: Memory) -> ctypes.Structure:
-            return kernels.Sum(
+            return operations.Sum(
                 pixels=self.batch * pixels,
                 channels=channels,
                 a_pixel=a.pixel or channels,
@@ -133,7 +134,7 @@ class Instructions:
         channels, height, width = x.shape
 
         def make(memory: Memory) -> ctypes.Structure:
-            return kernels.GroupNormAffine(
+            return operations.GroupNormAffine(
                 batch=self.batch,
                 channels=channels,
                 groups=norm.groups,
@@ -154,11 +155,11 @@ class Instructions:
         channels, height, width = x.shape
 
         def make(memory: Memory) -> ctypes.Structure:
-            structure = kernels.GroupNormVjp(
+            structure = operations.GroupNormVjp(
                 batch=self.batch,
                 channels=channels,
                 groups=norm.groups,
-                activation=kernels.SILU if norm.activation == "silu" else kernels.IDENTITY,
+                activation=operations.SILU if norm.activation == "silu" else operations.IDENTITY,
                 pixels=height * width,
                 x_pixel=x.pixel,
                 dh_pixel=dh.pixel,
@@ -183,7 +184,7 @@ class Instructions:
         channels, pixels = result.rows()
 
         def make(memory: Memory) -> ctypes.Structure:
-            structure = kernels.Masked(
+            structure = operations.Masked(
                 pixels=self.batch * pixels,
                 channels=channels,
                 d_pixel=dz.pixel,
@@ -206,8 +207,8 @@ class Instructions:
 
         def flush() -> None:
             if structures:
-                operations, threads = kernels.Operations(list(structures)), self.threads
-                steps.append(lambda: operations.run(threads))
+                call, threads = operations.Operations(list(structures)), self.threads
+                steps.append(lambda: call.run(threads))
                 structures.clear()
 
         for instruction in self[which]:

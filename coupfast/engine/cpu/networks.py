@@ -16,7 +16,7 @@ from coupfast.engine.memory import available_bytes
 from coupfast.guidance import Guidance, scaled_logits
 from coupfast.solvers import CoefficientTable
 from coupfast.tracing import Trace, trace
-from coupfast_kernels import convolution as kernels
+from coupfast_kernels.convolution import cpu as kernels
 
 logger = logging.getLogger(__name__)
 

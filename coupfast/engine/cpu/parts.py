@@ -123,6 +123,12 @@ class FusedNetwork:
     def regions(self) -> list[Region]:
         return [part for part in self.parts if isinstance(part, Region)]
 
+    def copied_bytes(self) -> int:
+        """Copies of the network's own weights that PyTorch's operations read."""
+        own = self.partition.traced.constants
+        copies = (self.partition.constants[node] for node, value in own.items() if self.partition.constants[node] is not value)
+        return sum(copy.nbytes for copy in copies)
+
     def at_label(self, label: torch.Tensor) -> dict[fx.Node, torch.Tensor]:
         """`label_values` at a label of shape (1,), for one image."""
         return self.partition.at_label(label, self.label_values)

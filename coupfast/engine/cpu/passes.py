@@ -16,7 +16,7 @@ from coupfast.engine.cpu.instructions import Instructions, Scaled, add_residual
 from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, Part, Region
 from coupfast.engine.cpu.placement import Memory, View, dense
 from coupfast.engine.cpu.regions import Regions
-from coupfast_kernels import convolution as kernels
+from coupfast_kernels import operations
 
 aten = torch.ops.aten
 
@@ -141,7 +141,7 @@ class ForwardPass:
             if y is not None:
                 structure.y, structure.y_pixel = memory.address(y), y.pixel
             if z is not None:
-                structure.z, structure.z_pixel, structure.z_activation = memory.address(z), z.pixel, kernels.RELU
+                structure.z, structure.z_pixel, structure.z_activation = memory.address(z), z.pixel, operations.RELU
                 structure.z_multiply = pointer(conv.z_multiply)
                 if self.linear:
                     structure.z_slopes = self.slopes.address(conv)
@@ -158,7 +158,7 @@ class ForwardPass:
                 addresses = self.instructions.affine_addresses(affine, memory)
                 structure.subtract, structure.multiply = addresses["subtract"], addresses["multiply"]
                 structure.add, structure.affine_image = addresses["add"], x.shape[0]
-                structure.activation = kernels.SILU if conv.norm.activation == "silu" else kernels.IDENTITY
+                structure.activation = operations.SILU if conv.norm.activation == "silu" else operations.IDENTITY
 
         shape = y.shape if y is not None else z.shape  # type: ignore[union-attr]
         reads, writes = [x, residual, affine], [y, z]

@@ -9,11 +9,12 @@ import torch
 
 from coupfast.engine.cpu.network_program import NetworkProgram
 from coupfast.engine.cpu.networks import CpuNetworks
-from coupfast.engine.protocol import Keep
+from coupfast.engine.protocol import Cotangent, Keep, State
+from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
 from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
 from coupfast.noise import CounterNoise, Noise
-from coupfast_kernels.cpu_guided_step import guided_step_cpu
 from coupfast_kernels.guided_step import guided_step_ref
+from coupfast_kernels.guided_step.cpu import guided_step_cpu
 
 
 @dataclasses.dataclass
@@ -40,43 +41,66 @@ class CpuProgram:
         self.table = networks.table
         self._programs: dict[str, NetworkProgram] = {}
 
-    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
+    def step(
+        self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing", *, more: State | None = None
+    ) -> tuple[Any, ...]:
         row, networks = self.table.row(k), self.networks
-        if not x_k.is_contiguous(memory_format=torch.channels_last):
-            x_k = x_k.contiguous()  # images may come transposed, which the step's own kernel does not read
+        x_k = _readable(x_k)
         with networks.turn, torch.no_grad():
-            if networks.score is None:
-                eps_hat = networks.eager.eps_hat(k, x_k)
-            else:
-                program = self._program("score")
-                program.set_label(networks.label_values(k))
-                eps_hat = torch.empty_like(x_k).copy_(program.forward(x_k))
+            eps_hat = self._eps_hat(k, x_k) if reads_eps_hat(self.table, k) else None
             g, kept = None, _Kept()
             if networks.guidance is not None and row[2] != 0.0:
                 g, kept = self._guide(x_k, keep != "nothing" and networks.differentiate_guidance)
-            return self._move(k, x_k, eps_hat, g, noise), None if keep == "nothing" else kept
+            extra = {name: _readable(image) for name, image in extra_images(self.table, k, more).items()}
+            x_next = self._move(k, x_k, eps_hat, g, noise, extra)
+        found = None if keep == "nothing" else kept
+        return (x_next, found, eps_hat) if self.table.two_step else (x_next, found)
 
-    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
         row, networks = self.table.row(k), self.networks
         with networks.turn, torch.no_grad():
             w = None
             if networks.guidance is not None and row[2] != 0.0 and networks.differentiate_guidance:
                 w = self._hvp(x_k, v, saved or _Kept())
-            if networks.score is None:
-                u = networks.eager.eps_hat_vjp(k, x_k, v)
-            else:
-                program = self._program("score transpose")
-                program.set_label(networks.label_values(k))
-                program.forward(x_k)
-                u = program.backward(v)
-            return guided_step_ref(v, u, w, row)
+            if more is None:
+                return guided_step_ref(v, self._eps_hat_vjp(k, x_k, v), w, row)
+            return step_back(self.table, k, v, w, lambda u: self._eps_hat_vjp(k, x_k, u), more)
 
-    def _move(self, k: int, x_k: torch.Tensor, eps_hat: torch.Tensor, g: torch.Tensor | None, noise: Noise) -> torch.Tensor:
+    def _eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
+        networks = self.networks
+        if networks.score is None:
+            return networks.eager.eps_hat(k, x_k)
+        program = self._program("score")
+        program.set_label(networks.label_values(k))
+        return torch.empty_like(x_k).copy_(program.forward(x_k))
+
+    def _eps_hat_vjp(self, k: int, x_k: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        networks = self.networks
+        if networks.score is None:
+            return networks.eager.eps_hat_vjp(k, x_k, u)
+        program = self._program("score transpose")
+        program.set_label(networks.label_values(k))
+        program.forward(x_k)
+        return program.backward(u)
+
+    def _move(
+        self,
+        k: int,
+        x_k: torch.Tensor,
+        eps_hat: torch.Tensor | None,
+        g: torch.Tensor | None,
+        noise: Noise,
+        extra: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
         """x_{k+1}; counted noise is made on the way."""
         row = self.table.row(k)
-        if isinstance(noise, CounterNoise) and row[3] != 0.0:
-            return guided_step_cpu(x_k, eps_hat, g, row, seed=noise.seed, ids=noise.ids, draw=noise.draw, step=k)
-        return guided_step_ref(x_k, eps_hat, g, row, noise.z(k, x_k) if row[3] != 0.0 else None)
+        first, second = row[3] != 0.0, self.table.extended and row[5] != 0.0
+        if isinstance(noise, CounterNoise) and (first or second):
+            seed, ids, draw = noise.seed, noise.ids, noise.draw
+            more: dict[str, Any] = extra
+            return guided_step_cpu(x_k, eps_hat, g, row, seed=seed, ids=ids, draw=draw, step=k, second_noise=second, **more)
+        z = noise.z(k, x_k) if first else None
+        return guided_step_ref(x_k, eps_hat, g, row, z, z2=noise.z2(k, x_k) if second else None, **extra)
 
     def bytes(self, *, gradient: bool) -> int:
         """Workspace that the programs need."""
@@ -161,6 +185,11 @@ class CpuProgram:
         program.slopes.copy_(kept.slopes)
         program.region_slopes = kept.region_slopes
         return program.backward(hessian_cotangent(kept.p, program.forward(v)))
+
+
+def _readable(image: torch.Tensor) -> torch.Tensor:
+    """In a format that the step's own kernel reads: images may come transposed."""
+    return image if image.is_contiguous(memory_format=torch.channels_last) else image.contiguous()
 
 
 def _confidence(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,8 +52,10 @@ class CpuPrograms:
         return StepMemory(forward, forward + slopes, transpose, transpose, slopes, slopes)
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
-        """Packed weights of the algorithms that this batch takes, beside the networks' own weights."""
-        return self.for_batch(batch).weights_bytes(gradient=gradient)
+        """Packed weights of the algorithms that this batch takes, and aligned copies, beside the networks' own weights."""
+        planned = [network for network in (self.networks.score, self.networks.classifier) if network is not None]
+        copied = sum(network.network.copied_bytes() for network in planned)
+        return self.for_batch(batch).weights_bytes(gradient=gradient) + copied
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         kinds = self.networks.eager.evaluations()

@@ -109,8 +109,10 @@ class Regions:
             leaves = [leaf * self.batch if isinstance(leaf, PerImage) else leaf for leaf in leaves]
             args, kwargs = tree_unflatten(leaves, operation.spec)
             reshapes = node.target in _RESHAPES
-            # Maps are channels last here, which a view of the traced network's memory cannot always be.
+            # Maps are channels last here, which a view of the traced network's memory cannot always be, ...
             target = aten.reshape.default if reshapes else node.target
+            if target is aten.native_group_norm.default:
+                target = _group_norm
             calls.append(Call(node, target, reshapes, args, kwargs))
         return calls
 
@@ -146,6 +148,14 @@ class Call:
         if self._flat:  # nearly always; looking into lists takes as long as a small operation
             return tuple([values[a] if type(a) is fx.Node else a for a in self._args]), self._kwargs
         return tree_map(lambda leaf: values[leaf] if type(leaf) is fx.Node else leaf, (self._args, self._kwargs))
+
+
+def _group_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    """... and whose rows (as attention has them) do not lie as this operation wants them."""
+    formats = (torch.contiguous_format, *([torch.channels_last] if x.dim() == 4 else []))
+    if not any(x.is_contiguous(memory_format=format) for format in formats):
+        x = x.contiguous()
+    return aten.native_group_norm.default(x, *rest)
 
 
 def _allocates(operation: Operation) -> bool:

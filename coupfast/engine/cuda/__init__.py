@@ -3,8 +3,8 @@
 A step consists of up to six `pieces`: flat graphs of tensors (`flat`) of the networks' traces (`traced`), in which this
 project's kernels take the place of convolutions and group norms (`substitution`) where `calibration` found them faster. Each is
 compiled, compared with PyTorch once (`check`), and all pieces of a step are captured together with the guided step (`capture`).
-`networks` holds what all batch sizes share, `program` takes the steps of one bucket of them, `programs` makes one for each;
-`support` says where the engine runs.
+`networks` holds what all batch sizes share, `program` takes the steps of one bucket of them (`columns`, where a table has more
+than four), `programs` makes one for each; `support` says where the engine runs.
 """
 
 from coupfast.engine.cuda.options import Options

@@ -33,7 +33,8 @@ from coupfast.engine.cuda.flat import flatten
 from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
-from coupfast_kernels.conv3x3 import conv3x3, pack_weight
+from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
+from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,6 @@ LIBRARY = "library"
 STRICT_FACTOR = 4.0
 #: A library whose error is below half a unit in the last place, the rounding of the result alone, is counted as this.
 LEAST_ERROR = 2.0**-24
-#: fast, 3xtf32: what Winograd's F(4 × 4) in float32 makes of a layer at its usual points. Three TF32 products for one leave out
-#: 2⁻²¹ of each at most, and float32 sums of 4608 terms of random signs round by less: both stay well below. It refuses what is
-#: wrong, and plain TF32.
-FLOAT32_LIMIT = 1e-5
-#: tf32: factors with 11 bits. Random data lose 3e-4 of the result's norm where they are rounded, 8e-4 where they are truncated,
-#: which tensor cores may do to operands that nobody rounded (`tests/test_cuda_calibration.py` computes both).
-TF32_LIMIT = 2e-3
 
 REPEATS = 9  # timings of a candidate, of which the median counts
 FORMAT = 1  # of the file
@@ -306,7 +300,7 @@ class _Compiled:
 
 
 class _Triton:
-    """`coupfast_kernels.conv3x3` at one precision of its products."""
+    """`coupfast_kernels`' `conv3x3` at one precision of its products."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision

@@ -53,7 +53,7 @@ class CudaNetworks:
             score, guidance, self.eager.labels, example, differentiate_guidance, choose=choose, fuse_norms=fuse_norms
         )
         self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
-        self.noisy = bool((table.d != 0.0).any())
+        self.noisy = bool((table.d != 0.0).any() or (table.f is not None and (table.f != 0.0).any()))
 
     def memory(self, bucket: int) -> StepMemory:
         """As PyTorch would need it operation by operation, which is more than compiled pieces take."""

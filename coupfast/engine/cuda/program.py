@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from coupfast.engine.cuda.capture import Runner
 from coupfast.engine.cuda.check import Piece, check_piece
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.precision import float32_precision
-from coupfast.engine.protocol import Keep
+from coupfast.engine.protocol import Cotangent, Keep, State
 from coupfast.guidance import confidence_cotangent, hessian_cotangent, pack_bits, unpack_bits
 from coupfast.noise import CounterNoise, Noise
 from coupfast_kernels.guided_step import guided_step
@@ -49,6 +49,7 @@ class CudaProgram:
         self.step_index, self.step_back = words(), words()
         self.seed, self.ids, self.draw = words(), words(bucket), words(bucket)
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
+        state += self._more_buffers(image)
         backend = None if networks.backend is None else networks.backend()
         self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket))
         self._pieces: dict[str, Piece] = {}
@@ -57,22 +58,28 @@ class CudaProgram:
         self._slopes: list[torch.Tensor] = []
         self._p: torch.Tensor | None = None
         # Where the last call left the buffers, so that the next one need not load them.
-        self._forward: _Continuation | None = None
-        self._backward: _Continuation | None = None
+        self._forward: Continuation | None = None
+        self._backward: Continuation | None = None
 
     def __del__(self) -> None:
         # The allocator would give the buffers' memory to others while a stream that it knows nothing of still works on it.
         if hasattr(self, "_order"):
             self._order.finish()
 
+    def _more_buffers(self, image: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        """Buffers that work on other tables needs; those that it writes are returned."""
+        return []
+
     # --- a step -----------------------------------------------------------------------------------------------------------
 
-    def step(self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing") -> tuple[torch.Tensor, Any]:
+    def step(
+        self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing", *, more: State | None = None
+    ) -> tuple[Any, ...]:
         batch = len(x_k)
-        counter = noise if isinstance(noise, CounterNoise) and self.networks.noisy else None
+        counter = self._counter(noise)
         with self._exclusively():
             before, self._forward = self._forward, None  # after an error nobody knows what the buffers hold
-            if before is None or not before.leads_to(k, x_k, noise):
+            if before is None or not before.leads_to(k, noise, x_k):
                 self._load(k, x_k, counter)
             self._make(self._guided("score", "evaluate", "cotangent", smooth="gradient"))
             name = "step" if counter is None else "step with noise"
@@ -81,38 +88,50 @@ class CudaProgram:
             if counter is None and d != 0.0:
                 self.x[:batch].copy_(self.x[:batch] + d * noise.z(k, x_k))
             x_next = self.x[:batch].clone(memory_format=torch.contiguous_format)
-            self._forward = _Continuation(k + 1, x_next, x_next._version, noise)
-            kept = None
-            if keep != "nothing" and self._p is not None and self.networks.differentiate_guidance:
-                kept = self._keep()
+            self._forward = Continuation(k + 1, noise, x_next)
+            kept = self._keep(keep)
         return x_next, kept
 
-    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor) -> torch.Tensor:
-        batch = len(x_k)
-        networks = self.networks
+    def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
         with self._exclusively():
             before, self._backward = self._backward, None
-            if before is None or not before.leads_to(k, v, None):
+            if before is None or not before.leads_to(k, None, v):
                 self._put(self.v, v)
                 self.step_back.fill_(k)
-            self._put(self.x_back, x_k)
-            curved = networks.guidance is not None and networks.differentiate_guidance
-            if curved:
-                self._make(self._guided("score vjp", "evaluate", "tangent", "cotangent", smooth="hvp"))
-            else:
-                self._make(["score vjp"])
-            rebuilds = curved and networks.pieces.piecewise_linear and saved is None
-            if curved and networks.pieces.piecewise_linear and not rebuilds:
-                self._restore(saved)
-            name = "step and transpose" if rebuilds else "transpose"
-            self.runner.run(name, lambda: self._transpose(curved, rebuilds=rebuilds))
-            v_k = self.v[:batch].clone(memory_format=torch.contiguous_format)
-            self._backward = _Continuation(k - 1, v_k, v_k._version, None)
+            self._run_back(x_k, saved)
+            v_k = self.v[: len(x_k)].clone(memory_format=torch.contiguous_format)
+            self._backward = Continuation(k - 1, None, v_k)
         return v_k
+
+    def _counter(self, noise: Noise) -> CounterNoise | None:
+        """The noise, if it is one that the step's own kernel makes."""
+        return noise if isinstance(noise, CounterNoise) and self.networks.noisy else None
+
+    def _run_back(self, x_k: torch.Tensor, saved: Any) -> None:
+        """The transpose at `x_k` of what the buffers hold."""
+        networks = self.networks
+        self._put(self.x_back, x_k)
+        curved = networks.guidance is not None and networks.differentiate_guidance
+        if curved:
+            self._make(self._guided("score vjp", "evaluate", "tangent", "cotangent", smooth="hvp"))
+        else:
+            self._make(["score vjp"])
+        rebuilds = curved and networks.pieces.piecewise_linear and saved is None
+        if curved and networks.pieces.piecewise_linear and not rebuilds:
+            self._restore(saved)
+        name = "step and transpose" if rebuilds else "transpose"
+        self.runner.run(name, lambda: self._transpose(curved, rebuilds=rebuilds))
 
     # --- what is captured -------------------------------------------------------------------------------------------------
 
     def _step(self, counted: bool) -> None:
+        eps_hat, g = self._eps_hat_and_guidance()
+        noise = (self.seed, self.ids, self.draw) if counted else None
+        guided_step(self.x, eps_hat, g, self.networks.coefficients, self.step_index, noise=noise, out=self.x)
+        self.step_index.add_(1)
+
+    def _eps_hat_and_guidance(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ε̂ and g at `x`, in its format."""
         networks = self.networks
         (eps_hat,) = self._piece("score")(self.x, self.step_index)
         g = None
@@ -121,10 +140,7 @@ class CudaProgram:
                 g = self._guide(self.x)
             else:
                 (g,) = self._piece("gradient")(self.x)
-        noise = (self.seed, self.ids, self.draw) if counted else None
-        g = None if g is None else _aligned(g)
-        guided_step(self.x, _aligned(eps_hat), g, networks.coefficients, self.step_index, noise=noise, out=self.x)
-        self.step_index.add_(1)
+        return _aligned(eps_hat), None if g is None else _aligned(g)
 
     def _guide(self, x: torch.Tensor) -> torch.Tensor:
         """g = Jᵀ(e_ŷ − p) at x; slopes and p stay in their buffers."""
@@ -141,20 +157,26 @@ class CudaProgram:
         return self._p
 
     def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
-        networks = self.networks
         if rebuilds:
             self._evaluate(self.x_back)
-        (u,) = self._piece("score vjp")(self.x_back, self.step_back, self.v)
-        w = None
+        u, w = self._score_vjp(self.v), self._hvp(curved)
+        guided_step(self.v, u, w, self.networks.coefficients, self.step_back, out=self.v)
+        self.step_back.sub_(1)
+
+    def _score_vjp(self, u: torch.Tensor) -> torch.Tensor:
+        """J_ε(x_back)ᵀ u."""
+        return _aligned(self._piece("score vjp")(self.x_back, self.step_back, u)[0])
+
+    def _hvp(self, curved: bool) -> torch.Tensor | None:
+        """H(x_back) v."""
+        networks, w = self.networks, None
         if curved and networks.pieces.piecewise_linear:
             assert self._p is not None
             (q,) = self._piece("tangent")(self.v, *self._slopes)
             (w,) = self._piece("cotangent")(hessian_cotangent(self._p, q), *self._slopes)
         elif curved:
             (w,) = self._piece("hvp")(self.x_back, self.v)
-        w = None if w is None else _aligned(w)
-        guided_step(self.v, _aligned(u), w, networks.coefficients, self.step_back, out=self.v)
-        self.step_back.sub_(1)
+        return None if w is None else _aligned(w)
 
     # --- buffers ----------------------------------------------------------------------------------------------------------
 
@@ -178,8 +200,10 @@ class CudaProgram:
         buffer[: len(values)].copy_(values)
         buffer[len(values) :].zero_()  # what was left there could grow without bound over many runs
 
-    def _keep(self) -> _Kept:
-        assert self._p is not None
+    def _keep(self, keep: Keep) -> _Kept | None:
+        """What the last step leaves for its transpose."""
+        if keep == "nothing" or self._p is None or not self.networks.differentiate_guidance:
+            return None
         masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
         bits = pack_bits(torch.cat([mask.reshape(-1) for mask in masks])) if masks else None
         return _Kept(bits, [slope.clone() for slope in self._slopes if slope.dtype != torch.bool], self._p.clone())
@@ -236,17 +260,25 @@ def _needs(networks: CudaNetworks, bucket: int) -> str:
     )
 
 
-@dataclasses.dataclass
-class _Continuation:
-    """The call that would go on where the last one stopped."""
+class Continuation:
+    """The call that would go on where the last one stopped.
 
-    k: int
-    state: torch.Tensor
-    version: int
-    noise: Noise | None
+    Args:
+        k: Its step.
+        noise: Its noise; None on the way back.
+        tensors: What it would be given.
+    """
 
-    def leads_to(self, k: int, state: torch.Tensor, noise: Noise | None) -> bool:
-        return k == self.k and state is self.state and state._version == self.version and noise is self.noise
+    def __init__(self, k: int, noise: Noise | None, *tensors: torch.Tensor | None) -> None:
+        self.k, self.noise = k, noise
+        self._tensors = [(tensor, None if tensor is None else tensor._version) for tensor in tensors]
+
+    def leads_to(self, k: int, noise: Noise | None, *tensors: torch.Tensor | None) -> bool:
+        """Whether a call is that one, nothing having been written to its tensors since."""
+        if k != self.k or noise is not self.noise:
+            return False
+        pairs = zip(tensors, self._tensors, strict=True)
+        return all(given is known and (given is None or given._version == version) for given, (known, version) in pairs)
 
 
 class _Order:

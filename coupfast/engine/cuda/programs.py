@@ -12,6 +12,7 @@ from torch import nn
 
 from coupfast.engine.cuda.calibration import LIBRARY, Calibration, ConvolutionShape
 from coupfast.engine.cuda.capture import CudaBackend
+from coupfast.engine.cuda.columns import ColumnsProgram
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.options import Options
 from coupfast.engine.cuda.program import CudaProgram
@@ -52,7 +53,8 @@ class CudaPrograms:
         bucket = bucket_of(batch)
         with self._lock:
             if bucket not in self._programs:
-                self._programs[bucket] = CudaProgram(self.networks, bucket)
+                kind = ColumnsProgram if self.networks.table.extended else CudaProgram
+                self._programs[bucket] = kind(self.networks, bucket)
                 while len(self._programs) > KEPT_PROGRAMS:
                     self._programs.popitem(last=False)
             self._programs.move_to_end(bucket)

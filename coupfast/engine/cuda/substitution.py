@@ -17,11 +17,11 @@ from torch import fx
 
 from coupfast.engine.cuda.flat import FlatGraph
 from coupfast_kernels import group_norm  # noqa: F401  (registers its operators)
-from coupfast_kernels.conv3x3 import pack_weight
+from coupfast_kernels.convolution.gpu import pack_weight
 
 aten = torch.ops.aten
 
-#: (batch, channels in, channels out, height, width) → "library", or the precision of `coupfast_kernels.conv3x3` to take.
+#: (batch, channels in, channels out, height, width) → "library", or the precision of `coupfast_kernels`' `conv3x3` to take.
 Conv3x3Choice = Callable[[int, int, int, int, int], str]
 LIBRARY = "library"
 #: (address, shape, strides, whether transposed) → weight and packed weight. The weight is kept since its address is its name:

@@ -39,7 +39,7 @@ void on_threads(int threads, const Body& body) {
       &call, static_cast<unsigned>(threads), 0);
 }
 
-// One operation of a program, mirrored in Python.
+// One operation of a program, mirrored in operations.py.
 struct Operation {
   int64_t kind;
   const void* parameters;
@@ -66,9 +66,6 @@ void coupfast_threads(Parallel parallel, int (*thread)(), int (*threads)()) {
   g_thread = thread;
   g_threads = threads;
 }
-
-int coupfast_lanes() { return kLanes; }
-int coupfast_panel() { return kPanel; }
 
 int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return ConvShape(*conv).scratch_floats(threads); }
 

@@ -1,4 +1,4 @@
-"""Convolutions, GroupNorm and their transposes on channels-last float32 maps, on a CPU.
+"""Convolutions in C++ on channels-last float32 maps: the direct sum, and Winograd's algorithms.
 
     direct:  y[n, i, j, o] = sum_{a, b, c} w[o, c, a, b] x[n, s i + a - p, s j + b - p, c]
     F(m x m, 3 x 3):  Y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ X B)] A  for every m x m tile Y of outputs, X its (m + 2) x (m + 2) inputs
@@ -6,118 +6,27 @@
 Winograd's F(2 x 2) takes 2.25 times fewer multiplications than the direct sum, F(4 x 4) four times fewer; the definition is
 `conv2d_ref`. Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308; the points at
 which F(4 x 4) evaluates, 0, ±5/8, ±3/2 and infinity, were chosen for their rounding error (kernels/README.md).
-
-The C++ side (`csrc/`) takes structures of pointers. Whoever fills one keeps the memory behind it alive.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import library
 
-from coupfast_kernels import native
+from coupfast_kernels.operations import Conv, Operations, compiled, structure
 
-logger = logging.getLogger(__name__)
-
-IDENTITY, RELU, SILU = 0, 1, 2
 DIRECT, F2, F4 = 1, 2, 4  #: Outputs of a tile along each axis.
 TILES = (DIRECT, F2, F4)
 
-
-def _structure(name: str, **groups: str) -> type[ctypes.Structure]:
-    """A structure whose fields are given type by type, in C's order."""
-    types = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float, "f64": ctypes.c_double, "p": ctypes.c_void_p}
-    fields = [(field, types[kind.split("_")[0]]) for kind, names in groups.items() for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-Conv = _structure(
-    "Conv",
-    i32="tile batch height width channels out_height out_width out_channels kernel_height kernel_width stride pad_top pad_left "
-    "block_rows activation z_activation",
-    i64="x_pixel y_pixel z_pixel residual_pixel affine_image image_bias_image",
-    f32="scale residual_factor",
-    p="x weights y z subtract multiply add bias image_bias mask mask_factor residual z_multiply z_add z_mask z_slopes scratch",
-)
-GroupNormAffine = _structure(
-    "GroupNormAffine",
-    i32="batch channels groups pad",
-    i64="pixels x_pixel",
-    f64="eps",
-    p="x gamma beta subtract multiply add inverse",
-)
-GroupNormVjp = _structure(
-    "GroupNormVjp",
-    i32="batch channels groups activation",
-    i64="pixels x_pixel dh_pixel dx_pixel residual_pixel",
-    f32="residual_factor pad",
-    p="x gamma subtract multiply add inverse dh residual dx",
-)
-Sum = _structure("Sum", i64="pixels channels a_pixel b_pixel y_pixel", f32="factor_a factor_b", p="a b y")
-Masked = _structure(
-    "Masked",
-    i64="pixels channels d_pixel y_pixel residual_pixel",
-    f32="residual_factor pad",
-    p="d mask multiply residual y",
-)
-GuidedStep = _structure(
-    "GuidedStep",
-    i64="batch channels pixels x_pixel eps_pixel guidance_pixel x_in_pixel x_before_pixel eps_before_pixel y_pixel seed step "
-    "second_noise",
-    f32="a b c d e f p q",
-    p="x eps_hat guidance x_in x_before eps_before ids draw y",
-)
-_KINDS: dict[type, int] = {Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4, GuidedStep: 5}
-
-_Pack = _structure(
+_Pack = structure(
     "Pack",
     i32="tile out_channels channels kernel_height kernel_width flip",
     i64="out_stride in_stride",
     p="weights to",
 )
-_Operation = _structure("Operation", i64="kind", p="parameters")
-
-
-@functools.cache
-def compiled() -> ctypes.CDLL:
-    """The compiled kernels, sharing PyTorch's threads.
-
-    Raises:
-        native.NativeUnavailable: if they cannot be built here.
-    """
-    kernels = native.load()
-    kernels.coupfast_conv_scratch.restype = ctypes.c_int64
-    kernels.coupfast_packed_floats.restype = ctypes.c_int64
-    process = ctypes.CDLL(None)
-    try:
-        team = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]
-    except AttributeError:
-        logger.warning("PyTorch's OpenMP runtime does not show GOMP_parallel: the C++ kernels run on one thread")
-    else:
-        kernels.coupfast_threads(*(ctypes.cast(function, ctypes.c_void_p) for function in team))
-    return kernels
-
-
-class Operations:
-    """A list of structures as one call."""
-
-    def __init__(self, structures: list[ctypes.Structure]) -> None:
-        self.structures = structures
-        self._array = (_Operation * max(1, len(structures)))()
-        for operation, structure in zip(self._array, structures, strict=False):
-            operation.kind, operation.parameters = _KINDS[type(structure)], ctypes.addressof(structure)
-        self._library = compiled()
-
-    def run(self, threads: int) -> None:
-        """All of them, in order."""
-        self._library.coupfast_run(self._array, ctypes.c_int64(len(self.structures)), threads)
 
 
 def plain_conv(
@@ -194,18 +103,12 @@ def pack_weights(weight: torch.Tensor, tile: int, *, transposed: bool = False) -
     return packed
 
 
-def conv2d_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
-    """The definition: PyTorch's convolution with zero padding kernel // 2, in the dtype of `x`."""
-    return F.conv2d(x, weight, bias, stride=stride, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
-
-
 def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: int = 64) -> int:
     """Rows of tiles at a time so that about `tiles` tiles are in scratch memory."""
     rows = batch * -(-out_height // tile)
     return max(1, min(rows, tiles // -(-out_width // tile)))
 
 
-@library.custom_op("coupfast::packed_conv2d", mutates_args=(), device_types="cpu")
 def packed_conv2d(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
@@ -213,8 +116,13 @@ def packed_conv2d(
 
     Raises:
         ValueError: for shapes, dtypes or a tile that do not fit each other.
-        NotImplementedError: when a gradient is taken through it.
+        NotImplementedError: for an `x` that wants a gradient.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError(
+            "packed_conv2d has no gradient: packed weights do not give those of the transpose. Call it on the output's "
+            "gradient with `pack_weights(weight, tile, transposed=True)` (stride 1, odd kernel), or use `conv2d_ref`"
+        )
     if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"`x` is float32 with four axes and not empty, got {x.dtype} {tuple(x.shape)}")
     if tile not in (DIRECT, F2, F4) or kernel < 1 or stride < 1 or (tile != DIRECT and (kernel, stride) != (3, 1)):
@@ -239,21 +147,6 @@ def packed_conv2d(
     conv.scratch = scratch.data_ptr()
     Operations([conv]).run(threads)
     return y
-
-
-@packed_conv2d.register_fake
-def _(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_channels: int, kernel: int, stride: int, tile: int
-) -> torch.Tensor:
-    return _like_output(x, out_channels, kernel, stride)
-
-
-@packed_conv2d.register_autograd
-def _(context: Any, dy: torch.Tensor) -> None:
-    raise NotImplementedError(
-        "coupfast::packed_conv2d has no gradient: packed weights do not give those of the transpose. Call it on the output's "
-        "gradient with `pack_weights(weight, tile, transposed=True)` (stride 1, odd kernel), or use `conv2d_ref`"
-    )
 
 
 def _like_output(x: torch.Tensor, out_channels: int, kernel: int, stride: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
     y = a x + b eps_hat + c guidance + d z [+ e x_in + f z' + p x_before + q eps_before],      z = standard_normal_ref(...)
 
 The C++ side is `csrc/guided_step.h`. Its structure holds coefficients, seed and step by value, to be set before each run: one
-structure serves every step, alone or among the `convolution.Operations` of a network.
+structure serves every step, alone or among the `operations.Operations` of a network.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from coupfast_kernels.convolution import GuidedStep, Operations
 from coupfast_kernels.noise import FORWARD_NOISING_STEP, SECOND_NOISE_STEP
+from coupfast_kernels.operations import GuidedStep, Operations
 
 
 def guided_step_cpu(
@@ -66,37 +66,14 @@ def guided_step_cpu(
             f"got {row}"
         )
     y = torch.empty_like(x) if out is None else out
-    draws = None if ids is None else _draws(draw, len(x))
+    draws = None if ids is None else draws_tensor(draw, len(x))
     terms = dict(x_in=x_in, x_before=x_before, eps_before=eps_before)
     structure = guided_step_structure(y, x, eps_hat, g, ids=ids, draw=draws, second_noise=second_noise, **terms)
     set_row(structure, row)
     if seed is not None:
-        structure.seed, structure.step = _seed_and_step(seed, step, second_noise)
+        structure.seed, structure.step = checked_seed_and_step(seed, step, second_noise)
     Operations([structure]).run(torch.get_num_threads())
     return y
-
-
-def standard_normal_cpu(
-    shape: tuple[int, ...], *, seed: int, ids: torch.Tensor, draw: torch.Tensor | int, step: int
-) -> torch.Tensor:
-    """Fused `standard_normal_ref`; equal bits.
-
-    Args:
-        shape: (batch, …).
-        seed, ids, draw, step: As for `guided_step_cpu`.
-
-    Returns:
-        Standard normal noise, contiguous float32.
-
-    Raises:
-        ValueError, TypeError: for arguments that do not fit.
-        native.NativeUnavailable: if the C++ kernels cannot be built here.
-    """
-    z = torch.empty(shape, dtype=torch.float32)
-    structure = guided_step_structure(z, None, None, None, ids=ids, draw=_draws(draw, len(z) if shape else 0))
-    structure.seed, structure.step = _seed_and_step(seed, step)
-    Operations([structure]).run(torch.get_num_threads())
-    return z
 
 
 def set_row(structure: ctypes.Structure, row: tuple[float, ...]) -> None:
@@ -118,7 +95,7 @@ def guided_step_structure(
     x_before: torch.Tensor | None = None,
     eps_before: torch.Tensor | None = None,
 ) -> ctypes.Structure:
-    """The step as `convolution.Operations` takes it.
+    """The step as `operations.Operations` takes it.
 
     Its coefficients, `seed` and `step` are zero: set them before each run (`set_row`). What `ids` and `draw` hold may change
     between runs, too. The caller keeps the tensors, and with them the memory, alive.
@@ -196,7 +173,7 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
-def _draws(draw: torch.Tensor | int, batch: int) -> torch.Tensor:
+def draws_tensor(draw: torch.Tensor | int, batch: int) -> torch.Tensor:
     if isinstance(draw, torch.Tensor):
         return draw
     if not 0 <= draw < 2**32:
@@ -204,7 +181,7 @@ def _draws(draw: torch.Tensor | int, batch: int) -> torch.Tensor:
     return torch.full((batch,), draw, dtype=torch.int64)
 
 
-def _seed_and_step(seed: int, step: int, second_noise: bool = False) -> tuple[int, int]:
+def checked_seed_and_step(seed: int, step: int, second_noise: bool = False) -> tuple[int, int]:
     if not 0 <= seed < 2**64:
         raise ValueError(f"`seed` is in [0, 2**64), got {seed}")
     if not 0 <= step < 2**32:

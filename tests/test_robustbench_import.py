@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from coupfast import compat
+from coupfast.models import robustbench_import
 from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
 
-ROOT = Path(__file__).resolve().parent.parent
+FILE = Path(__file__).resolve().parent.parent / "coupfast" / "models" / "robustbench_import.py"
 
 ROBUSTBENCH = {
     "robustbench/__init__.py": "from .eval import benchmark\n",
@@ -57,13 +57,13 @@ def run(tmp_path):
             for name, source in package.items():
                 (tmp_path / name).parent.mkdir(exist_ok=True)
                 (tmp_path / name).write_text(textwrap.dedent(source))
-        # compat.py by its path: no package, no torch; -S: no site-packages, so only the stand-ins are there.
+        # The file by its path: no package, no torch; -S: no site-packages, so only the stand-ins are there.
         prelude = f"""
             import importlib.util, sys
             sys.path.insert(0, {str(tmp_path)!r})
-            spec = importlib.util.spec_from_file_location("compat", {str(ROOT / "coupfast" / "compat.py")!r})
-            compat = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(compat)
+            spec = importlib.util.spec_from_file_location("robustbench_import", {str(FILE)!r})
+            robustbench_import = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(robustbench_import)
         """
         script = textwrap.dedent(prelude) + textwrap.dedent(code)
         return subprocess.run(
@@ -80,10 +80,10 @@ def printed(result):
 
 def test_pyautoattack_stands_in_with_the_original_signature(run):
     code = """
-        robustbench = compat.import_robustbench()
+        robustbench = robustbench_import.import_robustbench()
         print(robustbench.benchmark())
         print(sorted(name for name in sys.modules if name.startswith("autoattack")))
-        print(compat.import_robustbench() is robustbench)
+        print(robustbench_import.import_robustbench() is robustbench)
     """
     lines = printed(run(code, ROBUSTBENCH, PYAUTOATTACK, TORCHVISION, PKG_RESOURCES))
     assert lines == ["(('model', 'L2', 0.5, None, 'standard', 'cpu'), 'x', 'y', 7)", "[]", "True"]
@@ -92,7 +92,7 @@ def test_pyautoattack_stands_in_with_the_original_signature(run):
 @pytest.mark.parametrize("option", ["log_path", "state_path"])
 def test_what_pyautoattack_cannot_honour_is_refused(option, run):
     result = run(
-        f"compat.import_robustbench().benchmark({option}='somewhere')",
+        f"robustbench_import.import_robustbench().benchmark({option}='somewhere')",
         *(ROBUSTBENCH, PYAUTOATTACK, TORCHVISION, PKG_RESOURCES),
     )
     assert "ValueError" in result.stderr
@@ -100,7 +100,7 @@ def test_what_pyautoattack_cannot_honour_is_refused(option, run):
 
 
 def test_the_real_autoattack_is_preferred(run):
-    code = "print(compat.import_robustbench().benchmark(), 'autoattack' in sys.modules)"
+    code = "print(robustbench_import.import_robustbench().benchmark(), 'autoattack' in sys.modules)"
     lines = printed(run(code, ROBUSTBENCH, PYAUTOATTACK, AUTOATTACK, TORCHVISION, PKG_RESOURCES))
     assert lines == ["the original True"]
 
@@ -110,7 +110,7 @@ def test_a_script_of_the_same_name_is_no_autoattack(run, loaded):
     script = {"autoattack.py": "print('a script')\n"}
     code = f"""
         if {loaded}: import autoattack
-        print(compat.import_robustbench().benchmark()[1:], hasattr(sys.modules.get("autoattack"), "AutoAttack"))
+        print(robustbench_import.import_robustbench().benchmark()[1:], hasattr(sys.modules.get("autoattack"), "AutoAttack"))
         print("autoattack" in sys.modules)
     """
     lines = printed(run(code, ROBUSTBENCH, PYAUTOATTACK, script, TORCHVISION, PKG_RESOURCES))
@@ -121,7 +121,7 @@ def test_an_alias_made_elsewhere_is_left_alone(run):
     code = """
         import pyautoattack, pyautoattack.state
         sys.modules["autoattack"], sys.modules["autoattack.state"] = pyautoattack, pyautoattack.state
-        compat.import_robustbench()
+        robustbench_import.import_robustbench()
         print(sys.modules["autoattack"] is pyautoattack)
     """
     assert printed(run(code, ROBUSTBENCH, PYAUTOATTACK, TORCHVISION, PKG_RESOURCES)) == ["True"]
@@ -138,7 +138,7 @@ def test_an_alias_made_elsewhere_is_left_alone(run):
     ids=["robustbench", "pyautoattack", "torchvision", "pkg_resources"],
 )
 def test_what_is_missing_is_named(packages, message, run):
-    result = run("compat.import_robustbench()", *packages)
+    result = run("robustbench_import.import_robustbench()", *packages)
     assert result.returncode != 0
     assert message in result.stderr.splitlines()[-1]
     assert result.stderr.splitlines()[-1].startswith("ImportError: ")
@@ -146,7 +146,7 @@ def test_what_is_missing_is_named(packages, message, run):
 
 def test_a_torchvision_for_another_torch_is_named(run):
     broken = {"torchvision/__init__.py": 'raise RuntimeError("operator torchvision::nms does not exist")'}
-    result = run("compat.import_robustbench()", ROBUSTBENCH, PYAUTOATTACK, broken, PKG_RESOURCES)
+    result = run("robustbench_import.import_robustbench()", ROBUSTBENCH, PYAUTOATTACK, broken, PKG_RESOURCES)
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ImportError: torchvision does not work with the installed torch (operator torchvision::nms")
 
@@ -156,7 +156,7 @@ def test_a_failed_import_can_be_tried_again(run):
     code = """
         for _ in range(2):
             try:
-                compat.import_robustbench()
+                robustbench_import.import_robustbench()
             except ImportError as error:
                 print(error, [name for name in sys.modules if "robustbench" in name or "autoattack" in name])
     """
@@ -168,7 +168,7 @@ def test_a_failed_import_can_be_tried_again(run):
 @pytest.fixture(scope="module")
 def robustbench():
     try:
-        return compat.import_robustbench()
+        return robustbench_import.import_robustbench()
     except ImportError as error:
         pytest.skip(f"RobustBench cannot be imported here: {error}")
 

@@ -16,165 +16,17 @@ whatever the config: the tuner's choice moves no bit. `kernels/README.md` says w
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
-import statistics
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import library
+
+from coupfast_kernels.convolution.definition import conv3x3_ref
+from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, PRECISIONS, Config, fastest
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # Triton exists for Linux only; the definition and the CPU need none of it
     triton = None
-
-logger = logging.getLogger(__name__)
-
-#: How products are taken: float32 multiply-adds; three TF32 products for one; one TF32 product.
-PRECISIONS = ("ieee", "tf32x3", "tf32")
-
-
-class Config(NamedTuple):
-    """How a launch is cut: a program makes BLOCK_M pixels × BLOCK_N channels, BLOCK_K terms a pass of its loop."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-#: What the tuner chooses from, by precision: large tiles, then one for three channels out, then two for small maps of few
-#: images. The tensor cores' sums depend on BLOCK_K, so a precision has one there; `ieee` does not depend on it.
-CONFIGS: dict[str, tuple[Config, ...]] = {
-    "ieee": (
-        Config(128, 128, 16, 8, 4),
-        Config(128, 64, 16, 4, 4),
-        Config(64, 128, 16, 4, 4),
-        Config(128, 32, 16, 4, 4),
-        Config(64, 64, 16, 2, 4),  # with four warps ptxas takes 96 registers where 112 are needed
-        Config(32, 32, 32, 4, 3),
-        Config(128, 16, 32, 4, 3),
-        Config(16, 32, 32, 4, 3),
-        Config(16, 16, 32, 2, 3),
-    ),
-    # Of 32 terms a pass the halves of both factors do not fit into sm_80's registers.
-    "tf32x3": (
-        Config(128, 128, 16, 8, 4),
-        Config(128, 64, 16, 4, 4),
-        Config(64, 128, 16, 4, 4),
-        Config(128, 32, 16, 4, 4),
-        Config(64, 64, 16, 4, 4),
-        Config(32, 32, 16, 4, 4),
-        Config(128, 16, 16, 2, 4),
-        Config(16, 32, 16, 2, 4),
-        Config(16, 16, 16, 2, 4),
-    ),
-    "tf32": (
-        Config(128, 128, 32, 8, 3),
-        Config(128, 64, 32, 4, 3),
-        Config(64, 128, 32, 4, 3),
-        Config(128, 32, 32, 4, 3),
-        Config(64, 64, 32, 4, 3),
-        Config(32, 32, 32, 4, 3),
-        Config(128, 16, 32, 4, 3),
-        Config(16, 32, 32, 4, 3),
-        Config(16, 16, 32, 2, 3),
-    ),
-}
-LARGEST_BLOCK_M = max(config.block_m for configs in CONFIGS.values() for config in configs)
-
-WARM_UPS, REPEATS, LAUNCHES = 2, 5, 4  # of the tuner: before, medians of, launches between two events
-
-_chosen: dict[Hashable, Config] = {}  # by shape, precision and device
-_one_tuner = threading.Lock()
-_most: int | None = None  # configs that are tried
-
-
-@contextlib.contextmanager
-def trying(most: int) -> Iterator[None]:
-    """Try that many configs of a shape and no more, where a result counts and not its time: each takes seconds to compile.
-
-    For all threads: a backward pass on a GPU runs in one of its own.
-    """
-    global _most
-    before, _most = _most, most
-    try:
-        yield
-    finally:
-        _most = before
-
-
-def conv3x3_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    image_bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
-    """The definition: plain PyTorch, any device, any dtype, differentiable in everything.
-
-    Args:
-        x: Shape (batch, in_channels, height, width).
-        weight: Shape (out_channels, in_channels, 3, 3), as `torch.nn.Conv2d` has it.
-        bias: Shape (out_channels,); None leaves the term out, here and below.
-        image_bias: Shape (batch, out_channels), for instance a time embedding.
-        residual: Like the result.
-        scale: Multiplies the sum of all that.
-
-    Returns:
-        (conv(x, weight) + bias + image_bias + residual) · scale, shape (batch, out_channels, height, width).
-    """
-    y = F.conv2d(x, weight, padding=1)
-    if bias is not None:
-        y = y + bias[:, None, None]
-    if image_bias is not None:
-        y = y + image_bias[:, :, None, None]
-    if residual is not None:
-        y = y + residual
-    return y * scale
-
-
-def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """The nearest float32 whose mantissa has 10 bits, ties away from zero, as the instruction `cvt.rna.tf32.f32` has it.
-
-    Relative error at most 2⁻¹¹ for normal numbers. Infinities and NaN stay.
-    """
-    bits = x.contiguous().view(torch.int32)
-    rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # a carry goes into the exponent, which is right
-    return torch.where(x.isfinite(), rounded, x)
-
-
-def tf32x3_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A model of what `precision="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
-
-    big = TF32(x), small = TF32(x − big), likewise for the weight; x · w ≈ small · big + big · small + big · big. What rounding
-    leaves of a number is at most 2⁻²³ of it: x − big has 12 bits and a sign, of which small keeps 11. With small · small, at
-    most 2⁻²², left out, a product is off by at most 2⁻²¹ of its size (and terms of 2⁻³³).
-
-    The sums are taken in float64: how the tensor cores round theirs is not documented and not modelled.
-
-    Args:
-        x, weight: As in `conv3x3_ref`, float32.
-
-    Returns:
-        conv(x, weight), float64.
-    """
-    x_big, weight_big = round_to_tf32(x), round_to_tf32(weight)
-    x_small, weight_small = round_to_tf32(x - x_big), round_to_tf32(weight - weight_big)
-
-    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(a.double(), b.double(), padding=1)
-
-    return product(x_small, weight_big) + product(x_big, weight_small) + product(x_big, weight_big)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -224,7 +76,7 @@ if triton is not None:
     ):
         """`pixels` counts those of all images. Tiles of channels vary fastest, so that neighbours share their pixels in L2.
 
-        No spills; registers and shared memory leave an SM at least 256 threads with every config (sm_80, sm_90, sm_100).
+        No spills, and an SM holds at least 256 threads, with every config (sm_80, sm_90, sm_100; Triton 3.7.1 and 3.9.0).
         """
         column_tiles = tl.cdiv(out_channels, BLOCK_N)
         first = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M  # pixel, among those of all images
@@ -306,8 +158,8 @@ def conv3x3(
         RuntimeError: for CUDA tensors without Triton; for a gradient that does not exist (of the weights, of a bias, or of `x`
             without `packed_vjp`); for a first call with a shape while a CUDA graph is captured.
 
-    The first call with a shape, a precision and a device times its `CONFIGS` on that device and keeps the fastest for the
-    process. Before it is timed Triton compiles each, which takes seconds, and keeps the machine code on disk.
+    The first call with a shape, a precision and a device times its `gpu_tuning.CONFIGS` on that device and keeps the fastest
+    for the process. Before it is timed Triton compiles each, which takes seconds, and keeps the machine code on disk.
     """
     return conv3x3_op(x, packed, packed_vjp, bias, image_bias, residual, scale, precision)
 
@@ -346,8 +198,7 @@ def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, precision
 
     with torch.cuda.device_of(x):
         pixels = x.numel() // x.shape[1]
-        key = (tuple(x.shape), y.shape[1], precision, x.device, _most)
-        launch(tuned(key, candidates(pixels, y.shape[1], precision)[:_most], launch, _seconds))
+        launch(fastest((tuple(x.shape), y.shape[1], precision, x.device), pixels, y.shape[1], precision, launch))
     return y
 
 
@@ -412,87 +263,6 @@ def _launch(y, x, packed, bias, image_bias, residual, scale, precision, config):
             num_stages=config.num_stages,
             enable_fp_fusion=True,  # said, since Triton's default changes with its version
         )
-
-
-def candidates(pixels: int, out_channels: int, precision: str) -> tuple[Config, ...]:
-    """The configs worth timing: those without a block of twice the whole result's size, or more."""
-    return tuple(
-        config
-        for config in CONFIGS[precision]
-        if config.block_m < 2 * max(pixels, 16) and config.block_n < 2 * max(out_channels, 16)
-    )
-
-
-def tuned(
-    key: Hashable, configs: Sequence[Config], launch: Callable[[Config], None], seconds: Callable[[Callable[[], None]], float]
-) -> Config:
-    """The config for a key: `choose` at the first call, what it gave at later ones.
-
-    Raises:
-        RuntimeError: if the key is new while a CUDA graph is captured: nothing can be timed then.
-    """
-    if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"conv3x3 has not been tuned for {key}, and a CUDA graph is being captured, in which nothing can be timed; "
-                "warm up first: run the same call once before the capture"
-            )
-        with _one_tuner:
-            if key not in _chosen:
-                _chosen[key] = choose(configs, launch, seconds)
-                logger.info("conv3x3 %s takes %s", key, _chosen[key])
-    return _chosen[key]
-
-
-def choose(
-    configs: Sequence[Config], launch: Callable[[Config], None], seconds: Callable[[Callable[[], None]], float]
-) -> Config:
-    """The config whose launch takes the least time; the first of equals.
-
-    Args:
-        configs: To choose from, at least one.
-        launch: Launches with a config.
-        seconds: Times a call.
-
-    Raises:
-        RuntimeError: if no config runs; the message has every reason. One that does not is logged as a warning and left out,
-            for instance since it wants more shared memory than the device has. Running out of device memory is no such reason.
-    """
-    times: dict[Config, float] = {}
-    reasons: dict[Config, str] = {}
-    for config in configs:
-        try:
-            times[config] = seconds(functools.partial(launch, config))
-        except torch.OutOfMemoryError:
-            raise
-        # What Triton cannot build or place; from its C++ parts and the driver come RuntimeErrors.
-        except (_triton_error(), RuntimeError) as error:
-            reasons[config] = f"{type(error).__name__}: {error}"
-            logger.warning("conv3x3 leaves out %s: %s", config, reasons[config])
-    if not times:
-        found = "\n".join(f"  {config}: {reason}" for config, reason in reasons.items())
-        raise RuntimeError(f"conv3x3: none of {len(reasons)} configs runs on this device; use another engine. Found:\n{found}")
-    return min(times, key=times.__getitem__)
-
-
-def _triton_error() -> type[Exception]:
-    return RuntimeError if triton is None else triton.TritonError
-
-
-def _seconds(launch: Callable[[], None]) -> float:
-    """Median time of a launch on the current device's current stream."""
-    for _ in range(WARM_UPS):
-        launch()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(LAUNCHES):
-            launch()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / LAUNCHES)
-    return statistics.median(times)
 
 
 def _new(x: torch.Tensor, out_channels: int) -> torch.Tensor:

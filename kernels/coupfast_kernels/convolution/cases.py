@@ -1,0 +1,178 @@
+"""Convolutions and their transposes: the GPU's at each precision of its products, the CPU's by each algorithm."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from coupfast_kernels import native
+from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d
+from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
+from coupfast_kernels.convolution.gpu import _launch, _new, conv3x3, conv3x3_op, pack_weight
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, trying
+from coupfast_kernels.inputs import by, normals
+from coupfast_kernels.parity import Agreement
+from coupfast_kernels.registry import Case, Kernel, Trial, register
+
+LAST, SCALE = torch.channels_last, 0.5**0.5
+
+
+def _rounding(terms: int) -> Agreement:
+    """Chains of additions of random signs round by about the root of their number / 2, and five roundings are behind them."""
+    return Agreement(math.sqrt(terms) + 5)
+
+
+# --- the GPU's --------------------------------------------------------------------------------------------------------
+
+
+def _conv3x3(
+    shape: tuple[int, ...],
+    out_channels: int,
+    precision: str,
+    *,
+    vjp: bool = False,
+    most: int | None = None,
+    others: tuple[str, ...] = (),
+) -> Case:
+    """With everything that can be added; `most` configs are tried."""
+
+    def make(device: torch.device) -> Trial:
+        (x,) = normals(device, shape, 1, LAST)
+        weight = normals(device, (out_channels, shape[1], 3, 3), 1)[0] / math.sqrt(9 * shape[1])
+        packed, packed_vjp = pack_weight(weight), pack_weight(weight.flip(2, 3).transpose(0, 1))
+        y_shape = (shape[0], out_channels, *shape[2:])
+        residual, v = normals(device, y_shape, 2, LAST)
+        (bias,), (image_bias,) = normals(device, (out_channels,), 1), normals(device, y_shape[:2], 1)
+        added: Any = dict(image_bias=image_bias, residual=residual, scale=SCALE)
+
+        def kernel(x: torch.Tensor) -> torch.Tensor:
+            with trying(most):
+                return conv3x3(x, packed, packed_vjp, bias, precision=precision, **added)
+
+        def run() -> tuple[torch.Tensor]:
+            if not vjp:
+                return (kernel(x),)
+            with trying(most), torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                return torch.autograd.grad(kernel(leaf), leaf, v)  # type: ignore[return-value]
+
+        def definition(dtype: torch.dtype) -> tuple[torch.Tensor]:
+            if vjp:
+                return (F.conv_transpose2d(v.to(dtype), weight.to(dtype), padding=1) * SCALE,)
+            more: Any = {name: t.to(dtype) if isinstance(t, torch.Tensor) else t for name, t in added.items()}
+            return (conv3x3_ref(x.to(dtype), weight.to(dtype), bias.to(dtype), **more),)
+
+        limits = {"tf32x3": Agreement(limit=FLOAT32_LIMIT), "tf32": Agreement(limit=TF32_LIMIT)}
+        agreement = limits.get(precision) or _rounding(9 * (out_channels if vjp else shape[1]))
+        last = weight.contiguous(memory_format=LAST)
+        return Trial(
+            run,
+            definition,
+            (agreement,),
+            flop=2 * 9 * shape[1] * out_channels * x.numel() // shape[1],
+            others={"pytorch, channels last": lambda: conv3x3_ref(x, last, bias, **added)},
+        )
+
+    return Case(f"{by(shape)} -> {out_channels}, {'vjp' if vjp else 'forward'}", make, others)
+
+
+def _checks(precision: str) -> Iterator[Case]:
+    # Border tiles in both directions; three channels in and out, as at the ends of a network. Of a network's shapes calibration
+    # compares the config that it chooses; here two a shape are tried, since all would take minutes to compile.
+    for shape, out_channels in (((2, 64, 16, 16), 96), ((3, 3, 9, 11), 20), ((2, 40, 8, 8), 3)):
+        for vjp in (False, True):
+            yield _conv3x3(shape, out_channels, precision, vjp=vjp, most=2)
+
+
+def _timed(images: int, precision: str) -> Iterator[Case]:
+    """DDPM++ deep's most frequent layers, and a WRN-28-10's."""
+    layers = [(256, 256, 16), (128, 128, 32), (512, 256, 16), (256, 256, 8), (256, 256, 4)]
+    for in_channels, out_channels, size in [*layers, (160, 160, 32), (320, 320, 16), (640, 640, 8)]:
+        shape = (images, in_channels, size, size)
+        yield _conv3x3(shape, out_channels, precision, others=("pytorch, channels last",))
+
+
+def _interpret() -> None:
+    def with_the_first_config(x, packed, packed_vjp, bias, image_bias, residual, scale, precision):
+        y = _new(x, packed.shape[1])
+        _launch(y, x, packed, bias, image_bias, residual, scale, precision, CONFIGS[precision][0])
+        return y
+
+    conv3x3_op.register_kernel("cpu")(with_the_first_config)
+
+
+for each in PRECISIONS:
+    register(
+        Kernel(
+            f"conv3x3 {each}",
+            "cuda",
+            functools.partial(_checks, each),
+            functools.partial(_timed, precision=each),
+            interpret=_interpret,
+        )
+    )
+
+
+# --- the CPU's --------------------------------------------------------------------------------------------------------
+
+
+def _conv2d(shape: tuple[int, ...], out_channels: int, kernel: int, stride: int, tile: int, *, vjp: bool = False) -> Case:
+    def make(device: torch.device) -> Trial:
+        weight = normals(device, (out_channels, shape[1], kernel, kernel), 1)[0] / math.sqrt(kernel**2 * shape[1])
+        (bias,), (image,) = normals(device, (out_channels,), 1), normals(device, shape, 1, LAST)
+        packed = pack_weights(weight, tile)
+        x: torch.Tensor = image
+        arguments: tuple[Any, ...] = (packed, bias, out_channels, kernel, stride, tile)
+        if vjp:
+            (x,) = normals(device, (shape[0], out_channels, *shape[2:]), 1, LAST)
+            arguments = (pack_weights(weight, tile, transposed=True), None, shape[1], kernel, stride, tile)
+
+        def definition(dtype: torch.dtype) -> tuple[torch.Tensor]:
+            if vjp:
+                return (F.conv_transpose2d(x.to(dtype), weight.to(dtype), padding=kernel // 2),)
+            return (conv2d_ref(x.to(dtype), weight.to(dtype), bias.to(dtype), stride),)
+
+        terms = kernel**2 * x.shape[1]
+        return Trial(
+            lambda: (packed_conv2d(x, *arguments),),
+            definition,
+            # Winograd's own error is of the transforms: kernels/README.md has it beside the direct sum's.
+            (_rounding(terms) if tile == DIRECT else Agreement(limit=FLOAT32_LIMIT),),
+            flop=2 * kernel**2 * shape[1] * out_channels * shape[0] * (shape[2] // stride) * (shape[3] // stride),
+            others={"pytorch, channels last": lambda: definition(torch.float32)},
+        )
+
+    way = f"{kernel} x {kernel}{f', stride {stride}' if stride > 1 else ''}, {'vjp' if vjp else 'forward'}"
+    return Case(f"{by(shape)} -> {out_channels}, {way}", make)
+
+
+def _checks_on_cpu(tile: int) -> Iterator[Case]:
+    for shape, out_channels in (((2, 40, 9, 11), 20), ((1, 3, 8, 8), 33)):
+        for vjp in (False, True):
+            yield _conv2d(shape, out_channels, 3, 1, tile, vjp=vjp)
+    if tile == DIRECT:
+        yield _conv2d((2, 40, 9, 11), 20, 1, 1, tile)
+        yield _conv2d((2, 40, 9, 11), 20, 3, 2, tile)
+
+
+def _timed_on_cpu(images: int, tile: int) -> Iterator[Case]:
+    for channels, size in ((256, 16), (128, 32), (256, 8)):
+        yield _conv2d((images, channels, size, size), channels, 3, 1, tile)
+
+
+ALGORITHMS: dict[str, int] = {"direct": DIRECT, "F(2 x 2)": F2, "F(4 x 4)": F4}
+for name, number in ALGORITHMS.items():
+    register(
+        Kernel(
+            f"conv2d_cpu {name}",
+            "cpu",
+            functools.partial(_checks_on_cpu, number),
+            functools.partial(_timed_on_cpu, tile=number),
+            missing=native.unavailable,
+        )
+    )

@@ -1,0 +1,86 @@
+"""Convolutions, as the kernels of this folder have to compute them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+#: Relative error, in the Euclidean norm and against float64, of a convolution that passes for float32: what Winograd's F(4 × 4)
+#: makes of a layer at its usual points. Three TF32 products for one leave out 2⁻²¹ of each at most, and float32 sums of 4608
+#: terms of random signs round by less: both stay well below. It refuses what is wrong, and plain TF32.
+FLOAT32_LIMIT = 1e-5
+#: The same of one TF32 product, of factors with 11 bits. Random data lose 3e-4 of the result's norm where they are rounded,
+#: 8e-4 where they are truncated, which tensor cores may do to operands that nobody rounded (`tests/test_cuda_calibration.py`
+#: computes both).
+TF32_LIMIT = 2e-3
+
+
+def conv2d_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
+    """The definition: PyTorch's convolution with zero padding kernel // 2, in the dtype of `x`."""
+    return F.conv2d(x, weight, bias, stride=stride, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+def conv3x3_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    image_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The definition: plain PyTorch, any device, any dtype, differentiable in everything.
+
+    Args:
+        x: Shape (batch, in_channels, height, width).
+        weight: Shape (out_channels, in_channels, 3, 3), as `torch.nn.Conv2d` has it.
+        bias: Shape (out_channels,); None leaves the term out, here and below.
+        image_bias: Shape (batch, out_channels), for instance a time embedding.
+        residual: Like the result.
+        scale: Multiplies the sum of all that.
+
+    Returns:
+        (conv(x, weight) + bias + image_bias + residual) · scale, shape (batch, out_channels, height, width).
+    """
+    y = F.conv2d(x, weight, padding=1)
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if image_bias is not None:
+        y = y + image_bias[:, :, None, None]
+    if residual is not None:
+        y = y + residual
+    return y * scale
+
+
+def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """The nearest float32 whose mantissa has 10 bits, ties away from zero, as the instruction `cvt.rna.tf32.f32` has it.
+
+    Relative error at most 2⁻¹¹ for normal numbers. Infinities and NaN stay.
+    """
+    bits = x.contiguous().view(torch.int32)
+    rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # a carry goes into the exponent, which is right
+    return torch.where(x.isfinite(), rounded, x)
+
+
+def tf32x3_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A model of what `precision="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
+
+    big = TF32(x), small = TF32(x − big), likewise for the weight; x · w ≈ small · big + big · small + big · big. What rounding
+    leaves of a number is at most 2⁻²³ of it: x − big has 12 bits and a sign, of which small keeps 11. With small · small, at
+    most 2⁻²², left out, a product is off by at most 2⁻²¹ of its size (and terms of 2⁻³³).
+
+    The sums are taken in float64: how the tensor cores round theirs is not documented and not modelled.
+
+    Args:
+        x, weight: As in `conv3x3_ref`, float32.
+
+    Returns:
+        conv(x, weight), float64.
+    """
+    x_big, weight_big = round_to_tf32(x), round_to_tf32(weight)
+    x_small, weight_small = round_to_tf32(x - x_big), round_to_tf32(weight - weight_big)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(a.double(), b.double(), padding=1)
+
+    return product(x_small, weight_big) + product(x_big, weight_small) + product(x_big, weight_big)

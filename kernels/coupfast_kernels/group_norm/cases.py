@@ -1,0 +1,101 @@
+"""GroupNorm with SiLU and its transpose: groups that registers hold and groups that they do not, odd maps, both formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from coupfast_kernels.group_norm.definition import group_norm_silu_ref, group_norm_silu_vjp_ref
+from coupfast_kernels.group_norm.gpu import _group_norm_silu, _group_norm_silu_vjp, _launch, _launch_vjp, group_norm_silu
+from coupfast_kernels.inputs import LAYOUTS, by, normals
+from coupfast_kernels.parity import BITS, Agreement
+from coupfast_kernels.registry import Case, Kernel, Trial, register
+
+#: Roundings that an element goes through besides its sums, the polynomials' counted in halves of an ulp: h − mean, rsqrt (4),
+#: product, weight, bias, exp of |a| ≤ 4 (14), addition, division (4), product.
+ROUNDINGS = 28
+#: The same again, the slope (6), and what is subtracted, multiplied, added and scaled around two means (14).
+VJP_ROUNDINGS = 48
+
+EPS, ROOT_HALF = 1e-6, 0.5**0.5
+
+
+def _case(shape: tuple[int, ...], groups: int, layout: str, *, vjp: bool, full: bool, beside: tuple[str, ...] = ()) -> Case:
+    """`full`: with everything that can be added."""
+
+    def make(device: torch.device) -> Trial:
+        x, residual, gy, gh = normals(device, shape, 4, LAYOUTS[layout])
+        (spread, shift), (image_bias,) = normals(device, shape[1:2], 2), normals(device, shape[:2], 1)
+        weight, bias = 1.0 + 0.3 * torch.tanh(spread), 0.3 * torch.tanh(shift)
+        scale = ROOT_HALF if full else 1.0
+        added: dict[str, Any] = dict(image_bias=image_bias, residual=residual) if full else {}
+        options: Any = dict(groups=groups, eps=EPS)
+        # The same h for every dtype, which float32 has rounded once and for all.
+        right_h, _ = group_norm_silu_ref(x, weight, bias, **added, scale=scale, **options)
+
+        def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return group_norm_silu(x, weight, bias, **added, scale=scale, **options)
+
+        def pytorch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = x if not full else (x + image_bias[:, :, None, None] + residual) * scale
+            return h, F.silu(F.group_norm(h, groups, weight, bias, EPS))
+
+        def definition(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+            h, *gradients, in_weight, in_bias = (tensor.to(dtype) for tensor in (right_h, gy, gh, weight, bias))
+            if not vjp:
+                return right_h, group_norm_silu_ref(h, in_weight, in_bias, **options)[1]
+            in_gy, in_gh = gradients
+            return (group_norm_silu_vjp_ref(h, in_gy, in_gh if full else None, in_weight, in_bias, scale=scale, **options),)
+
+        def transpose(forward: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], torch.Tensor]:
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                h, y = forward(leaf)
+            outputs, cotangents = ((h, y), (gh, gy)) if full else ((y,), (gy,))
+            return lambda: torch.autograd.grad(outputs, leaf, cotangents, retain_graph=True)[0]
+
+        moved = (4 if full else 3 if vjp else 2) * x.nbytes
+        if not vjp:
+            others = {"pytorch": lambda: pytorch(x)}
+            return Trial(lambda: both(x), definition, (BITS, Agreement(ROUNDINGS)), bytes_moved=moved, others=others)
+        ours, theirs = transpose(both), transpose(pytorch)
+        agreements = (Agreement(VJP_ROUNDINGS),)
+        return Trial(lambda: (ours(),), definition, agreements, bytes_moved=moved, others={"pytorch": theirs})
+
+    return Case(f"{by(shape)}, {groups} groups, {layout}, {'with residual' if full else 'alone'}", make, beside)
+
+
+def _checks(vjp: bool) -> Iterator[Case]:
+    # One pass, several groups a program; a group too large for registers; odd maps and channels.
+    for channels, size, groups in ((128, 16, 32), (64, 48, 2), (30, 7, 3)):
+        for layout in LAYOUTS:
+            yield _case((2, channels, size, size), groups, layout, vjp=vjp, full=True)
+
+
+def _timed(images: int, vjp: bool) -> Iterator[Case]:
+    """Maps of DDPM++ deep."""
+    for channels, size in ((256, 16), (128, 32), (384, 32), (512, 4)):
+        for full in (False, True):
+            shape = (images, channels, size, size)
+            yield _case(shape, min(channels // 4, 32), "channels-last", vjp=vjp, full=full, beside=("pytorch",))
+
+
+def _interpret() -> None:
+    _group_norm_silu.register_kernel("cpu")(_launch)
+
+
+def _interpret_vjp() -> None:
+    _group_norm_silu_vjp.register_kernel("cpu")(_launch_vjp)
+
+
+register(
+    Kernel("group_norm_silu", "cuda", lambda: _checks(False), lambda images: _timed(images, False), interpret=_interpret)
+)
+register(
+    Kernel(
+        "group_norm_silu_vjp", "cuda", lambda: _checks(True), lambda images: _timed(images, True), interpret=_interpret_vjp
+    )
+)
