@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import SMALL, labelled, plain, purified, run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from coupfast.data import CIFAR10_CLASSES
@@ -105,7 +106,7 @@ def test_legends_cover_no_curve(runs, monkeypatch):
     pictures.path_picture(found)
     assert len(figures) == 2
     for figure in figures:
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
         axes = [panel for panel in figure.axes if panel.lines]
         legends = [*figure.legends, *(panel.get_legend() for panel in axes if panel.get_legend())]
         assert axes and legends

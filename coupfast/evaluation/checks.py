@@ -28,11 +28,16 @@ class Look:
     repeatable: bool
 
 
-def check_images(x: torch.Tensor, y: torch.Tensor, *, paths: int | Sequence[int]) -> None:
-    """ValueError if these are no images in [0, 1] with labels."""
+def checked_images(x: torch.Tensor, y: torch.Tensor, *, paths: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels, on the CPU.
+
+    Raises:
+        TypeError, ValueError: if they are no images in [0, 1] with labels.
+    """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"`{name}` is a torch.Tensor, got {type(value).__name__}")
+    x, y = x.detach().cpu(), y.detach().cpu()
     if x.dtype != torch.float32 or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"images are float32 of shape (n, channels, height, width), got {x.dtype} of {tuple(x.shape)}")
     low, high = float(x.min()), float(x.max())
@@ -47,6 +52,7 @@ def check_images(x: torch.Tensor, y: torch.Tensor, *, paths: int | Sequence[int]
         first = digests.setdefault(hashlib.sha256(image.tobytes()).digest(), i)
         if y[first] != y[i]:
             raise ValueError(f"images {first} and {i} are equal, and their labels are {int(y[first])} and {int(y[i])}")
+    return x, y
 
 
 def check_attacks(stages: Mapping[str, Attack], x: torch.Tensor, y: torch.Tensor, classes: int) -> None:

@@ -94,8 +94,7 @@ def evaluate(
     given = x is not None
     if x is None or y is None:
         x, y = spec.load()
-    checks.check_images(x, y, paths=spec.paths)
-    x, y = x.cpu(), y.cpu()
+    x, y = checks.checked_images(x, y, paths=spec.paths)
     stages, device = spec.stages(), torch.device(devices[0])
     metered = Metered(build(devices[0]))
     checks.check_attacks(stages, x, y, checks.classes_of(metered, x, device))
