@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from coupfast.engine import CounterNoise, ReplayedNoise
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.networks import frozen
-from coupfast.methods import Recipe, StepMethod, StepState, TableMethod
+from coupfast.methods import Networks, Recipe, StepMethod, StepState, TableMethod
 from coupfast.purify import Purifier
 
 
@@ -34,7 +34,7 @@ class Definition:
         detached: bool = False,
     ) -> None:
         self.method, self.num_steps = purifier.settings.method, purifier.num_steps
-        self.dtype, self.detached = dtype, detached
+        self.dtype = dtype
         copies: dict[int, nn.Module] = {}
         for network in (purifier.score, purifier.classifier, head):
             if network is not None and id(network) not in copies:
@@ -42,6 +42,7 @@ class Definition:
         self.networks = tuple(copies.values())
         self.score = copies[id(purifier.score)]
         self.classifier = None if purifier.classifier is None else copies[id(purifier.classifier)]
+        self._called = Networks(self.score, self.classifier, detached)
         self.head = None if head is None else copies[id(head)]
         self._recipe: Recipe | None = self.method.recipe() if isinstance(self.method, TableMethod) else None
 
@@ -159,17 +160,13 @@ class Definition:
             state = _leaves(self._steps((2.0 * one - 1.0,), ReplayedNoise(rows), 0, 1))
             # From its result: another first step, as far as memory goes.
             with AllocationAccount([*state, rows]) as account:
-                after = self.method.definition(
-                    (state[0],), self.score, self.classifier, ReplayedNoise(rows), steps=range(1), detached=self.detached
-                )
+                after = self.method.definition((state[0],), self._called, ReplayedNoise(rows), range(1))
                 kept = account.live
                 _pull(after, [torch.zeros_like(tensor) for tensor in after], state)
         return len(x) * kept, len(x) * max(account.peak - kept, 0)
 
     def _steps(self, state: StepState, noise: ReplayedNoise, first: int, last: int) -> StepState:
-        return self.method.definition(
-            state, self.score, self.classifier, noise, steps=range(first, last), detached=self.detached
-        )
+        return self.method.definition(state, self._called, noise, range(first, last))
 
     def _end(self, state: StepState) -> torch.Tensor:
         x = self.method.finish(state)
