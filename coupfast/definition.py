@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine import CounterNoise, ReplayedNoise
 from coupfast.engine.memory import AllocationAccount
@@ -64,7 +66,8 @@ class Definition:
 
     def output(self, x: torch.Tensor, noise: ReplayedNoise) -> torch.Tensor:
         """Logits (purified images without a head) of images of `dtype`, differentiable."""
-        return self._end(self._steps((2.0 * x - 1.0,), noise, 0, self.num_steps))
+        with _plain_attention():
+            return self._end(self._steps((2.0 * x - 1.0,), noise, 0, self.num_steps))
 
     def gradient(
         self,
@@ -85,10 +88,10 @@ class Definition:
         first = list(range(0, self.num_steps, steps_at_once or self.num_steps))
         last = [*first[1:], self.num_steps]
         states: list[StepState] = [(2.0 * x.detach() - 1.0,)]
-        with torch.no_grad():
+        with torch.no_grad(), _plain_attention():
             for begin, end in list(zip(first, last, strict=True))[:-1]:
                 states.append(self._steps(states[-1], noise, begin, end))
-        with torch.enable_grad():
+        with torch.enable_grad(), _plain_attention():
             state = _leaves(states[-1])
             output = self._end(self._steps(state, noise, first[-1], last[-1]))
             v = _pull([output], [torch.autograd.grad(losses(output).sum(), output, retain_graph=True)[0]], state)
@@ -118,7 +121,7 @@ class Definition:
 
     def _account(self, x: torch.Tensor) -> tuple[int, int]:
         """Bytes that one step keeps for back-propagation, and those that come and go besides."""
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _plain_attention():
             state = torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_()
             with AllocationAccount() as account:
                 drift = self._tried("score net", self.score, state, torch.zeros(len(x), dtype=x.dtype, device=x.device))
@@ -156,7 +159,7 @@ class Definition:
         """The same of a step function, which may do with numbers what fake tensors do not have: one image takes step 0."""
         one = x[:1]
         rows = torch.zeros((self.method.num_noises, *one.shape), dtype=x.dtype, device=x.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), _plain_attention():
             state = _leaves(self._steps((2.0 * one - 1.0,), ReplayedNoise(rows), 0, 1))
             # From its result: another first step, as far as memory goes.
             with AllocationAccount([*state, rows]) as account:
@@ -172,6 +175,11 @@ class Definition:
         x = self.method.finish(state)
         purified = ((x.clamp(-1.0, 1.0) if self.method.clamp else x) + 1.0) * 0.5
         return purified if self.head is None else self.head(purified)
+
+
+def _plain_attention() -> contextlib.AbstractContextManager:
+    """Fused attention has no second derivative, which the gradient through guidance is; the plain formula has."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _leaves(state: StepState) -> StepState:
