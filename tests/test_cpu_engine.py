@@ -79,7 +79,8 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_error_is_within_four_times_eagers(images, method, solver, make_classifier):
-    options = {"method": method, "solver": solver, "num_steps": 4, "guidance_scale": 3.0, "clamp": False}
+    options = {"method": method, "solver": solver, "num_steps": 4, "clamp": False}
+    options |= {"guidance_scale": 3.0} if method == "coup" else {}
     exact = Purifier(small_score(), make_classifier(), **options)
     noise = rows(exact, images)
     wanted = definition(exact, images.double(), noise.double(), solver)
