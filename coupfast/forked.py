@@ -27,7 +27,7 @@ def check_threads() -> None:
     if _orphaned:
         raise RuntimeError(
             "this process was forked from one whose threads have run, and threads do not survive a fork: PyTorch would wait "
-            "for them for ever. Start processes with multiprocessing's 'spawn' or 'forkserver', or call torch.set_num_threads(1) "
-            "in this one"
+            "for them for ever. Start processes with multiprocessing's 'spawn' or 'forkserver', or call "
+            "torch.set_num_threads(1) in this one"
         )
     _ran = True

@@ -240,8 +240,8 @@ def _open(path: Path, recipe: _Recipe) -> ctypes.CDLL:
         if not any(name in str(error) for name in ("GLIBCXX_", "CXXABI_", "GLIBC_")):
             raise
         raise NativeUnavailable(
-            f"what {recipe.compiler[0]} compiles needs newer run-time libraries than this process has loaded ({error}); set CXX "
-            "to the compiler that belongs to them (in a conda environment its own, from the package gxx), or "
+            f"what {recipe.compiler[0]} compiles needs newer run-time libraries than this process has loaded ({error}); set "
+            "CXX to the compiler that belongs to them (in a conda environment its own, from the package gxx), or "
             "COUPFAST_CXXFLAGS='-static-libstdc++ -static-libgcc'"
         ) from error
 
