@@ -7,9 +7,9 @@ from conftest import relu_classifier, silu_classifier, small_score
 from torch import nn
 
 import coupfast
-from coupfast.certificate import check_gradient
 from coupfast.definition import Definition
 from coupfast.engine.memory import AllocationAccount
+from coupfast.gradient_check import check_gradient
 from coupfast.purify import PurifiedClassifier, Purifier
 from coupfast_kernels.noise import standard_normal_ref
 
@@ -165,7 +165,7 @@ def test_signal_to_noise():
 
 def test_signal_is_unbiased():
     """Of pure noise, the signal is zero on average; ‖ḡ‖² alone would be S²/m."""
-    from coupfast.certificate import _Check
+    from coupfast.gradient_check import _Check
 
     generator = torch.Generator().manual_seed(0)
     trials, draws = 400, 3

@@ -18,10 +18,10 @@ from test_purify import definition
 from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier, purify
-from coupfast.certificate import check_gradient
 from coupfast.engine.cpu import options as cpu_options
 from coupfast.engine.cpu.programs import KEPT_BATCHES, CpuPrograms
 from coupfast.engines import Engine
+from coupfast.gradient_check import check_gradient
 from coupfast.solvers import SOLVERS
 from coupfast_kernels import native
 
