@@ -80,7 +80,8 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
             "--gradient",
             choices=tuple(GRADIENTS),
             default=argparse.SUPPRESS,
-            help="what the backward pass computes (default: " + ("the one that the attack is made for)" if none else "exact)"),
+            help="what the backward pass computes; an adjoint's error depends on the steps "
+            f"(default: {'the one that the attack is made for' if none else 'exact'})",
         )
         chosen += known["gradient"]
     seen = set()

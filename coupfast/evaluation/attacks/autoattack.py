@@ -126,8 +126,8 @@ class FABTargeted(Attack):
 class Square(Attack):
     """Square: random search, no gradient.
 
-    AutoAttack's asks a randomised defense once a query, and keeps a square that was lucky. With `eot_iter` the answer to a query
-    is the mean logits of so many draws, as its authors advise for such defenses.
+    AutoAttack's asks a randomised defense once a query, and keeps a square that was lucky. With `eot_iter` the answer to a
+    query is the mean logits of so many draws, as its authors advise for such defenses.
     """
 
     gradient = None
