@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import struct
 import time
 import zlib
@@ -54,9 +55,10 @@ def path_of(folder: str | Path, unit: str) -> Path:
 
 def remove(folder: str | Path, unit: str) -> None:
     """A unit needs its journal no more."""
-    for path in (path_of(folder, unit), _lock_of(path_of(folder, unit))):
+    path = path_of(folder, unit)
+    for each in (path, path.with_suffix(".steps"), *map(_lock_of, (path, path.with_suffix(".steps")))):
         with contextlib.suppress(OSError):  # what is left costs space only
-            path.unlink(missing_ok=True)
+            each.unlink(missing_ok=True)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -74,7 +76,8 @@ class Journal:
         about: Of which unit of which run, as JSON has it.
 
     Attributes:
-        seconds: That the unit had taken when the last record was made.
+        name: Its own, drawn when it was begun.
+        seconds_before: That the unit had taken when the last record was made that was found.
 
     Raises:
         JournalError: if the file is about something else, or another process is writing to it.
@@ -82,7 +85,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self.seconds = path, 0.0
+        self.path, self.seconds_before = path, 0.0
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._begun = self._synced = time.monotonic()
         self._whole = True
@@ -98,8 +101,10 @@ class Journal:
             self._read()
             first = self._entries.get(("about",))
             if first is None:
-                self.append(("about",), {"version": VERSION, "about": dict(about)})
-            elif changed := difference(first.said, {"version": VERSION, "about": json.loads(json.dumps(dict(about)))}):
+                first = Entry({"version": VERSION, "name": secrets.token_hex(16), "about": json.loads(json.dumps(dict(about)))}, 0, 0)
+                self.append(("about",), first.said)
+            self.name: str = first.said["name"]
+            if changed := difference(first.said, first.said | {"version": VERSION, "about": json.loads(json.dumps(dict(about)))}):
                 raise JournalError(f"{path} is of another configuration: {changed}; remove it to begin this unit again")
         except BaseException:
             self._stack.close()
@@ -131,7 +136,7 @@ class Journal:
             layouts.append(layout)
             parts.append(content)
         now = time.monotonic()
-        seconds = self.seconds + now - self._begun
+        seconds = self.seconds_before + now - self._begun
         text = json.dumps({"key": key, "at": round(seconds, 3), "said": dict(said), "tensors": layouts}).encode()
         payload = b"".join(parts)
         body = text + payload
@@ -173,7 +178,7 @@ class Journal:
             record = json.loads(body[:text_size])
             said = {**record["said"], "tensors": record["tensors"]} if record["tensors"] else record["said"]
             self._entries[tuple(record["key"])] = Entry(said, start + text_size, payload_size)
-            self.seconds = record["at"]
+            self.seconds_before = record["at"]
             end = start + text_size + payload_size
         if end < size:
             os.ftruncate(self._file, end)
@@ -181,7 +186,7 @@ class Journal:
 
 
 def _lock_of(path: Path) -> Path:
-    return path.with_suffix(".lock")
+    return path.with_name(f"{path.name}.lock")
 
 
 def _laid_out(tensor: torch.Tensor) -> tuple[dict[str, Any], bytes]:

@@ -14,7 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from coupfast.evaluation.configuration import difference
 from coupfast.evaluation.journal import Journal, JournalError, digest
 from coupfast.evaluation.metered import Draw, Ids, Metered
+from coupfast.tape import Kept, Tape, kept_on
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class Recorder:
     Args:
         defense: Answers, and has its state moved.
         journal: The unit's, open.
-        x: The unit's images: by the answer to the first one a defense is known again.
+        device: The defense's.
+        probe: An image, by the answer to which the defense is known again; None does without.
 
     Attributes:
         replayed: Calls that the journal has answered.
@@ -53,13 +55,15 @@ class Recorder:
         JournalError: if the defense is not the one that the journal has answers of.
     """
 
-    def __init__(self, defense: Metered, journal: Journal, x: torch.Tensor) -> None:
+    def __init__(self, defense: Metered, journal: Journal, device: torch.device, probe: torch.Tensor | None) -> None:
         self.journal: Journal | None = journal
         self.replayed = 0
-        self._defense, self._device = defense, x.device
+        self._defense, self._device = defense, device
         self._calls = 0
+        self._steps: _Steps | None = None  # of the last call that the networks answered
         self._backwards: collections.Counter[int] = collections.Counter()
-        self._recognise(journal, x[:1])
+        if probe is not None:
+            self._recognise(journal, probe)
 
     def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor:
         """The answer to the next call, as `Metered.ask` has it.
@@ -94,6 +98,8 @@ class Recorder:
         return _Recorded.apply(x, _Call(self, number, x.detach().clone(), ids, draw, before, logits.clone()), logits)
 
     def close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
         if self.journal is not None:
             self.journal.close()
 
@@ -113,7 +119,7 @@ class Recorder:
         now = self._state()
         self._set_state(call.before)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._kept(call.number):
                 leaf = call.x.clone().requires_grad_()
                 logits = self._defense.ask(leaf, call.ids, call.draw)
             if journal is not None and not torch.equal(logits.detach(), call.logits):
@@ -129,7 +135,8 @@ class Recorder:
         self, journal: Journal, number: int, question: dict[str, Any], x: torch.Tensor, ids: Ids, draw: Draw
     ) -> torch.Tensor:
         before = self._state()
-        logits = self._defense.ask(x, ids, draw)
+        with self._kept(number):
+            logits = self._defense.ask(x, ids, draw)
         said = {"question": question, "follows": logits.requires_grad, "noise": self._defense.noise()}
         journal.append(("answer", number), said, [logits, *self._generators(before)])
         if question["following"] and logits.requires_grad:
@@ -156,6 +163,17 @@ class Recorder:
             logits.register_hook(came)
             x.register_hook(went)
         return logits
+
+    @contextlib.contextmanager
+    def _kept(self, number: int) -> Iterator[None]:
+        """Purifications of this call keep their steps, in the place of those of the call before."""
+        if self._steps is not None and self._steps.number != number:
+            self._steps.remove()
+            self._steps = None
+        if self.journal is not None and self._steps is None:
+            self._steps = _Steps(self.journal, number, self._device)
+        with kept_on(self._steps):
+            yield
 
     def _recognise(self, journal: Journal, x: torch.Tensor) -> None:
         """Raise where the defense answers one image otherwise than when the journal was begun."""
@@ -226,6 +244,57 @@ class Recorder:
             f"{what}. {journal.path} holds what was answered before this unit was stopped, and going on would mix two things: put "
             f"back what has changed, or remove that file, and the unit begins again"
         )
+
+
+class _Steps(Tape):
+    """Steps of one call of a unit, in a file beside its journal that is made when there is something to keep."""
+
+    def __init__(self, journal: Journal, number: int, device: torch.device) -> None:
+        super().__init__()
+        self.number, self._device = number, device
+        self._path = journal.path.with_suffix(".steps")
+        self._about = {"journal": journal.name, "call": number}
+        self._closed = False
+        self._file: Journal | None = None
+        if self._path.exists():
+            self._open()
+
+    def read(self, key: tuple[Hashable, ...]) -> Kept | None:
+        entry = None if self._file is None else self._file.get(key)
+        if self._file is None or entry is None:
+            return None
+        tensors = iter(self._file.tensors(entry, self._device))
+        return [next(tensors) if there else None for there in entry.said["there"]]
+
+    def write(self, key: tuple[Hashable, ...], kept: Kept) -> None:
+        if self._file is None and not self._closed:
+            self._open()
+        if self._file is not None:
+            said = {"there": [tensor is not None for tensor in kept]}
+            self._file.append(key, said, [tensor for tensor in kept if tensor is not None])
+
+    def name(self, x: torch.Tensor) -> str:
+        return digest(x)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        self.close()
+        self._path.unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        try:
+            self._file = Journal(self._path, self._about)
+        except JournalError:  # of an earlier call
+            self._path.unlink()
+            self._file = Journal(self._path, self._about)
+        except OSError as error:
+            self._closed = True
+            logger.warning("%s cannot be written (%s): a call that is stopped begins again", self._path, error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,9 +123,11 @@ class Worker:
             yield 0.0
             return
         try:
-            before = journal.seconds
-            self.defense.recorder = Recorder(self.defense, journal, x)
-            yield before
+            # Of a single call nothing is mixed: there is no need to know the defense again.
+            probe = None if task.unit.stage == CLEAN else x[:1]
+            with contextlib.closing(Recorder(self.defense, journal, self.device, probe)) as recorder:
+                self.defense.recorder = recorder
+                yield journal.seconds_before
         finally:
             self.defense.recorder = None
             journal.close()
