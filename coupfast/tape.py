@@ -1,9 +1,9 @@
 """Steps of a purification that outlive it, for somebody who may be stopped in the middle of one.
 
-A purification that runs inside of `kept_on` finds on the tape how far it came when it was stopped, forwards or backwards, and goes
-on from there with the same bits: a step is a function of the state that it starts from. Nothing is written where a purification
-takes less than `EVERY` seconds. Only the steps of `coupfast.integrate` are kept: not those of torchsde's adjoint, nor of a method
-that brings its own.
+A purification that runs inside of `kept_on` finds on the tape how far it came when it was stopped, forwards or backwards, and
+goes on from there with the same bits: a step is a function of the state that it starts from. Nothing is written where a
+purification takes less than `EVERY` seconds. Only the steps of `coupfast.integrate` are kept: not those of torchsde's adjoint,
+nor of a method that brings its own.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Track:
 
     def taken(self, piece: int, steps: int, *, every: bool) -> list[State | None]:
         """States after the steps that were taken: all of them if `every`, else of the last one only."""
+        states: list[State | None] = []
         if not every:
             for k in reversed(range(steps)):
                 if (kept := self._tape.read((self._name, piece, k))) is not None:
-                    return [None] * k + [State(*kept)]  # type: ignore[arg-type]
-            return []
-        states: list[State | None] = []
+                    return [*states, *[None] * k, State(*kept)]  # type: ignore[arg-type]
+            return states
         for k in range(steps):
             if (kept := self._tape.read((self._name, piece, k))) is None:
                 break

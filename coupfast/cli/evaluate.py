@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,38 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
     add_spec(parser, method, attack)
 
 
+class Terminated(SystemExit):
+    """SIGTERM: a cluster takes the machine back, and kills what is still there after a while."""
+
+
 @contextlib.contextmanager
-def _said_how_to_go_on(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if (folder / DATABASE).is_file():
-            print(f"\nto go on: coupfast evaluate --resume {shlex.quote(str(folder))}", file=sys.stderr)
-        raise
+def _said_how_to_go_on(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM the last line is the command that goes on; on SIGTERM the exit status is 143."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated(128 + signal.SIGTERM)
+
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, terminate))
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated):
+            if (folder / DATABASE).is_file():
+                print(f"\nto go on: {_resume(options, folder)}", file=sys.stderr, flush=True)
+            raise
+
+
+def _resume(options: argparse.Namespace, folder: Path) -> str:
+    """What to type to go on. All else the run's folder knows."""
+    words = ["--resume", str(folder)]
+    if options.workers != 1:
+        words += ["--workers", str(options.workers)]
+    if options.cluster != "none":
+        words += ["--cluster", options.cluster]
+    if options.certify is not None:
+        words += ["--certify", str(options.certify)]
+    return command_line(["evaluate", *words])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     if certified:
         beside["certificate"] = certify
     with (
-        _said_how_to_go_on(folder),
+        _said_how_to_go_on(options, folder),
         evaluate(
             spec,
             out=folder,

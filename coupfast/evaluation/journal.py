@@ -1,8 +1,8 @@
 """What the defense has answered in a unit of work that is not done yet, on disk.
 
-A record is a line of JSON and the tensors that it describes, behind its lengths and its CRC-32. It is with the operating system
-when `append` returns, so that it outlives its process however that ends, and on the disk some seconds later. What a machine that
-fails has left of the last record is cut off when the journal is opened again.
+A record is a line of JSON and the tensors that it describes, behind its lengths and its CRC-32. It is with the operating
+system when `append` returns, so that it outlives its process however that ends, and on the disk some seconds later. What a
+machine that fails has left of the last record is cut off when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -99,12 +99,13 @@ class Journal:
         self._stack.callback(os.close, self._file)
         try:
             self._read()
+            wanted = {"version": VERSION, "about": json.loads(json.dumps(dict(about)))}
             first = self._entries.get(("about",))
+            found = {**wanted, "name": secrets.token_hex(16)} if first is None else first.said
             if first is None:
-                first = Entry({"version": VERSION, "name": secrets.token_hex(16), "about": json.loads(json.dumps(dict(about)))}, 0, 0)
-                self.append(("about",), first.said)
-            self.name: str = first.said["name"]
-            if changed := difference(first.said, first.said | {"version": VERSION, "about": json.loads(json.dumps(dict(about)))}):
+                self.append(("about",), found)
+            self.name: str = found["name"]
+            if changed := difference(found, {**wanted, "name": self.name}):
                 raise JournalError(f"{path} is of another configuration: {changed}; remove it to begin this unit again")
         except BaseException:
             self._stack.close()
@@ -193,9 +194,9 @@ def _laid_out(tensor: torch.Tensor) -> tuple[dict[str, Any], bytes]:
     """A tensor's layout in memory, and its values: a sum over its axes in another order may round otherwise."""
     if not _separate(tensor):
         tensor = tensor.contiguous()
-    shape, strides = list(tensor.shape), list(tensor.stride())
-    content = _bytes(_once(tensor))
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "strides": strides, "bytes": len(content)}, content
+    content, dtype = _bytes(_once(tensor)), str(tensor.dtype).removeprefix("torch.")
+    layout = {"dtype": dtype, "shape": list(tensor.shape), "strides": list(tensor.stride()), "bytes": len(content)}
+    return layout, content
 
 
 def _tensor(layout: Mapping[str, Any], content: bytes, device: torch.device) -> torch.Tensor:

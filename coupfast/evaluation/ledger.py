@@ -204,8 +204,8 @@ class Ledger:
             with self._database as database:
                 database.execute(
                     "UPDATE units SET state = 'done', worker = ?, result = ?, file = ?, sha256 = ?, forward_images = ?, "
-                    "gradient_images = ?, seconds = ?, peak_bytes = ?, gradients = ?, zero_gradients = ?, nonfinite_gradients = ? "
-                    "WHERE name = ? AND state = 'running'",
+                    "gradient_images = ?, seconds = ?, peak_bytes = ?, gradients = ?, zero_gradients = ?, "
+                    "nonfinite_gradients = ? WHERE name = ? AND state = 'running'",
                     (
                         worker,
                         json.dumps(outcome.result),

@@ -1,8 +1,8 @@
 """Between an attack and the defense: what was answered once is not computed again.
 
-An attack is a function of its seed and of what the defense answers. So a unit that was stopped is done again from its beginning,
-whosever code the attack is, and gets the answers that were recorded, logits and gradients, until there are no more; from there on
-the networks answer. What comes out is the same to the bit.
+An attack is a function of its seed and of what the defense answers. So a unit that was stopped is done again from its
+beginning, whosever code the attack is, and gets the answers that were recorded, logits and gradients, until there are no more;
+from there on the networks answer. What comes out is the same to the bit.
 
 Cost: a call's logits and 12 KiB of gradient per CIFAR-10 image are written, once, and removed with the unit; questions are
 hashed. Of a call that is not done yet, `Tape` keeps the steps of a purification.
@@ -92,7 +92,8 @@ class Recorder:
         self.replayed += 1
         before = self._state()
         logits, *generators = self.journal.tensors(entry, self._device)
-        self._set_state(_State([(seed, next_draw) for seed, next_draw in entry.said["noise"]], *self._moved(before, generators)))
+        noise = [(seed, next_draw) for seed, next_draw in entry.said["noise"]]
+        self._set_state(_State(noise, *self._moved(before, generators)))
         if not following or not entry.said["follows"]:
             return logits
         return _Recorded.apply(x, _Call(self, number, x.detach().clone(), ids, draw, before, logits.clone()), logits)
@@ -241,8 +242,8 @@ class Recorder:
     @staticmethod
     def _diverged(journal: Journal, what: str) -> JournalError:
         return JournalError(
-            f"{what}. {journal.path} holds what was answered before this unit was stopped, and going on would mix two things: put "
-            f"back what has changed, or remove that file, and the unit begins again"
+            f"{what}. {journal.path} holds what was answered before this unit was stopped, and going on would mix two things: "
+            f"put back what has changed, or remove that file, and the unit begins again"
         )
 
 
