@@ -97,11 +97,14 @@ def killed_at(folder, spec, build, at):
         run(folder, spec, build)
 
 
+FEW_STEPS = PGD(eps=2 / 255, iterations=6, eot_iter=2, random_start=True)
+
+
 @pytest.mark.parametrize(
     "spec, build, at, unit, looks",
     [
         (APGD_UNIT, purified, 12, "apgd-ce-00000", 0),
-        (Spec.of(attack=PGD(eps=2 / 255, iterations=6, eot_iter=2, random_start=True), shard=3, draws=2), purified, 7, "pgd-00000", 0),
+        (Spec.of(attack=FEW_STEPS, shard=3, draws=2), purified, 7, "pgd-00000", 0),
         (Spec.of(attack=Square(eps=1 / 255, queries=40), shard=5, draws=2, paths=0), plain, 20, "square-00000", 3),
         (Spec.of(attack="none", shard=5, draws=12), purified, 9, "judge-00000", 0),
     ],
@@ -119,7 +122,7 @@ def test_killed_inside_of_a_unit(tmp_path, spec, build, at, unit, looks):
     assert journals(tmp_path / "run") == [unit]
     with asked() as rest, run(tmp_path / "run", spec, build, resume=True) as ledger:
         check_same(ledger, whole)
-    # One look at whether it is the same defense, and at most one call again for its gradient; checks before a run are made again.
+    # One look at whether it is the same defense, and at most one call again for its gradient; checks of a run come again.
     assert rest.calls <= count.calls - (at - 1) + looks + 2
     assert list((tmp_path / "run" / "journals").iterdir()) == []
 

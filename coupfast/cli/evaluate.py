@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from coupfast.cli.arguments import add_command
 from coupfast.cli.reports import command_line
 from coupfast.cli.spec import add_spec, spec_of
+from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.evaluation import notes, plan
 from coupfast.evaluation.launch import CLUSTERS, evaluate
 from coupfast.evaluation.ledger import DATABASE
@@ -45,30 +43,10 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
     add_spec(parser, method, attack)
 
 
-class Terminated(SystemExit):
-    """SIGTERM: a cluster takes the machine back, and kills what is still there after a while."""
-
-
-@contextlib.contextmanager
-def _said_how_to_go_on(options: argparse.Namespace, folder: Path) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM the last line is the command that goes on; on SIGTERM the exit status is 143."""
-
-    def terminate(*_: Any) -> None:
-        raise Terminated(128 + signal.SIGTERM)
-
-    with contextlib.ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():  # no other one may
-            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, terminate))
-        try:
-            yield
-        except (KeyboardInterrupt, Terminated):
-            if (folder / DATABASE).is_file():
-                print(f"\nto go on: {_resume(options, folder)}", file=sys.stderr, flush=True)
-            raise
-
-
-def _resume(options: argparse.Namespace, folder: Path) -> str:
-    """What to type to go on. All else the run's folder knows."""
+def _resume(options: argparse.Namespace, folder: Path) -> str | None:
+    """What to type to go on, if the run has begun. All else its folder knows."""
+    if not (folder / DATABASE).is_file():
+        return None
     words = ["--resume", str(folder)]
     if options.workers != 1:
         words += ["--workers", str(options.workers)]
@@ -106,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if certified:
         beside["certificate"] = certify
     with (
-        _said_how_to_go_on(options, folder),
+        said_how_to_go_on(lambda: _resume(options, folder)),
         evaluate(
             spec,
             out=folder,

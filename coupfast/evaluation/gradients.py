@@ -46,8 +46,9 @@ class Gradients:
     @property
     def warning(self) -> str:
         return (
-            f"{self}: they lead nowhere, so that what stands under this attack may fall under another. Saturated logits do that, "
-            f"rounding and clipping inside of the defense; square follows no gradient, and apgd-dlr's loss does not saturate"
+            f"{self}: they lead nowhere, so that what stands under this attack may fall under another. Saturated logits do "
+            f"that, rounding and clipping inside of the defense; square follows no gradient, and the loss of apgd-dlr does not "
+            f"saturate"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Journal:
                 self.append(("about",), found)
             self.name: str = found["name"]
             if changed := difference(found, {**wanted, "name": self.name}):
-                raise JournalError(f"{path} is of another configuration: {changed}; remove it to begin this unit again")
+                raise JournalError(f"{path} is of another configuration: {changed}; remove it to begin again")
         except BaseException:
             self._stack.close()
             raise
@@ -151,7 +151,7 @@ class Journal:
         except OSError as error:
             self._whole = False
             logger.warning(
-                "%s cannot be written to (%s): what this unit does from here on is lost if it is stopped", self.path, error
+                "%s cannot be written to (%s): what is done from here on is lost if it is stopped", self.path, error
             )
 
     def sync(self) -> None:

@@ -123,8 +123,8 @@ class Evaluation:
         return "\n".join([protocols.table(self.verdicts), *warnings])
 
     def to_dict(self) -> dict[str, Any]:
-        """Configuration, accuracies, gradients that attacks followed, and of every image the predictions of the judge's draws, as
-        JSON has them."""
+        """Configuration, accuracies, gradients that attacks followed, and of every image the predictions of the judge's draws,
+        as JSON has them."""
         images = {
             kind: {"official": found.official.tolist(), "predictions": found.logits.argmax(axis=2).T.tolist()}
             for kind, found in self.verdicts.items()
