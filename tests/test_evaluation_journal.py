@@ -18,7 +18,7 @@ from coupfast import integrate, tape
 from coupfast.evaluation import Spec
 from coupfast.evaluation import journal as journal_module
 from coupfast.evaluation.attacks import PGD, Attack, Cost, Result, Square
-from coupfast.evaluation.journal import Journal, JournalError, digest, path_of
+from coupfast.evaluation.journal import Journal, digest, path_of
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.pools import UnitFailed
@@ -352,7 +352,7 @@ def test_tensors_come_back_as_they_were(tmp_path, tensor):
 
 def test_one_process_writes_a_journal(tmp_path):
     journal = Journal(tmp_path / "j", {})
-    with pytest.raises(JournalError, match="another process is writing"):
+    with pytest.raises(TimeoutError, match="another process is writing"):
         Journal(tmp_path / "j", {})
     journal.close()
     Journal(tmp_path / "j", {}).close()

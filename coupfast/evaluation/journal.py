@@ -17,7 +17,7 @@ import secrets
 import struct
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def remove(folder: str | Path, unit: str) -> None:
             each.unlink(missing_ok=True)
 
 
+def remove_of(folder: Path, units: Container[str]) -> None:
+    """The same for all of these units that have one."""
+    for path in (folder / FOLDER).glob(f"*{SUFFIX}*"):
+        if (unit := path.name.partition(".")[0]) in units:
+            remove(folder, unit)
+
+
 def digest(tensor: torch.Tensor) -> str:
     """128 bits of BLAKE2b over a tensor's type, shape and values."""
     found = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
@@ -74,17 +81,18 @@ class Journal:
     Args:
         path: The file; its folder is made.
         about: Of which unit of which run, as JSON has it.
+        patience: Seconds to wait at most for another process that writes to it.
 
     Attributes:
         name: Its own, drawn when it was begun.
         seconds_before: That the unit had taken when the last record was made that was found.
 
     Raises:
-        JournalError: if the file is about something else, or another process is writing to it.
-        OSError: if it cannot be opened.
+        JournalError: if the file is about something else.
+        OSError: if it cannot be opened, or another process is writing to it.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any], *, patience: float = 0.0) -> None:
         self.path, self.seconds_before = path, 0.0
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._begun = self._synced = time.monotonic()
@@ -92,9 +100,9 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(locked(_lock_of(path), work=f"writes {path}", patience=0.0))
+            self._stack.enter_context(locked(_lock_of(path), work=f"writes {path}", patience=patience))
         except TimeoutError as error:
-            raise JournalError(f"another process is writing {path}; wait for it to end") from error
+            raise TimeoutError(f"another process is writing {path}; wait for it to end") from error
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._stack.callback(os.close, self._file)
         try:
@@ -150,9 +158,7 @@ class Journal:
                 self.sync()
         except OSError as error:
             self._whole = False
-            logger.warning(
-                "%s cannot be written to (%s): what is done from here on is lost if it is stopped", self.path, error
-            )
+            logger.warning("%s cannot be written to (%s): what is done from here on is lost if it is stopped", self.path, error)
 
     def sync(self) -> None:
         """See that all of it is on the disk."""

@@ -132,8 +132,7 @@ class Ledger:
                     # Before any work: is this a place that can be written to? Units in flight died with their process.
                     with self._database:
                         self._database.execute("DELETE FROM units WHERE state != 'done'")
-                    for name in self.done():  # killed between its row and the removal of its journal
-                        journal.remove(self.folder, name)
+                    journal.remove_of(self.folder, self.done())  # of a process killed between a row and this
         except BaseException:
             self.close()
             raise

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from coupfast.evaluation.ledger import Outcome
 from coupfast.evaluation.worker import Task, Worker
 
@@ -199,6 +201,7 @@ def _serve(pipe: Any, make: Callable[[str], Worker], device: str) -> None:
     # Ctrl-C goes to all processes of a terminal, and SIGTERM to all of a cluster's job; the parent deals with them.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, left behind by a process that is killed
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = None
     try:

@@ -158,7 +158,8 @@ class Worker:
             "defense": dict(rules.defense),
         }
         try:
-            return Journal(journal_path(folder, task.unit.name), about)
+            # A worker that this one replaces may take a moment to die.
+            return Journal(journal_path(folder, task.unit.name), about, patience=30.0)
         except JournalError:
             raise
         except OSError as error:
