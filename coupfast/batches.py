@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,12 @@ def gather(inputs: Sequence[str], limit: int | None, channels: int | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Images that were purified together: in draw number `draw` those at `part`."""
+    """Images that were purified together: in draw number `draw` those at `part`; `new` if that was now."""
 
     draw: int
     part: slice
     purified: Tensor
+    new: bool = True
 
 
 def batches(
@@ -89,6 +90,8 @@ def batches(
     size: int,
     device: torch.device,
     progress: bool = False,
+    known: Callable[[int, slice], Tensor | None] = lambda draw, part: None,
+    skip: Callable[[int, slice], bool] = lambda draw, part: False,
 ) -> Iterator[Batch]:
     """Purify images, some at a time, once for each draw; the results are on the CPU.
 
@@ -100,11 +103,18 @@ def batches(
         size: Images at a time: same noise, another rounding.
         device: The networks'.
         progress: Show a bar for the steps of each batch.
+        known: What became of a batch before, from the draw's number and the part; None purifies it.
+        skip: Whether a batch is wanted at all.
     """
     x = x.to(device)
     for number, draw in enumerate(draws):
         for start in range(0, len(x), size):
-            part = slice(start, start + size)
+            part = slice(start, min(start + size, len(x)))
+            if skip(number, part):
+                continue
+            if (before := known(number, part)) is not None:
+                yield Batch(number, part, before, new=False)
+                continue
             with torch.no_grad():
                 result = purifier(x[part], seed=seed, ids=ids[part], draw=draw, progress=progress)
             assert isinstance(result, Tensor)
@@ -112,27 +122,25 @@ def batches(
 
 
 def records(
-    images: Images, purified: Tensor, *, ids: Tensor, draws: Sequence[int], files: Sequence[Sequence[str]] | None
+    images: Images, *, ids: Tensor, draws: Sequence[int], files: Sequence[Sequence[str]] | None
 ) -> list[dict[str, Any]]:
-    """Of each draw and image where it came from, what it was and what it became.
+    """Of each draw and image where it comes from and what it is, a draw after the other.
 
     Args:
-        purified: All draws of all images, a draw after the other.
-        files: Names of what was written, [draws][images]; None if nothing was.
+        files: Names of what is written, [draws][images]; None if nothing is.
     """
-    count = len(images.x)
+    hashes = [image_sha256(image) for image in images.x]
     return [
         {
             "id": int(ids[i]),
             "draw": draw,
             "source": images.sources[i],
             "label": None if images.labels is None else int(images.labels[i]),
-            "input_sha256": image_sha256(images.x[i]),
+            "input_sha256": hashes[i],
             "file": None if files is None else files[d][i],
-            "output_sha256": image_sha256(purified[d * count + i]),
         }
         for d, draw in enumerate(draws)
-        for i in range(count)
+        for i in range(len(images.x))
     ]
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from coupfast import tape
 from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
 from coupfast.engine import Cotangent, Keep, Noise, Program, Programs, ReplayedNoise, State
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rows import extra_images, step_back
+from coupfast.tape import Track
 from coupfast_kernels.guided_step import guided_step_ref
 
 
@@ -53,6 +55,7 @@ class Run:
     keep_states: bool = False
     check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
     surrogate: tuple[Programs, list[int]] | None = None  # programs of a coarse table, where its states lie in the fine one
+    track: Track | None = None  # steps that outlive the run
     saved: list[list[Any]] = dataclasses.field(default_factory=list)  # [piece][step]
     states: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
@@ -73,6 +76,8 @@ def integrate(x_0: torch.Tensor, run: Run, *, gradient: bool, x_in: torch.Tensor
         gradient: Whether a backward pass is to be possible (the run then keeps every state).
         x_in: What a table with such a column reads in every step; the same shape.
     """
+    on = tape.current()
+    run.track = None if on is None else on.track(x_0.detach())
     with strict_float32(x_0.device.type):
         if gradient:
             rows, second = (run.noise.rows, run.noise.second) if isinstance(run.noise, ReplayedNoise) else (None, None)
@@ -91,13 +96,19 @@ def _forward(run: Run, x_0: torch.Tensor, x_in: torch.Tensor | None, *, for_grad
     whole: list[torch.Tensor] = []
     if len(pieces) > 1:  # the pieces' states go where they belong at once: together and apart would be twice the memory
         whole = [torch.empty_like(x_0) for _ in range(steps + 1 if keep_states else 1)]
-    for piece in pieces:
+    for index, piece in enumerate(pieces):
         noise = run.noise.images(piece)
         state = State(x_0[piece], None if x_in is None else x_in[piece])
         program = run.programs.for_batch(len(state.x))
         states, saved = [state.x], []
+        taken = [] if run.track is None else run.track.taken(index, steps, every=keep_states)
         for k in range(steps):
-            state, kept = _step(program, k, state, noise, run.keep(k, steps) if for_gradient else "nothing")
+            if k < len(taken):
+                state, kept = (taken[k] or state)._replace(x_in=state.x_in), None
+            else:
+                state, kept = _step(program, k, state, noise, run.keep(k, steps) if for_gradient else "nothing")
+                if run.track is not None:
+                    run.track.took(index, k, state, every=keep_states)
             saved.append(kept)
             if not keep_states:
                 states.clear()
@@ -184,10 +195,15 @@ def _backward(
         programs, chosen = run.surrogate
         states = [states[k] for k in chosen]
     grad_x = torch.empty_like(grad)
+    track = run.track if grad_rows is None and grad_second is None else None  # whose sums are not kept
+    name = "" if track is None else track.name(grad)
     for index, piece in enumerate(run.storage.pieces(len(grad))):
         program = programs.for_batch(len(grad[piece]))
         v = Cotangent(grad[piece].contiguous(), None if grad_in is None else grad_in[piece])
-        for k in reversed(range(len(states))):
+        steps = len(states)
+        if track is not None and (gone := track.gone(name, index, steps)) is not None:
+            steps, v = gone
+        for k in reversed(range(steps)):
             saved = None
             if run.surrogate is None:
                 # Used up: a second backward pass through a retained graph rebuilds the step instead.
@@ -198,6 +214,8 @@ def _backward(
             if grad_second is not None:
                 grad_second[k, piece] = row[5] * v.x
             v = _step_vjp(program, k, states[k][piece], saved, v)
+            if track is not None:
+                track.went(name, index, k, v)
         if not all_finite(v.x):
             _raise_not_finite(program, [state[piece] for state in states], grad[piece])
         grad_x[piece] = v.x

@@ -1,4 +1,6 @@
 import json
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -153,6 +155,110 @@ def test_never_overwrites(photos, networks, tmp_path, capsys):
     assert (out / "00002-c.png").read_bytes() == b"precious"
     assert run("purify", photos, "--out", out, "--force", *networks) == 0
     assert (out / "00002-c.png").read_bytes() != b"precious"
+
+
+def stop_at(monkeypatch, call, number):
+    """The process gets a signal before that call of a purifier."""
+    real, calls = coupfast.Purifier.forward, []
+
+    def forward(self, *arguments, **keywords):
+        calls.append(len(arguments[0]))
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(coupfast.Purifier, "forward", forward)
+    return calls
+
+
+def content(out):
+    """All that a run has written, but for the time it took."""
+    report = json.loads((out / "purify.json").read_text())
+    told = {name: value for name, value in report.items() if name not in ("command", "time", "seconds")}
+    archive = [array.tobytes() for array in np.load(out / "purified.npz").values()] if (out / "purified.npz").exists() else []
+    return told, archive, {path.name: path.read_bytes() for path in out.glob("*.png")}, sorted(p.name for p in out.iterdir())
+
+
+@pytest.mark.parametrize("formats", [["png"], ["npz"], ["png", "npz"]], ids="-".join)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_purify_goes_on_after_it_was_stopped(photos, networks, tmp_path, monkeypatch, capsys, formats, number):
+    command = ["purify", photos, "--batch", 2, "--draw", 0, 3, "--format", *formats, *networks]
+    assert run(*command, "--out", tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, number)  # of six batches
+        if number == signal.SIGTERM:
+            with pytest.raises(SystemExit) as stopped:
+                run(*command, "--out", out)
+            assert stopped.value.code == 143
+        else:
+            assert run(*command, "--out", out) == 130
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("to go on: ")]
+    words = shlex.split(said.removeprefix("to go on: coupfast "))
+    assert words == [*map(str, command), "--out", str(out)]
+    assert not (out / "purify.json").exists()
+    (out / "00000-a-draw0.png").unlink(missing_ok=True)  # killed between the record and the file
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, 100, number)
+        assert run(*words) == 0
+    assert calls == [2, 1]  # the batch that was stopped, and the last
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_purify_skips_what_is_there(photos, networks, tmp_path, monkeypatch):
+    folder, out = photos, tmp_path / "out"
+    (folder / "e.png").rename(tmp_path / "e.png")
+    command = ["purify", folder, "--batch", 2, "--out", out, *networks]
+    assert run(*command) == 0
+    before = content(out)
+    calls = stop_at(monkeypatch, 100, signal.SIGINT)
+    assert run(*command) == 0
+    assert calls == [] and content(out) == before
+    (out / "00002-c.png").unlink()  # of a batch all is made, so that it rounds as it did
+    assert run(*command) == 0
+    assert calls == [2] and content(out) == before
+    (tmp_path / "e.png").rename(folder / "e.png")
+    assert run(*command) == 0
+    assert calls == [2, 1]
+    assert run("purify", folder, "--batch", 2, "--out", tmp_path / "whole", *networks) == 0
+    assert content(out)[1:] == content(tmp_path / "whole")[1:]
+    assert content(out)[0]["images"] == content(tmp_path / "whole")[0]["images"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_purify_in_another_way_is_refused(photos, networks, tmp_path, monkeypatch, capsys, finished):
+    command = ["purify", photos, "--batch", 2, "--out", tmp_path / "out", *networks]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 100 if finished else 3, signal.SIGINT)
+        assert run(*command) == (0 if finished else 130)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert run(*command, "--seed", 5, "--t", "0.06") == 2
+    error = capsys.readouterr().err
+    assert "settings.seed was 0 and is 5" in error and "settings.method.t was 0.1 and is 0.06" in error and "--force" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    assert run(*command, "--seed", 5, "--t", "0.06", "--force") == 0
+    assert run("purify", photos, "--batch", 2, "--seed", 5, "--t", "0.06", "--out", tmp_path / "whole", *networks) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_forced_purify_that_was_stopped_goes_on_without_force(photos, networks, tmp_path, monkeypatch, capsys):
+    command = ["purify", photos, "--batch", 2, "--seed", 5, *networks]
+    assert run("purify", photos, "--out", tmp_path / "out", *networks) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, signal.SIGINT)
+        assert run(*command, "--out", tmp_path / "out", "--force") == 130
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("to go on: ")]
+    assert "--force" not in said
+    assert run(*shlex.split(said.removeprefix("to go on: coupfast "))) == 0
+    assert run(*command, "--out", tmp_path / "whole") == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_other_images_do_not_mix(photos, networks, tmp_path, capsys):
+    assert run("purify", photos, "--out", tmp_path / "out", *networks) == 0
+    assert run("purify", photos / "b.png", "--out", tmp_path / "out", *networks) == 2
+    assert "holds 5 images that are not among the inputs now, the first of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

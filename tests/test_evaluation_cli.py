@@ -1,8 +1,13 @@
 """`coupfast evaluate`, `plan` and `report` from the command line."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from coupfast.cli.spec import spec_of
 from coupfast.evaluation import notes
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
+from coupfast.evaluation.metered import Metered
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
@@ -64,6 +70,56 @@ def test_evaluate_and_resume(networks, tmp_path, capsys):
         assert ledger.configuration["spec"]["purifier"] == {"t": 0.01, "num_steps": 2, "clamp": False}
         assert ledger.configuration["defense"]["method"]["clamp"] is False
         json.dumps(ledger.configuration)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_stopped_by_a_signal_says_how_to_go_on(networks, tmp_path, monkeypatch, capsys, number, status):
+    asked = ["evaluate", *networks, *SMALL]
+    assert run(*asked, "--out", tmp_path / "whole") == 0
+    whole = re.search("fingerprint of the results .*", capsys.readouterr().out)[0]
+    folder = tmp_path / "a run"
+    ask, calls = Metered.ask, []
+    with monkeypatch.context() as patch:
+
+        def strike(*arguments):
+            calls.append(arguments)
+            if len(calls) == 5:
+                signal.raise_signal(number)
+            return ask(*arguments)
+
+        patch.setattr(Metered, "ask", strike)
+        handler = signal.getsignal(signal.SIGTERM)
+        if number == signal.SIGTERM:
+            with pytest.raises(SystemExit) as stopped:
+                run(*asked, "--out", folder)
+            assert stopped.value.code == status
+        else:
+            assert run(*asked, "--out", folder) == status
+        assert signal.getsignal(signal.SIGTERM) == handler
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("to go on: ")]
+    assert said == f"to go on: coupfast evaluate --resume '{folder}'"
+    assert len(list((folder / "journals").glob("apgd-ce-*.journal"))) == 1
+    assert run(*shlex.split(said)[4:]) == 0
+    assert re.search("fingerprint of the results .*", capsys.readouterr().out)[0] == whole
+
+
+def test_sigterm_to_a_job_with_workers(networks, tmp_path):
+    """As a cluster sends it, to all processes of the job."""
+    asked = [*networks, *SMALL, "--certify", "0", "--shard", "1", "--iterations", "200", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coupfast", "evaluate", *asked, "--out", str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "run").glob("journals/apgd-ce-*.journal")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == f"to go on: coupfast evaluate --resume {tmp_path / 'run'} --workers 2 --certify 0"
+    assert list((tmp_path / "run").glob("journals/apgd-ce-*.journal")) != [] and "died" not in said
 
 
 @pytest.mark.parametrize(

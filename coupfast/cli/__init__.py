@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 1 where `doctor --strict` finds a problem or `check-gradient` a gradient that is not what it claims to
         be; 2 for a wrong argument, file or setting, after one line on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with 143, where `evaluate` or `purify` gets SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from coupfast.cli.arguments import add_command
 from coupfast.cli.reports import command_line
 from coupfast.cli.spec import add_spec, spec_of
+from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.evaluation import notes, plan
 from coupfast.evaluation.launch import CLUSTERS, evaluate
 from coupfast.evaluation.ledger import DATABASE
@@ -44,14 +43,18 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
     add_spec(parser, method, attack)
 
 
-@contextlib.contextmanager
-def _said_how_to_go_on(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if (folder / DATABASE).is_file():
-            print(f"\nto go on: coupfast evaluate --resume {shlex.quote(str(folder))}", file=sys.stderr)
-        raise
+def _resume(options: argparse.Namespace, folder: Path) -> str | None:
+    """What to type to go on, if the run has begun. All else its folder knows."""
+    if not (folder / DATABASE).is_file():
+        return None
+    words = ["--resume", str(folder)]
+    if options.workers != 1:
+        words += ["--workers", str(options.workers)]
+    if options.cluster != "none":
+        words += ["--cluster", options.cluster]
+    if options.certify is not None:
+        words += ["--certify", str(options.certify)]
+    return command_line(["evaluate", *words])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if certified:
         beside["certificate"] = certify
     with (
-        _said_how_to_go_on(folder),
+        said_how_to_go_on(lambda: _resume(options, folder)),
         evaluate(
             spec,
             out=folder,

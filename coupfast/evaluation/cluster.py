@@ -22,7 +22,8 @@ class RayWorkers:
     """Ray actors. One that dies, whose node does or whose answer is lost is replaced elsewhere, and its task done again.
 
     Images travel through Ray, so the nodes need no common file system; the ledger stays where the run was started. They need
-    the same coupfast and the same weight files.
+    the same coupfast and the same weight files. A unit that is stopped goes on inside of itself where its worker can write into
+    the run's folder.
 
     Args:
         make: Makes a worker on a device; goes to the cluster pickled.
@@ -120,7 +121,10 @@ class RayWorkers:
         told = []
         for question in answered:
             with contextlib.suppress(self._ray.exceptions.RayError):  # it died; `next` finds out
-                if images := self._ray.get(question):
+                images, warnings = self._ray.get(question)
+                for warning in warnings:
+                    logger.warning("%s", warning)
+                if images:
                     told.append((questions[question], images))
         return told
 
@@ -143,11 +147,13 @@ class _Actor:
         self._make, self._device = make, device
         self._worker: Worker | None = None
         self._images = 0
+        self._warnings = _Warnings()
+        logging.getLogger("coupfast").addHandler(self._warnings)
 
-    def passed(self) -> int:
-        """Images through the defense since the last question."""
+    def passed(self) -> tuple[int, list[str]]:
+        """Images through the defense, and what it was warned of, since the last question."""
         images, self._images = self._images, 0
-        return images
+        return images, self._warnings.taken()
 
     def execute(self, task: Task) -> Outcome | str:
         try:
@@ -159,3 +165,17 @@ class _Actor:
 
     def _count(self, images: int) -> None:
         self._images += images
+
+
+class _Warnings(logging.Handler):
+    """Keeps what nobody would read in a worker's own log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._lines: collections.deque[str] = collections.deque()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+    def taken(self) -> list[str]:
+        return [self._lines.popleft() for _ in range(len(self._lines))]

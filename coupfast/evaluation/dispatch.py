@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from coupfast.evaluation import gradients
 from coupfast.evaluation.attacks import Cost
 from coupfast.evaluation.ledger import Ledger, Record
 from coupfast.evaluation.pools import Pool, UnitFailed
 from coupfast.evaluation.progress import Progress
 from coupfast.evaluation.units import JUDGE, Schedule, Unit
 from coupfast.evaluation.worker import Task
+
+logger = logging.getLogger(__name__)
 
 
 def dispatch(
@@ -43,6 +47,7 @@ def dispatch(
     records = ledger.done()
     standing = {name: record.standing for name, record in records.items()}
     in_flight: dict[str, Unit] = {}
+    warned: set[str] = set()
     with Progress(schedule, costs, records.values(), show=progress) as bar:
         while True:
             for unit in schedule.ready(standing):
@@ -63,6 +68,10 @@ def dispatch(
             records = ledger.done()
             standing[unit.name] = records[unit.name].standing
             bar.finished(records[unit.name])
+            found = gradients.followed(records.values()).get(unit.stage)
+            if found is not None and found.useless and unit.stage not in warned:
+                warned.add(unit.stage)
+                logger.warning("%s", found.warning)
 
 
 def attacked_images(

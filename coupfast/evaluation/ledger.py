@@ -1,7 +1,8 @@
 """What is done, on disk: one SQLite file for a run, and one safetensors file for each unit's images and logits.
 
 A unit's file is written under a temporary name, synced and renamed before the transaction that calls the unit done, and the
-transaction holds its SHA-256. So whatever moment a process dies at, the ledger names no file that is not whole.
+transaction holds its SHA-256. So whatever moment a process dies at, the ledger names no file that is not whole. Of a unit that
+is under way a journal keeps what the defense has answered; it goes when the unit is done.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from coupfast.evaluation import journal
 from coupfast.evaluation.units import Unit
 from coupfast.files import write_whole
 from coupfast_kernels.locks import locked
@@ -29,7 +31,8 @@ from coupfast_kernels.locks import locked
 logger = logging.getLogger(__name__)
 
 #: 2: what attacks saw at their strongest images; 3: memory of units; 4: purifier and attack as objects in the configuration.
-VERSION = 4
+#: 5: gradients of units.
+VERSION = 5
 DATABASE, LOCK, FILES = "ledger.sqlite", "lock", "units"
 
 _TABLES = """
@@ -37,7 +40,7 @@ CREATE TABLE run (version INTEGER NOT NULL, configuration TEXT NOT NULL, command
 CREATE TABLE units (
     name TEXT PRIMARY KEY, stage TEXT NOT NULL, images TEXT NOT NULL, state TEXT NOT NULL, worker TEXT,
     result TEXT, file TEXT, sha256 TEXT, forward_images INTEGER, gradient_images INTEGER, seconds REAL, peak_bytes INTEGER,
-    error TEXT
+    gradients INTEGER, zero_gradients INTEGER, nonfinite_gradients INTEGER, error TEXT
 );
 CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -58,6 +61,7 @@ class Outcome:
         forward_images, gradient_images: Images through the defense, without and with a gradient.
         seconds: Time that the unit took, by a clock that does not jump.
         peak_bytes: Most memory that the worker has had: of a CPU's all of its process, of a GPU what torch had for this unit.
+        gradients, zero_gradients, nonfinite_gradients: See `Metered`.
     """
 
     name: str
@@ -67,6 +71,9 @@ class Outcome:
     gradient_images: int
     seconds: float
     peak_bytes: int = 0
+    gradients: int = 0
+    zero_gradients: int = 0
+    nonfinite_gradients: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +89,9 @@ class Record:
     seconds: float
     peak_bytes: int
     worker: str
+    gradients: int
+    zero_gradients: int
+    nonfinite_gradients: int
 
     @property
     def standing(self) -> tuple[int, ...]:
@@ -122,6 +132,7 @@ class Ledger:
                     # Before any work: is this a place that can be written to? Units in flight died with their process.
                     with self._database:
                         self._database.execute("DELETE FROM units WHERE state != 'done'")
+                    journal.remove_of(self.folder, self.done())  # of a process killed between a row and this
         except BaseException:
             self.close()
             raise
@@ -192,7 +203,8 @@ class Ledger:
             with self._database as database:
                 database.execute(
                     "UPDATE units SET state = 'done', worker = ?, result = ?, file = ?, sha256 = ?, forward_images = ?, "
-                    "gradient_images = ?, seconds = ?, peak_bytes = ? WHERE name = ? AND state = 'running'",
+                    "gradient_images = ?, seconds = ?, peak_bytes = ?, gradients = ?, zero_gradients = ?, "
+                    "nonfinite_gradients = ? WHERE name = ? AND state = 'running'",
                     (
                         worker,
                         json.dumps(outcome.result),
@@ -202,16 +214,20 @@ class Ledger:
                         outcome.gradient_images,
                         outcome.seconds,
                         outcome.peak_bytes,
+                        outcome.gradients,
+                        outcome.zero_gradients,
+                        outcome.nonfinite_gradients,
                         outcome.name,
                     ),
                 )
+        journal.remove(self.folder, outcome.name)
 
     def done(self) -> dict[str, Record]:
         """All units that are done, by name."""
         with _explained(self.folder):
             rows = self._database.execute(
                 "SELECT name, stage, images, result, file, sha256, forward_images, gradient_images, seconds, peak_bytes, "
-                "worker FROM units WHERE state = 'done' ORDER BY name"
+                "worker, gradients, zero_gradients, nonfinite_gradients FROM units WHERE state = 'done' ORDER BY name"
             ).fetchall()
         return {
             row[0]: Record(
@@ -224,6 +240,9 @@ class Ledger:
                 seconds=row[8],
                 peak_bytes=row[9],
                 worker=row[10],
+                gradients=row[11],
+                zero_gradients=row[12],
+                nonfinite_gradients=row[13],
             )
             for row in rows
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.naming import reference_to
 from coupfast.purify import PurifiedClassifier
 
+Ids: TypeAlias = Sequence[int] | torch.Tensor | None
+Draw: TypeAlias = int | torch.Tensor | None
+
 
 class Metered(nn.Module):
     """Images in [0, 1] → logits, through a `PurifiedClassifier` or any other module.
@@ -20,7 +23,11 @@ class Metered(nn.Module):
     Attributes:
         forward_images: Images that went through without a gradient being recorded, since `reset`.
         gradient_images: Images that went through with one.
+        gradients: Gradients that came back, one an image and backward pass.
+        zero_gradients: Those of them that are 0 in every value: their image cannot be attacked along them.
+        nonfinite_gradients: Those with a value that is infinite or NaN.
         passed: Told of each call's images when they are through; None if nobody asks.
+        recorder: Answers in the place of the model, as far as it has answers; None if nothing is recorded.
 
     Raises:
         TypeError: if the model is no module.
@@ -36,8 +43,9 @@ class Metered(nn.Module):
             where = "" if model.training else f" (its {type(learning[0]).__name__})"
             raise ValueError(f"the defense is in training mode{where}; call .eval() first")
         self.model = model
-        self.forward_images = self.gradient_images = 0
+        self.reset()
         self.passed: Callable[[int], object] | None = None
+        self.recorder: Callable[[torch.Tensor, Ids, Draw], torch.Tensor] | None = None
         self.training = False  # what is inside stays as it is: a defense may have dropout on purpose
         self._inner = [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
 
@@ -53,6 +61,7 @@ class Metered(nn.Module):
 
     def reset(self) -> None:
         self.forward_images = self.gradient_images = 0
+        self.gradients = self.zero_gradients = self.nonfinite_gradients = 0
 
     def noise(self) -> list[tuple[int, int]]:
         """Seeds and counters of all purifications inside, for `set_noise`."""
@@ -79,8 +88,8 @@ class Metered(nn.Module):
         self,
         x: torch.Tensor,
         *,
-        ids: Sequence[int] | torch.Tensor | None = None,
-        draw: int | torch.Tensor | None = None,
+        ids: Ids = None,
+        draw: Draw = None,
     ) -> torch.Tensor:
         """Logits; `ids` and `draw` name the noise, as in `PurifiedClassifier`, and mean nothing to other modules.
 
@@ -89,12 +98,26 @@ class Metered(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             self.gradient_images += len(x)
+            if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+                x = x.view_as(x)  # a hook on it sees what comes back here, and not from elsewhere
+                x.register_hook(self._count)
         else:
             self.forward_images += len(x)
+        logits = self.ask(x, ids, draw) if self.recorder is None else self.recorder(x, ids, draw)
+        if self.passed is not None:
+            self.passed(len(x))
+        return logits
+
+    def ask(self, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor:
+        """`forward` without counting or recording: the model itself."""
         logits: torch.Tensor = self.model(x) if self.purified is None else self.model(x, ids=ids, draw=draw)
         if bool(torch.isnan(logits).any()):  # whose largest is class 0
             wrong = int(torch.isnan(logits).any(dim=1).sum())
             raise FloatingPointError(f"of {len(x)} images {wrong} have a logit that is no number (NaN)")
-        if self.passed is not None:
-            self.passed(len(x))
         return logits
+
+    def _count(self, gradient: torch.Tensor) -> None:
+        each = gradient.detach().flatten(1)
+        self.gradients += len(each)
+        self.zero_gradients += int((each == 0).all(dim=1).sum())
+        self.nonfinite_gradients += int((~torch.isfinite(each)).any(dim=1).sum())

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from coupfast.evaluation.ledger import Outcome
 from coupfast.evaluation.worker import Task, Worker
 
@@ -176,7 +178,7 @@ class Processes:
         for member in running:
             member.pipe.close()  # An idle worker ends when its pipe does.
             if member.task is not None:
-                member.process.kill()  # Nothing is lost: a worker writes no file.
+                member.process.kill()  # Nothing is lost: what its unit's journal has is with the system.
         for member in running:
             member.process.join(timeout=10)
             member.process.kill()
@@ -196,7 +198,10 @@ class _Member:
 def _serve(pipe: Any, make: Callable[[str], Worker], device: str) -> None:
     """A worker's process: tasks in; None once, numbers of images that are through, and outcomes or errors, out, until nobody is
     there."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent deals with it.
+    # Ctrl-C goes to all processes of a terminal, and SIGTERM to all of a cluster's job; the parent deals with them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, left behind by a process that is killed
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = None
     try:

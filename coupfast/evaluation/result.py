@@ -17,6 +17,7 @@ import torch
 from coupfast.evaluation import protocols, purification
 from coupfast.evaluation.configuration import images_sha256
 from coupfast.evaluation.dispatch import attacked_images
+from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Judged
 from coupfast.evaluation.spec import GIVEN, Spec
@@ -77,6 +78,11 @@ class Evaluation:
         return float(self.verdicts["clean"].official.mean())
 
     @functools.cached_property
+    def gradients(self) -> dict[str, Gradients]:
+        """Of every stage that follows a gradient: how many came back, and how many of them led nowhere."""
+        return followed(self.ledger.done().values())
+
+    @functools.cached_property
     def x_adv(self) -> torch.Tensor:
         """The images that were judged as attacked, in order: each one's strongest form by what the attacks saw of it.
 
@@ -112,11 +118,13 @@ class Evaluation:
         return f"{defense} under {attack}, {count} image{'s' * (count > 1)}"
 
     def table(self) -> str:
-        """Accuracies by every protocol, with Wilson's intervals of 95 %, in text."""
-        return protocols.table(self.verdicts)
+        """Accuracies by every protocol, with Wilson's intervals of 95 %, in text; below it what speaks against them."""
+        warnings = [f"Warning: {found.warning}." for found in self.gradients.values() if found.useless]
+        return "\n".join([protocols.table(self.verdicts), *warnings])
 
     def to_dict(self) -> dict[str, Any]:
-        """Configuration, accuracies, and of every image the predictions of the judge's draws, as JSON has them."""
+        """Configuration, accuracies, gradients that attacks followed, and of every image the predictions of the judge's draws,
+        as JSON has them."""
         images = {
             kind: {"official": found.official.tolist(), "predictions": found.logits.argmax(axis=2).T.tolist()}
             for kind, found in self.verdicts.items()
@@ -127,6 +135,7 @@ class Evaluation:
             "accuracies": self._rows(),
             "labels": self.verdicts["clean"].labels.tolist(),
             **images,
+            "gradients": [found.to_dict() for found in self.gradients.values()],
             "fingerprint": self.fingerprint,
             "command": self.ledger.command,
             "started": self.ledger.started,

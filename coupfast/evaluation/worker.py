@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,14 @@ import torch
 from coupfast.evaluation.attacks import Attack, Result
 from coupfast.evaluation.building import Builder
 from coupfast.evaluation.configuration import difference, environment
-from coupfast.evaluation.ledger import Outcome
+from coupfast.evaluation.journal import Journal, JournalError
+from coupfast.evaluation.journal import path_of as journal_path
+from coupfast.evaluation.ledger import DATABASE, Outcome
 from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.recorder import Recorder
 from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Rules:
         threads: Of a worker.
         environment: Where the run was started; see `configuration.environment`.
         defense: What the run was started with; see `Metered.describe`.
+        folder: Of the run, where a unit that is under way keeps a journal; None keeps none.
     """
 
     attacks: Mapping[str, Attack]
@@ -51,6 +60,7 @@ class Rules:
     threads: int
     environment: Mapping[str, Any]
     defense: Mapping[str, Any]
+    folder: str | None = None
 
 
 def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
@@ -90,16 +100,71 @@ class Worker:
             own = {name: array if array.flags.writeable else array.copy() for name, array in task.arrays.items()}
             inputs = {name: torch.from_numpy(array).to(self.device) for name, array in own.items()}
             do = self._judge if task.unit.stage == JUDGE else self._attack
-            result, tensors = do(task.unit, inputs)
+            with self._recorded(task, inputs["x"]) as before:
+                result, tensors = do(task.unit, inputs)
         return Outcome(
             name=task.unit.name,
             result=result,
             arrays={name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()},
             forward_images=self.defense.forward_images,
             gradient_images=self.defense.gradient_images,
-            seconds=time.monotonic() - started,
+            seconds=before + time.monotonic() - started,
             peak_bytes=self._peak_bytes(),
+            gradients=self.defense.gradients,
+            zero_gradients=self.defense.zero_gradients,
+            nonfinite_gradients=self.defense.nonfinite_gradients,
         )
+
+    @contextlib.contextmanager
+    def _recorded(self, task: Task, x: torch.Tensor) -> Iterator[float]:
+        """The defense's answers go into the unit's journal, and come from it as far as it goes; gives the seconds before it."""
+        journal = self._journal(task)
+        if journal is None:
+            yield 0.0
+            return
+        try:
+            # Of a single call nothing is mixed: there is no need to know the defense again.
+            probe = None if task.unit.stage == CLEAN else x[:1]
+            with contextlib.closing(Recorder(self.defense, journal, self.device, probe)) as recorder:
+                self.defense.recorder = recorder
+                yield journal.seconds_before
+        finally:
+            self.defense.recorder = None
+            journal.close()
+
+    def _journal(self, task: Task) -> Journal | None:
+        folder = self.rules.folder
+        if folder is None:
+            return None
+        if not (Path(folder) / DATABASE).is_file():
+            logger.warning(
+                "a worker cannot reach %s from where it runs, which is no file system that it shares with the run: units there "
+                "begin again if they are stopped",
+                folder,
+            )
+            return None
+        rules = self.rules
+        attack = rules.attacks.get(task.unit.stage)
+        about = {
+            "unit": dataclasses.asdict(task.unit),
+            "arrays": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in task.arrays.items()},
+            "attack": None if attack is None else attack.to_dict(),
+            "seed": rules.seed,
+            "attack_seed": rules.attack_seed,
+            "draws": rules.draws,
+            "paths": rules.paths,
+            "threads": rules.threads,
+            "environment": dict(rules.environment),
+            "defense": dict(rules.defense),
+        }
+        try:
+            # A worker that this one replaces may take a moment to die.
+            return Journal(journal_path(folder, task.unit.name), about, patience=30.0)
+        except JournalError:
+            raise
+        except OSError as error:
+            logger.warning("unit %s keeps no journal (%s): it begins again if it is stopped", task.unit.name, error)
+            return None
 
     def _peak_bytes(self) -> int:
         if self.device.type == "cuda":

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coupfast.evaluation import plan, protocols, purification
+from coupfast.evaluation import gradients, plan, protocols, purification
 from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Comparison, Judged
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
@@ -71,7 +71,7 @@ def accuracies(run: Run) -> Table:
         rows,
         f"{_described(run)}. Intervals of 95 %: Wilson's over images; then, from resampled images and draws, a bootstrap's. "
         f"The clean accuracy by a protocol is what its attacked accuracy is to be compared with, but for the official one."
-        f"{_official(run)}{_unchanged(run)}{_assumed(run)}",
+        f"{_official(run)}{_unchanged(run)}{_gradients(run)}{_assumed(run)}",
     )
 
 
@@ -87,6 +87,14 @@ def _official(run: Run) -> str:
 def _unchanged(run: Run) -> str:
     attacked = run.verdicts.get("attacked")
     return f" {protocols.unchanged(attacked)}." if attacked is not None and attacked.unchanged else ""
+
+
+def _gradients(run: Run) -> str:
+    texts = []
+    for found in gradients.followed(run.records.values()).values():
+        text = f"Warning: {found.warning}" if found.useless else str(found)
+        texts.append(f" {text[0].upper()}{text[1:]}.")
+    return "".join(texts)
 
 
 def _assumed(run: Run) -> str:
