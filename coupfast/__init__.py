@@ -4,8 +4,9 @@ import importlib
 from typing import Any
 
 from coupfast.budget import Plan
-from coupfast.certificate import GradientCertificate, check_gradient
+from coupfast.certificate import GradientCertificate
 from coupfast.engines import Engine
+from coupfast.gradient_check import check_gradient
 from coupfast.gradients import BPDA, Adjoint, AdjointParameters, Exact, NoGradient, Surrogate
 from coupfast.methods import COUP, DiffPure, Method, ReverseSDE, StepMethod, TableMethod
 from coupfast.models.zoo import load_classifier, load_score

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine import CounterNoise, ReplayedNoise
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.networks import frozen
-from coupfast.methods import Recipe, StepMethod, StepState, TableMethod
+from coupfast.methods import Networks, Recipe, StepMethod, StepState, TableMethod
 from coupfast.purify import Purifier
 
 
@@ -34,7 +36,7 @@ class Definition:
         detached: bool = False,
     ) -> None:
         self.method, self.num_steps = purifier.settings.method, purifier.num_steps
-        self.dtype, self.detached = dtype, detached
+        self.dtype = dtype
         copies: dict[int, nn.Module] = {}
         for network in (purifier.score, purifier.classifier, head):
             if network is not None and id(network) not in copies:
@@ -42,6 +44,7 @@ class Definition:
         self.networks = tuple(copies.values())
         self.score = copies[id(purifier.score)]
         self.classifier = None if purifier.classifier is None else copies[id(purifier.classifier)]
+        self._called = Networks(self.score, self.classifier, detached)
         self.head = None if head is None else copies[id(head)]
         self._recipe: Recipe | None = self.method.recipe() if isinstance(self.method, TableMethod) else None
 
@@ -63,7 +66,8 @@ class Definition:
 
     def output(self, x: torch.Tensor, noise: ReplayedNoise) -> torch.Tensor:
         """Logits (purified images without a head) of images of `dtype`, differentiable."""
-        return self._end(self._steps((2.0 * x - 1.0,), noise, 0, self.num_steps))
+        with _plain_attention():
+            return self._end(self._steps((2.0 * x - 1.0,), noise, 0, self.num_steps))
 
     def gradient(
         self,
@@ -84,10 +88,10 @@ class Definition:
         first = list(range(0, self.num_steps, steps_at_once or self.num_steps))
         last = [*first[1:], self.num_steps]
         states: list[StepState] = [(2.0 * x.detach() - 1.0,)]
-        with torch.no_grad():
+        with torch.no_grad(), _plain_attention():
             for begin, end in list(zip(first, last, strict=True))[:-1]:
                 states.append(self._steps(states[-1], noise, begin, end))
-        with torch.enable_grad():
+        with torch.enable_grad(), _plain_attention():
             state = _leaves(states[-1])
             output = self._end(self._steps(state, noise, first[-1], last[-1]))
             v = _pull([output], [torch.autograd.grad(losses(output).sum(), output, retain_graph=True)[0]], state)
@@ -117,7 +121,7 @@ class Definition:
 
     def _account(self, x: torch.Tensor) -> tuple[int, int]:
         """Bytes that one step keeps for back-propagation, and those that come and go besides."""
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _plain_attention():
             state = torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_()
             with AllocationAccount() as account:
                 drift = self._tried("score net", self.score, state, torch.zeros(len(x), dtype=x.dtype, device=x.device))
@@ -155,26 +159,27 @@ class Definition:
         """The same of a step function, which may do with numbers what fake tensors do not have: one image takes step 0."""
         one = x[:1]
         rows = torch.zeros((self.method.num_noises, *one.shape), dtype=x.dtype, device=x.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), _plain_attention():
             state = _leaves(self._steps((2.0 * one - 1.0,), ReplayedNoise(rows), 0, 1))
             # From its result: another first step, as far as memory goes.
             with AllocationAccount([*state, rows]) as account:
-                after = self.method.definition(
-                    (state[0],), self.score, self.classifier, ReplayedNoise(rows), steps=range(1), detached=self.detached
-                )
+                after = self.method.definition((state[0],), self._called, ReplayedNoise(rows), range(1))
                 kept = account.live
                 _pull(after, [torch.zeros_like(tensor) for tensor in after], state)
         return len(x) * kept, len(x) * max(account.peak - kept, 0)
 
     def _steps(self, state: StepState, noise: ReplayedNoise, first: int, last: int) -> StepState:
-        return self.method.definition(
-            state, self.score, self.classifier, noise, steps=range(first, last), detached=self.detached
-        )
+        return self.method.definition(state, self._called, noise, range(first, last))
 
     def _end(self, state: StepState) -> torch.Tensor:
         x = self.method.finish(state)
         purified = ((x.clamp(-1.0, 1.0) if self.method.clamp else x) + 1.0) * 0.5
         return purified if self.head is None else self.head(purified)
+
+
+def _plain_attention() -> contextlib.AbstractContextManager:
+    """Fused attention has no second derivative, which the gradient through guidance is; the plain formula has."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _leaves(state: StepState) -> StepState:

@@ -11,21 +11,21 @@ from torch import nn
 
 from coupfast.engine import Programs, cpu, cuda, eager
 from coupfast.engine.networks import dtype_and_device
+from coupfast.engine.precision import FLOAT32_PRECISIONS, PRECISIONS
 from coupfast.options import check_name, option
 
 ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare, "cuda": cuda.prepare}
-PRECISIONS = cuda.PRECISIONS
-#: What runs without tensor cores, hence everywhere; the others are the cuda engine's.
-FLOAT32_PRECISIONS = ("strict", "fast")
+#: What can be chosen about each engine that has something to choose.
+OPTIONS: dict[str, Any] = {"cpu": cpu.Options, "cuda": cuda.Options}
 
 
-def _switches(word: str) -> dict[str, bool]:
-    """compile=false,graphs=true → {"compile": False, "graphs": True}"""
+def _choices(word: str) -> dict[str, bool | int]:
+    """compile=false,largest_tile=2 → {"compile": False, "largest_tile": 2}"""
     values = {"true": True, "false": False}
     pairs = [part.partition("=") for part in word.split(",") if part]
-    if not all(value in values for _, _, value in pairs):
-        raise ValueError(f"{word!r} is no list of NAME=true and NAME=false")
-    return {name: values[value] for name, _, value in pairs}
+    if not all(value in values or value.isdecimal() for _, _, value in pairs):
+        raise ValueError(f"{word!r} is no list of NAME=true, NAME=false and NAME=number")
+    return {name: values[value] if value in values else int(value) for name, _, value in pairs}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,24 +40,26 @@ class Engine:
             and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up
             to 1e-5. `"3xtf32"` and `"tf32"` use a GPU's tensor cores (engine `"cuda"` only): with every product of the 3x3
             convolutions split in three, close to fp32; and with products of 11 bits.
-        options: Parts of the cuda engine to switch off, to find out which is at fault: `compile`, `graphs`, `triton`.
+        options: Of the cuda engine, parts to switch off, to find out which is at fault: `compile`, `graphs`, `triton`. Of the
+            cpu engine `largest_tile`, see `coupfast.engine.cpu.Options`.
     """
 
     name: str = option("auto", keyword="engine", choices=("auto", *ENGINES), help="what runs the steps")
     precision: str = option("strict", choices=PRECISIONS, help="strict: float32 as IEEE 754 has it")
-    options: Mapping[str, bool] = option(
+    options: Mapping[str, bool | int] = option(
         {},
         keyword="engine_options",
-        help="parts of the cuda engine to switch off, as compile=false,graphs=false,triton=false",
-        parse=_switches,
-        metavar="NAME=false,...",
+        help="of the cuda engine, parts to switch off: compile=false,graphs=false,triton=false; of the cpu: largest_tile=2",
+        parse=_choices,
+        metavar="NAME=VALUE,...",
     )
 
     def __post_init__(self) -> None:
         check_name("engine", self.name, ("auto", *ENGINES))
         check_name("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "options", dict(self.options or {}))
-        cuda.Options.of(self.options)
+        owners = [engine for engine in OPTIONS if set(self.options) <= self._known(engine)]
+        OPTIONS[owners[0] if owners else "cuda"].of(self.options)
 
     def prepare(
         self,
@@ -69,13 +71,33 @@ class Engine:
         differentiate_guidance: bool,
     ) -> Programs:
         """Programs of the engine that `name` is, after a look at whether it has what these settings ask for."""
-        extra: dict[str, Any] = {}
-        if name == "cuda":
-            extra = {"precision": self.precision, "options": self.options}
-        elif self.precision not in FLOAT32_PRECISIONS or self.options:
-            found = f"engine_options={self.options}" if self.options else f"{self.precision!r}"
-            raise ValueError(f"{found} is for the cuda engine; this purifier runs on {name!r}")
+        extra: dict[str, Any] = {"precision": self.precision} if name == "cuda" else {}
+        if name != "cuda" and self.precision not in FLOAT32_PRECISIONS:
+            raise ValueError(f"{self.precision!r} is for the cuda engine; this purifier runs on {name!r}")
+        self._check_options(name)
+        if self.options:
+            extra["options"] = self.options
         return ENGINES[name](score, classifier, table, example, differentiate_guidance=differentiate_guidance, **extra)
+
+    def decided(self, name: str, score: nn.Module, classifier: nn.Module | None) -> Engine:
+        """The same with what its options leave open decided, as the engine `name` would decide it now on these networks.
+
+        Runs that are given it have the same bits, whatever memory is free when they are made.
+        """
+        self._check_options(name)
+        if name != "cpu":
+            return self
+        options = cpu.Options.of(self.options).decided(score, classifier)
+        return dataclasses.replace(self, options=dataclasses.asdict(options))
+
+    def _check_options(self, name: str) -> None:
+        if not set(self.options) <= self._known(name):
+            owner = next(engine for engine in OPTIONS if set(self.options) <= self._known(engine))
+            raise ValueError(f"engine_options={self.options} is for the {owner} engine; this purifier runs on {name!r}")
+
+    @staticmethod
+    def _known(name: str) -> set[str]:
+        return {field.name for field in dataclasses.fields(OPTIONS[name])} if name in OPTIONS else set()
 
 
 def fastest_engine(score: nn.Module) -> tuple[str, str | None]:

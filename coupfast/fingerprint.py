@@ -15,8 +15,8 @@ from torch import nn
 
 from coupfast.derivatives import outside_transforms
 
-# Sums over every so-many-th word: an exchange of weights shows, unless by multiples of this within one tensor.
-_COLUMNS = 61
+# Words of a run that is summed: an exchange of weights shows, unless it is within one run of a large tensor.
+_RUN = 61
 _SMALL = 2**13  # words
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HOOKS = (
@@ -102,7 +102,7 @@ def _bits(tensors: list[torch.Tensor]) -> str:
     sums: list[torch.Tensor] = []
 
     def flush(key: tuple[torch.device, torch.dtype]) -> None:
-        sums.extend(_sums(torch.cat(gathered.pop(key))))
+        sums.extend(_sums(torch.cat(gathered.pop(key)), columns=True))
 
     with outside_transforms(), torch.no_grad():
         for tensor in tensors:
@@ -126,7 +126,9 @@ def _bits(tensors: list[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sums(words: torch.Tensor) -> list[torch.Tensor]:
-    """Sums over columns, which may overflow: they wrap, and no wider copy of the weights is made."""
-    whole = len(words) - len(words) % _COLUMNS
-    return [words[:whole].view(-1, _COLUMNS).sum(dim=0, dtype=words.dtype), words[whole:]]
+def _sums(words: torch.Tensor, *, columns: bool = False) -> list[torch.Tensor]:
+    """Sums of short runs, as fast as memory is read; they may overflow and wrap, and no wider copy of the weights is made."""
+    whole = len(words) - len(words) % _RUN
+    runs = words[:whole].view(-1, _RUN)
+    found = [runs.sum(dim=1, dtype=words.dtype), words[whole:]]
+    return [*found, runs.sum(dim=0, dtype=words.dtype)] if columns else found

@@ -29,6 +29,32 @@ from coupfast.solvers import SOLVERS, CoefficientTable, Solver
 StepState: TypeAlias = tuple[torch.Tensor, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """What a step function may call: frozen networks in the run's dtype.
+
+    Attributes:
+        score: (x_k in the [-1, 1] scale, labels (batch,)) → ε̂.
+        classifier: Images in [0, 1] → logits; None for a method without guidance.
+        detached: Whether gradients take the guidance as a constant.
+    """
+
+    score: nn.Module
+    classifier: nn.Module | None
+    detached: bool = False
+
+    def eps_hat(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """ε̂(x, 999 t)."""
+        labels = torch.full((len(x),), 999.0 * t, dtype=x.dtype, device=x.device)
+        return self.score(x, labels)
+
+    def guidance(self, x: torch.Tensor) -> torch.Tensor:
+        """∇ log max_y p(y | x) with respect to x in [-1, 1], differentiable where gradients are on unless `detached`."""
+        if self.classifier is None:
+            raise ValueError("this method follows a classifier, and says `guided = False`")
+        return reference.confidence_gradient(self.classifier, x, detached=self.detached)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
     """How an image is purified; a frozen dataclass whose fields are the knobs.
@@ -69,26 +95,16 @@ class Method(abc.ABC):
         return state[0]
 
     @abc.abstractmethod
-    def definition(
-        self,
-        state: StepState,
-        score: nn.Module,
-        classifier: nn.Module | None,
-        noise: Noise,
-        *,
-        steps: range,
-        detached: bool = False,
-    ) -> StepState:
+    def definition(self, state: StepState, networks: Networks, noise: Noise, steps: range) -> StepState:
         """Some of the steps once more, as slowly and obviously as they can be written; back-propagation goes through them.
 
         The certificate compares with this. It shares no code with the engines and the adjoint.
 
         Args:
             state: Where the first of the steps begins, in the dtype to compute in; (x_0,) for step 0, forward noising not done.
-            score, classifier: Networks in that dtype.
+            networks: In that dtype.
             noise: The run's.
             steps: Consecutive step indices.
-            detached: Take the guidance as a constant in gradients.
 
         Returns:
             The state after the last of the steps.
@@ -130,16 +146,7 @@ class TableMethod(Method):
     def num_noises(self) -> int:
         return self.recipe().num_noises
 
-    def definition(
-        self,
-        state: StepState,
-        score: nn.Module,
-        classifier: nn.Module | None,
-        noise: Noise,
-        *,
-        steps: range,
-        detached: bool = False,
-    ) -> StepState:
+    def definition(self, state: StepState, networks: Networks, noise: Noise, steps: range) -> StepState:
         recipe = self.recipe()
         table, x = recipe.table, state[0]
         if steps.start == 0:
@@ -150,12 +157,12 @@ class TableMethod(Method):
             state = (x, x_in)
         return reference.rows_ref(
             state,
-            score,
-            classifier,
+            networks.score,
+            networks.classifier,
             [table.row(k) for k in steps],
             [float(table.labels[k]) for k in steps],
             [(noise.z(k, x), noise.z2(k, x) if table.f is not None else None) for k in steps],
-            detached=detached,
+            detached=networks.detached,
         )
 
 
@@ -244,33 +251,24 @@ class DiffusionMethod(TableMethod):
     def coarse(self, chosen: Sequence[int]) -> CoefficientTable:
         return self.table(self.grid[list(chosen)])
 
-    def definition(
-        self,
-        state: StepState,
-        score: nn.Module,
-        classifier: nn.Module | None,
-        noise: Noise,
-        *,
-        steps: range,
-        detached: bool = False,
-    ) -> StepState:
+    def definition(self, state: StepState, networks: Networks, noise: Noise, steps: range) -> StepState:
         if self.solver not in ("euler-maruyama", "probability-flow"):
-            return super().definition(state, score, classifier, noise, steps=steps, detached=detached)
+            return super().definition(state, networks, noise, steps)
         # The SDE itself, through torchsde: not even the coefficients are shared.
         grid, (x,) = self.grid, state
         noising = steps.start == 0 and self.recipe().noising is not None
         rows = [noise.z(k, x) for k in steps] + ([noise.z(-1, x)] if noising else [])
         end = reference.purify_ref(
             x,
-            score,
-            classifier,
+            networks.score,
+            networks.classifier,
             torch.stack(rows),
             grid=grid[steps.start : steps.stop + 1],
             forward_noising=noising,
             dynamics=self.solver,  # type: ignore[arg-type]
             guidance_scale=self.scale,
             sde=self.sde,
-            detached=detached,
+            detached=networks.detached,
         )
         return (end,)
 
@@ -346,32 +344,6 @@ class DiffPure(DiffusionMethod):
         return Recipe(self.table(grid), (float(np.sqrt(alpha_bar)), float(np.sqrt(1.0 - alpha_bar))))
 
 
-@dataclasses.dataclass(frozen=True)
-class Networks:
-    """What a step function may call: frozen networks in the run's dtype.
-
-    Attributes:
-        score: (x_k in the [-1, 1] scale, labels (batch,)) → ε̂.
-        classifier: Images in [0, 1] → logits; None for a method without guidance.
-        detached: Whether gradients take the guidance as a constant.
-    """
-
-    score: nn.Module
-    classifier: nn.Module | None
-    detached: bool = False
-
-    def eps_hat(self, x: torch.Tensor, t: float) -> torch.Tensor:
-        """ε̂(x, 999 t)."""
-        labels = torch.full((len(x),), 999.0 * t, dtype=x.dtype, device=x.device)
-        return self.score(x, labels)
-
-    def guidance(self, x: torch.Tensor) -> torch.Tensor:
-        """∇ log max_y p(y | x) with respect to x in [-1, 1], differentiable where gradients are on unless `detached`."""
-        if self.classifier is None:
-            raise ValueError("this method follows a classifier, and says `guided = False`")
-        return reference.confidence_gradient(self.classifier, x, detached=self.detached)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepMethod(Method):
     """A method whose steps are any function; a subclass gives `num_steps` and `step`.
@@ -400,17 +372,7 @@ class StepMethod(Method):
             noise: `noise.z(j, like)` is standard normal noise number j of `num_noises`, of the shape of `like`.
         """
 
-    def definition(
-        self,
-        state: StepState,
-        score: nn.Module,
-        classifier: nn.Module | None,
-        noise: Noise,
-        *,
-        steps: range,
-        detached: bool = False,
-    ) -> StepState:
-        networks = Networks(score, classifier, detached)
+    def definition(self, state: StepState, networks: Networks, noise: Noise, steps: range) -> StepState:
         if steps.start == 0:
             state = self.start(state[0], noise)
         for k in steps:

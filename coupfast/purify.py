@@ -31,6 +31,7 @@ from coupfast.engine import CounterNoise, Noise, ReplayedNoise
 from coupfast.engine.networks import check_eval, dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
 from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerprint
+from coupfast.forked import check_threads
 from coupfast.gradients import Adjoint
 from coupfast.methods import Recipe, TableMethod, method_name
 from coupfast.models.zoo import as_network, is_adoptable
@@ -134,6 +135,7 @@ class Purifier(nn.Module):
                     progress=progress,
                 )
         refuse_transforms()
+        check_threads()
         check_images(x, bounded=self.settings.method.out_of_range == "refuse")
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)

@@ -6,8 +6,9 @@ coefficients, no guidance code, no kernels; its noise is an argument. Two readin
 * `purify_ref`: time is the step index, so that one torchsde step is one step of the given grid, and the increments are
   replayed. In float64 it agrees with the fast loop to rounding. (`rows_ref` is the same for methods that are no SDE but rows
   of coefficients: the formula, step by step.)
-* `purify_published`: what DiffPure's and COUP's code asks of torchsde: `sdeint_adjoint` on s = 1 − t in float32, increments
-  from a Brownian interval, parameters not frozen, COUP's guidance by `.backward(retain_graph=True)` on a detached copy.
+* `purify_published`: what DiffPure's and COUP's code asks of torchsde: `sdeint_adjoint` on s = 1 − t in float32, in torchsde's
+  default steps of 1e-3, forwards from t and backwards from t = 1e-5, increments from a Brownian interval, parameters not
+  frozen, COUP's guidance by `.backward(retain_graph=True)` on a detached copy.
 
 States are in the [-1, 1] scale here; neither function clips.
 """

@@ -7,9 +7,9 @@ from conftest import relu_classifier, silu_classifier, small_score
 from torch import nn
 
 import coupfast
-from coupfast.certificate import check_gradient
 from coupfast.definition import Definition
 from coupfast.engine.memory import AllocationAccount
+from coupfast.gradient_check import check_gradient
 from coupfast.purify import PurifiedClassifier, Purifier
 from coupfast_kernels.noise import standard_normal_ref
 
@@ -165,7 +165,7 @@ def test_signal_to_noise():
 
 def test_signal_is_unbiased():
     """Of pure noise, the signal is zero on average; ‖ḡ‖² alone would be S²/m."""
-    from coupfast.certificate import _Check
+    from coupfast.gradient_check import _Check
 
     generator = torch.Generator().manual_seed(0)
     trials, draws = 400, 3
@@ -312,3 +312,26 @@ def test_networks_that_fix_their_dtype(network, problem):
     small = defense(torch.float32, network=network())
     with pytest.raises(ValueError, match=f"score net with torch.float64 weights {problem}.* dtype"):
         check_gradient(small, photos(torch.float32), images=1, draws=0, directions=0)
+
+
+class Attending(nn.Module):
+    """A classifier with fused attention, which has no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Conv2d(3, 8, 2, stride=2), nn.Linear(8, 10)
+
+    def forward(self, x):
+        tokens = self.inner(x).flatten(2).transpose(1, 2)[:, None]
+        attended = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return self.out(attended.mean(dim=(1, 2)))
+
+
+def test_attention_has_a_certificate():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = Attending().double().eval()
+    found = check_gradient(
+        PurifiedClassifier(Purifier(SmallScore().double().eval(), classifier, num_steps=2), classifier), photos(), **PLAIN
+    )
+    assert found.verdict == "exact" and found.relative_error < 1e-10

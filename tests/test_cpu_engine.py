@@ -18,8 +18,10 @@ from test_purify import definition
 from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier, purify
-from coupfast.certificate import check_gradient
+from coupfast.engine.cpu import options as cpu_options
 from coupfast.engine.cpu.programs import KEPT_BATCHES, CpuPrograms
+from coupfast.engines import Engine
+from coupfast.gradient_check import check_gradient
 from coupfast.solvers import SOLVERS
 from coupfast_kernels import native
 
@@ -77,7 +79,8 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_error_is_within_four_times_eagers(images, method, solver, make_classifier):
-    options = {"method": method, "solver": solver, "num_steps": 4, "guidance_scale": 3.0, "clamp": False}
+    options = {"method": method, "solver": solver, "num_steps": 4, "clamp": False}
+    options |= {"guidance_scale": 3.0} if method == "coup" else {}
     exact = Purifier(small_score(), make_classifier(), **options)
     noise = rows(exact, images)
     wanted = definition(exact, images.double(), noise.double(), solver)
@@ -619,6 +622,56 @@ def test_bits_do_not_depend_on_addresses(make_classifier):
         results.append((purifier(x, seed=0), gradient(purifier, x, seed=0)))
     for found, expected in zip(*results, strict=True):
         assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("largest", [4, 2, 1])
+def test_the_choice_of_algorithms_can_be_kept(monkeypatch, caplog, largest):
+    """Left open it follows from the memory that is free; what it came to gives the same bits with any other memory free."""
+    import coupfast
+
+    networks = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    weights = sum(w.nbytes for network in networks for w in network.parameters() if w.dim() == 4)
+    # Twice what all that are allowed take packed, for a convolution and for its transpose.
+    needed = {4: 4 * weights * (1 + 16 / 9 + 4), 2: 4 * weights * (1 + 16 / 9), 1: 0}
+
+    def run(free: float, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(cpu_options, "available_bytes", lambda device: int(free) + 2)
+        purifier = Purifier(*networks, num_steps=2, engine="cpu", memory_budget="least", **options)
+        return purifier(x, seed=0), gradient(purifier, x, seed=0)
+
+    expected = run(needed[largest])
+    assert ("F(4x4)" in caplog.text) == (largest < 4) and ("F(2x2)" in caplog.text) == (largest < 2)
+    decided = Engine(name="cpu").decided("cpu", *networks)
+    assert decided.options == {"largest_tile": largest}
+    assert decided.decided("cpu", *networks) == decided
+    caplog.clear()
+    for free in (needed[4], 0):
+        for found, wanted in zip(run(free, engine_options=decided.options), expected, strict=True):
+            assert_equal(found, wanted)
+    assert not caplog.text
+    others = run(needed[4], engine_options={"largest_tile": 1 if largest > 1 else 4})
+    assert not torch.equal(others[0], expected[0])  # the choice is one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"largest_tile": 3}, r"`engine_options\['largest_tile'\]` is 1, 2 or 4, got 3"),
+        ({"largest_tile": True}, "is 1, 2 or 4, got True"),
+        ({"largest": 2}, "got 'largest'"),
+    ],
+)
+def test_options_that_do_not_exist(score, options, message):
+    with pytest.raises(ValueError, match=message):
+        Purifier(score, method="reverse-sde", engine="cpu", engine_options=options)
+
+
+def test_options_of_another_engine(score, images):
+    with pytest.raises(ValueError, match="{'largest_tile': 2} is for the cpu engine; this purifier runs on 'eager'"):
+        Purifier(score, method="reverse-sde", engine="eager", engine_options={"largest_tile": 2})(images)
+    with pytest.raises(ValueError, match="{'graphs': False} is for the cuda engine; this purifier runs on 'cpu'"):
+        Purifier(score, method="reverse-sde", engine="cpu", engine_options={"graphs": False})(images)
 
 
 def test_another_default_dtype(score, classifier, images):

@@ -14,7 +14,7 @@ from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coupfast import Purifier
+from coupfast import Purifier, engines, trials
 from coupfast.engine import CounterNoise, cuda
 from coupfast.engine.cuda import pieces as pieces_module
 from coupfast.engine.cuda import programs as programs_module
@@ -528,8 +528,7 @@ class TestRefuses:
 
     def test_tensors_on_two_gpus(self, backends, score, classifier, images, monkeypatch):
         places = iter([torch.device("cpu"), torch.device("cuda:1")])
-        purify = sys.modules["coupfast.purify"]
-        monkeypatch.setattr(purify, "dtype_and_device", lambda network: (torch.float32, next(places)))
+        monkeypatch.setattr(trials, "dtype_and_device", lambda network: (torch.float32, next(places)))
         with pytest.raises(ValueError, match=r"images are on cpu, the classifier is on cuda:1; move one of them"):
             purifier(score, classifier)(images)
 
@@ -712,11 +711,11 @@ def test_graphs_share_their_weights(backends, score, classifier, images, monkeyp
 
 def test_auto_takes_it_on_a_gpu(score, monkeypatch):
     """Nothing runs: only the choice."""
-    purify = __import__("importlib").import_module("coupfast.purify")
-    monkeypatch.setattr(purify, "dtype_and_device", lambda network: (torch.float32, torch.device("cuda")))
+    monkeypatch.setattr(engines, "dtype_and_device", lambda network: (torch.float32, torch.device("cuda")))
     monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: None)
-    assert purify._choose_engine(score) == ("cuda", None)
+    assert engines.fastest_engine(score) == ("cuda", None)
     monkeypatch.setattr(cuda, "unavailable", lambda dtype, device: "no Triton")
-    assert purify._choose_engine(score) == ("eager", "no Triton")
-    monkeypatch.setattr(purify, "dtype_and_device", lambda network: (torch.float64, torch.device("cuda")))
-    assert purify._choose_engine(score) == ("eager", "the others run float32 on cpu or cuda, not torch.float64 on cuda")
+    assert engines.fastest_engine(score) == ("eager", "no Triton")
+    monkeypatch.setattr(engines, "dtype_and_device", lambda network: (torch.float64, torch.device("cuda")))
+    reason = "the others run float32 on cpu or cuda, not torch.float64 on cuda"
+    assert engines.fastest_engine(score.double()) == ("eager", reason)

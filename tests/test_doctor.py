@@ -84,8 +84,8 @@ def test_a_wrong_engine_is_found(monkeypatch):
 
 def test_a_wrong_transpose_is_found(monkeypatch):
     class Program(eager.EagerProgram):
-        def step_vjp(self, k, x_k, saved, v):
-            return guided_step_ref(super().step_vjp(k, x_k, saved, v), 1e-4 * v, None, (1.0, 1.0, 0.0, 0.0))
+        def step_vjp(self, k, x_k, saved, v, *, more=None):
+            return guided_step_ref(super().step_vjp(k, x_k, saved, v, more=more), 1e-4 * v, None, (1.0, 1.0, 0.0, 0.0))
 
     def prepare(score, classifier, table, example, *, differentiate_guidance=True):
         return Program(score, None, table, example, differentiate_guidance)
@@ -101,9 +101,9 @@ def test_engines_that_refuse_break_or_give_nan(monkeypatch):
         raise RuntimeError("needs a GPU of compute capability 8.0")
 
     class Broken(eager.EagerProgram):
-        def step(self, k, x_k, noise, keep="nothing"):
+        def step(self, k, x_k, noise, keep="nothing", *, more=None):
             if keep == "activations":  # not while memory is accounted
-                return super().step(k, x_k, noise, keep)
+                return super().step(k, x_k, noise, keep, more=more)
             raise IndexError("no such tile")
 
     def breaks(score, classifier, table, example, **options):

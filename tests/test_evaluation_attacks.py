@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from coupfast.evaluation import Spec, evaluate
 from coupfast.evaluation.attacks import APGD, PGD
-from coupfast.evaluation.attacks.autoattack import OFFERS
+from coupfast.evaluation.attacks.autoattack import OFFERS, Square
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.protocols import OFFICIAL, judged, scores
 from coupfast.evaluation.suites import SUITES, find
@@ -393,3 +393,42 @@ def test_a_random_start_is_uniform_in_the_ball(norm):
     for moment, values in ((0.0, direction), (expected, direction**4)):
         error = values.mean(dim=0) - moment
         assert float((error / values.std(dim=0)).abs().max()) < 5 / n**0.5  # five standard deviations
+
+
+class Flickering(torch.nn.Module):
+    """Two clusters of answers: each copy of an image in a call gets noise of its own, and one draw says little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x))
+        margin = x.mean(dim=(1, 2, 3)) - 0.48 + 0.2 * torch.randn(len(x))
+        return torch.stack([margin, -margin], dim=1)
+
+
+def test_square_asks_several_draws_a_query():
+    model = Flickering().eval()
+    seen = []
+
+    class Spy(Metered):
+        def forward(self, x, **options):
+            logits = super().forward(x, **options)
+            seen.append(logits)
+            return logits
+
+    x, y = torch.full((3, 3, 8, 8), 0.5), torch.zeros(3, dtype=torch.int64)
+    attack = Square(queries=5, eot_iter=64)
+    torch.manual_seed(0)
+    answers = attack._averaged(Spy(model))(x)
+    assert model.calls == [3 * 64]
+    torch.testing.assert_close(answers, seen[0].view(64, 3, 2).mean(dim=0), rtol=0, atol=0)
+    # The margin is 0.02 and a draw's noise ten times as large: one draw is wrong almost every other time, the mean hardly is.
+    single = torch.stack([Square()._averaged(Metered(model))(x).argmax(dim=1) for _ in range(200)])
+    mean = torch.stack([attack._averaged(Metered(model))(x).argmax(dim=1) for _ in range(200)])
+    assert float((single != 0).double().mean()) > 0.35 > 0.3 > float((mean != 0).double().mean())
+    metered = Metered(model)
+    attack.run(metered, x, y, seed=0)
+    assert 3 * 64 <= metered.forward_images <= 3 * (attack.cost().forward + attack.cost().again)
+    assert attack.replicas == 64

@@ -273,3 +273,19 @@ def test_report(networks, tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
     assert run("report", tmp_path / "run", "--out", "report.pdf") == 2
     assert "written as HTML" in capsys.readouterr().err
+
+
+def test_images_in_folders_of_other_classes(tmp_path):
+    """Labels follow from `--classes`; without it the folders' names are asked for."""
+    from coupfast.data import load_images, save_images
+
+    x, _ = load_images("cifar10-20", limit=2)
+    for i, name in enumerate(("tabby", "pug")):
+        save_images(x[i : i + 1], tmp_path / "images" / name, ["0"])
+    options = [tmp_path / "images", "--attack", "none", "--method", "none", "--draws", 1, "--out", tmp_path / "run"]
+    assert run("evaluate", *options) == 2
+    assert run("evaluate", *options, "--classes", "pug,tabby") == 0
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        assert ledger.configuration["spec"]["classes"] == ["pug", "tabby"]
+        assert sorted(ledger.configuration["images"]["labels"]) == [0, 1]
+    assert run("evaluate", "--resume", tmp_path / "run") == 0

@@ -129,3 +129,21 @@ def test_settings_may_be_an_object():
 def test_says_what_is_wrong(call, error, message, tmp_path):
     with pytest.raises(error, match=message):
         call(*labelled(2), tmp_path)
+
+
+def test_a_run_keeps_what_the_engine_decided_by_free_memory(tmp_path, monkeypatch):
+    """Continued where less memory is free it has the same bits: the choice is the run's, not the moment's."""
+    from coupfast.engine.cpu import options as cpu_options
+
+    monkeypatch.setattr(cpu_options, "available_bytes", lambda device: 2**20)
+    spec = Spec(purifier={"t": 0.06, "num_steps": 1}, attack="none", limit=2, draws=2, paths=0)
+    x, y = spec.load()
+    little = evaluate(spec, x, y, out=tmp_path / "little")
+    with Ledger(tmp_path / "little", read_only=True) as ledger:
+        assert ledger.configuration["defense"]["engine"]["options"] == {"largest_tile": 1}
+    monkeypatch.undo()
+    again = evaluate(spec, x, y, out=tmp_path / "little", resume=True)
+    much = evaluate(spec, x, y, out=tmp_path / "much")
+    with Ledger(tmp_path / "much", read_only=True) as ledger:
+        assert ledger.configuration["defense"]["engine"]["options"] == {"largest_tile": 4}
+    assert again.fingerprint == little.fingerprint != much.fingerprint

@@ -64,8 +64,10 @@ if INTERPRETED:
     class TestInterpreted:
         @pytest.mark.parametrize("kernel", [k for k in KERNELS if k.interpret is not None], ids=lambda kernel: kernel.name)
         def test_agrees_with_its_definition(self, kernel):
+            """On two of its cases, since the interpreter is slow: what else can be interpreted has files of its own."""
             kernel.interpret()
-            for case in kernel.checks():
+            first, *_, last = kernel.checks()
+            for case in (first, last):
                 comparison = parity.compare(case.make(torch.device("cpu")))
                 assert comparison.agrees, f"{case.name}: {comparison}"
 

@@ -28,7 +28,7 @@ def _measurements():
                         yield pytest.param(kernel, case, implementation, torch.device(device), id=name)
 
 
-@pytest.mark.parametrize(("kernel", "case", "implementation", "device"), _measurements())
+@pytest.mark.parametrize(("kernel", "case", "implementation", "device"), list(_measurements()))
 def test_kernel(kernel, case, implementation, device, measure, benchmark, monkeypatch):
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -13,6 +13,7 @@ from torch import nn
 from coupfast.gradients import GRADIENTS
 from coupfast.methods import METHODS, Method
 from coupfast.models.checkpoints import state_dict_sha256
+from coupfast.models.registry import Kind
 from coupfast.models.zoo import choices, load_classifier, load_score
 from coupfast.naming import is_reference, resolve
 from coupfast.options import Option, options_of
@@ -79,7 +80,8 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
             "--gradient",
             choices=tuple(GRADIENTS),
             default=argparse.SUPPRESS,
-            help="what the backward pass computes (default: " + ("the one that the attack is made for)" if none else "exact)"),
+            help="what the backward pass computes; an adjoint's error depends on the steps "
+            f"(default: {'the one that the attack is made for' if none else 'exact'})",
         )
         chosen += known["gradient"]
     seen = set()
@@ -96,31 +98,20 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
 
 
 def _add_networks(group: Any) -> None:
-    told = f"(default: {DEFAULT_NETWORK})"
-    group.add_argument(
-        "--score",
-        default=argparse.SUPPRESS,
-        metavar="NAME|FILE",
-        help=f"score network: {choices('score')} {told}",
-    )
-    group.add_argument(
-        "--score-weights",
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="weights for a NAME that does not ship with the package",
-    )
-    group.add_argument(
-        "--classifier",
-        default=argparse.SUPPRESS,
-        metavar="NAME|FILE",
-        help=f"classifier: {choices('classifier')} {told}",
-    )
-    group.add_argument(
-        "--classifier-weights",
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="weights for a NAME that does not ship with the package",
-    )
+    named: tuple[tuple[Kind, str], ...] = (("score", "score network"), ("classifier", "classifier"))
+    for kind, name in named:
+        group.add_argument(
+            f"--{kind}",
+            default=argparse.SUPPRESS,
+            metavar="NAME|FILE",
+            help=f"{name}: {choices(kind)} (default: {DEFAULT_NETWORK})",
+        )
+        group.add_argument(
+            f"--{kind}-weights",
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="weights for a NAME that does not ship with the package",
+        )
     group.add_argument(
         "--activation",
         choices=["relu", "silu"],

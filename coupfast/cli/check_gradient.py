@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from coupfast.batches import gather
-from coupfast.certificate import check_gradient
 from coupfast.cli.arguments import add_command, add_noise, add_purification, load_given_classifier, load_purifier
 from coupfast.cli.reports import command_line, environment, refuse_existing, show
+from coupfast.gradient_check import check_gradient
 from coupfast.purify import PurifiedClassifier
 
 

@@ -29,6 +29,14 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
     add("images", nargs="?", default=none, metavar="IN", help=images)
     add("--limit", type=int, default=none, metavar="N", help="the first N images, which must exist")
     add(
+        "--classes",
+        type=lambda word: tuple(name.strip() for name in word.split(",") if name.strip()),
+        default=none,
+        metavar="NAME,...",
+        help="names of the classes in the order of their labels, where images are in subfolders of such names (default: those "
+        "of CIFAR-10)",
+    )
+    add(
         "--paper",
         action="store_true",
         help="the paper's images, networks, times, radii (for --norm) and seed unless given; an evaluation needs their "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.evaluation import building, checks
+from coupfast.evaluation import building, checks, purification
 from coupfast.evaluation.building import Given
 from coupfast.evaluation.configuration import configuration, difference, environment
 from coupfast.evaluation.dispatch import dispatch
@@ -24,6 +24,7 @@ from coupfast.evaluation.pools import InProcess, Pool, Processes
 from coupfast.evaluation.result import Evaluation
 from coupfast.evaluation.spec import GIVEN, Spec
 from coupfast.evaluation.worker import Rules, Worker
+from coupfast.purify import Purifier
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,9 @@ def evaluate(
     x, y = checks.checked_images(x, y, paths=spec.paths)
     stages, device = spec.stages(), torch.device(devices[0])
     metered = Metered(build(devices[0]))
+    if defense is None and spec.defense is None and metered.purified is not None:
+        spec = _decided(spec, metered.purified.purifier, Path(out) if resume and out is not None else None)
+        build = spec.builder()
     checks.check_attacks(stages, x, y, checks.classes_of(metered, x, device))
     described, randomized = metered.describe(), True
     if metered.purified is None:
@@ -149,6 +153,25 @@ def evaluate(
             schedule = spec.schedule(len(x), attack_all=randomized)
             dispatch(ledger, schedule, x.numpy(), y.numpy(), pool, costs=spec.costs(), progress=progress)
     return Evaluation(folder, x=x, temporary=temporary)
+
+
+def _decided(spec: Spec, purifier: Purifier, folder: Path | None) -> Spec:
+    """The spec with what the engine decides by the memory that is free: as the run in a folder has it, else as it is now.
+
+    All workers, and whoever continues the run, get it from there: bits must not follow what else runs on a machine.
+    """
+    if folder is None:
+        options = purification.decisions(purifier)
+    else:
+        with Ledger(folder, read_only=True) as ledger:
+            options = ledger.configuration["defense"].get("engine", {}).get("options", {})
+    if not options:
+        return spec
+    spec = spec.but(engine_options=options)
+    settings = spec.settings()
+    assert settings is not None
+    purifier.settings = settings
+    return spec
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from coupfast.certificate import check_gradient
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.plan import Plan, plan
 from coupfast.evaluation.spec import Spec
+from coupfast.gradient_check import check_gradient
 
 
 def certified_by_default(spec: Spec) -> int:

@@ -82,6 +82,12 @@ def plans_memory(settings: Settings) -> bool:
     return not isinstance(settings.gradient, Adjoint)
 
 
+def decisions(purifier: Purifier) -> dict[str, Any]:
+    """The engine's options with everything decided that would follow from the machine's state."""
+    engine = purifier.settings.engine.decided(purifier.engine, purifier.score, purifier.classifier)
+    return dict(engine.options)
+
+
 def describe(purifier: Purifier) -> dict[str, Any]:
     """What decides a purifier's output and gradient beside its networks and the noise, as JSON has it."""
     settings = purifier.settings

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from coupfast.data import load_images
+from coupfast.data import CIFAR10_CLASSES, load_images
 from coupfast.evaluation import purification, suites
 from coupfast.evaluation.attacks import Attack, Cost, knobs
 from coupfast.evaluation.building import Builder, Named, Networks
@@ -33,6 +33,7 @@ class Spec:
     """An evaluation. The first fields are the options of `load_images`, `load_score` and `load_classifier`.
 
     Attributes:
+        classes: Names of the classes in the order of their labels, for images in subfolders; None takes CIFAR-10's.
         purifier: `Settings`, or those keywords of `Settings.of` that are not its defaults (the gradient's is the one that the
             attack is made for, with the least memory, which never splits a batch). None: the classifier alone.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
@@ -55,6 +56,7 @@ class Spec:
 
     images: str = "cifar10-20"
     limit: int | None = None
+    classes: tuple[str, ...] | None = None
     score: str = "cifar10-tiny"
     score_weights: str | None = None
     classifier: str = "cifar10-tiny"
@@ -84,6 +86,8 @@ class Spec:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
+        if self.classes is not None:
+            self._set(classes=tuple(self.classes))
         if not isinstance(self.paths, int):
             self._set(paths=tuple(sorted(set(self.paths))))  # a list, where it comes from JSON
         if self.paths != () and (self.paths if isinstance(self.paths, int) else self.paths[0]) < 0:
@@ -195,7 +199,7 @@ class Spec:
         Raises:
             ValueError: if there are no labels, or fewer images than `limit`.
         """
-        x, y = load_images(self.images, limit=self.limit)
+        x, y = load_images(self.images, limit=self.limit, classes=self.classes or CIFAR10_CLASSES)
         if y is None:
             raise ValueError(f"{self.images} has no labels, and an accuracy needs them: use subfolders, or an .npz with `y`")
         if self.limit is not None and len(x) < self.limit:

@@ -207,13 +207,13 @@ def _build_or_load(recipe: _Recipe) -> _Loaded:
     try:
         try:
             path, seconds = _from_cache(recipe, _cache_folder())
-            loaded = _Loaded(recipe, path, seconds, ctypes.CDLL(str(path)))
+            loaded = _Loaded(recipe, path, seconds, _open(path, recipe))
         except OSError as error:  # of the folder, or of the loader: libraries cannot be loaded from every file system
             logger.warning("the cache cannot be used for the C++ kernels: %s; building them for this process alone", error)
             folder = Path(tempfile.mkdtemp(prefix="coupfast-native-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             path, seconds = _build(recipe, folder)
-            loaded = _Loaded(recipe, path, seconds, ctypes.CDLL(str(path)))
+            loaded = _Loaded(recipe, path, seconds, _open(path, recipe))
     except OSError as error:
         raise NativeUnavailable(
             f"the C++ kernels cannot be built or loaded: {error}; set XDG_CACHE_HOME or TMPDIR to a folder of your own "
@@ -225,6 +225,25 @@ def _build_or_load(recipe: _Recipe) -> _Loaded:
     if loaded.seconds is not None:
         logger.info("built the C++ kernels in %.1f s: %s", loaded.seconds, _description(loaded))
     return loaded
+
+
+def _open(path: Path, recipe: _Recipe) -> ctypes.CDLL:
+    """The library, loaded.
+
+    Raises:
+        OSError: if libraries cannot be loaded from there.
+        NativeUnavailable: if the process has loaded older run-time libraries than the compiler's; no folder would help.
+    """
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        if not any(name in str(error) for name in ("GLIBCXX_", "CXXABI_", "GLIBC_")):
+            raise
+        raise NativeUnavailable(
+            f"what {recipe.compiler[0]} compiles needs newer run-time libraries than this process has loaded ({error}); set "
+            "CXX to the compiler that belongs to them (in a conda environment its own, from the package gxx), or "
+            "COUPFAST_CXXFLAGS='-static-libstdc++ -static-libgcc'"
+        ) from error
 
 
 def _description(loaded: _Loaded) -> dict[str, Any]:
@@ -312,7 +331,8 @@ def _cache_folder() -> Path:
         OSError: if it cannot be made, or if others could put a library there.
     """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser().absolute() / "coupfast" / "native"
+        chosen = Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()  # empty or relative counts as unset: XDG's rule
+        folder = (chosen if chosen.is_absolute() else Path("~/.cache").expanduser()) / "coupfast" / "native"
     except RuntimeError as error:  # a user without a home
         raise FileNotFoundError(str(error)) from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def tile(
     """The algorithm of one convolution whose output has (channels, height, width) = `shape`: the one with the least work.
 
     Work is counted in multiplications, a byte of weights that has to come from memory as `_BYTE` of them. Nothing is timed:
-    the choice, and with it every bit of the result, is the same in every run, unless memory is short (`allowed`).
+    the choice, and with it every bit of the result, is the same in every run with the same algorithms `allowed`.
     """
     if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
         return kernels.DIRECT

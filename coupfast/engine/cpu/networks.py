@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import torch
 from torch import fx, nn
 
-from coupfast.engine.cpu.algorithms import allowed_tiles
+from coupfast.engine.cpu.options import Options
 from coupfast.engine.cpu.placement import Workspace
 from coupfast.engine.cpu.planned import PlannedNetwork, planned
 from coupfast.engine.eager import EagerProgram
-from coupfast.engine.memory import available_bytes
 from coupfast.guidance import Guidance, scaled_logits
 from coupfast.solvers import CoefficientTable
 from coupfast.tracing import Trace, trace
-from coupfast_kernels.convolution import cpu as kernels
-
-logger = logging.getLogger(__name__)
 
 
 class CpuNetworks:
@@ -28,6 +23,7 @@ class CpuNetworks:
         score, classifier: Planned; None where PyTorch runs the network, or where there is none.
         linear: `classifier` where it is piecewise linear, and its Hessians are taken by its linear part.
         eager: What runs where the planner cannot follow a network, and Hessians of smooth classifiers.
+        options: What was chosen, and decided where it was left open.
         workspace: Memory of all programs, which run one at a time: `turn` is theirs to take.
     """
 
@@ -38,27 +34,17 @@ class CpuNetworks:
         table: CoefficientTable,
         example: torch.Tensor,
         differentiate_guidance: bool,
+        options: Options = Options(),  # noqa: B008  (frozen)
     ) -> None:
         self.guidance, self.table, self.differentiate_guidance = guidance, table, differentiate_guidance
         self.example = torch.zeros_like(example[:1])
         self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
-        self.allowed_tiles = self._allowed_tiles()
+        self.options = options.decided(score, None if guidance is None else guidance.classifier)
         self.score = self._planned_score()
         self.classifier = None if guidance is None else self._planned_classifier(guidance)
         self.linear = self.classifier if guidance is not None and guidance.graph is not None else None
         self.workspace, self.turn = Workspace(), threading.Lock()
         self._label_values: dict[int, dict[fx.Node, torch.Tensor]] = {}
-
-    def _allowed_tiles(self) -> tuple[int, ...]:
-        networks = [self.eager.score] + ([self.guidance.classifier] if self.guidance is not None else [])
-        weights = sum(w.nbytes for network in networks for w in network.parameters() if w.dim() == 4)
-        allowed = allowed_tiles(weights, available_bytes(self.example.device))
-        if allowed != kernels.TILES:
-            logger.warning(
-                "little memory is free: convolutions leave out F(4x4)%s, whose packed weights are larger",
-                "" if kernels.F2 in allowed else " and F(2x2)",
-            )
-        return allowed
 
     def label_values(self, k: int) -> dict[fx.Node, torch.Tensor]:
         """What step k's label alone decides in the score network, for one image; found once per step."""
@@ -78,7 +64,7 @@ class CpuNetworks:
             lambda: trace(lambda x, labels: score(x, labels), arguments),
             lambda x: score(x, labels[-1:]),
             self.example,
-            allowed=self.allowed_tiles,
+            allowed=self.options.tiles(),
             # Not the label that was traced: one that was read behind the trace's back would show.
             label=labels[-1:],
             gradient_tolerance=1e-4,
@@ -98,7 +84,7 @@ class CpuNetworks:
             traced,
             logits,
             self.example,
-            allowed=self.allowed_tiles,
+            allowed=self.options.tiles(),
             label=self.eager.labels[-1:],
             # A ReLU within rounding of its kink may fall on either side, and one of a layer's many is that much of it.
             gradient_tolerance=3e-2,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from coupfast.engine.cpu.networks import CpuNetworks
+from coupfast.engine.cpu.options import Options
 from coupfast.engine.cpu.program import CpuProgram
 from coupfast.engine.eager import guidance_of
 from coupfast.engine.protocol import StepMemory
@@ -76,17 +79,22 @@ def prepare(
     example: torch.Tensor,
     *,
     differentiate_guidance: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> CpuPrograms:
-    """Programs for states like `example`; the arguments are those of the eager engine.
+    """Programs for states like `example`; the first arguments are those of the eager engine.
+
+    Args:
+        options: See `Options`.
 
     Raises:
-        ValueError: for a dtype or device that is not this engine's.
+        ValueError: for a dtype or device that is not this engine's, or options that do not exist.
         native.NativeUnavailable: if the C++ kernels cannot be built here.
     """
+    chosen = Options.of(options)
     reason = unavailable(example.dtype, example.device)
     if reason is not None:
         if example.dtype == torch.float32 and example.device.type == "cpu":
             raise native.NativeUnavailable(reason)
         raise ValueError(f"{reason}; engine='eager' does")
     guidance = guidance_of(classifier, table, example)
-    return CpuPrograms(CpuNetworks(score, guidance, table, example, differentiate_guidance))
+    return CpuPrograms(CpuNetworks(score, guidance, table, example, differentiate_guidance, chosen))

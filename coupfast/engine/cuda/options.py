@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Options:
     triton: bool = True
 
     @classmethod
-    def of(cls, given: Mapping[str, bool] | None) -> Options:
+    def of(cls, given: Mapping[str, Any] | None) -> Options:
         """From `engine_options`.
 
         Raises:

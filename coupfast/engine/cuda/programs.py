@@ -6,6 +6,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,7 +89,7 @@ def prepare(
     *,
     differentiate_guidance: bool = True,
     precision: Precision = "strict",
-    options: Mapping[str, bool] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> CudaPrograms:
     """Programs for states like `example`; the first arguments are those of the eager engine.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -123,21 +124,36 @@ class FABTargeted(Attack):
 
 @dataclasses.dataclass(frozen=True)
 class Square(Attack):
-    """Square: random search, no gradient."""
+    """Square: random search, no gradient.
+
+    AutoAttack's asks a randomised defense once a query, and keeps a square that was lucky. With `eot_iter` the answer to a
+    query is the mean logits of so many draws, as its authors advise for such defenses.
+    """
 
     gradient = None
 
     norm: str = "Linf"
     eps: float = 8 / 255
     queries: int = count(5000, "queries for an image")
+    eot_iter: int = count(1, "draws of the noise that an answer is averaged over")
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {"norm": self.norm, "eps": self.eps, "n_queries": self.queries, "p_init": 0.8, "resc_schedule": False}
-        seen = _Seen(defense, x, y, self.norm, self.eps)
+        seen = _Seen(self._averaged(defense), x, y, self.norm, self.eps)
         return seen.result(_perturb("square.SquareAttack", settings, seen, seed=seed))
 
+    def _averaged(self, defense: Metered) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The defense with the mean logits of several draws: copies in one batch, which have noise of their own."""
+        if self.eot_iter == 1:
+            return defense
+        return lambda x: defense(x.repeat(self.eot_iter, 1, 1, 1)).view(self.eot_iter, len(x), -1).mean(dim=0)
+
+    @property
+    def replicas(self) -> int:
+        return self.eot_iter
+
     def cost(self) -> Cost:
-        return Cost(self.queries + 3, 0, again=OFFERS - 1)
+        return Cost((self.queries + 3) * self.eot_iter, 0, again=(OFFERS - 1) * self.eot_iter)
 
 
 class _Seen:
@@ -154,7 +170,16 @@ class _Seen:
         draws: How often the attack asks at one point, one time after the other.
     """
 
-    def __init__(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, norm: str, eps: float, *, draws: int = 1) -> None:
+    def __init__(
+        self,
+        defense: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        norm: str,
+        eps: float,
+        *,
+        draws: int = 1,
+    ) -> None:
         self.defense, self.x, self.y, self.norm, self.eps, self.draws = defense, x, y, norm, eps, draws
         self.plain: list[torch.Tensor] = []
         self.with_gradient: list[torch.Tensor] = []

@@ -1,5 +1,5 @@
 // One guided step with its noise: y = a x + b eps_hat + c guidance + d z [+ e x_in + f z' + p x_before + q eps_before], in the bits
-// of guided_step.py and noise.py. Nothing here may call fma: the definitions round every product and every sum.
+// of the definitions in guided_step/ and noise/. Nothing here may call fma: the definitions round every product and every sum.
 #pragma once
 
 #include "parallel.h"
@@ -49,7 +49,7 @@ inline void philox(Words (&counter)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// The IEEE root. The definition's, rounded to float64 and then to float32, is the same number: noise.py.
+// The IEEE root. The definition's, rounded to float64 and then to float32, is the same number: noise/definition.py.
 inline Vector square_root(Vector v) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_sqrt_ps((__m512)v);
