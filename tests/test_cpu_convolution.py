@@ -693,7 +693,9 @@ def test_under_sanitizers():
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all kernels ran" in done.stdout
     overrun = subprocess.run(
-        [sys.executable, "-c", "import test_cpu_convolution; test_cpu_convolution.overrun()"], env=environment, capture_output=True
+        [sys.executable, "-c", "import test_cpu_convolution; test_cpu_convolution.overrun()"],
+        env=environment,
+        capture_output=True,
     )
     assert overrun.returncode != 0 and b"heap-buffer-overflow" in overrun.stderr, "the sanitizer does not look"
 
