@@ -72,12 +72,12 @@ def off_by(error):
         programs = ENGINES["eager"](*args, **kwargs)
         step, step_vjp = programs.step, programs.step_vjp
 
-        def wrong_step(k, x_k, noise, keep="nothing"):
-            x_next, saved = step(k, x_k, noise, keep)
+        def wrong_step(k, x_k, noise, keep="nothing", *, more=None):
+            x_next, saved = step(k, x_k, noise, keep, more=more)
             return x_next + error, saved
 
         programs.step = wrong_step
-        programs.step_vjp = lambda k, x_k, saved, v: step_vjp(k, x_k, saved, v) * (1 + error)
+        programs.step_vjp = lambda k, x_k, saved, v, *, more=None: step_vjp(k, x_k, saved, v, more=more) * (1 + error)
         return programs
 
     return prepare

@@ -688,12 +688,14 @@ def test_under_sanitizers():
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
         "OMP_NUM_THREADS": "1",
     }
-    code = "import test_convolution; test_convolution.for_sanitizers()"
+    code = "import test_cpu_convolution; test_cpu_convolution.for_sanitizers()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all kernels ran" in done.stdout
     overrun = subprocess.run(
-        [sys.executable, "-c", "import test_convolution; test_convolution.overrun()"], env=environment, capture_output=True
+        [sys.executable, "-c", "import test_cpu_convolution; test_cpu_convolution.overrun()"],
+        env=environment,
+        capture_output=True,
     )
     assert overrun.returncode != 0 and b"heap-buffer-overflow" in overrun.stderr, "the sanitizer does not look"
 
