@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -94,7 +94,8 @@ class Definition:
         with torch.enable_grad(), _plain_attention():
             state = _leaves(states[-1])
             output = self._end(self._steps(state, noise, first[-1], last[-1]))
-            v = _pull([output], [torch.autograd.grad(losses(output).sum(), output, retain_graph=True)[0]], state)
+            leaf = output.detach().requires_grad_()
+            v = _pull([output], torch.autograd.grad(losses(leaf).sum(), leaf), state)
             for state, begin, end in reversed(list(zip(states[:-1], first[:-1], last[:-1], strict=True))):
                 state = _leaves(state)
                 v = _pull(self._steps(state, noise, begin, end), v, state)
@@ -190,7 +191,9 @@ def _pull(outputs: Sequence[torch.Tensor], v: Sequence[torch.Tensor], state: Ste
     """The cotangents of a state's leaves from those of what was computed of it; zero where nothing flows."""
     flowing = [(output, w) for output, w in zip(outputs, v, strict=True) if output.requires_grad]
     leaves = [tensor for tensor in state if tensor.requires_grad]
-    found = iter(torch.autograd.grad([o for o, _ in flowing], leaves, [w for _, w in flowing], allow_unused=True))
+    found: Iterator[torch.Tensor | None] = iter([None] * len(leaves))
+    if flowing:
+        found = iter(torch.autograd.grad([o for o, _ in flowing], leaves, [w for _, w in flowing], allow_unused=True))
     cotangents = []
     for tensor in state:
         gradient = next(found) if tensor.requires_grad else None

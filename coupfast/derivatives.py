@@ -154,28 +154,40 @@ class _ParameterGradients(torch.autograd.Function):
     """Zeros like network(x); the backward pass gives the parameters' gradients, and runs only where one is wanted."""
 
     @staticmethod
-    def forward(network: torch.nn.Module, x: torch.Tensor, like: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(
+        network: torch.nn.Module,
+        check: Callable[[], object],
+        x: torch.Tensor,
+        like: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
         return torch.zeros_like(like)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.network, x, _, *parameters = inputs
+        ctx.network, ctx.check, x, _, *parameters = inputs
         ctx.save_for_backward(x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        ctx.check()
         x, *parameters = ctx.saved_tensors
         with torch.enable_grad(), strict_float32(grad.device.type):
             found = torch.autograd.grad(ctx.network(x), parameters, grad, allow_unused=True)
-        return None, None, None, *first_order_only(*found)
+        return None, None, None, None, *first_order_only(*found)
 
 
-def with_parameter_gradients(logits: torch.Tensor, network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`logits`, which are network(x), such that those parameters of the network that require gradients get them."""
+def with_parameter_gradients(
+    logits: torch.Tensor, network: torch.nn.Module, x: torch.Tensor, check: Callable[[], object]
+) -> torch.Tensor:
+    """`logits`, which are network(x), such that those parameters of the network that require gradients get them.
+
+    `check` runs before a backward pass.
+    """
     parameters = [each for each in network.parameters() if each.requires_grad and not each.is_inference()]
     if not parameters or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return logits
-    return logits + _ParameterGradients.apply(network, x.detach(), logits.detach(), *parameters)
+    return logits + _ParameterGradients.apply(network, check, x.detach(), logits.detach(), *parameters)
 
 
 def strictly(

@@ -15,7 +15,8 @@ from torch import nn
 
 from coupfast.derivatives import outside_transforms
 
-# Words of a run that is summed: an exchange of weights shows, unless it is within one run of a large tensor.
+# Words of a run that is summed. What does not show: an exchange of weights within one run of a large tensor, or changes there
+# whose words add up to a multiple of 2³² (an even number of signs, say).
 _RUN = 61
 _SMALL = 2**13  # words
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

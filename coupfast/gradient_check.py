@@ -25,6 +25,7 @@ from coupfast.definition import Definition
 from coupfast.engine import ReplayedNoise
 from coupfast.engine.memory import available_bytes
 from coupfast.purify import PurifiedClassifier, Purifier
+from coupfast.trials import check_images
 from coupfast_kernels.noise import standard_normal_ref
 
 #: Root-mean-square changes of an image in [0, 1] that central differences are taken with.
@@ -93,6 +94,7 @@ def check_gradient(
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or len(x) == 0:
         found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"`x` are images of shape (batch, channels, height, width), at least one, got {found}")
+    check_images(x[:images])  # the definition has neither the clip of `out_of_range` nor images that need it
     if isinstance(defense, PurifiedClassifier):
         if seed is not None and seed != defense.seed:
             raise ValueError(f"`seed` is for a bare Purifier; this defense has its own, {defense.seed}, got {seed}")

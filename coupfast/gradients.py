@@ -159,6 +159,7 @@ class Surrogate(Exact):
         super().__post_init__()
         if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)):
             raise TypeError(f"`surrogate_steps` is an int, got {self.steps!r}")
+        object.__setattr__(self, "steps", int(self.steps))
 
     @property
     def claims_exact(self) -> bool:  # type: ignore[override]
@@ -240,6 +241,7 @@ class Adjoint(Gradient):
                 adjoint="parameters" if self.parameters else "frozen",
             ),
             x_0,
+            prepared.check_unchanged,
         )
         return purified, None
 

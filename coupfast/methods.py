@@ -66,8 +66,8 @@ class Method(abc.ABC):
         clamp: Clip the state to [-1, 1] before the first and after the last step.
         out_of_range: What is done with images that leave [0, 1], as attacks that probe beyond it and smoothing's noise do:
             "refuse" them; "clip" them to [0, 1], with no gradient where that changed anything; "allow" them as they are (with
-            `clamp`, the first clip of the state is one all the same). A few roundings beyond are clipped in any case, and keep
-            their gradient.
+            `clamp`, the first clip of the state is one all the same). In the first two cases a few roundings beyond are clipped
+            and keep their gradient.
     """
 
     name: ClassVar[str] = ""
@@ -78,7 +78,7 @@ class Method(abc.ABC):
     out_of_range: Literal["refuse", "clip", "allow"] = option(
         "refuse",
         choices=("refuse", "clip", "allow"),
-        help="images beyond [0, 1]: refuse them, clip them, or allow them (rounding is always clipped)",
+        help="images beyond [0, 1]: refuse them, clip them, or allow them as they are",
     )
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ documentation take what they say of an option from here, so that none of them sp
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +43,12 @@ class Option:
         name = self.keyword.replace("_", "-")
         return f"--no-{name}" if self.default is True else f"--{name}"
 
+    def _parsed(self, word: str) -> Any:
+        try:
+            return self.parse(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{word!r} is none ({error}); {self.help}") from error
+
     def add_to(self, parser: Any, *, default: Any = None, note: str = "") -> None:
         """Add this option to an argparse parser or group. Without a word of the user's its value is `default`."""
         off = "do not " if self.default is True else ""
@@ -53,7 +60,7 @@ class Option:
         parser.add_argument(
             self.flag,
             dest=self.keyword,
-            type=self.parse,
+            type=self._parsed,
             default=default,
             metavar=None if self.choices else self.metavar,
             choices=self.choices,

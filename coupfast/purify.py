@@ -11,7 +11,7 @@ import inspect
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,14 +54,13 @@ class Purifier(nn.Module):
     Attributes:
         settings: Method, gradient and engine, with all their options.
         last_seed: The seed of the last call's noise (the one drawn, where None was given).
-        num_steps: Steps of a run.
     """
 
     def __init__(
         self, score: nn.Module, classifier: nn.Module | None = None, *, settings: Settings | None = None, **keywords: Any
     ) -> None:
         super().__init__()
-        self.settings = Settings.of(settings, **keywords)
+        self._settings = Settings.of(settings, **keywords)
         method = self.settings.method
         if method.guided and classifier is None:
             raise ValueError(
@@ -70,12 +69,27 @@ class Purifier(nn.Module):
             )
         self.score = check_network(adopted(score), "score net")
         self.classifier = check_network(classifier, "classifier") if method.guided else None
-        self.num_steps = self.settings.num_steps
         self.last_seed: int | None = None
         self._recipe = method.recipe() if isinstance(method, TableMethod) else None
         self._chosen: str | None = None
         self._prepared: OrderedDict[Any, Prepared] = OrderedDict()
         self.eval()
+
+    @property
+    def settings(self) -> Settings:
+        """How this purifies; a purifier that purifies otherwise is another one."""
+        return self._settings
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a run."""
+        return self._settings.num_steps
+
+    def decide(self, options: Mapping[str, Any]) -> None:
+        """Set options of the engine that were left open, before the first call (see `Engine.decided`)."""
+        if self._prepared:
+            raise RuntimeError("this purifier has run, and its engine is chosen; decide on a new one")
+        self._settings = Settings.of(self._settings, engine_options=options)
 
     @property
     def engine(self) -> str:
@@ -135,7 +149,10 @@ class Purifier(nn.Module):
                     progress=progress,
                 )
         refuse_transforms()
-        check_threads()
+        if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+            check_threads()
+        if ids is None and noise is None:
+            refuse_replica(self, "`ids`")
         check_images(x, bounded=self.settings.method.out_of_range == "refuse")
         prepared = self._prepare(x)
         source = self._noise(x, seed=seed, ids=ids, draw=draw, noise=noise)
@@ -313,17 +330,14 @@ class PurifiedClassifier(nn.Module):
         check_images(x, bounded=self.purifier.settings.method.out_of_range == "refuse")
         check_eval(self.classifier, "classifier")
         check_against(self.classifier, "classifier", x, self.purifier.settings.engine.precision)
-        if getattr(self, "_is_replica", False) and (ids is None or draw is None):
-            raise RuntimeError(
-                "a replica of DataParallel does not know which images it has, and its counter of draws is lost: give `ids` and "
-                "`draw` as tensors with the batch, or run one process a GPU (coupfast evaluate --workers)"
-            )
+        if ids is None or draw is None:
+            refuse_replica(self, "`ids` and `draw`")
         if draw is None:
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
         purified = self.purifier(x, seed=self.seed, ids=ids, draw=draw)
         head, check = self._head(x)
-        return with_parameter_gradients(strictly(head, purified, check), self.classifier, purified)
+        return with_parameter_gradients(strictly(head, purified, check), self.classifier, purified, check)
 
     def _head(self, x: torch.Tensor) -> tuple[nn.Module, Callable[[], None]]:
         """The classifier, frozen, as it is now, tried on two images when it is new or changed; and what raises once it is
@@ -364,7 +378,8 @@ def purify(
             (seed, id, draw, step, element), so an image keeps its noise in whatever batch it stands.
         draw: Which of an image's noise paths, an int or (batch,) ints in [0, 2³²).
         noise: An explicit path instead, shape (num_steps, *x.shape), with one more row, the last, for the forward noising
-            of `"diffpure"`. May require a gradient.
+            of `"diffpure"`, and after the first num_steps as many of a second noise where a method's table has one; of another
+            method `settings.method.num_noises` rows. May require a gradient.
         return_trajectory: Also return all states x_0 … x_K in the [-1, 1] scale, shape (num_steps + 1, *x.shape), detached.
         progress: Show a progress bar.
         settings: A `coupfast.Settings`, in the place of keywords or below them.
@@ -394,6 +409,15 @@ def purify(
 def adopted(score: Any) -> Any:
     """A diffusers model or pipeline as `load_score` makes a score net of it; anything else as it is."""
     return as_network("score", score) if is_adoptable("score", score) else score
+
+
+def refuse_replica(module: nn.Module, wanted: str) -> None:
+    """RuntimeError in a replica of DataParallel that was not told which noise its part of the batch has."""
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "a replica of DataParallel does not know which images it has, and its counter of draws is lost: give "
+            f"{wanted} as tensors with the batch, or run one process a GPU (coupfast evaluate --workers)"
+        )
 
 
 def check_seed(seed: Any) -> int:

@@ -5,6 +5,7 @@ The only place where keywords and words of the command line become these objects
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -71,14 +72,23 @@ class Settings:
         Warns:
             UserWarning: for a keyword that the chosen objects do not have and others do: it changes nothing.
         """
-        base = base or cls()
+        given, base = base, base or cls()
         unknown = [name for name in keywords if name not in KINDS and not any(name in kind for kind in _owners().values())]
         if unknown:
             known = [*KINDS, *(name for kind in _owners().values() for name in kind)]
             if not _is_outside(keywords.get("method")):
                 raise TypeError(f"a purifier has no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
         method = _choose_method(keywords.pop("method", base.method))
-        gradient = _choose(keywords.pop("gradient", base.gradient), GRADIENTS, Gradient, "gradient")
+        gradient = keywords.pop("gradient", base.gradient)
+        gradient = GRADIENTS.get(gradient, gradient) if isinstance(gradient, str) else gradient
+        if not isinstance(gradient, type):
+            gradient = _choose(gradient, GRADIENTS, Gradient, "gradient")
+        if given is not None:  # a word changes the kind; the options that both kinds have stay
+            for named, before in ((method, given.method), (gradient, given.gradient)):
+                kept = {found.keyword: getattr(before, found.field) for found in options_of(before)}
+                for name in [found.keyword for found in options_of(named)] if isinstance(named, type) else []:
+                    if name in kept:
+                        keywords.setdefault(name, kept[name])
         engine = keywords.pop("engine", base.engine)
         if isinstance(engine, str):
             keywords["engine"], engine = engine, base.engine
@@ -145,8 +155,7 @@ class Settings:
         if isinstance(self.method, TableMethod):
             recipe = self.method.recipe()
             return hashlib.sha256(f"{recipe.table.sha256()} {recipe.noising}".encode()).hexdigest()
-        module = sys.modules[type(self.method).__module__]
-        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+        return hashlib.sha256(_source(type(self.method)).encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"Settings({self.method!r}, {self.gradient!r}, {self.engine!r})"
@@ -168,6 +177,18 @@ def _owners() -> dict[str, dict[str, Option]]:
     named: dict[str, Any] = {f"method {name!r}": method for name, method in METHODS.items()}
     named |= {f"gradient {name!r}": gradient for name, gradient in GRADIENTS.items()} | {"the engine": Engine}
     return {word: {found.keyword: found for found in options_of(owner)} for word, owner in named.items()}
+
+
+def _source(owner: type) -> str:
+    """The text of the module that a class is from; of one that was typed in (a notebook), what its functions compile to."""
+    with contextlib.suppress(OSError, TypeError, KeyError):
+        text = inspect.getsource(sys.modules[owner.__module__])
+        if f"class {owner.__name__}" in text:
+            return text
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(owner)
+    codes = [value.__code__ for value in vars(owner).values() if inspect.isfunction(value)]
+    return repr([(code.co_name, code.co_code, code.co_names, [str(each) for each in code.co_consts]) for code in codes])
 
 
 def _is_outside(method: Any) -> bool:
@@ -233,7 +254,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, Callable):  # type: ignore[arg-type]
-        return reference_to(value)
+        return reference_to(value if hasattr(value, "__qualname__") else type(value))
     return value
 
 

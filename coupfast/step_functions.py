@@ -140,14 +140,15 @@ def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.T
         state = method.start(x_in[piece], noise)
         states = [state]
         for k in range(method.num_steps):
-            versions = [tensor._version for tensor in state]
+            rows = (noise.rows,) if isinstance(noise, ReplayedNoise) else ()
+            versions = [tensor._version for tensor in (*state, *rows)]
             following = method.step(k, state, noise, networks)
             if k == 0:
                 _check_state(state, following, method)
-            if versions != [tensor._version for tensor in state]:
+            if versions != [tensor._version for tensor in (*state, *rows)]:
                 raise ValueError(
-                    f"{type(method).__name__}.step writes into its state in step {k}, which the backward pass needs again: "
-                    "work on a copy"
+                    f"{type(method).__name__}.step writes into its state or noise in step {k}, which the backward pass needs "
+                    "again: work on a copy"
                 )
             state = tuple(tensor.detach() for tensor in following)
             if not (for_gradient or run.keep_states):

@@ -233,6 +233,33 @@ class Writing(coupfast.StepMethod):
         return (state[0].mul_(0.9),)
 
 
+class WritingNoise(coupfast.StepMethod):
+    num_steps = 2
+
+    def step(self, k, state, noise, networks):
+        return (state[0] + noise.z(k, state[0]).mul_(0.1),)
+
+
+def test_a_step_that_writes_into_explicit_noise(images):
+    noise = torch.randn(2, *images.shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="writes into its state or noise"):
+        Purifier(small_score(), method=WritingNoise)(images, noise=noise)
+
+
+class Threshold(coupfast.StepMethod):
+    """No gradient flows through it at all."""
+
+    num_steps = 2
+
+    def step(self, k, state, noise, networks):
+        return ((state[0] > 0).to(state[0]),)
+
+
+def test_a_step_without_a_gradient_has_a_certificate(images):
+    found = coupfast.check_gradient(Purifier(small_score(), method=Threshold), images, images=1, draws=0, directions=0)
+    assert found.verdict == "zero gradient" and not found.holds
+
+
 class Listing(coupfast.StepMethod):
     num_steps = 2
 

@@ -122,3 +122,21 @@ def test_a_step_of_training_is_seen():
     fresh = Purifier(score, method="reverse-sde", num_steps=2)(X, seed=0)
     torch.testing.assert_close(purifier(X, seed=0), fresh, rtol=0, atol=0)
     assert not torch.equal(before, fresh)
+
+
+@pytest.mark.parametrize("mode", ["adjoint", "adjoint-parameters"])
+def test_weights_that_change_before_an_adjoints_backward_pass_are_refused(mode):
+    score, x = small_score(torch.float32), X.clone().requires_grad_()
+    purified = Purifier(score, method="reverse-sde", num_steps=2, gradient=mode)(x, seed=0)
+    scaled(score)
+    with pytest.raises(RuntimeError, match="changed between a purification and its backward pass"):
+        purified.sum().backward()
+
+
+def test_weights_that_change_before_their_own_gradient_are_refused():
+    classifier = relu_classifier(torch.float32).requires_grad_(True)
+    purifier = Purifier(small_score(torch.float32), method="reverse-sde", num_steps=2)
+    logits = PurifiedClassifier(purifier, classifier)(X, draw=0)
+    scaled(classifier)
+    with pytest.raises(RuntimeError, match="changed between a purification and its backward pass"):
+        logits.sum().backward()

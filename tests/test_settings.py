@@ -138,3 +138,48 @@ def test_text_is_short():
         assert len(repr(thing).splitlines()) <= 6
     assert "coup" in repr(purifier) and "3 steps" in repr(purifier) and "guidance_scale=1.0" in repr(purifier)
     assert "next draw 0" in repr(defense)
+
+
+def test_a_word_over_settings_keeps_what_both_kinds_have():
+    base = Settings.of(t=0.06, num_steps=3, guidance_scale=2.0, memory_budget="least", guidance_gradient="detached")
+    assert Settings.of(base, method="coup") == base
+    assert Settings.of(base, method="diffpure").method == DiffPure(t=0.06, num_steps=3)
+    assert Settings.of(base, gradient="exact") == base
+    assert Settings.of(base, gradient="surrogate", surrogate_steps=2).gradient == Surrogate(
+        steps=2, memory_budget="least", guidance="detached"
+    )
+
+
+def test_settings_of_a_purifier_cannot_be_swapped():
+    purifier = Purifier(small_score(), method="reverse-sde", num_steps=2)
+    with pytest.raises(AttributeError):
+        purifier.settings = Settings.of(t=0.3)
+
+
+def test_words_that_do_not_parse_say_what_is_meant(capsys):
+    parser = argparse.ArgumentParser()
+    for option in options()["engine"] + options()["gradient"]:
+        option.add_to(parser)
+    for words, message in (
+        (["--engine-options", "compile=no"], "no list of NAME=true"),
+        (["--memory-budget", "2GB"], "2GiB, 500MiB"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert message in capsys.readouterr().err
+
+
+def test_a_method_that_was_typed_in_has_a_hash():
+    namespace: dict = {"coupfast": coupfast, "__name__": "__main__"}
+    code = """
+class Typed(coupfast.StepMethod):
+    num_steps = 1
+
+    def step(self, k, state, noise, networks):
+        return (FACTOR * state[0],)
+"""
+    hashes = []
+    for factor in ("0.5", "0.25"):
+        exec(code.replace("FACTOR", factor), namespace)
+        hashes.append(Settings.of(method=namespace["Typed"]).to_dict()["steps_sha256"])
+    assert hashes[0] != hashes[1]

@@ -293,3 +293,9 @@ def test_a_network_that_predicts_something_else_is_noticed(kind, message):
     said = [str(each.message) for each in caught if "does not predict the noise" in str(each.message)]
     assert bool(said) == (message is not None)
     assert message is None or message in said[0]
+
+
+def test_replicas_of_a_bare_purifier():
+    replica = Purifier(score(), method="reverse-sde", num_steps=2)._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="give `ids` as tensors"):
+        replica(X, seed=0)

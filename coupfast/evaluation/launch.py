@@ -167,11 +167,8 @@ def _decided(spec: Spec, purifier: Purifier, folder: Path | None) -> Spec:
             options = ledger.configuration["defense"].get("engine", {}).get("options", {})
     if not options:
         return spec
-    spec = spec.but(engine_options=options)
-    settings = spec.settings()
-    assert settings is not None
-    purifier.settings = settings
-    return spec
+    purifier.decide(options)
+    return spec.but(engine_options=options)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,11 @@ class Metered(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What it is, the engine that runs and SHA-256 of the weights, as JSON has them."""
         if self.purified is None:
-            return {"class": reference_to(type(self.model)), "classifier_sha256": state_dict_sha256(self.model)}
+            return {
+                "class": reference_to(type(self.model)),
+                "classifier_sha256": state_dict_sha256(self.model),
+                "purifications": [describe(purified.purifier) for purified in self._inner],
+            }
         purifier = self.purified.purifier
         guidance = purifier.classifier
         return {

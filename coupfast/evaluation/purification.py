@@ -31,18 +31,25 @@ def keywords(method: Any = None) -> list[str]:
 
 
 def settings_of(asked: Asked, *, made_for: str) -> Settings:
-    """All settings. Where keywords do not name a gradient it is the one that the attack is made for, and its memory is "least",
-    which never splits a batch, whatever the machine has left.
+    """All settings. Where keywords do not name a gradient it is the one that the attack is made for, and where nothing is said
+    of its memory that is "least", which never splits a batch, whatever the machine has left.
 
     Raises:
         ValueError, TypeError: see `Settings.of`.
     """
     if isinstance(asked, Settings):
-        return asked
+        return _in_least_memory(asked)
     gradient = asked.get("gradient") or made_for
     kind = GRADIENTS.get(gradient) if isinstance(gradient, str) else None
     least = {"memory_budget": "least"} if kind and "memory_budget" in (o.keyword for o in options_of(kind)) else {}
-    return Settings.of(**{**least, **asked, "gradient": gradient})
+    return _in_least_memory(Settings.of(**{**least, **asked, "gradient": gradient}))
+
+
+def _in_least_memory(settings: Settings) -> Settings:
+    """The same without "auto", by which a batch may be split as memory is free: a run's bits must not follow that."""
+    if getattr(settings.gradient, "memory_budget", None) != "auto":
+        return settings
+    return Settings.of(settings, memory_budget="least")
 
 
 def to_json(asked: Asked | None, *, made_for: str) -> dict[str, Any] | None:

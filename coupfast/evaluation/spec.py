@@ -84,7 +84,7 @@ class Spec:
                 f"`device` is cpu or cuda, got {self.device!r}: workers take one GPU each, from the first; which those are, "
                 f"CUDA_VISIBLE_DEVICES says"
             )
-        if not 0 <= self.seed < 2**63:
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` is an integer in [0, 2**63), got {self.seed!r}")
         if self.classes is not None:
             self._set(classes=tuple(self.classes))
@@ -93,8 +93,8 @@ class Spec:
         if self.paths != () and (self.paths if isinstance(self.paths, int) else self.paths[0]) < 0:
             raise ValueError(f"`paths` is a number of images or their numbers from 0, got {self.paths!r}")
         for name in ("limit", "shard", "draws", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` is at least 1, got {value!r}")
+            if (value := getattr(self, name)) is not None and (not _is_int(value) or value < 1):
+                raise ValueError(f"`{name}` is a whole number, at least 1, got {value!r}")
         if isinstance(self.purifier, Mapping):
             others = {name for name in self.purifier if name != "method"}
             if others and self.purifier.get("method") == NO_DEFENSE:
@@ -127,7 +127,9 @@ class Spec:
         """
         said = {name: value for name, value in keywords.items() if value is not None or name == "purifier"}
         fields = {field.name for field in dataclasses.fields(cls)}
-        known = purification.keywords(said.get("method"))
+        base = said.get("purifier")
+        named = base.method if isinstance(base, Settings) else (base or {}).get("method")
+        known = purification.keywords(said.get("method", named))
         if flat := {name: said.pop(name) for name in known if name in said and name not in fields}:
             base = said.get("purifier") or {}
             if flat.get("method") == NO_DEFENSE:
@@ -151,7 +153,8 @@ class Spec:
             fields |= {"attack_options": {}}
             if isinstance(self.attack, Attack) or isinstance(keywords["attack"], Attack):
                 fields |= {"norm": None, "eps": None}
-        return Spec.of(**{**fields, **{name: value for name, value in keywords.items() if value is not None}})
+        said = {name: value for name, value in keywords.items() if value is not None or name == "purifier"}
+        return Spec.of(**{**fields, **said})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it. An attack that is an object becomes its name and its knobs."""
@@ -255,6 +258,10 @@ def paper(norm: str) -> dict[str, Any]:
     networks = {"score": "cifar10-ddpmpp-deep", "classifier": "wrn-28-10"}
     radius = {"eps": 8 / 255, "t": 0.1} if norm == "Linf" else {"eps": 0.5, "t": 0.075}
     return {"images": "cifar10-512", **networks, "norm": norm, **radius, "seed": 121}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _list(names: Any) -> str:
