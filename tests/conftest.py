@@ -1,6 +1,8 @@
 """Small random networks that every test can afford."""
 
 import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -92,6 +94,17 @@ def allows_tf32() -> bool:
 def programs_of(purifier: Purifier, x: torch.Tensor) -> Programs:
     """What an engine made of a purifier's networks for images like `x`: for tests of engines that look inside."""
     return purifier._prepare(x).programs
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_arrive():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests in the background and so had it ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
