@@ -17,7 +17,7 @@ from coupfast.derivatives import outside_transforms
 
 # Words of a run that is summed. What does not show: an exchange of weights within one run of a large tensor, or changes there
 # whose words add up to a multiple of 2³² (an even number of signs, say).
-_RUN = 61
+_RUN, _SHORT_RUN = 1021, 61
 _SMALL = 2**13  # words
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HOOKS = (
@@ -103,7 +103,7 @@ def _bits(tensors: list[torch.Tensor]) -> str:
     sums: list[torch.Tensor] = []
 
     def flush(key: tuple[torch.device, torch.dtype]) -> None:
-        sums.extend(_sums(torch.cat(gathered.pop(key)), columns=True))
+        sums.extend(_sums(torch.cat(gathered.pop(key)), small=True))
 
     with outside_transforms(), torch.no_grad():
         for tensor in tensors:
@@ -127,9 +127,10 @@ def _bits(tensors: list[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sums(words: torch.Tensor, *, columns: bool = False) -> list[torch.Tensor]:
-    """Sums of short runs, as fast as memory is read; they may overflow and wrap, and no wider copy of the weights is made."""
-    whole = len(words) - len(words) % _RUN
-    runs = words[:whole].view(-1, _RUN)
+def _sums(words: torch.Tensor, *, small: bool = False) -> list[torch.Tensor]:
+    """Sums of runs, as fast as memory is read; they may overflow and wrap, and no wider copy of the weights is made."""
+    run = _SHORT_RUN if small else _RUN
+    whole = len(words) - len(words) % run
+    runs = words[:whole].view(-1, run)
     found = [runs.sum(dim=1, dtype=words.dtype), words[whole:]]
-    return [*found, runs.sum(dim=0, dtype=words.dtype)] if columns else found
+    return [*found, runs.sum(dim=0, dtype=words.dtype)] if small else found
