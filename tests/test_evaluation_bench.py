@@ -100,7 +100,7 @@ def test_an_engine_that_computes_something_else_gets_no_times(run):
         def wrong(grid, networks, method, **options):
             purifier = purifier_on(grid, networks, method, **options)
             if options.get("guidance_gradient") == "detached":
-                purifier.settings = Settings.of(purifier.settings, gradient="bpda")
+                purifier._settings = Settings.of(purifier.settings, gradient="bpda")
             return purifier
 
         module.purifier_on = wrong

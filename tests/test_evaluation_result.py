@@ -100,9 +100,13 @@ def test_flat_keywords_go_where_they_belong():
 def test_settings_may_be_an_object():
     import coupfast
 
-    settings = coupfast.Settings.of(t=0.003, num_steps=2, engine="eager", gradient="surrogate", surrogate_steps=1)
+    settings = coupfast.Settings.of(
+        t=0.003, num_steps=2, engine="eager", gradient="surrogate", surrogate_steps=1, memory_budget="least"
+    )
     spec = Spec(purifier=settings, attack="none")
     assert spec.settings() == settings
+    # Memory as it is free would split batches by the moment.
+    assert Spec(purifier=coupfast.Settings.of(settings, memory_budget="auto"), attack="none").settings() == settings
     assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert spec.but(t=0.004).settings().method.t == 0.004
     assert coupfast.evaluate is evaluate and coupfast.Spec is Spec

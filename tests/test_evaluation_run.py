@@ -564,7 +564,7 @@ def test_a_logit_that_is_no_number_is_no_verdict(tmp_path):
         ({"method": "cop"}, "`method` is one of"),
         ({"seeding": "time"}, "`seeding` is one of unit, autoattack"),
         ({"shard": 0}, "`shard` is at least 1"),
-        ({"limit": 0}, "`limit` is a whole number, at least 1, got 0"),
+        ({"limit": 0}, "`limit` is at least 1 and a whole number, got 0"),
         ({"gradient": "none"}, "'autoattack-rand' follows a gradient, and `gradient` is 'none'"),
         ({"attack": "pgd-eot", "drop": "sometimes"}, "`drop` is one of never, any, mean, got 'sometimes'"),
         ({"seed": -1}, "`seed` is an integer"),

@@ -94,7 +94,7 @@ class Spec:
             raise ValueError(f"`paths` is a number of images or their numbers from 0, got {self.paths!r}")
         for name in ("limit", "shard", "draws", "threads"):
             if (value := getattr(self, name)) is not None and (not _is_int(value) or value < 1):
-                raise ValueError(f"`{name}` is a whole number, at least 1, got {value!r}")
+                raise ValueError(f"`{name}` is at least 1 and a whole number, got {value!r}")
         if isinstance(self.purifier, Mapping):
             others = {name for name in self.purifier if name != "method"}
             if others and self.purifier.get("method") == NO_DEFENSE:
