@@ -106,7 +106,7 @@ def _call(score: nn.Module, x_t: Tensor, label: float) -> Tensor:
     except (RuntimeError, TypeError, IndexError) as error:
         try:
             score(x_t, labels.round().long())
-        except Exception:
+        except (RuntimeError, TypeError, ValueError, IndexError):  # whole labels are not what it lacks
             raise error from None
         raise TypeError(
             f"the score network takes whole labels only ({' '.join(str(error).split())[:200]}); load_score(network, "
