@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
 from coupfast.engine import CounterNoise
-from coupfast.engine.cuda import CudaPrograms
+from coupfast.engine.cuda import BoundCudaEngine
 from coupfast.engine.cuda.flat import VIEWS
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.eager import EagerProgram
@@ -57,7 +57,7 @@ def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
         networks = CudaNetworks(
             score, guidance, table, x, True, choose=(lambda *shape: "ieee") if fused else None, fuse_norms=fused
         )
-        counts[name] = _flat(CudaPrograms(networks), x)
+        counts[name] = _flat(BoundCudaEngine(networks), x)
     counts["graph"] = GRAPH
     return [
         {"network": network, "batch": batch, "how": how, "forward": forward, "backward": backward}
@@ -75,8 +75,8 @@ def _eager(program: EagerProgram, x: torch.Tensor) -> tuple[int, int]:
     return forward.count, backward.count
 
 
-def _flat(programs: CudaPrograms, x: torch.Tensor) -> tuple[int, int]:
-    program = programs.for_batch(len(x))
+def _flat(bound: BoundCudaEngine, x: torch.Tensor) -> tuple[int, int]:
+    program = bound.for_batch(len(x))
     counts = []
     forward, backward = (lambda: program._step(True)), (lambda: program._transpose(True, rebuilds=False))
     for work, step in ((forward, program.step_index), (backward, program.step_back)):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.engine import Programs, cpu, cuda, eager
+from coupfast.engine import BoundEngine, cpu, cuda, eager
 from coupfast.engine.networks import dtype_and_device
 from coupfast.engine.precision import FLOAT32_PRECISIONS, PRECISIONS
 from coupfast.options import check_name, option
 
-ENGINES: dict[str, Callable[..., Programs]] = {"eager": eager.prepare, "cpu": cpu.prepare, "cuda": cuda.prepare}
+ENGINES: dict[str, Callable[..., BoundEngine]] = {"eager": eager.prepare, "cpu": cpu.prepare, "cuda": cuda.prepare}
 #: What can be chosen about each engine that has something to choose.
 OPTIONS: dict[str, Any] = {"cpu": cpu.Options, "cuda": cuda.Options}
 
@@ -69,8 +69,8 @@ class Engine:
         table: Any,
         example: torch.Tensor,
         differentiate_guidance: bool,
-    ) -> Programs:
-        """Programs of the engine that `name` is, after a look at whether it has what these settings ask for."""
+    ) -> BoundEngine:
+        """The engine that `name` is, after a look at whether it has what these settings ask for."""
         extra: dict[str, Any] = {"precision": self.precision} if name == "cuda" else {}
         if name != "cuda" and self.precision not in FLOAT32_PRECISIONS:
             raise ValueError(f"{self.precision!r} is for the cuda engine; this purifier runs on {name!r}")

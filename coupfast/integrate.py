@@ -19,7 +19,7 @@ import torch
 
 from coupfast import tape
 from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
-from coupfast.engine import Cotangent, Keep, Noise, Program, Programs, ReplayedNoise, State
+from coupfast.engine import BoundEngine, Cotangent, Keep, Noise, Program, ReplayedNoise, State
 from coupfast.engine.precision import strict_float32
 from coupfast.engine.rows import extra_images, step_back
 from coupfast.tape import Track
@@ -48,13 +48,13 @@ class Storage:
 class Run:
     """One purification under way: how to take its steps, what it keeps, and where it went."""
 
-    programs: Programs
+    bound: BoundEngine
     noise: Noise
     storage: Storage
     progress: Callable[[], object] = lambda: None
     keep_states: bool = False
     check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
-    surrogate: tuple[Programs, list[int]] | None = None  # programs of a coarse table, where its states lie in the fine one
+    surrogate: tuple[BoundEngine, list[int]] | None = None  # of a coarse table, where its states lie in the fine one
     track: Track | None = None  # steps that outlive the run
     saved: list[list[Any]] = dataclasses.field(default_factory=list)  # [piece][step]
     states: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -91,7 +91,7 @@ def _forward(run: Run, x_0: torch.Tensor, x_in: torch.Tensor | None, *, for_grad
     """States x_0 … x_K (only x_K, if the others are not needed); `run.saved` is filled."""
     run.saved = []
     pieces = run.storage.pieces(len(x_0))
-    steps = run.programs.for_batch(len(x_0[pieces[0]])).table.num_steps
+    steps = run.bound.for_batch(len(x_0[pieces[0]])).table.num_steps
     keep_states = for_gradient or run.keep_states
     whole: list[torch.Tensor] = []
     if len(pieces) > 1:  # the pieces' states go where they belong at once: together and apart would be twice the memory
@@ -99,7 +99,7 @@ def _forward(run: Run, x_0: torch.Tensor, x_in: torch.Tensor | None, *, for_grad
     for index, piece in enumerate(pieces):
         noise = run.noise.images(piece)
         state = State(x_0[piece], None if x_in is None else x_in[piece])
-        program = run.programs.for_batch(len(state.x))
+        program = run.bound.for_batch(len(state.x))
         states, saved = [state.x], []
         taken = [] if run.track is None else run.track.taken(index, steps, every=keep_states)
         for k in range(steps):
@@ -190,15 +190,15 @@ def _backward(
     grad_second: torch.Tensor | None,
 ) -> torch.Tensor:
     """∂L/∂x_0 from ∂L/∂x_K; fills the others that are given."""
-    programs, states = run.programs, run.states[:-1]
+    bound, states = run.bound, run.states[:-1]
     if run.surrogate is not None:
-        programs, chosen = run.surrogate
+        bound, chosen = run.surrogate
         states = [states[k] for k in chosen]
     grad_x = torch.empty_like(grad)
     track = run.track if grad_rows is None and grad_second is None else None  # whose sums are not kept
     name = "" if track is None else track.name(grad)
     for index, piece in enumerate(run.storage.pieces(len(grad))):
-        program = programs.for_batch(len(grad[piece]))
+        program = bound.for_batch(len(grad[piece]))
         v = Cotangent(grad[piece].contiguous(), None if grad_in is None else grad_in[piece])
         steps = len(states)
         if track is not None and (gone := track.gone(name, index, steps)) is not None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from coupfast import budget
 from coupfast.budget import Need, Plan
 from coupfast.derivatives import on_its_device, outside_transforms
-from coupfast.engine import Noise, Programs, StepMemory
+from coupfast.engine import BoundEngine, Noise, StepMemory
 from coupfast.engine.memory import available_bytes
 from coupfast.engine.networks import dtype_and_device, frozen
 from coupfast.engine.precision import strict_float32
@@ -26,7 +26,7 @@ from coupfast.integrate import Run, Storage, integrate
 from coupfast.methods import Method, Networks, StepMethod, TableMethod
 from coupfast.models.noise_check import check_noise_prediction
 from coupfast.solvers import CoefficientTable
-from coupfast.step_functions import StepPrograms, StepRun, integrate_steps
+from coupfast.step_functions import BoundSteps, StepRun, integrate_steps
 from coupfast.trials import try_networks
 from coupfast_kernels.guided_step import guided_step_ref
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Prepared(abc.ABC):
-    """Networks and programs for images like an example.
+    """Networks and an engine for images like an example.
 
     Args:
         settings: How to purify.
@@ -133,7 +133,7 @@ def _in_proportion(memory: Callable[[int], StepMemory], batch: int) -> StepMemor
 
 
 class PreparedTable(Prepared):
-    """Of a method that is a table: an engine's programs."""
+    """Of a method that is a table: an engine bound to networks."""
 
     def _build(self, example: torch.Tensor) -> None:
         method = self.method
@@ -141,14 +141,14 @@ class PreparedTable(Prepared):
         self.recipe = method.recipe()
         gradient, engine = self.settings.gradient, self.settings.engine
 
-        def programs(table: CoefficientTable) -> Programs:
+        def bound(table: CoefficientTable) -> BoundEngine:
             return engine.prepare(self.engine, self.score, self.classifier, table, example, gradient.differentiates_guidance)
 
-        self.programs = programs(self.recipe.table)
-        self.surrogate: tuple[Programs, list[int]] | None = None
+        self.bound = bound(self.recipe.table)
+        self.surrogate: tuple[BoundEngine, list[int]] | None = None
         if isinstance(gradient, Surrogate):
             chosen = gradient.chosen(self.num_steps)
-            self.surrogate = (programs(method.coarse(chosen)), chosen[:-1])
+            self.surrogate = (bound(method.coarse(chosen)), chosen[:-1])
 
     def begin(self, x_k: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
         if self.recipe.noising is None:
@@ -161,9 +161,9 @@ class PreparedTable(Prepared):
         self, x_k: torch.Tensor, noise: Noise, *, gradient: bool, keep_states: bool, progress: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_0, x_in = self.begin(x_k, noise)
-        storage = self._storage(len(x_0), self.programs.largest_batch, gradient)
+        storage = self._storage(len(x_0), self.bound.largest_batch, gradient)
         run = Run(
-            self.programs,
+            self.bound,
             noise,
             storage,
             keep_states=keep_states,
@@ -176,7 +176,7 @@ class PreparedTable(Prepared):
         return x_last, torch.stack([state.detach() for state in run.states]) if keep_states else None
 
     def _plan(self, batch: int) -> Plan:
-        gradient, programs = self.settings.gradient, self.programs
+        gradient, bound = self.settings.gradient, self.bound
         image = int(np.prod(self.image_shape)) * self.dtype.itemsize
         steps_back = gradient.backward_steps(self.num_steps)
         need = Need(
@@ -187,16 +187,16 @@ class PreparedTable(Prepared):
             image_bytes=image,
             state_bytes=image,
             may_keep=gradient.keeps,
-            largest_batch=programs.largest_batch,
-            memory=lambda piece: _in_proportion(programs.memory, piece),
+            largest_batch=bound.largest_batch,
+            memory=lambda piece: _in_proportion(bound.memory, piece),
         )
         return budget.make_plan(
             need,
             getattr(gradient, "memory_budget", "auto"),
             free=available_bytes(self.device),
-            engine=programs.engine,
-            weights_bytes=lambda piece: programs.weights_bytes(min(piece, LARGEST_PLANNED), gradient=steps_back > 0),
-            evaluations=programs.evaluations(),
+            engine=bound.engine,
+            weights_bytes=lambda piece: bound.weights_bytes(min(piece, LARGEST_PLANNED), gradient=steps_back > 0),
+            evaluations=bound.evaluations(),
         )
 
 
@@ -207,38 +207,38 @@ class PreparedSteps(Prepared):
         method = self.method
         assert isinstance(method, StepMethod)
         networks = Networks(self.score, self.classifier, detached=not self.settings.gradient.differentiates_guidance)
-        self.programs = StepPrograms(method, networks, 2.0 * example - 1.0)
+        self.bound = BoundSteps(method, networks, 2.0 * example - 1.0)
 
     def run(
         self, x_k: torch.Tensor, noise: Noise, *, gradient: bool, keep_states: bool, progress: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         storage = self._storage(len(x_k), None, gradient)
-        run = StepRun(self.programs, noise, storage, keep_states=keep_states, check=self.check_unchanged)
+        run = StepRun(self.bound, noise, storage, keep_states=keep_states, check=self.check_unchanged)
         with self._bar(storage, len(x_k), progress) as bar:
             run.progress = bar.update
             x_last = integrate_steps(x_k, run, gradient=gradient)
         return x_last, torch.stack(run.trajectory()) if keep_states else None
 
     def _plan(self, batch: int) -> Plan:
-        gradient, programs = self.settings.gradient, self.programs
+        gradient, bound = self.settings.gradient, self.bound
         need = Need(
             batch=batch,
             shape=self.image_shape,
             num_steps=self.num_steps,
             backward_steps=gradient.backward_steps(self.num_steps),
             image_bytes=int(np.prod(self.image_shape)) * self.dtype.itemsize,
-            state_bytes=programs.state_bytes(),
+            state_bytes=bound.state_bytes(),
             may_keep=False,
             largest_batch=None,
-            memory=lambda piece: _in_proportion(programs.memory, piece),
+            memory=lambda piece: _in_proportion(bound.memory, piece),
         )
         return budget.make_plan(
             need,
             getattr(gradient, "memory_budget", "auto"),
             free=available_bytes(self.device),
-            engine=programs.engine,
+            engine=bound.engine,
             weights_bytes=lambda piece: 0,
-            evaluations=programs.evaluations(),
+            evaluations=bound.evaluations(),
         )
 
 

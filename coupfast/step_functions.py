@@ -22,7 +22,7 @@ from coupfast.integrate import Storage
 from coupfast.methods import Networks, StepMethod, StepState
 
 
-class StepPrograms:
+class BoundSteps:
     """A step method bound to networks and a shape of images; what a planner asks of an engine.
 
     Args:
@@ -104,7 +104,7 @@ def _check_state(before: StepState, after: Any, method: StepMethod) -> None:
 class StepRun:
     """One purification by a step method under way."""
 
-    programs: StepPrograms
+    bound: BoundSteps
     noise: Noise
     storage: Storage
     progress: Callable[[], object] = lambda: None
@@ -133,7 +133,7 @@ def integrate_steps(x_in: torch.Tensor, run: StepRun, *, gradient: bool) -> torc
 
 
 def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.Tensor:
-    method, networks = run.programs.method, run.programs.networks
+    method, networks = run.bound.method, run.bound.networks
     run.states, ends = [], []
     for piece in run.storage.pieces(len(x_in)):
         noise = run.noise.images(piece)
@@ -208,7 +208,7 @@ class _Leaves:
 
 
 def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: torch.Tensor | None) -> torch.Tensor:
-    method, networks = run.programs.method, run.programs.networks
+    method, networks = run.bound.method, run.bound.networks
     grad_x = torch.empty_like(x_in)
     for states, piece in zip(run.states, run.storage.pieces(len(x_in)), strict=True):
         noise = run.noise.images(piece)

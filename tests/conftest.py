@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coupfast import Purifier
-from coupfast.engine import Programs
+from coupfast.engine import BoundEngine
 from coupfast.models.ddpmpp import DDPMpp
 
 # Networks of this size lose more to threads than they gain, the more so where another process wants the cores.
@@ -91,9 +91,9 @@ def allows_tf32() -> bool:
     return any(owner.fp32_precision != "ieee" for owner in owners)
 
 
-def programs_of(purifier: Purifier, x: torch.Tensor) -> Programs:
+def bound_of(purifier: Purifier, x: torch.Tensor) -> BoundEngine:
     """What an engine made of a purifier's networks for images like `x`: for tests of engines that look inside."""
-    return purifier._prepare(x).programs
+    return purifier._prepare(x).bound
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from conftest import programs_of, relu_classifier, silu_classifier, small_score
+from conftest import bound_of, relu_classifier, silu_classifier, small_score
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -167,7 +167,7 @@ def test_masks_of_the_backward_pass_are_those_of_the_forward_pass(images):
     score, classifier = small_score(torch.float32), relu_classifier(torch.float32)
     x = images.float()
     purifier = Purifier(score, classifier, num_steps=3, memory_budget="least", engine="eager")
-    program = programs_of(purifier, x).for_batch(len(x))
+    program = bound_of(purifier, x).for_batch(len(x))
     assert isinstance(program, EagerProgram) and program.guidance is not None and program.guidance.graph is not None
     x_k = 2 * x - 1
     _, kept = program.guidance.gradient(x_k, keep_slopes=True)

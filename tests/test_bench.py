@@ -69,16 +69,16 @@ def off_by(error):
     """An engine like eager whose steps are wrong by `error`."""
 
     def prepare(*args, **kwargs):
-        programs = ENGINES["eager"](*args, **kwargs)
-        step, step_vjp = programs.step, programs.step_vjp
+        bound = ENGINES["eager"](*args, **kwargs)
+        step, step_vjp = bound.step, bound.step_vjp
 
         def wrong_step(k, x_k, noise, keep="nothing", *, more=None):
             x_next, saved = step(k, x_k, noise, keep, more=more)
             return x_next + error, saved
 
-        programs.step = wrong_step
-        programs.step_vjp = lambda k, x_k, saved, v, *, more=None: step_vjp(k, x_k, saved, v, more=more) * (1 + error)
-        return programs
+        bound.step = wrong_step
+        bound.step_vjp = lambda k, x_k, saved, v, *, more=None: step_vjp(k, x_k, saved, v, more=more) * (1 + error)
+        return bound
 
     return prepare
 

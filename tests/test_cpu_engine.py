@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import programs_of, relu_classifier, silu_classifier, small_score
+from conftest import bound_of, relu_classifier, silu_classifier, small_score
 from cpu_networks import moved, network
 from test_adjoint import plain_autograd, weights
 from test_purify import definition
@@ -19,7 +19,7 @@ from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier, purify
 from coupfast.engine.cpu import options as cpu_options
-from coupfast.engine.cpu.programs import KEPT_BATCHES, CpuPrograms
+from coupfast.engine.cpu.bound import KEPT_BATCHES, BoundCpuEngine
 from coupfast.engines import Engine
 from coupfast.gradient_check import check_gradient
 from coupfast.solvers import SOLVERS
@@ -62,9 +62,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def programs(purifier: Purifier, x: torch.Tensor) -> CpuPrograms:
-    found = programs_of(purifier, x)
-    assert isinstance(found, CpuPrograms)
+def bound(purifier: Purifier, x: torch.Tensor) -> BoundCpuEngine:
+    found = bound_of(purifier, x)
+    assert isinstance(found, BoundCpuEngine)
     return found
 
 
@@ -318,7 +318,7 @@ def pooling_classifier(dtype: torch.dtype) -> nn.Module:
 def test_planned_memory_is_what_programs_take(images, make_classifier):
     score, classifier = small_score(torch.float32), make_classifier(torch.float32)
     purifier = Purifier(score, classifier, num_steps=2, engine="cpu")
-    program = programs(purifier, images).for_batch(5)
+    program = bound(purifier, images).for_batch(5)
 
     def needed() -> int:
         made = program._programs.values()
@@ -348,7 +348,7 @@ def test_programs_of_old_batch_sizes_are_dropped(score, images):
     expected = purifier(x[:1], seed=0)
     for batch in range(1, 13):
         purifier(x[:batch], seed=0)
-    assert len(programs(purifier, x)._programs) == KEPT_BATCHES
+    assert len(bound(purifier, x)._programs) == KEPT_BATCHES
     assert_equal(purifier(x[:1], seed=0), expected)
 
 
@@ -450,7 +450,7 @@ def test_a_score_net_as_those_of_diffusers_is_planned(images, caplog):
     with caplog.at_level(logging.WARNING, logger="coupfast"):
         torch.testing.assert_close(found(images, seed=0), expected(images, seed=0), rtol=0, atol=10 * 12 * 3 * EPS)
     assert not caplog.text
-    assert programs(found, images).networks.score is not None
+    assert bound(found, images).networks.score is not None
     assert relative_error(gradient(found, images, seed=0), gradient(expected, images, seed=0)) < 100 * EPS
 
 
@@ -517,7 +517,7 @@ def test_a_classifier_with_detach_is_planned_right(score, images):
     network = _classifier(lambda self, x: _pooled(self, F.silu(self.conv(x)) * torch.sigmoid(self.other(x)).detach()))
     found, expected = (Purifier(score, network, num_steps=2, guidance_scale=10.0, engine=engine) for engine in ("cpu", "eager"))
     torch.testing.assert_close(found(images, seed=0), expected(images, seed=0), rtol=0, atol=10 * 12 * 2 * EPS)
-    assert programs(found, images).networks.classifier is not None
+    assert bound(found, images).networks.classifier is not None
     assert relative_error(gradient(found, images, seed=0), gradient(expected, images, seed=0)) < 1e-4
 
 
@@ -681,8 +681,8 @@ def test_another_default_dtype(score, classifier, images):
     try:
         fresh = Purifier(score, classifier, num_steps=2, engine="cpu", guidance_scale=10.0)
         found = fresh(images, seed=0), gradient(fresh, images, seed=0)
-        assert programs(fresh, images).networks.score is not None
-        assert programs(fresh, images).networks.classifier is not None
+        assert bound(fresh, images).networks.score is not None
+        assert bound(fresh, images).networks.classifier is not None
     finally:
         torch.set_default_dtype(torch.float32)
     assert_equal(found[0], expected)

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from conftest import allows_tf32, programs_of, relu_classifier, silu_classifier, small_score
+from conftest import allows_tf32, bound_of, relu_classifier, silu_classifier, small_score
 from graph_backend import OutOfMemory, StandIn
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier, engines, trials
 from coupfast.engine import CounterNoise, cuda
+from coupfast.engine.cuda import bound as bound_module
 from coupfast.engine.cuda import pieces as pieces_module
-from coupfast.engine.cuda import programs as programs_module
 from coupfast.engine.cuda import support
 from coupfast.engine.cuda.calibration import Choice
 from coupfast.engine.cuda.capture import CudaBackend
@@ -52,9 +52,9 @@ def backends(monkeypatch):
         made.append(StandIn())
         return made[-1]
 
-    monkeypatch.setattr(programs_module, "unavailable", lambda dtype, device: None)
-    monkeypatch.setattr(programs_module, "CudaBackend", backend)
-    monkeypatch.setattr(programs_module, "Calibration", OurKernels)
+    monkeypatch.setattr(bound_module, "unavailable", lambda dtype, device: None)
+    monkeypatch.setattr(bound_module, "CudaBackend", backend)
+    monkeypatch.setattr(bound_module, "Calibration", OurKernels)
     monkeypatch.setattr(Pieces, "make", remembered_piece)
     OurKernels.chosen = []
     return made
@@ -216,21 +216,21 @@ class TestGraphs:
         assert ours - theirs == kept
 
     def test_a_changed_state_is_loaded_again(self, backends, score, classifier, images):
-        programs = programs_of(purifier(score, classifier), images)
+        bound = bound_of(purifier(score, classifier), images)
         noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
-        program = programs.for_batch(5)
+        program = bound.for_batch(5)
         x_1, _ = program.step(0, images, noise)
         x_1.mul_(0.5)
         found, _ = program.step(1, x_1, noise)
-        expected, _ = programs.networks.eager.step(1, x_1, noise)
+        expected, _ = bound.networks.eager.step(1, x_1, noise)
         assert_close(found, expected, ROUNDINGS)
         found, _ = program.step(1, x_1, noise)  # the same once more, not the step after it
         assert_close(found, expected, ROUNDINGS)
 
     def test_after_an_error_everything_is_loaded_again(self, backends, score, classifier, images, monkeypatch):
-        programs = programs_of(purifier(score, classifier), images)
+        bound = bound_of(purifier(score, classifier), images)
         noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
-        program = programs.for_batch(5)
+        program = bound.for_batch(5)
         x_1, _ = program.step(0, images, noise)
         expected, _ = program.step(1, x_1, noise)
         x_1, _ = program.step(0, images, noise)
@@ -255,7 +255,7 @@ class TestGraphs:
         run = purifier(score, classifier)
         with torch.no_grad():
             run(images, seed=1)
-            program = programs_of(run, images).for_batch(5)
+            program = bound_of(run, images).for_batch(5)
             expected = run(images, seed=1)
             put = program._put
 
@@ -302,7 +302,7 @@ class TestGraphs:
     def test_a_failed_capture_leaves_everything_usable(self, backends, score, classifier, images, monkeypatch):
         expected = purifier(score, classifier, options={"graphs": False})(images, seed=1)
         run = purifier(score, classifier)
-        program = programs_of(run, images).for_batch(5)
+        program = bound_of(run, images).for_batch(5)
         program.runner.backend.fail = RuntimeError("no such stream")
         state = [buffer.clone() for buffer in program.runner.state]
         with pytest.raises(RuntimeError, match=r"captured as a graph \(RuntimeError: no such stream\).*'graphs': False"):
@@ -345,7 +345,7 @@ class TestGraphs:
 
     def test_out_of_memory_says_what_was_needed(self, backends, score, classifier, images):
         run = purifier(score, classifier)
-        program = programs_of(run, images).for_batch(5)
+        program = bound_of(run, images).for_batch(5)
         error = RuntimeError("capture_end: invalidated")
         error.__context__ = OutOfMemory("CUDA out of memory")
         program.runner.backend.fail = error
@@ -368,7 +368,7 @@ class TestGraphs:
             backend.capture(lambda: value.item())
 
     def test_old_programs_are_let_go(self, backends, score, images, monkeypatch):
-        monkeypatch.setattr(programs_module, "KEPT_PROGRAMS", 2)
+        monkeypatch.setattr(bound_module, "KEPT_PROGRAMS", 2)
         run = purifier(score, None, method="reverse-sde")
         with torch.no_grad():
             for batch in (1, 2, 4, 1):
@@ -376,13 +376,13 @@ class TestGraphs:
         assert len(backends) == 4  # one image's had to go
 
     def test_one_that_is_let_go_has_done_its_work(self, backends, score, images, monkeypatch):
-        monkeypatch.setattr(programs_module, "KEPT_PROGRAMS", 1)
+        monkeypatch.setattr(bound_module, "KEPT_PROGRAMS", 1)
         run = purifier(score, None, method="reverse-sde", options={"graphs": False})
         waited = []
         with torch.no_grad():
             run(images[:1], seed=0)
-            programs = programs_of(run, images)
-            programs.for_batch(1)._order._last = types.SimpleNamespace(synchronize=lambda: waited.append(1))
+            bound = bound_of(run, images)
+            bound.for_batch(1)._order._last = types.SimpleNamespace(synchronize=lambda: waited.append(1))
             run(images[:2], seed=0)
         gc.collect()
         assert waited == [1]
@@ -393,7 +393,7 @@ def test_convolutions_are_those_that_calibration_chose(backends, score, images, 
     monkeypatch.setattr(OurKernels, "choose", lambda self, shape: Choice(candidate, {}, {}, {}))
     monkeypatch.setattr(Pieces, "make", PIECE)
     run = purifier(score, None, method="reverse-sde")
-    found = {node.target for node in programs_of(run, images).networks.pieces.make("score", 1).operations()}
+    found = {node.target for node in bound_of(run, images).networks.pieces.make("score", 1).operations()}
     assert (torch.ops.coupfast.conv3x3.default in found) == ours
 
 
@@ -404,7 +404,7 @@ class TestPrecision:
         try:
             run = purifier(score, classifier)
             flags = []
-            program = programs_of(run, images).for_batch(5)
+            program = bound_of(run, images).for_batch(5)
             program.runner.backend.while_capturing = lambda: flags.append(allows_tf32())
             both_ways(run, images)
             assert flags and not any(flags)
@@ -418,7 +418,7 @@ class TestPrecision:
     @pytest.mark.parametrize(("precision", "inside", "flag"), [("3xtf32", "tf32x3", False), ("tf32", "tf32", True)])
     def test_named_precisions(self, backends, score, classifier, images, precision, inside, flag):
         run = purifier(score, classifier, precision=precision)
-        program = programs_of(run, images).for_batch(5)
+        program = bound_of(run, images).for_batch(5)
         before, flags = allows_tf32(), []
         program.runner.backend.while_capturing = lambda: flags.append(allows_tf32())
         with torch.no_grad():
@@ -510,14 +510,14 @@ class TestRefuses:
             purifier(score, classifier, precision="3xtf32", options={"triton": False})(images)
 
     def test_more_images_than_the_largest_bucket(self, backends, score, images, monkeypatch):
-        monkeypatch.setattr(programs_module, "BUCKETS", (1, 2))
+        monkeypatch.setattr(bound_module, "BUCKETS", (1, 2))
         run = purifier(score, None, method="reverse-sde")
-        programs = programs_of(run, images)
+        bound = bound_of(run, images)
         with pytest.raises(ValueError, match="up to 2 images at a time, got 5"):
-            programs.for_batch(5)
+            bound.for_batch(5)
 
     def test_states_of_another_kind(self, backends, score, images):
-        program = programs_of(purifier(score, None, method="reverse-sde"), images).for_batch(1)
+        program = bound_of(purifier(score, None, method="reverse-sde"), images).for_batch(1)
         noise = CounterNoise(1, torch.arange(1), torch.zeros(1, dtype=torch.int64))
         with pytest.raises(ValueError, match="runs torch.float32 states of shape"):
             program.step(0, images[:1].double(), noise)
@@ -534,8 +534,8 @@ class TestRefuses:
 
 
 def test_large_batches_go_in_pieces(backends, score, images, monkeypatch):
-    monkeypatch.setattr(programs_module, "BUCKETS", (1, 2))
-    monkeypatch.setattr(cuda.CudaPrograms, "largest_batch", 2)
+    monkeypatch.setattr(bound_module, "BUCKETS", (1, 2))
+    monkeypatch.setattr(cuda.BoundCudaEngine, "largest_batch", 2)
     run = purifier(score, None, method="reverse-sde")
     found = both_ways(run, images)
     expected = both_ways(purifier(score, None, method="reverse-sde", engine="eager"), images)
@@ -544,8 +544,8 @@ def test_large_batches_go_in_pieces(backends, score, images, monkeypatch):
 
 
 def test_keeps_slopes_as_bits(backends, score, classifier, images):
-    programs = programs_of(purifier(score, classifier), images)
-    program = programs.for_batch(5)
+    bound = bound_of(purifier(score, classifier), images)
+    program = bound.for_batch(5)
     noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
     _, kept = program.step(0, images, noise, "slopes")
     masks = [slope for slope in program._slopes if slope.dtype == torch.bool]
@@ -683,28 +683,28 @@ def test_attention_in_a_score_net_is_plain_operations(backends, classifier, imag
     found, expected = both_ways(run, images), both_ways(purifier(score, classifier, engine="eager"), images)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, ROUNDINGS)
-    programs = programs_of(run, images)
-    pieces = [programs.networks.pieces.make(name, 8) for name in ("score", "score vjp")]
+    bound = bound_of(run, images)
+    pieces = [bound.networks.pieces.make(name, 8) for name in ("score", "score vjp")]
     names = [str(node.target) for piece in pieces for node in piece.operations()]
     assert names and not [name for name in names if "scaled_dot_product" in name]
 
 
 def test_graphs_share_their_weights(backends, score, classifier, images, monkeypatch):
     """Pieces and buckets have the same copies, which stay when a bucket's graphs are let go: a weight's address names it."""
-    monkeypatch.setattr(programs_module, "KEPT_PROGRAMS", 1)
+    monkeypatch.setattr(bound_module, "KEPT_PROGRAMS", 1)
     monkeypatch.setattr(Pieces, "make", PIECE)
     run = purifier(score, classifier, options={"graphs": False})
     both_ways(run, images[:2])
-    programs = programs_of(run, images)
-    before, pairs = programs.weights_bytes(1, gradient=True), len(programs.networks.pieces.packed)
+    bound = bound_of(run, images)
+    before, pairs = bound.weights_bytes(1, gradient=True), len(bound.networks.pieces.packed)
     weights = sum(p.nbytes for network in (score, classifier) for p in network.parameters() if p.dim() == 4)
     # All but the few that are not 3 x 3: once in channels last, twice packed (as they are, and for the transpose).
     assert 2 * weights < before < 4 * weights
     found = both_ways(run, images[:4])
-    assert programs.weights_bytes(1, gradient=True) == before and len(programs.networks.pieces.packed) == pairs
+    assert bound.weights_bytes(1, gradient=True) == before and len(bound.networks.pieces.packed) == pairs
     for ours, theirs in zip(found, both_ways(purifier(score, classifier, engine="eager"), images[:4]), strict=True):
         assert_close(ours, theirs, ROUNDINGS)
-    for weight, packed in programs.networks.pieces.packed.values():
+    for weight, packed in bound.networks.pieces.packed.values():
         forward, transposed = pack_weight(weight), pack_weight(weight.flip(2, 3).transpose(0, 1))
         assert any(packed.shape == right.shape and torch.equal(packed, right) for right in (forward, transposed))
 

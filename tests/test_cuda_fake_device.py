@@ -37,7 +37,7 @@ def no_device_guard(monkeypatch):
 
 
 @functools.cache
-def programs(make_classifier, kernels, bucket):
+def bound(make_classifier, kernels, bucket):
     """Networks on the CPU, and their pieces."""
     score = small_score(torch.float32).requires_grad_(False)
     classifier = None if make_classifier is None else make_classifier(torch.float32).requires_grad_(False)
@@ -94,7 +94,7 @@ class FakeProgram(CudaProgram):
 
 def fake_program(make_classifier=relu_classifier, kernels=True, bucket=2):
     """To be used within the mode that comes with it."""
-    made, pieces = programs(make_classifier, kernels, bucket)
+    made, pieces = bound(make_classifier, kernels, bucket)
     made, mode = copy.copy(made), FakeTensorMode()
     with mode:
         made.example = torch.zeros(1, *SHAPE, device="cuda")
@@ -156,7 +156,7 @@ def test_kernels_launched_per_step():
 @pytest.mark.parametrize("name", ["score", "score vjp", "evaluate", "cotangent", "tangent"])
 def test_pieces_compile_whole(name):
     """`fullgraph=True` raises at a graph break; the compiler's own front end runs, its code generator needs the device."""
-    graph = programs(relu_classifier, True, 2)[1][name]
+    graph = bound(relu_classifier, True, 2)[1][name]
     torch._dynamo.reset()
     compiled = torch.compile(graph.module, fullgraph=True, dynamic=False, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from graph_backend import StandIn
 from torch import nn
 
 from coupfast.engine import Cotangent, CounterNoise, ReplayedNoise, State, cpu, eager
-from coupfast.engine.cuda import CudaPrograms
+from coupfast.engine.cuda import BoundCudaEngine
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.guidance import Guidance, log_confidence
 from coupfast.integrate import Run, Storage, integrate
@@ -101,19 +101,19 @@ def wanted(columns: str, batch: int, counted: bool, smooth: bool):
     return x.detach(), gradients
 
 
-def found(programs, columns: str, batch: int, counted: bool, dtype: torch.dtype, storage: Storage):
-    """The same from programs."""
+def found(bound, columns: str, batch: int, counted: bool, dtype: torch.dtype, storage: Storage):
+    """The same from an engine."""
     noise, *_ = noises(batch, counted)
     x, x_in = (normal(batch, 3, 8, 8, seed=seed).to(dtype).requires_grad_() for seed in (1, 2))
     leaves = [x, x_in]
     if not counted:
         noise = ReplayedNoise(noise.rows.to(dtype).requires_grad_(), noise.second.to(dtype).requires_grad_())
         leaves += [noise.rows, noise.second]
-    run = Run(programs, noise, storage)
+    run = Run(bound, noise, storage)
     end = integrate(x, run, gradient=True, x_in=x_in if "e" in columns else None)
     gradients = torch.autograd.grad((end * normal(*end.shape, seed=6).to(dtype)).sum(), leaves, allow_unused=True)
     with torch.no_grad():
-        again = integrate(x, Run(programs, noise, storage), gradient=False, x_in=x_in if "e" in columns else None)
+        again = integrate(x, Run(bound, noise, storage), gradient=False, x_in=x_in if "e" in columns else None)
     assert torch.equal(again, end)
     return end.detach(), gradients
 
@@ -140,9 +140,9 @@ CASES += [(columns, batch, counted, True) for columns in ("e", "fq", "efpq") for
 @pytest.mark.parametrize(("columns", "batch", "counted", "smooth"), CASES, ids=str)
 def test_eager_in_float64(columns, batch, counted, smooth):
     score, classifier = networks(smooth, torch.float64)
-    programs = eager.prepare(score, classifier, table(columns), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    bound = eager.prepare(score, classifier, table(columns), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     for storage in (Storage(batch), Storage(batch, slopes=True, kept_steps=2)):
-        ours = found(programs, columns, batch, counted, torch.float64, storage)
+        ours = found(bound, columns, batch, counted, torch.float64, storage)
         assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F64)
 
 
@@ -150,32 +150,32 @@ def test_eager_in_float64(columns, batch, counted, smooth):
 @pytest.mark.parametrize(("columns", "batch", "counted", "smooth"), [*CASES, ("efpq", 3, False, False)], ids=str)
 def test_cpu(columns, batch, counted, smooth):
     score, classifier = networks(smooth, torch.float32)
-    programs = cpu.prepare(score, classifier, table(columns), torch.zeros(1, 3, 8, 8))
+    bound = cpu.prepare(score, classifier, table(columns), torch.zeros(1, 3, 8, 8))
     for storage in (Storage(batch), Storage(batch, slopes=True)):
-        ours = found(programs, columns, batch, counted, torch.float32, storage)
+        ours = found(bound, columns, batch, counted, torch.float32, storage)
         assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F32)
     if batch > 1:
-        ours = found(programs, columns, batch, counted, torch.float32, Storage(2))
+        ours = found(bound, columns, batch, counted, torch.float32, Storage(2))
         assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F32)
 
 
 PIECES: dict = {}
 
 
-def cuda_programs(columns: str, smooth: bool) -> CudaPrograms:
+def bound_cuda(columns: str, smooth: bool) -> BoundCudaEngine:
     """On the CPU, with graphs that a stand-in records; pieces, which depend on no factor, are traced once."""
     score, classifier = networks(smooth, torch.float32)
     example = torch.zeros(1, 3, 8, 8)
     made = CudaNetworks(score, Guidance(classifier, example), table(columns), example, True, backend=StandIn)
     made.pieces = PIECES.setdefault(smooth, made.pieces)
-    return CudaPrograms(made)
+    return BoundCudaEngine(made)
 
 
 @pytest.mark.parametrize(("columns", "batch", "counted", "smooth"), [*CASES, ("efpq", 3, False, False)], ids=str)
 def test_cuda(columns, batch, counted, smooth):
-    programs = cuda_programs(columns, smooth)
+    bound = bound_cuda(columns, smooth)
     for storage in (Storage(batch), Storage(batch, slopes=True)):
-        ours = found(programs, columns, batch, counted, torch.float32, storage)
+        ours = found(bound, columns, batch, counted, torch.float32, storage)
         assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F32)
 
 
@@ -200,10 +200,10 @@ def test_a_network_is_asked_where_somebody_reads_it(engine):
     calls = []
     counting = copy.deepcopy(score)
     counting.register_forward_hook(lambda module, inputs, output: calls.append(1))
-    programs = ENGINES[engine](mixed, counting if engine == "eager" else score, classifier)
+    bound = ENGINES[engine](mixed, counting if engine == "eager" else score, classifier)
     noise, z, z2 = noises(2, True)
     x = normal(2, 3, 8, 8, seed=1)
-    end = integrate(x.float(), Run(programs, noise, Storage(2)), gradient=False)
+    end = integrate(x.float(), Run(bound, noise, Storage(2)), gradient=False)
     leaf = x.clone().requires_grad_()
     expected = plain_loop(mixed, *double, leaf, x, z, z2)
     assert_agrees((end, ()), (expected.detach(), ()), ROUNDINGS, F32)
@@ -211,7 +211,7 @@ def test_a_network_is_asked_where_somebody_reads_it(engine):
         assert len(calls) == 3
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
     leaf = x.float().requires_grad_()
-    end = integrate(leaf, Run(programs, noise, Storage(2)), gradient=True)
+    end = integrate(leaf, Run(bound, noise, Storage(2)), gradient=True)
     assert_agrees((torch.autograd.grad(end.sum(), leaf)[0], ()), (gradient, ()), ROUNDINGS, F32)
 
 
@@ -219,8 +219,8 @@ def test_a_network_is_asked_where_somebody_reads_it(engine):
 @pytest.mark.parametrize("engine", [*ENGINES, "cuda"])
 def test_what_a_step_reads_must_be_given(engine):
     pair = networks(False, torch.float32)
-    programs = cuda_programs("epq", False) if engine == "cuda" else ENGINES[engine](table("epq"), *pair)
-    program, (noise, *_) = programs.for_batch(1), noises(1, True)
+    bound = bound_cuda("epq", False) if engine == "cuda" else ENGINES[engine](table("epq"), *pair)
+    program, (noise, *_) = bound.for_batch(1), noises(1, True)
     x = normal(1, 3, 8, 8, seed=1).float()
     with pytest.raises(ValueError, match="step 0 of this table reads x_in; give them in `more`"):
         program.step(0, x, noise)
@@ -252,8 +252,8 @@ def test_memory_is_planned(engine):
 
 def test_cuda_loads_nothing_between_steps():
     """State, input and the step before stay in the engine's buffers."""
-    programs = cuda_programs("efpq", False)
-    program, (noise, *_) = programs.for_batch(1), noises(1, True)
+    bound = bound_cuda("efpq", False)
+    program, (noise, *_) = bound.for_batch(1), noises(1, True)
     x = normal(1, 3, 8, 8, seed=1).float()
     loads = []
     put = program._put

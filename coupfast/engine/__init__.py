@@ -8,7 +8,7 @@
 The cpu and cuda engines share `partition` (what of a network its labels alone decide), `precision`, `memory` and `networks`.
 """
 
-from coupfast.engine.protocol import Cotangent, Keep, Program, Programs, State, StepMemory
+from coupfast.engine.protocol import BoundEngine, Cotangent, Keep, Program, State, StepMemory
 from coupfast.noise import CounterNoise, Noise, ReplayedNoise
 
-__all__ = ["CounterNoise", "Cotangent", "Keep", "Noise", "Program", "Programs", "ReplayedNoise", "State", "StepMemory"]
+__all__ = ["CounterNoise", "Cotangent", "Keep", "Noise", "Program", "BoundEngine", "ReplayedNoise", "State", "StepMemory"]

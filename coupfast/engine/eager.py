@@ -172,7 +172,7 @@ def prepare(
     *,
     differentiate_guidance: bool = True,
 ) -> EagerProgram:
-    """Programs for states like `example`, of any batch size.
+    """An engine bound to networks, for states like `example`, of any batch size.
 
     Args:
         score, classifier: In eval mode with frozen parameters; `classifier` is needed where the table guides.

@@ -1,7 +1,7 @@
-"""What an engine is: a function `prepare(score, classifier, table, example, …) → Programs`.
+"""What an engine is: a function `prepare(score, classifier, table, example, …) → BoundEngine`.
 
-`Programs` hold one `Program` per batch size, made when it is first wanted. A program knows how to run a step and its transpose;
-nothing else does, and what it keeps between the two is its own business.
+A `BoundEngine` holds one `Program` per batch size, made when it is first wanted. A program knows how to run a step and its
+transpose; nothing else does, and what it keeps between the two is its own business.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Program(Protocol):
         ...
 
 
-class Programs(Protocol):
+class BoundEngine(Protocol):
     """An engine bound to networks, a table and a shape of images."""
 
     engine: str

@@ -23,7 +23,7 @@ from coupfast_kernels import native
 KEPT_BATCHES = 8
 
 
-class CpuPrograms:
+class BoundCpuEngine:
     """The engine bound to networks, a table and a shape of images; one `CpuProgram` per batch size. Made by `prepare`."""
 
     engine = "cpu"
@@ -80,8 +80,8 @@ def prepare(
     *,
     differentiate_guidance: bool = True,
     options: Mapping[str, Any] | None = None,
-) -> CpuPrograms:
-    """Programs for states like `example`; the first arguments are those of the eager engine.
+) -> BoundCpuEngine:
+    """An engine bound to networks, for states like `example`; the first arguments are those of the eager engine.
 
     Args:
         options: See `Options`.
@@ -97,4 +97,4 @@ def prepare(
             raise native.NativeUnavailable(reason)
         raise ValueError(f"{reason}; engine='eager' does")
     guidance = guidance_of(classifier, table, example)
-    return CpuPrograms(CpuNetworks(score, guidance, table, example, differentiate_guidance, chosen))
+    return BoundCpuEngine(CpuNetworks(score, guidance, table, example, differentiate_guidance, chosen))

@@ -29,7 +29,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 KEPT_PROGRAMS = 4
 
 
-class CudaPrograms:
+class BoundCudaEngine:
     """The engine bound to networks, a table and a shape of images; one `CudaProgram` per bucket of batch sizes.
 
     Made by `prepare`, which checks the device.
@@ -90,8 +90,8 @@ def prepare(
     differentiate_guidance: bool = True,
     precision: Precision = "strict",
     options: Mapping[str, Any] | None = None,
-) -> CudaPrograms:
-    """Programs for states like `example`; the first arguments are those of the eager engine.
+) -> BoundCudaEngine:
+    """An engine bound to networks, for states like `example`; the first arguments are those of the eager engine.
 
     Args:
         precision: One of `PRECISIONS`: "strict" and "fast" compute in IEEE float32 (calibration allows errors of four times the
@@ -133,4 +133,4 @@ def prepare(
         choose=choose,
         fuse_norms=chosen.triton,
     )
-    return CudaPrograms(networks)
+    return BoundCudaEngine(networks)
