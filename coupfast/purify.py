@@ -188,7 +188,7 @@ class Purifier(nn.Module):
             return self._prepare(torch.zeros(1, *image_shape, dtype=dtype, device=device)).plan(int(batch))
 
     def _prepare(self, x: torch.Tensor) -> Prepared:
-        """Networks and engine for images like `x`, after all checks; kept until the networks, the shape or the device change."""
+        """Networks and engine for images like `x`, after all checks; kept until networks, shape or device change."""
         for network, name in ((self.score, "score net"), (self.classifier, "classifier")):
             if network is not None:
                 check_eval(network, name)
