@@ -82,7 +82,8 @@ def flatten(
     from torch.fx.experimental.proxy_tensor import make_fx  # takes a second, which only this engine should
 
     varying = [tensor.clone() for tensor in varying]  # one tensor given twice would be one input
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has other operations on every device, and no second derivative
+    # Fused attention has other operations on every device, and no second derivative. Autograd's own threads see no trace.
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         # Tensors of elsewhere are let in, so that they can be named.
         module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*varying, *constants)
     for node in module.graph.nodes:

@@ -51,7 +51,9 @@ class CudaProgram:
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
         state += self._more_buffers(image)
         backend = None if networks.backend is None else networks.backend()
-        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket))
+        results: list[torch.Tensor] = []  # slopes and p, when they are made
+        self._results = results
+        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket), lambda: results)
         self._pieces: dict[str, Piece] = {}
         self._turn = threading.RLock()
         self._order = _Order(example.device)
@@ -152,6 +154,7 @@ class CudaProgram:
         p = torch.softmax(logits, dim=1)
         if self._p is None:
             self._p, self._slopes = torch.zeros_like(p), [torch.zeros_like(slope) for slope in slopes]
+            self._results += [self._p, *self._slopes]
         self._p.copy_(p)
         torch._foreach_copy_(self._slopes, slopes)
         return self._p
