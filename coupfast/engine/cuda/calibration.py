@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from coupfast.cache import cache_directory
+from coupfast.engine.cuda.compiled import Compiler
 from coupfast.engine.cuda.flat import flatten
 from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
@@ -51,7 +52,6 @@ FORMAT = 1  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
 
 Candidate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Compiler = Callable[[torch.fx.GraphModule], Callable[..., Any]]
 Timer = Callable[[Callable[[], object]], float]
 
 
@@ -293,9 +293,8 @@ class _Compiled:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self._made is None or self._made[0] is not weight:
-            # A module of its own for each shape: compilers count how often they compiled one function.
             graph = flatten(lambda *given: (_library(*given),), (x,), (weight, bias))
-            self._made = weight, self.compiler(graph.module)
+            self._made = weight, self.compiler(graph.module, graph.example_inputs())
         return self._made[1](x, weight, bias)[0]
 
 

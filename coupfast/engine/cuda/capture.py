@@ -113,8 +113,8 @@ def _without_garbage_collection() -> Iterator[None]:
 def _own_workspaces() -> Iterator[None]:
     """cuBLAS allocates its workspaces inside of the capture, from the graph's own memory, and nobody else gets them.
 
-    Those of before lie outside of the graph, which would go on writing there after another part of the process (a compiled model
-    with CUDA graphs) had them freed.
+    Those of before lie outside of the graph, which would go on writing there after another part of the process (a compiled
+    model with CUDA graphs) had them freed.
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:

@@ -42,6 +42,14 @@ class FlatGraph:
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.module(*inputs, *self.constants)
 
+    def example_inputs(self) -> list[torch.Tensor]:
+        """Zeros in the formats of the varying inputs, and the constants."""
+        found = []
+        for node in self.placeholders()[: self.varying]:
+            value = node.meta["val"]
+            found.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_())
+        return [*found, *self.constants]
+
     def operations(self) -> list[fx.Node]:
         """The operations that launch something."""
         return [

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from coupfast.engine.cuda.capture import Backend
+from coupfast.engine.cuda.compiled import Compiler
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.substitution import Conv3x3Choice
 from coupfast.engine.eager import EagerProgram
@@ -40,7 +41,7 @@ class CudaNetworks:
         *,
         precision: Precision = "strict",
         backend: Callable[[], Backend] | None = None,
-        compiler: Callable[[torch.fx.GraphModule], Callable] | None = None,
+        compiler: Compiler | None = None,
         choose: Conv3x3Choice | None = None,
         fuse_norms: bool = False,
     ) -> None:

@@ -243,7 +243,7 @@ class CudaProgram:
         if name not in self._pieces:
             networks = self.networks
             graph, compiler = networks.pieces.make(name, self.bucket), networks.compiler
-            run = graph.module if compiler is None else compiler(graph.module)
+            run = graph.module if compiler is None else compiler(graph.module, graph.example_inputs())
             piece = lambda *inputs: run(*inputs, *graph.constants)  # noqa: E731
             check_piece(name, piece, networks.eager, self.bucket, self._slopes, tf32=networks.precision == "tf32")
             self._pieces[name] = piece

@@ -36,7 +36,7 @@ def unavailable(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def launch_device(index: int | None) -> torch.device:
-    return torch.device("cuda", index)
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
 
 
 @functools.cache
