@@ -227,8 +227,7 @@ def discrete_adjoint(
 def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     num_steps = len(parity_grid(t)) - 1
     steps = steps_to_time(options, num_steps)
-    scaled = steps < num_steps
-    if scaled and options.memory_budget == "auto":
+    if steps < num_steps and options.memory_budget == "auto":
         raise SystemExit("--memory-budget auto keeps what fits of the steps that run, so it cannot be scaled; add --full")
     x = case.x
     path = published_path(2.0 * x - 1.0, t=t, steps=steps, forward_noising=False, entropy=options.seed)
@@ -246,23 +245,14 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
     for mode in modes:
         v, v64 = gradients[mode.key].double().flatten(1), truths["exact"].flatten(1)
         rows[mode.key] = {
-            "mode": mode.name,
-            "engine": mode.engine,
-            "network": case.networks.name,
-            "t": t,
-            "num_steps": num_steps,
-            "steps_timed": steps,
-            "scaled": scaled,
-            "batch": len(x),
+            **_measured(mode, case, t, num_steps, steps),
             "seconds_per_image": None,
             "spread": None,
             "forward_seconds_per_image": None,
             "backward_seconds_per_image": None,
             "peak_bytes": None,
             "peak_bytes_from_steps": None,
-            "rel_error": relative_error(v, v64),
-            "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
-            "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+            **_agreement(v, v64),
             "rounding": rounding.get(mode.key),
             "ratio_to_published": None,
             "ratio_to_frozen": None,
@@ -356,20 +346,11 @@ def _rows_against_exact(case: Case, t: float, options: argparse.Namespace) -> li
         v, v64 = gradients[key].double().flatten(1), gradients["exact (eager)"].double().flatten(1)
         total = Summary.of(times[key])
         row = {
-            "mode": mode.name,
-            "engine": mode.engine,
-            "network": case.networks.name,
-            "t": t,
-            "num_steps": num_steps,
-            "steps_timed": steps,
-            "scaled": steps < num_steps,
-            "batch": len(case.x),
+            **_measured(mode, case, t, num_steps, steps),
             "seconds_per_image": total.median,
             "spread": total.spread,
             "truth": "exact, eager, float32",
-            "rel_error": relative_error(v, v64),
-            "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
-            "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+            **_agreement(v, v64),
             "within_contract": True,
             **{
                 field: times_faster(next((times[k] for k in modes if modes[k].name == name), None), times[key])
@@ -450,6 +431,29 @@ def eager_rounding(
 def relative_error(v: torch.Tensor, v64: torch.Tensor) -> float:
     v, v64 = v.double().flatten(1), v64.flatten(1)
     return float(((v - v64).norm(dim=1) / v64.norm(dim=1)).mean())
+
+
+def _agreement(v: torch.Tensor, v64: torch.Tensor) -> dict[str, float]:
+    """How near gradients, one a row, are to those they should be."""
+    return {
+        "rel_error": relative_error(v, v64),
+        "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
+        "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+    }
+
+
+def _measured(mode: _Mode, case: Case, t: float, num_steps: int, steps: int) -> dict[str, Any]:
+    """What was measured, `steps` of `num_steps`."""
+    return {
+        "mode": mode.name,
+        "engine": mode.engine,
+        "network": case.networks.name,
+        "t": t,
+        "num_steps": num_steps,
+        "steps_timed": steps,
+        "scaled": steps < num_steps,
+        "batch": len(case.x),
+    }
 
 
 def _line(row: dict[str, Any]) -> str:

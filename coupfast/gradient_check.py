@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,10 @@ class _Check:
         output64, gradient64 = self.definition.gradient(x64, noise, self.losses, steps_at_once=at_once)
         self.advance()
         derivatives = self._derivatives(x64, noise, gradient, gradient64, directions, steps) if directions else ()
-        total_snr, image_snr = self._signal_to_noise(gradient, draws) if draws and gradient is not None else (None, ())
+        total_snr: SignalToNoise | None = None
+        image_snr: tuple[SignalToNoise, ...] = ()
+        if draws and gradient is not None:
+            total_snr, image_snr = signal_to_noise(self._gradients(gradient, draws))
         purifier = self.purifier
         return GradientCertificate(
             has_gradient=gradient is not None,
@@ -221,6 +224,13 @@ class _Check:
         self.advance()
         return output.detach(), None if gradient is None else gradient.double()
 
+    def _gradients(self, first: torch.Tensor, draws: int) -> Iterator[torch.Tensor]:
+        yield first
+        for draw in range(1, draws):
+            gradient = self._gradient(draw)[1]
+            assert gradient is not None
+            yield gradient
+
     def _derivatives(
         self,
         x64: torch.Tensor,
@@ -263,18 +273,24 @@ class _Check:
                 )
         return tuple(found)
 
-    def _signal_to_noise(self, first: torch.Tensor, draws: int) -> tuple[SignalToNoise, tuple[SignalToNoise, ...]]:
-        # Welford's recurrence: m gradients are never held at once.
-        mean, scatter = first.clone(), torch.zeros(len(first), dtype=torch.float64, device=first.device)
-        for draw in range(1, draws):
-            gradient = self._gradient(draw)[1]
-            assert gradient is not None
-            before = gradient - mean
-            mean = mean + before / (draw + 1)
-            scatter = scatter + (before * (gradient - mean)).flatten(1).sum(dim=1)
-        noise = scatter / (draws - 1) / draws  # [batch]
-        signal = mean.flatten(1).square().sum(dim=1) - noise
-        return _ratio(signal.sum(), noise.sum()), tuple(map(_ratio, signal, noise))
+
+def signal_to_noise(gradients: Iterable[torch.Tensor]) -> tuple[SignalToNoise, tuple[SignalToNoise, ...]]:
+    """Of the mean of several draws' gradients, together and of each image; they are taken one after the other.
+
+    Args:
+        gradients: At least two, float64, (batch, …).
+    """
+    # Welford's recurrence: m gradients are never held at once.
+    rest = iter(gradients)
+    mean = next(rest).clone()
+    scatter, draws = torch.zeros(len(mean), dtype=torch.float64, device=mean.device), 1
+    for draws, gradient in enumerate(rest, start=2):
+        before = gradient - mean
+        mean = mean + before / draws
+        scatter = scatter + (before * (gradient - mean)).flatten(1).sum(dim=1)
+    noise = scatter / (draws - 1) / draws  # [batch]
+    signal = mean.flatten(1).square().sum(dim=1) - noise
+    return _ratio(signal.sum(), noise.sum()), tuple(map(_ratio, signal, noise))
 
 
 def _parts(defense: Any) -> tuple[Purifier, nn.Module | None]:

@@ -39,7 +39,7 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
         raise ValueError(f"`{option}` names an object as package.module:NAME or file.py:NAME, got {name!r}")
     place, _, attribute = name.rpartition(":")
     try:
-        found: Any = _file(place) if place.endswith(".py") else _module(place)
+        found: Any = import_place(place)
     except Exception as error:  # a module may do anything when it is imported
         hint = ""
         if isinstance(error, ModuleNotFoundError) and error.name == place.split(".")[0]:
@@ -57,6 +57,15 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
             wanted = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
             raise ValueError(f"`{option}`={name!r} is a {type(found).__name__}, and a {wanted} is wanted")
     return found
+
+
+def import_place(place: str) -> ModuleType:
+    """The module `package.module`, looked for in `sys.path` and then in the current folder, or that of `file.py`; made once.
+
+    Raises:
+        FileNotFoundError: if there is no such file. Importing may raise anything besides.
+    """
+    return _file(place) if place.endswith(".py") else _module(place)
 
 
 def reference_to(found: Any) -> str:

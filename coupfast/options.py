@@ -39,9 +39,8 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option of the command line: `--num-steps`, and `--no-clamp` for what is on unless switched off."""
-        name = self.keyword.replace("_", "-")
-        return f"--no-{name}" if self.default is True else f"--{name}"
+        """The option of the command line: `--num-steps`."""
+        return f"--{self.keyword.replace('_', '-')}"
 
     def _parsed(self, word: str) -> Any:
         try:
@@ -49,23 +48,22 @@ class Option:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{word!r} is none ({error}); {self.help}") from error
 
-    def add_to(self, parser: Any, *, default: Any = None, note: str = "") -> None:
-        """Add this option to an argparse parser or group. Without a word of the user's its value is `default`."""
-        off = "do not " if self.default is True else ""
-        help_text = f"{off}{self.help}{note}".replace("%", "%%")
-        if isinstance(self.default, bool):
-            action = "store_false" if self.default else "store_true"
-            parser.add_argument(self.flag, dest=self.keyword, action=action, default=default, help=help_text)
-            return
-        parser.add_argument(
-            self.flag,
-            dest=self.keyword,
-            type=self._parsed,
-            default=default,
-            metavar=None if self.choices else self.metavar,
-            choices=self.choices,
-            help=help_text,
-        )
+    def add_to(
+        self, parser: Any, *, default: Any = None, note: str = "", flag: str | None = None, dest: str | None = None
+    ) -> None:
+        """Add this option to an argparse parser or group: `--num-steps N`, `--clamp` and `--no-clamp`.
+
+        Args:
+            default: Its value without a word of the user's.
+            note: What the help says behind this option's own.
+            flag, dest: Its spelling and its name in the namespace, where these are not its own.
+        """
+        told: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if not isinstance(self.default, bool):
+            metavar = None if self.choices else self.metavar or self.keyword.upper()
+            told = {"type": self._parsed, "metavar": metavar, "choices": self.choices}
+        help_text = f"{self.help}{note}".replace("%", "%%")
+        parser.add_argument(flag or self.flag, dest=dest or self.keyword, default=default, help=help_text, **told)
 
 
 def option(

@@ -1,7 +1,7 @@
 """Purification of images: `purify`, `Purifier` and `PurifiedClassifier`.
 
-Images are in [0, 1] outside and become states in [-1, 1] here, the only place of the fast path where they do (the certificate's
-definition does it for itself). Nothing reads or advances torch's global generator.
+Images are in [0, 1] outside and become states in [-1, 1] here, the only place where those of a run do (the definition does it
+for itself, as do looks at networks before any run). Nothing reads or advances torch's global generator.
 """
 
 from __future__ import annotations

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
+from coupfast.derivatives import (
+    all_finite,
+    first_order_only,
+    leaves,
+    on_its_device,
+    outside_transforms,
+    pull,
+    refuse_transforms,
+    unwrapped,
+)
 from coupfast.engine import Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.precision import strict_float32
@@ -81,7 +90,7 @@ class BoundSteps:
             step = dict(calls)
             calls.clear()
             with AllocationAccount([x, noise.rows, *weights, *state]) as rebuilding:
-                _pull(lambda *s: method.step(0, s, noise, self.networks), state, [torch.zeros_like(s) for s in following])
+                _pull(lambda s, n: method.step(0, s, n, self.networks), state, [torch.zeros_like(s) for s in following], noise)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -190,10 +199,10 @@ class _StepGradient(torch.autograd.Function):
 
 
 class _Leaves:
-    """A piece's replayed noise as leaves, so that what a step does with them can be differentiated."""
+    """A piece's replayed noise as leaves, kept in `taken`, so that what a step does with them can be differentiated."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows, self.taken = rows, {}  # type: ignore[var-annotated]
+    def __init__(self, rows: torch.Tensor, taken: dict[int, torch.Tensor]) -> None:
+        self.rows, self.taken = rows, taken
 
     def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
         if k not in self.taken:
@@ -210,50 +219,42 @@ class _Leaves:
 def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: torch.Tensor | None) -> torch.Tensor:
     method, networks = run.bound.method, run.bound.networks
     grad_x = torch.empty_like(x_in)
+
+    def step(k: int) -> Callable[[StepState, Noise], StepState]:
+        return lambda state, noise: method.step(k, state, noise, networks)
+
     for states, piece in zip(run.states, run.storage.pieces(len(x_in)), strict=True):
         noise = run.noise.images(piece)
-
-        def pull(function: Callable[..., Any], state: StepState, v: Sequence[torch.Tensor], piece: slice, noise: Noise) -> list:
-            if grad_rows is None:
-                return _pull(lambda *s: function(s, noise), state, v)
-            assert isinstance(noise, ReplayedNoise)
-            leaves = _Leaves(noise.rows)
-            return _pull(lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g))
-
-        v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
+        into = None if grad_rows is None else grad_rows[:, piece]
+        v = _pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], noise, into)
         for k in reversed(range(method.num_steps)):
-            v = pull(lambda s, n, k=k: method.step(k, s, n, networks), states[k], v, piece, noise)
+            v = _pull(step(k), states[k], v, noise, into)
             if not all(all_finite(part) for part in v if part.is_floating_point()):
                 raise FloatingPointError(
                     f"the gradient stopped being finite in step {k} of {type(method).__name__}; look at the state there "
                     f"(`return_trajectory=True` gives its image)"
                 )
-        grad_x[piece] = pull(lambda s, n: method.start(s[0], n), (x_in[piece],), v, piece, noise)[0]
+        grad_x[piece] = _pull(lambda s, n: method.start(s[0], n), (x_in[piece],), v, noise, into)[0]
     return grad_x
 
 
 def _pull(
-    function: Callable[..., Any],
+    function: Callable[[StepState, Noise], StepState],
     state: StepState,
     v: Sequence[torch.Tensor],
-    leaves: dict[int, torch.Tensor] | None = None,
-    receive: Callable[[int, torch.Tensor], object] | None = None,
+    noise: Noise,
+    grad_rows: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """The cotangents of `state` from those of function(*state), zero where nothing flows; those of `leaves` go to `receive`."""
+    """The cotangents of `state` from those of function(state, noise); those of replayed noise are added to `grad_rows`."""
+    rows: dict[int, torch.Tensor] = {}
+    if grad_rows is not None:
+        assert isinstance(noise, ReplayedNoise)
+        noise = _Leaves(noise.rows, rows)
     with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        inputs = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in state]
-        results = function(*inputs)
-        flowing = [(result, w) for result, w in zip(results, v, strict=True) if result.requires_grad]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad] + list((leaves or {}).values())
-        found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-        if flowing:
-            found = torch.autograd.grad([result for result, _ in flowing], wanted, [w for _, w in flowing], allow_unused=True)
-    remaining = iter(found)
-    cotangents = []
-    for tensor in inputs:
-        gradient = next(remaining) if tensor.requires_grad else None
-        cotangents.append(torch.zeros_like(tensor) if gradient is None else gradient)
-    for row, gradient in zip((leaves or {}), remaining, strict=True):
-        if gradient is not None and receive is not None:
-            receive(row, gradient)
-    return cotangents
+        inputs = leaves(state)
+        results = function(inputs, noise)
+        cotangents = pull(results, v, [*inputs, *rows.values()])
+    if grad_rows is not None:
+        for k, gradient in zip(rows, cotangents[len(inputs) :], strict=True):
+            grad_rows[k] += gradient
+    return cotangents[: len(inputs)]

@@ -38,7 +38,7 @@ def _as_a_script_sees_it(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(BENCH)
     yield
-    for name in ("speed", "gradient", "peers", "layers", "cases", "timing", "attack_gradients", "adjoint_error"):
+    for name in ("speed", "gradient", "peers", "layers", "cases", "timing", "attack_gradients", "adjoint_error", "kept"):
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
 
@@ -267,11 +267,11 @@ class TestAttackGradients:
         assert pair["worst_of_draws"] == {"only_exact": 1, "only_mode": 3, "p": 0.625}
 
     def test_other_options_are_not_mixed_in(self, tmp_path):
-        attack_gradients = __import__("attack_gradients")
+        kept = __import__("kept")
         file = tmp_path / "results.json"
-        attack_gradients.save(file, {"settings": {"num_steps": 60, "grid": "steps of 1e-3"}, "rows": []})
+        kept.save(file, {"settings": {"num_steps": 60, "grid": "steps of 1e-3"}, "rows": []})
         with pytest.raises(SystemExit, match="grid, num_steps"):
-            attack_gradients.load(file, {"num_steps": 20, "grid": "equal steps"})
+            kept.load(file, {"num_steps": 20, "grid": "equal steps"})
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=native.unavailable() or "")

@@ -22,15 +22,6 @@ EPS = torch.finfo(torch.float32).eps
 DIRECT, F2, F4 = kernels.DIRECT, kernels.F2, kernels.F4
 
 
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    """Each of this machine's instruction sets in turn."""
-    monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
-    operations.compiled.cache_clear()
-    yield request.param
-    operations.compiled.cache_clear()
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

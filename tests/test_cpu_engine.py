@@ -18,6 +18,7 @@ from test_purify import definition
 from torch import nn
 
 from coupfast import PurifiedClassifier, Purifier, purify
+from coupfast.engine import CounterNoise
 from coupfast.engine.cpu import options as cpu_options
 from coupfast.engine.cpu.bound import KEPT_BATCHES, BoundCpuEngine
 from coupfast.engines import Engine
@@ -331,7 +332,8 @@ def test_planned_memory_is_what_programs_take(images, make_classifier):
     assert program.networks.workspace.bytes() == needed() <= program.bytes(gradient=False)
     gradient(purifier, images, seed=0)
     assert program.networks.workspace.bytes() == needed() <= program.bytes(gradient=True) <= purifier.plan(5).step.transpose
-    _, kept = program.step(0, 2 * images - 1, purifier._noise(images, seed=0, ids=None, draw=0, noise=None), "slopes")
+    noise = CounterNoise(0, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+    _, kept = program.step(0, 2 * images - 1, noise, "slopes")
     if make_classifier is not silu_classifier:
         assert kept.slopes is not None
         of_regions = sum(slope.data.nbytes for slope in kept.region_slopes)

@@ -162,11 +162,11 @@ def test_cpu(columns, batch, counted, smooth):
 PIECES: dict = {}
 
 
-def bound_cuda(columns: str, smooth: bool) -> BoundCudaEngine:
+def bound_cuda(columns: str | CoefficientTable, smooth: bool) -> BoundCudaEngine:
     """On the CPU, with graphs that a stand-in records; pieces, which depend on no factor, are traced once."""
     score, classifier = networks(smooth, torch.float32)
-    example = torch.zeros(1, 3, 8, 8)
-    made = CudaNetworks(score, Guidance(classifier, example), table(columns), example, True, backend=StandIn)
+    example, chosen = torch.zeros(1, 3, 8, 8), table(columns) if isinstance(columns, str) else columns
+    made = CudaNetworks(score, Guidance(classifier, example), chosen, example, True, backend=StandIn)
     made.pieces = PIECES.setdefault(smooth, made.pieces)
     return BoundCudaEngine(made)
 
@@ -266,3 +266,23 @@ def test_cuda_loads_nothing_between_steps():
     state.x_before.mul_(0.5)
     x_next, _, _ = program.step(3, state.x, noise, more=state)
     assert len(loads) == 6
+
+
+def test_cuda_multiplies_behind_the_network_where_nothing_else_flows_into_it():
+    """As the eager engine: b Jᵀ v in the last step, Jᵀ(b v + v_eps) before it; and the same in a walk as call by call."""
+    made = table("q")
+    q = made.q.copy()
+    q[2] = 0.0  # nothing flows into step 1 either
+    made = CoefficientTable(made.t, made.a, made.b, made.c, made.d, q=q)
+    plain = bound_cuda(CoefficientTable(made.t, made.a, made.b, made.c, made.d), False).for_batch(2)
+    program, alone = bound_cuda(made, False).for_batch(2), bound_cuda(made, False).for_batch(2)
+    x, v = normal(2, 3, 8, 8, seed=1).float(), Cotangent(normal(2, 3, 8, 8, seed=2).float())
+    for k in reversed(range(STEPS)):
+        before, v = v, program.step_vjp(k, x, None, v.x, more=v)
+        if k in (3, 1):
+            assert before.eps_before is None
+            assert torch.equal(v.x, plain.step_vjp(k, x, None, before.x))
+        else:
+            assert before.eps_before.any()
+        again = alone.step_vjp(k, x, None, before.x.clone(), more=before)
+        assert torch.equal(v.x, again.x)

@@ -98,14 +98,10 @@ def test_what_matters_most_comes_first_a_column_a_run(runs):
             assert rows[f"{kind}: official"][number].startswith(f"{value:.1f} % (")
 
 
-def test_legends_cover_no_curve(runs, monkeypatch):
-    figures = []
-    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+def test_legends_cover_no_curve(runs):
     found = report.read(runs / "purified")
-    pictures.curve_picture([found, dataclasses.replace(found, name="another one")])
-    pictures.path_picture(found)
-    assert len(figures) == 2
-    for figure in figures:
+    curves = pictures.curve_figure([found, dataclasses.replace(found, name="another one")])
+    for figure in (curves, pictures.path_figure(found)):
         FigureCanvasAgg(figure).draw()
         axes = [panel for panel in figure.axes if panel.lines]
         legends = [*figure.legends, *(panel.get_legend() for panel in axes if panel.get_legend())]

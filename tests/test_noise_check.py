@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import small_score
+from conftest import LabelTable, small_score
 from torch import nn
 
 from coupfast.models.ddpmpp import DDPMpp
@@ -126,18 +126,10 @@ def test_adapted_networks_are_served(trained, photos):
 
 
 def test_a_table_of_time_steps_is_named():
-    class Table(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time = nn.Embedding(1000, 3)
-
-        def forward(self, x, labels):
-            return x + self.time(labels)[:, :, None, None]
-
     x = torch.rand(2, 3, 8, 8)
     with pytest.raises(TypeError, match=r"whole labels only .*load_score\(network, whole_labels=True\)"):
-        check_noise_prediction(Table(), x)
-    check_in_silence(load_score(Table(), whole_labels=True), x)
+        check_noise_prediction(LabelTable(), x)
+    check_in_silence(load_score(LabelTable(), whole_labels=True), x)
 
 
 class Simple(nn.Module):

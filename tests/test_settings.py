@@ -127,7 +127,7 @@ def test_options_parse_words():
     }
     assert Settings.of(**found).gradient == Exact(memory_budget=3 * 2**29)
     assert vars(parser.parse_args(["--engine-options", "graphs=false"])) == {"engine_options": {"graphs": False}}
-    assert "lambda" in parser.format_help() and "do not clip the state" in parser.format_help()
+    assert "lambda" in parser.format_help() and "--clamp, --no-clamp" in parser.format_help()
 
 
 def test_text_is_short():

@@ -22,7 +22,7 @@ from coupfast.cli.reports import command_line, environment, write_json
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.data import save_images
 from coupfast.evaluation.purification import describe, short
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 
 REPORT = "purify.json"
 ARCHIVE = "purified.npz"

@@ -136,24 +136,14 @@ def _add_knobs(group: Any, attack: str | None) -> None:
             found.setdefault(name, options[0])
             published[name][suite.name] = [option.default for option in options]
     for name, option in found.items():
-        flag = f"--{name.replace('_', '-')}"
-        if flag in group._option_string_actions:  # taken by another option
-            flag = f"--attack-{name.replace('_', '-')}"
-        text = f"{option.help}{_told(published[name])}".replace("%", "%%")
-        if isinstance(option.default, bool):
-            group.add_argument(
-                flag, dest=_KNOB + name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-        else:
-            group.add_argument(
-                flag,
-                dest=_KNOB + name,
-                type=option.parse,
-                default=argparse.SUPPRESS,
-                metavar=None if option.choices else option.metavar or name.upper(),
-                choices=option.choices,
-                help=text,
-            )
+        taken = option.flag in group._option_string_actions  # by another option
+        option.add_to(
+            group,
+            default=argparse.SUPPRESS,
+            note=_told(published[name]),
+            flag=f"--attack-{option.flag.removeprefix('--')}" if taken else None,
+            dest=_KNOB + name,
+        )
 
 
 def _told(published: dict[str, list[Any]]) -> str:

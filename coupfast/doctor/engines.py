@@ -129,17 +129,29 @@ def _compare(
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         return {"status": "refused", "detail": environment.one_line(error)}
     try:
-        image = x.clone().requires_grad_()
-        purified = purifier(image, seed=SEED)
-        (gradient,) = torch.autograd.grad(purified, image, direction.to(x.dtype))
+        found = there_and_back(purifier, x, direction, SEED)
     except Exception as error:  # whatever an engine does wrong is what this report is for
         return {"status": "failed", "detail": environment.one_line(error)}
     # Both sides of a float64 comparison round, so twice the factor.
     scale = 1.0 if x.dtype == torch.float32 else 2.0 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    errors = [relative_error(a, b) for a, b in zip((purified.detach(), gradient), exact, strict=True)]
+    errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
     if not all(map(math.isfinite, errors)):
         return {"status": "failed", "detail": f"errors {errors[0]} forward, {errors[1]} gradient"}
     bounds = [FLOAT32_FACTOR * scale * max(error, torch.finfo(torch.float32).eps) for error in float32_errors]
+    return verdict(errors, bounds)
+
+
+def there_and_back(purifier: Any, x: torch.Tensor, direction: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """Purified images, and what comes back of a direction."""
+    image = x.clone().requires_grad_()
+    with torch.enable_grad():
+        purified = purifier(image, seed=seed)
+        (gradient,) = torch.autograd.grad(purified, image, direction.to(x.dtype))
+    return [purified.detach(), gradient]
+
+
+def verdict(errors: list[float], bounds: list[float]) -> dict[str, Any]:
+    """Whether finite errors, forwards and of the gradient, are within their bounds, as a row of a report."""
     agrees = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
     return {
         "status": "ok" if agrees else "mismatch",

@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 
 from coupfast.evaluation import journal
 from coupfast.evaluation.units import Unit
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)

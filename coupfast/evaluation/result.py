@@ -21,7 +21,7 @@ from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Judged
 from coupfast.evaluation.spec import GIVEN, Spec
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 
 _COLUMNS = ("run", "kind", "protocol", "accuracy", "images", "draws", "low", "high", "bootstrap_low", "bootstrap_high")
 

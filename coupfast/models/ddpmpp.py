@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coupfast.models.checkpoints import CheckpointError, check_tensor, read_torch, some
+from coupfast.models.checkpoints import CheckpointError, check_tensor
 from coupfast.models.registry import Config, Family, build, configurations, register
 
 _SQRT_2 = math.sqrt(2.0)
@@ -358,34 +357,6 @@ class DDPMpp(nn.Module):
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def read_score_checkpoint(path: str | Path, *, config: Config | None = None) -> dict[str, Tensor]:
-    """The averaged weights of a score_sde checkpoint, by name.
-
-    Such a file is `{optimizer, model, ema: {decay, num_updates, shadow_params}, step}`. The weights in use everywhere are
-    `shadow_params`, a list without names in the order in which the network registers its parameters.
-
-    Args:
-        path: The checkpoint, e.g. `checkpoint_8.pth` (1.7 GB, of which the 427 MB of averaged weights are read).
-        config: `DDPMpp` arguments; None is `cifar10_ddpmpp_deep_continuous`.
-
-    Returns:
-        A float32 state dict of `DDPMpp(**config)`, in memory of its own.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, is not such a checkpoint, or its list does not fit the network.
-    """
-    checkpoint = read_torch(path)
-    try:
-        extracted = _shadow_weights(checkpoint, config or {})
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if extracted is None:
-        found = f"keys {some(list(checkpoint))}" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
-        raise CheckpointError(f"{path} is no score_sde checkpoint: expected ema → shadow_params, found {found}")
-    return extracted[1]
 
 
 def _shadow_weights(checkpoint: Any, config: Config | None) -> tuple[Config, dict[str, Tensor]] | None:

@@ -31,16 +31,6 @@ _CALLS: dict[Kind, tuple[int, str]] = {
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar", ".t7", ".model")
 
 
-def score_names() -> list[str]:
-    """The names that `load_score` knows."""
-    return registry.listed("score")
-
-
-def classifier_names() -> list[str]:
-    """The names that `load_classifier` knows by itself; some follow a rule (wrn-D-W), others are RobustBench's."""
-    return registry.listed("classifier")
-
-
 def choices(kind: Kind) -> str:
     """What `load_score` or `load_classifier` takes beside modules, for a line of help."""
     return f"{registry.described(kind)}, a weight file, or package.module:NAME"

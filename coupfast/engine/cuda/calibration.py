@@ -11,15 +11,12 @@ candidates may end either way, and different candidates round differently.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +33,7 @@ from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
 from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
+from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -253,7 +251,7 @@ class Calibration:
                 choices[shape] = choice
                 rows = [dataclasses.asdict(key) | dataclasses.asdict(value) for key, value in choices.items()]
                 document = {"format": FORMAT, "key": self.key, "choices": rows}
-                _replace(self.file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+                write_whole(self.file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         except OSError as error:
             self._say(
                 "choices of convolutions cannot be kept in %s (%s); this process keeps them in memory, and every other one "
@@ -361,16 +359,3 @@ def _capturing(device: torch.device) -> bool:
 
 def _shape_of(row: dict[str, Any]) -> ConvolutionShape:
     return ConvolutionShape(*(row[field.name] for field in dataclasses.fields(ConvolutionShape)))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that nobody ever reads half of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -19,7 +19,7 @@ from coupfast.evaluation.report.parts import Picture, Section, Table, Text
 from coupfast.evaluation.report.read import Run, read, told_apart
 from coupfast.evaluation.report.render import to_html, to_markdown
 from coupfast.evaluation.result import csv_of
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 
 __all__ = ["Picture", "Run", "Section", "Table", "Text", "read", "sections", "to_html", "to_markdown", "write"]
 

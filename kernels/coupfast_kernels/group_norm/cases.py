@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -91,11 +92,104 @@ def _interpret_vjp() -> None:
     _group_norm_silu_vjp.register_kernel("cpu")(_launch_vjp)
 
 
+#: (channels, height = width, groups) of every GroupNorm in DDPM++ deep.
+DDPMPP_DEEP = (
+    (128, 32, 32),
+    (256, 32, 32),
+    (384, 32, 32),
+    (128, 16, 32),
+    (256, 16, 32),
+    (384, 16, 32),
+    (512, 16, 32),
+    (256, 8, 32),
+    (512, 8, 32),
+    (256, 4, 32),
+    (512, 4, 32),
+)
+
+
+def launch(
+    channels: int,
+    size: int,
+    groups: int,
+    *,
+    batch: int = 256,
+    image_bias: bool = False,
+    residual: bool = False,
+    silu: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> None:
+    """Launch the kernel for square maps; 1/√2 behind a residual."""
+    x, word = torch.empty((batch, channels, size, size), memory_format=layout), torch.empty(channels)
+    added = (torch.empty(batch, channels) if image_bias else None, x if residual else None)
+    _launch(x, word, word, *added, groups, EPS, 2**-0.5 if residual else 1.0, silu)
+
+
+def launch_vjp(
+    channels: int,
+    size: int,
+    groups: int,
+    *,
+    batch: int = 256,
+    gh: bool = False,
+    silu: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> None:
+    """Launch its transpose."""
+    h, word = torch.empty((batch, channels, size, size), memory_format=layout), torch.empty(channels)
+    _launch_vjp(h, h, h if gh else None, word, word, groups, EPS, 2**-0.5 if gh else 1.0, silu)
+
+
+def _launches() -> Mapping[str, Callable[[], object]]:
+    """What stands between the convolutions of DDPM++ deep, and the attention's norms; groups beyond the registers; NCHW."""
+    found = {}
+    for shape in DDPMPP_DEEP:
+        name = f"group norm {shape[0]} at {shape[1]}²"
+        found[name] = functools.partial(launch, *shape)
+        found[f"{name}, time"] = functools.partial(launch, *shape, image_bias=True)
+        found[f"{name}, residual"] = functools.partial(launch, *shape, residual=True)
+    return found | {
+        "group norm 256 at 16², no silu": functools.partial(launch, 256, 16, 32, silu=False),
+        "group norm 128 at 32², NCHW, residual": functools.partial(
+            launch, 128, 32, 32, residual=True, layout=torch.contiguous_format
+        ),
+        "group norm 256 at 64², loop, residual": functools.partial(launch, 256, 64, 32, residual=True),
+    }
+
+
+def _launches_vjp() -> Mapping[str, Callable[[], object]]:
+    """The transposes of the same."""
+    found = {}
+    for shape in DDPMPP_DEEP:
+        name = f"group norm {shape[0]} at {shape[1]}²"
+        found[f"{name}: transpose"] = functools.partial(launch_vjp, *shape)
+        found[f"{name}, residual: transpose"] = functools.partial(launch_vjp, *shape, gh=True)
+    return found | {
+        "group norm 256 at 16², no silu: transpose": functools.partial(launch_vjp, 256, 16, 32, silu=False),
+        "group norm 128 at 32², NCHW: transpose": functools.partial(
+            launch_vjp, 128, 32, 32, gh=True, layout=torch.contiguous_format
+        ),
+        "group norm 256 at 64², loop, residual: transpose": functools.partial(launch_vjp, 256, 64, 32, gh=True),
+    }
+
+
 register(
-    Kernel("group_norm_silu", "cuda", lambda: _checks(False), lambda images: _timed(images, False), interpret=_interpret)
+    Kernel(
+        "group_norm_silu",
+        "cuda",
+        lambda: _checks(False),
+        lambda images: _timed(images, False),
+        interpret=_interpret,
+        launches=_launches,
+    )
 )
 register(
     Kernel(
-        "group_norm_silu_vjp", "cuda", lambda: _checks(True), lambda images: _timed(images, True), interpret=_interpret_vjp
+        "group_norm_silu_vjp",
+        "cuda",
+        lambda: _checks(True),
+        lambda images: _timed(images, True),
+        interpret=_interpret_vjp,
+        launches=_launches_vjp,
     )
 )
