@@ -21,7 +21,7 @@ from torch import fx
 
 from coupfast.cache import cache_directory
 from coupfast.environment import machine_key, one_line
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
