@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     def certify() -> dict[str, Any]:
         count = min(certified, len(spec.load()[0]))
         print(f"certifying the gradient that the attack follows, on {count} of the images", file=sys.stderr, flush=True)
-        return notes.certificate(spec, certified, progress=sys.stderr.isatty())
+        return notes.certificate(spec, certified, folder=folder, progress=sys.stderr.isatty())
 
     beside: dict[str, Callable[[], Any]] = {}
     if options.plan:
