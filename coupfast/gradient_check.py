@@ -174,7 +174,7 @@ class _Check:
         purifier = self.purifier
         return GradientCertificate(
             has_gradient=gradient is not None,
-            settings=purifier.settings.to_dict(),
+            settings=purifier.settings.describe(),
             claims_exact=purifier.settings.gradient.claims_exact,
             num_steps=purifier.num_steps,
             engine=purifier.engine,

@@ -51,7 +51,7 @@ def described(folder):
     return [defense] if "method" in defense else defense["purifications"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def little(monkeypatch):
     def set_free(size):
         monkeypatch.setattr(cpu_options, "available_bytes", lambda device: size)
@@ -73,7 +73,7 @@ def test_a_given_object_is_decided_once(tmp_path, little, make, purifiers):
         defense(labelled(2)[0])  # its engine is chosen already, otherwise
     inside = [module for module in defense.modules() if isinstance(module, Purifier)]
     before = [(module.settings, dict(module._prepared)) for module in inside]
-    with run(tmp_path / "little", SPEC, defense, count=3, resume=True) as ledger:  # of a run that is done: its configuration is this one
+    with run(tmp_path / "little", SPEC, defense, count=3, resume=True) as ledger:  # its configuration is this one
         assert ledger.fingerprint() == found
     with run(tmp_path / "much", SPEC, defense, count=3) as ledger:
         assert ledger.fingerprint() != found
@@ -87,13 +87,14 @@ def test_a_run_that_was_stopped_goes_on_as_it_was_decided(tmp_path, little, monk
     little(0)
     with run(tmp_path / "whole", SPEC, fast("cpu")) as ledger:
         whole = ledger.fingerprint()
-    with monkeypatch.context() as patch, pytest.raises(UnitFailed):
 
-        def stop(self, *arguments):
-            raise InterruptedError
+    def stop(self, *arguments):
+        raise InterruptedError
 
+    with monkeypatch.context() as patch:
         patch.setattr("coupfast.evaluation.worker.Worker._judge", stop)
-        run(tmp_path / "run", SPEC, fast("cpu"))
+        with pytest.raises(UnitFailed):
+            run(tmp_path / "run", SPEC, fast("cpu"))
     little(2**40)
     with run(tmp_path / "run", SPEC, fast("cpu"), resume=True) as ledger:
         assert ledger.fingerprint() == whole
@@ -112,8 +113,8 @@ def test_what_an_object_says_itself_is_not_decided_for_it(tmp_path, little):
     with evaluate(defense, *labelled(2), attack="none", draws=1, paths=0, out=tmp_path / "run"):
         (one,) = described(tmp_path / "run")
         assert one["engine"]["options"] == {"largest_tile": 2} and one["gradient"]["memory_budget"] == 2**28
+    other = fast(engine_options={"largest_tile": 4}, memory_budget=2**28)
     with pytest.raises(ValueError, match="defense.engine.options.largest_tile was 2 and is 4"):
-        other = fast(engine_options={"largest_tile": 4}, memory_budget=2**28)
         evaluate(other, *labelled(2), attack="none", draws=1, paths=0, out=tmp_path / "run", resume=True)
 
 

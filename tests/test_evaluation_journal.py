@@ -260,7 +260,7 @@ def test_torchsdes_adjoint_says_what_a_stop_costs(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(tape, "EVERY", 0.0)
     spec = SMALL.but(attack="apgd-ce", iterations=1, eot_iter=1, draws=1, paths=0)
     run(tmp_path / "run", spec, functools.partial(purified, gradient="adjoint"), count=2).close()
-    said = "a purification with gradient 'adjoint' took 0 s forwards, and none of its steps are kept: what stops it loses the call"
+    said = "a purification with gradient 'adjoint' took 0 s forwards, and none of its steps are kept: what stops it loses the"
     assert caplog.text.count(said) == 1
 
 
@@ -293,7 +293,8 @@ def test_a_certificate_goes_on(tmp_path, monkeypatch):
     with counted() as rest, Counted(Definition, "gradient") as gradients:
         again = notes.certificate(spec, 1, folder=tmp_path / "run")
     assert rest.calls == passes.calls - 5 and gradients.calls == 0
-    assert {**again, "seconds": 0, "memory_limit": 0, "settings": 0} == {**whole, "seconds": 0, "memory_limit": 0, "settings": 0}
+    moment = dict.fromkeys(["seconds", "memory_limit", "settings"])
+    assert again | moment == whole | moment
     assert not list((tmp_path / "run" / "journals").glob("certificate*"))
 
 
@@ -444,13 +445,14 @@ def test_stopped_between_an_answer_and_its_gradient(tmp_path, monkeypatch, step)
     spec = Spec.of(attack=Between(), shard=5, draws=1, paths=0)
     with run(tmp_path / "whole", spec, NoisyBackwards().eval()) as ledger:
         whole = found(ledger)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(Between, "at", step)
-        run(tmp_path / "run", spec, NoisyBackwards().eval())
-    assert journals(tmp_path / "run") == ["between-00000"]
-    with monkeypatch.context() as patch, pytest.raises(Stopped):  # what was made up for is recorded as well
-        patch.setattr(Between, "at", step + 1)
-        run(tmp_path / "run", spec, NoisyBackwards().eval(), resume=True)
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", spec, NoisyBackwards().eval())
+        assert journals(tmp_path / "run") == ["between-00000"]
+        patch.setattr(Between, "at", step + 1)  # what was made up for is recorded as well
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", spec, NoisyBackwards().eval(), resume=True)
     with run(tmp_path / "run", spec, NoisyBackwards().eval(), resume=True) as ledger:
         check_same(ledger, whole)
 

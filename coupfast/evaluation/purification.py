@@ -106,7 +106,7 @@ def settled(purifier: Purifier, recorded: Mapping[str, Any] | None) -> Settings:
 def describe(purifier: Purifier) -> dict[str, Any]:
     """What decides a purifier's output and gradient beside its networks and the noise, as JSON has it."""
     settings = purifier.settings
-    fields: dict[str, Any] = settings.to_dict()
+    fields: dict[str, Any] = settings.describe()
     return {
         **fields,
         "engine": {**fields["engine"], "runs": purifier.engine},
