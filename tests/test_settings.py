@@ -247,7 +247,7 @@ def test_settings_that_have_no_name_purify_and_are_certified(images):
         Purifier(small_score(), classifier, num_steps=1, t=0.01, guidance_scale=rising)(images, seed=0),
     )
     found = coupfast.check_gradient(purifier, images, images=1, draws=0, directions=0)
-    assert found.holds and "test_settings:lambda" in found.to_json()
+    assert found.holds and "locals.lambda" in found.to_json()
 
 
 def test_a_class_that_was_made_inside_of_a_function_has_no_name():
