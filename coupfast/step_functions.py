@@ -249,7 +249,7 @@ def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: t
         if gone is None:
             v = _pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], noise, into)
         else:
-            steps, v = gone[0], list(gone[1])
+            steps, v = gone[0], [tensor for tensor in gone[1] if tensor is not None]  # all of them: zero where nothing flows
         for k in reversed(range(steps)):
             v = _pull(step(k), states[k], v, noise, into)
             if not all(all_finite(part) for part in v if part.is_floating_point()):
