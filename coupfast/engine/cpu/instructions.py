@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from coupfast.engine.cpu.algorithms import PackedKey, WeightStore
-from coupfast.engine.cpu.parts import Convolution, GroupNorm
+from coupfast.engine.cpu.parts import Attention, Convolution, GroupNorm, Heads
 from coupfast.engine.cpu.placement import Memory, Storage, View, new_view
 from coupfast_kernels import operations
+from coupfast_kernels.attention import cpu as attention_kernels
 from coupfast_kernels.convolution import cpu as kernels
 
 #: What an instruction becomes: a kernel's structure, or a function to call.
@@ -176,6 +177,50 @@ class Instructions:
         self.emit(make, [x, dh, affine, before[0] if before is not None else None], [result])
         return result
 
+    def attention(self, part: Attention, reads: dict[Heads, View], y: View) -> View:
+        """softmax(scale q kᵀ) v; returns where the largest score and the inverse sum of every query lie."""
+        statistics = self.new((2 * part.q.count * pixels_of(y),))
+        structure = self._attention(operations.Attention, part, pixels_of(y))
+
+        def make(memory: Memory) -> ctypes.Structure:
+            self._statistics(structure, statistics, memory)
+            for name, heads in (("q", part.q), ("k", part.k), ("v", part.v)):
+                set_heads(structure, name, reads[heads], heads.start, heads.step, memory)
+            set_heads(structure, "y", y, 0, part.q.size, memory)
+            return structure
+
+        self.emit(make, list(reads.values()), [y, statistics])
+        return statistics
+
+    def attention_vjp(
+        self, part: Attention, reads: dict[Heads, View], statistics: View, dy: Scaled, results: dict[Heads, View]
+    ) -> None:
+        """Its transpose applied to `dy`: cotangents of q, k and v into their channels of `results`."""
+        structure = self._attention(operations.AttentionVjp, part, pixels_of(dy[0]))
+        structure.dy_factor = dy[1]
+
+        def make(memory: Memory) -> ctypes.Structure:
+            self._statistics(structure, statistics, memory)
+            for name, heads in (("q", part.q), ("k", part.k), ("v", part.v)):
+                set_heads(structure, name, reads[heads], heads.start, heads.step, memory)
+                set_heads(structure, f"d{name}", results[heads], heads.start, heads.step, memory)
+            set_heads(structure, "dy", dy[0], 0, part.q.size, memory)
+            return structure
+
+        self.emit(make, [*reads.values(), statistics, dy[0]], list(results.values()))
+
+    def _attention(self, kind: type[ctypes.Structure], part: Attention, pixels: int) -> Any:
+        heads, size = part.q.count, part.q.size
+        block = attention_kernels.blocks(self.batch, heads, size, pixels)
+        structure = kind(batch=self.batch, heads=heads, size=size, pixels=pixels, block=block, scale=part.scale)
+        self.scratch_floats = max(self.scratch_floats, attention_kernels.scratch_floats(structure, self.threads))
+        return structure
+
+    def _statistics(self, structure: Any, statistics: View, memory: Memory) -> None:
+        structure.largest = memory.address(statistics)
+        structure.inverse = structure.largest + 2 * self.batch * statistics.shape[0]  # half of its floats
+        structure.scratch = memory.scratch.ctypes.data
+
     def masked(self, dz: View, factor: float, multiply: torch.Tensor | None, mask_address: int, before: Scaled | None) -> View:
         """The transpose of relu(y · multiply + add) with respect to y, applied to `dz`, plus `before`."""
         result = self.new(dz.shape)
@@ -228,3 +273,15 @@ def add_residual(structure: Any, memory: Memory, residual: Scaled | None, divide
         view, factor = residual
         structure.residual, structure.residual_pixel = memory.address(view), view.pixel
         structure.residual_factor = factor / divided_by
+
+
+def pixels_of(view: View) -> int:
+    """Of a map, or how many tokens there are."""
+    return view.shape[1] * view.shape[2] if len(view.shape) == 3 else view.shape[0]
+
+
+def set_heads(structure: Any, name: str, view: View, start: int, step: int, memory: Memory) -> None:
+    """Where a kernel finds the heads of a map or of tokens, from channel `start` on."""
+    setattr(structure, name, memory.address(view) + 4 * start)
+    setattr(structure, f"{name}_pixel", view.pixel or view.shape[1])
+    setattr(structure, f"{name}_head", step)
