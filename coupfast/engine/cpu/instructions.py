@@ -211,7 +211,7 @@ class Instructions:
 
     def _attention(self, kind: type[ctypes.Structure], part: Attention, pixels: int) -> Any:
         heads, size = part.q.count, part.q.size
-        block = attention_kernels.blocks(self.batch, heads, size, pixels)
+        block = attention_kernels.block_pairs(self.batch, heads, pixels, self.threads)
         structure = kind(batch=self.batch, heads=heads, size=size, pixels=pixels, block=block, scale=part.scale)
         self.scratch_floats = max(self.scratch_floats, attention_kernels.scratch_floats(structure, self.threads))
         return structure

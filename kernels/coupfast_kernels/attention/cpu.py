@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
 
 from coupfast_kernels.operations import Attention, AttentionVjp, Operations, compiled
 
-#: Packed matrices of about so many floats are in scratch memory at a time, of one image and head at least.
-BLOCK_FLOATS = 2**20
+BLOCK_ROWS = 24  #: Queries that a thread takes together.
+_ITEMS = 8  # a thread, so that threads end together; more pairs than that need would only leave the caches
 
 
-def blocks(batch: int, heads: int, size: int, pixels: int) -> int:
-    """Pairs of an image and a head that a kernel takes at a time: `Attention.block`."""
-    return max(1, min(batch * heads, BLOCK_FLOATS // (2 * size * pixels)))
+def block_pairs(batch: int, heads: int, pixels: int, threads: int) -> int:
+    """Pairs of an image and a head that are in scratch memory at a time: `Attention.block`. No bit depends on it."""
+    return min(batch * heads, math.ceil(_ITEMS * threads / math.ceil(pixels / BLOCK_ROWS)))
 
 
 def scratch_floats(attention: ctypes.Structure, threads: int) -> int:
@@ -93,12 +94,12 @@ def _run(structure: Any, heads: int, **maps: torch.Tensor) -> None:
     batch, channels, height, width = maps["q"].shape
     size, pixels = channels // heads, height * width
     structure.batch, structure.heads, structure.size, structure.pixels = batch, heads, size, pixels
-    structure.block = blocks(batch, heads, size, pixels)
     for name, tensor in maps.items():
         setattr(structure, name, tensor.data_ptr())
         setattr(structure, f"{name}_pixel", channels)
         setattr(structure, f"{name}_head", size)
     threads = torch.get_num_threads()
+    structure.block = block_pairs(batch, heads, pixels, threads)
     scratch = torch.empty(scratch_floats(structure, threads), dtype=torch.float32)
     structure.scratch = scratch.data_ptr()
     Operations([structure]).run(threads)

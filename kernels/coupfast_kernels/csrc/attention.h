@@ -48,7 +48,7 @@ struct AttentionVjp {
 };
 
 struct AttentionShape {
-  static constexpr int kBlockRows = 24;  // queries (or keys) that one thread takes together
+  static constexpr int kBlockRows = 24;  // queries (or keys) that one thread takes together: whole groups of kRows
   static constexpr int kQueries = 256;   // queries whose weights the transpose holds at a time
 
   int64_t size, pixels;                    // as given
@@ -70,6 +70,7 @@ struct AttentionShape {
 
   static int64_t vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
   static int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+  static int64_t rows(int64_t begin, int64_t end) { return std::min<int64_t>(kBlockRows, end - begin); }
 
   int64_t by_size() const { return pixel_panels * kPanel * size_depth; }    // packed: sums over channels, a column a pixel
   int64_t by_pixel() const { return size_panels * kPanel * pixels_depth; }  // packed: sums over pixels, a column a channel
@@ -81,35 +82,64 @@ struct AttentionShape {
   int64_t thread_floats_vjp() const { return kBlockRows * (2 * size_row + 2 * pixel_row); }
 };
 
-// to[r][c] = factor * from[r][c], zeros from `columns` to `depth`.
-inline void copy_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, int64_t depth, float factor, float* to,
-                      int64_t to_row) {
-  for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
-    for (int64_t c = 0; c < depth; c += kLanes) {
-      const int64_t left = columns - c;
-      const Vector v = left >= kLanes ? load(from + c) : load_some(from + c, static_cast<int>(left));
-      store(to + c, broadcast(factor) * v);
-    }
-  }
+// The first of `left` elements; lanes behind the last are zero.
+inline Vector get(const float* from, int64_t left) {
+  return left >= kLanes ? load(from) : load_some(from, static_cast<int>(left));
+}
+
+inline void put(float* to, Vector v, int64_t left) {
+  if (left >= kLanes)
+    store(to, v);
+  else if (left == kLanes / 2)  // one store: blocks of 24 rows end so where vectors have 16 lanes
+    std::memcpy(to, &v, sizeof v / 2);
+  else
+    store_some(to, v, static_cast<int>(left));
+}
+
+// to[r][c] = factor * from[r][c], zeros from `columns` to the end of the last vector.
+inline void copy_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float factor, float* to, int64_t to_row) {
+  for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row)
+    for (int64_t c = 0; c < columns; c += kLanes) store(to + c, broadcast(factor) * get(from + c, columns - c));
 }
 
 // A panel whose columns are channels and whose rows are pixels: factor * from[pixel][channel].
 inline void pack_pixels(const float* from, int64_t pixel, int64_t pixels, int64_t channels, float factor, float* to) {
   const int64_t depth = AttentionShape::vectors(pixels);
-  const int first = static_cast<int>(std::min<int64_t>(kLanes, channels));
-  const int second = static_cast<int>(std::min<int64_t>(kLanes, std::max<int64_t>(0, channels - kLanes)));
-  for (int64_t k = 0; k < depth; ++k, from += pixel, to += kPanel) {
-    const bool inside = k < pixels;
-    store(to, inside ? broadcast(factor) * load_some(from, first) : Vector{});
-    store(to + kLanes, inside && second ? broadcast(factor) * load_some(from + kLanes, second) : Vector{});
+  for (int64_t k = 0; k < pixels; ++k, from += pixel, to += kPanel) {
+    store(to, broadcast(factor) * get(from, channels));
+    store(to + kLanes, channels > kLanes ? broadcast(factor) * get(from + kLanes, channels - kLanes) : Vector{});
+  }
+  std::memset(to, 0, sizeof(float) * static_cast<size_t>((depth - pixels) * kPanel));
+}
+
+// to[c][r] = from[r][c] for kLanes rows and columns at most; rows of `to` are zero behind the last row of `from`, to `padded`.
+inline void transpose_tile(const float* from, int64_t from_row, int64_t rows, int64_t columns, int64_t padded, float* to,
+                           int64_t to_row) {
+  Vector v[kLanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) v[r] = r < rows ? get(from + r * from_row, columns) : Vector{};
+  // Interleaved log2(kLanes) times, row r with row r + kLanes / 2.
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vector next[kLanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes / 2; ++r) interleave(v[r], v[r + kLanes / 2], &next[2 * r], &next[2 * r + 1]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) v[r] = next[r];
+  }
+  if (columns >= kLanes && padded >= kLanes) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) store(to + c * to_row, v[c]);
+  } else {
+    for (int c = 0; c < std::min<int64_t>(kLanes, columns); ++c) put(to + c * to_row, v[c], padded);
   }
 }
 
-// to[c][r] = from[r][c] for `rows` x `columns`; rows of `to` are zero from `rows` to `padded`.
 inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, int64_t padded, float* to,
                       int64_t to_row) {
-  for (int64_t r = 0; r < padded; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = r < rows ? from[r * from_row + c] : 0.0f;
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t r = 0; r < padded; r += kLanes)
+      transpose_tile(from + r * from_row + c, from_row, rows - r, columns - c, padded - r, to + c * to_row + r, to_row);
 }
 
 // A panel whose columns are pixels and whose rows are channels.
@@ -131,10 +161,9 @@ inline void write_rows(const float* from, int64_t from_row, int64_t rows, int64_
                        int64_t to_row) {
   for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, columns - c));
       Vector v = broadcast(factor) * load(from + c);
-      if (add) v += load_some(to + c, lanes);
-      store_some(to + c, v, lanes);
+      if (add) v += get(to + c, columns - c);
+      put(to + c, v, columns - c);
     }
   }
 }
@@ -199,13 +228,13 @@ inline void run_attention(const Attention& p, Team& team) {
     });
     team.each(count * blocks, [&](int64_t item) {
       const int64_t pair = first + item / blocks, block = item % blocks;
-      const int64_t begin = s.pixels * block / blocks, rows = s.pixels * (block + 1) / blocks - begin;
+      const int64_t begin = block * AttentionShape::kBlockRows, rows = s.rows(begin, s.pixels);
       const float* const keys = p.scratch + (pair - first) * s.pair_floats();
       const float* const values = keys + s.by_size();
       float* const largest = p.largest + pair * s.pixels + begin;
       float* const inverse = p.inverse + pair * s.pixels + begin;
       const float* const q = head_of(p.q, pair, p.heads, s.pixels, p.q_pixel, p.q_head) + begin * p.q_pixel;
-      copy_rows(q, p.q_pixel, rows, s.size, s.size_depth, p.scale, queries, s.size_row);
+      copy_rows(q, p.q_pixel, rows, s.size, p.scale, queries, s.size_row);
       multiply(queries, s.size_row, keys, s.size_depth, s.pixel_panels, rows, scores, s.pixel_row);
       for (int64_t r = 0; r < rows; ++r) softmax_row(scores + r * s.pixel_row, s.pixels, largest + r, inverse + r);
       multiply(scores, s.pixel_row, values, s.pixels_depth, s.size_panels, rows, result, s.size_row);
@@ -283,10 +312,10 @@ inline void run_attention_vjp(const AttentionVjp& p, Team& team) {
             pack_pixels(dy + at, p.dy_pixel, queries, s.size - at, p.dy_factor, packed.dy + at * depth);
           return;
         }
-        const int64_t begin = queries * block / blocks, end = queries * (block + 1) / blocks, rows = end - begin;
-        copy_rows(q + begin * p.q_pixel, p.q_pixel, rows, s.size, s.size_depth, p.scale, rows_a, s.size_row);
+        const int64_t begin = block * AttentionShape::kBlockRows, rows = s.rows(begin, queries);
+        copy_rows(q + begin * p.q_pixel, p.q_pixel, rows, s.size, p.scale, rows_a, s.size_row);
         multiply(rows_a, s.size_row, packed.keys, s.size_depth, s.pixel_panels, rows, scores, s.pixel_row);
-        copy_rows(dy + begin * p.dy_pixel, p.dy_pixel, rows, s.size, s.size_depth, p.dy_factor, rows_a, s.size_row);
+        copy_rows(dy + begin * p.dy_pixel, p.dy_pixel, rows, s.size, p.dy_factor, rows_a, s.size_row);
         multiply(rows_a, s.size_row, packed.values, s.size_depth, s.pixel_panels, rows, slopes, s.pixel_row);
         const int64_t at = pair * s.pixels + start + begin;
         for (int64_t r = 0; r < rows; ++r)
@@ -294,7 +323,7 @@ inline void run_attention_vjp(const AttentionVjp& p, Team& team) {
         multiply(slopes, s.pixel_row, packed.keys_by_pixel, s.pixels_depth, s.size_panels, rows, rows_b, s.size_row);
         float* const dq = head_of(p.dq, pair, p.heads, s.pixels, p.dq_pixel, p.dq_head) + (start + begin) * p.dq_pixel;
         write_rows(rows_b, s.size_row, rows, s.size, p.scale, false, dq, p.dq_pixel);
-        const int64_t padded = end == queries ? depth - begin : rows;  // the last block fills the rows' last vector
+        const int64_t padded = begin + rows == queries ? depth - begin : rows;  // the last block fills the rows' last vector
         transpose(scores, s.pixel_row, rows, s.pixels, padded, packed.weights + begin, s.query_row);
         transpose(slopes, s.pixel_row, rows, s.pixels, padded, packed.slopes + begin, s.query_row);
       });
@@ -302,7 +331,7 @@ inline void run_attention_vjp(const AttentionVjp& p, Team& team) {
       team.each(2 * count * key_blocks, [&](int64_t item) {
         const int64_t pair = first + item / (2 * key_blocks), block = item / 2 % key_blocks;
         const auto packed = parts(pair - first);
-        const int64_t begin = s.pixels * block / key_blocks, rows = s.pixels * (block + 1) / key_blocks - begin;
+        const int64_t begin = block * AttentionShape::kBlockRows, rows = s.rows(begin, s.pixels);
         const bool of_keys = item % 2;
         const float* const left = (of_keys ? packed.slopes : packed.weights) + begin * s.query_row;
         multiply(left, s.query_row, of_keys ? packed.queries : packed.dy, depth, s.size_panels, rows, rows_b, s.size_row);
