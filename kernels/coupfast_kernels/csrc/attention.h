@@ -8,6 +8,7 @@
 #pragma once
 
 #include "conv.h"
+#include "norm.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -81,20 +82,6 @@ struct AttentionShape {
   int64_t pair_floats_vjp() const { return 2 * by_size() + by_pixel() + 2 * by_query() + 2 * pixels * query_row; }
   int64_t thread_floats_vjp() const { return kBlockRows * (2 * size_row + 2 * pixel_row); }
 };
-
-// The first of `left` elements; lanes behind the last are zero.
-inline Vector get(const float* from, int64_t left) {
-  return left >= kLanes ? load(from) : load_some(from, static_cast<int>(left));
-}
-
-inline void put(float* to, Vector v, int64_t left) {
-  if (left >= kLanes)
-    store(to, v);
-  else if (left == kLanes / 2)  // one store: blocks of 24 rows end so where vectors have 16 lanes
-    std::memcpy(to, &v, sizeof v / 2);
-  else
-    store_some(to, v, static_cast<int>(left));
-}
 
 // to[r][c] = factor * from[r][c], zeros from `columns` to the end of the last vector.
 inline void copy_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float factor, float* to, int64_t to_row) {
