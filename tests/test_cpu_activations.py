@@ -238,13 +238,13 @@ def test_nothing_is_computed_again(monkeypatch):
         for direction in ("forward", "backward"):
             original = getattr(NetworkProgram, direction)
 
-            def counting(program, *args, original=original, direction=direction):
+            def counting(program, *args, original=original, direction=direction, counts=counts):
                 of_score = len(program.network.shapes[program.network.output]) == 3
                 counts[f"{'score' if of_score else 'classifier'} {direction}"] += 1
                 return original(program, *args)
 
             monkeypatch.setattr(NetworkProgram, direction, counting)
-        counts = dict.fromkeys(counts, 0)
+        counts.update(dict.fromkeys(counts, 0))
         purifier(x.clone().requires_grad_(), seed=0).sum().backward()
         monkeypatch.undo()
         plan = purifier.plan(2)
