@@ -168,21 +168,21 @@ def start(engine: BoundCpuEngine, columns: str, batch: int, counted: bool, stora
     return run, lambda: [end.detach(), *torch.autograd.grad(loss, wanted)]
 
 
-@pytest.mark.parametrize("smooth", [False, True], ids=["relu", "smooth"])
-@pytest.mark.parametrize("columns", ["", "e", "f", "p", "q", "efpq"])
+@pytest.mark.parametrize(
+    ("columns", "smooth"), [*((c, False) for c in ("", "e", "f", "p", "q", "efpq")), ("", True), ("efpq", True)]
+)
 def test_no_bit_depends_on_what_is_kept(columns, smooth):
     engine = bound(columns, smooth)
-    for batch, counted in ((1, True), (3, False), (5, True)):
+    for batch, counted in ((1, True), (3, False)) if len(columns) == 1 else ((1, False), (3, False), (5, True)):
         _, back = start(engine, columns, batch, counted, Storage(batch))
         expected = back()
-        for kept in (1, 2, STEPS):
-            for slopes in (True, False):
-                run, back = start(engine, columns, batch, counted, Storage(batch, slopes, kept))
-                held = [saved is not None and isinstance(saved.score, Activations) for saved in run.saved[0]]
-                assert held == [k >= STEPS - kept for k in range(STEPS)]
-                poison(engine.networks.workspace)
-                assert_equal(back(), expected)
-                assert run.saved == [[None] * STEPS]  # used up, and let go
+        for kept, slopes in ((1, True), (2, False), (STEPS, True)):
+            run, back = start(engine, columns, batch, counted, Storage(batch, slopes, kept))
+            held = [saved is not None and isinstance(saved.score, Activations) for saved in run.saved[0]]
+            assert held == [k >= STEPS - kept for k in range(STEPS)]
+            poison(engine.networks.workspace)
+            assert_equal(back(), expected)
+            assert run.saved == [[None] * STEPS]  # used up, and let go
 
 
 @pytest.mark.parametrize("smooth", [False, True], ids=["relu", "smooth"])
