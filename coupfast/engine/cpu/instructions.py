@@ -11,7 +11,7 @@ import torch
 
 from coupfast.engine.cpu.algorithms import PackedKey, WeightStore
 from coupfast.engine.cpu.parts import Attention, Convolution, GroupNorm, Heads
-from coupfast.engine.cpu.placement import Memory, Storage, View, new_view
+from coupfast.engine.cpu.placement import UNPLACED, Memory, Storage, View, new_view
 from coupfast_kernels import operations
 from coupfast_kernels.attention import cpu as attention_kernels
 from coupfast_kernels.convolution import cpu as kernels
@@ -29,6 +29,31 @@ class Instruction:
     make: Callable[[Memory], Step]
     reads: list[Storage]
     writes: list[Storage]
+
+
+class BoundSteps:
+    """Instructions bound to memory.
+
+    Args:
+        calls: Functions to call in order.
+        structures: What the kernels among them read.
+    """
+
+    def __init__(self, calls: list[Callable[[], None]], structures: list[ctypes.Structure]) -> None:
+        self._calls = calls
+        self._kept = [
+            (structure, name, address - UNPLACED)
+            for structure in structures
+            for name, kind, *_ in structure._fields_
+            if kind is ctypes.c_void_p and (address := getattr(structure, name) or 0) >= UNPLACED
+        ]
+
+    def run(self, kept: int = 0) -> None:
+        """All of them; what is kept lies from address `kept` on."""
+        for structure, name, offset in self._kept:
+            setattr(structure, name, kept + offset)
+        for call in self._calls:
+            call()
 
 
 class Instructions:
@@ -245,10 +270,11 @@ class Instructions:
         self.emit(make, [dz, before[0] if before is not None else None], [result])
         return result
 
-    def bind(self, which: slice, memory: Memory) -> list[Callable[[], None]]:
+    def bind(self, which: slice, memory: Memory) -> BoundSteps:
         """Some of them as functions to call in order; kernels that follow each other are one call."""
         steps: list[Callable[[], None]] = []
         structures: list[ctypes.Structure] = []
+        everything: list[ctypes.Structure] = []
 
         def flush() -> None:
             if structures:
@@ -260,11 +286,12 @@ class Instructions:
             made = instruction.make(memory)
             if isinstance(made, ctypes.Structure):
                 structures.append(made)
+                everything.append(made)
             else:
                 flush()
                 steps.append(made)
         flush()
-        return steps
+        return BoundSteps(steps, everything)
 
 
 def add_residual(structure: Any, memory: Memory, residual: Scaled | None, divided_by: float = 1.0) -> None:

@@ -14,7 +14,7 @@ from torch import fx
 
 from coupfast.engine.cpu.instructions import Instructions, Scaled, add_residual
 from coupfast.engine.cpu.parts import Attention, Concatenation, Convolution, FusedNetwork, Heads, Part, Region
-from coupfast.engine.cpu.placement import Memory, View, dense
+from coupfast.engine.cpu.placement import UNPLACED, Memory, View, dense
 from coupfast.engine.cpu.regions import Regions
 from coupfast_kernels import operations
 
@@ -24,11 +24,15 @@ aten = torch.ops.aten
 class Slopes:
     """Bits of every ReLU that a convolution takes in: on which side of its kink each element is.
 
+    Args:
+        kept: Whether they lie at the beginning of kept memory instead of in `bits`.
+
     Attributes:
         bits: uint8, one axis.
+        kept_floats: What they take of kept memory.
     """
 
-    def __init__(self, network: FusedNetwork, batch: int) -> None:
+    def __init__(self, network: FusedNetwork, batch: int, *, kept: bool) -> None:
         self._offsets: dict[Convolution, int] = {}
         size = 0
         for conv in network.convolutions():
@@ -36,10 +40,12 @@ class Slopes:
                 channels, height, width = network.shapes[conv.z]
                 self._offsets[conv] = size
                 size += batch * height * width * ((channels + 7) // 8)
-        self.bits = torch.zeros(size + 8, dtype=torch.uint8)
+        self.bits = torch.zeros(0 if kept else size + 8, dtype=torch.uint8)
+        self.kept_floats = (size + 8) // 4 + 1 if kept and size else 0
+        self._start = UNPLACED if kept else self.bits.data_ptr()
 
     def address(self, conv: Convolution) -> int:
-        return self.bits.data_ptr() + self._offsets[conv]
+        return self._start + self._offsets[conv]
 
 
 class LabelRow:
@@ -177,9 +183,9 @@ class ForwardPass:
         inputs, outputs = [self.view(node) for node in region.inputs], [self.view(node) for node in region.outputs]
 
         def make(memory: Memory) -> Callable[[], None]:
-            bound, targets = list(map(memory.tensor, inputs)), list(map(memory.tensor, outputs))
+            sources, targets = memory.tensors(inputs), memory.tensors(outputs)
             calls = self.regions.calls(region)
-            return lambda: self.regions.run(region, calls, bound, targets)
+            return lambda: self.regions.run(region, calls, sources(), targets())
 
         self.instructions.emit(make, inputs, outputs)
 
