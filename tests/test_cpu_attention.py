@@ -270,6 +270,14 @@ def _shared_keys(n, x):
     return n["b"]((y * torch.sigmoid(k)).transpose(1, 2).reshape(h.shape))
 
 
+def _read_twice(n, x):
+    """The product itself is what the rest reads."""
+    h = n["a"](x)
+    q, k, v = (_tokens(part) for part in n["qkv"](h).chunk(3, dim=1))
+    y = torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=2), v)
+    return n["b"]((y * torch.sigmoid(y)).transpose(1, 2).reshape(h.shape))
+
+
 def _layers(*names: str, **more: nn.Module) -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {"a": conv(3, 8), "b": conv(8, 3)}
     for name in names:
@@ -283,6 +291,7 @@ RECOGNISED = {
     "values first": (lambda: _layers("q", "k", "v", "out"), _values_first, 1, 8),
     "products": (lambda: _layers(linear=nn.Linear(8, 24)), _products, 2, 4),
     "one value for all": (lambda: _layers(), _same_for_all, 1, 8),
+    "a product that is read twice": (lambda: _layers("qkv"), _read_twice, 1, 8),
     "keys that something else reads": (lambda: _layers("qkv"), _shared_keys, 1, 8),
     "DDPM++": (lambda: _layers(block=AttentionBlock(8)), lambda n, x: n["b"](n["block"](n["a"](x))), 1, 8),
 }

@@ -49,7 +49,7 @@ def _written_out(softmax: fx.Node, active: set[fx.Node]) -> tuple[Attention, set
         return None
     # From the scores' product to the softmax, ...
     scores, before, scale = _origin(arguments[0], with_factors=True)
-    if scores.target is not aten.bmm.default or len(before) and not _only(before, {softmax, *before}):
+    if scores.target is not aten.bmm.default:
         return None
     pairs, pixels = math.prod(shape[:-2]), shape[-1]
     if shape[-2] != pixels or scores.meta["val"].shape != (pairs, pixels, pixels):
@@ -95,7 +95,7 @@ def _fused(node: fx.Node, active: set[fx.Node]) -> tuple[Attention, set[fx.Node]
 def _assembled(
     operands: Any, product: fx.Node, turned: bool, scale: float, inner: set[fx.Node], active: set[fx.Node]
 ) -> tuple[Attention, set[fx.Node]] | None:
-    """The attention of these operands, with their views and those of the result; None where a kernel cannot read or write it."""
+    """The attention of these operands, with their views and the result's; None where a kernel cannot read or write it."""
     heads = []
     taken, number = set(inner), product.meta["val"].shape
     for index, (node, columns) in enumerate(operands):
@@ -129,10 +129,9 @@ def _origin(node: Any, *, with_factors: bool) -> tuple[fx.Node, list[fx.Node], f
     views: list[fx.Node] = []
     factor = 1.0
     while True:
-        source = node.args[0] if node.args else None
-        if node.target in _VIEWS or (node.target is operator.getitem and source.target in _SPLITS):
-            views.append(node)
-        elif node.target in _SPLITS:
+        source: Any = node.args[0] if node.args else None
+        is_piece = node.target is operator.getitem and source.target in _SPLITS
+        if is_piece or node.target in _VIEWS or node.target in _SPLITS:
             views.append(node)
         elif with_factors and (number := _factor(node)) is not None:
             views.append(node)
@@ -231,14 +230,14 @@ def _heads(source: fx.Node, numbers: torch.Tensor) -> Heads | None:
 def _result(
     product: fx.Node, turned: bool, heads: int, size: int, shape: torch.Size
 ) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The last view of the result that is a map or tokens with the heads side by side, and the views that lead there."""
+    """The result's last view that is a map or tokens with the heads side by side, and the views that lead there."""
     path, _ = _forwards(product)
     numbers = torch.arange(math.prod(shape)).view(shape)
     numbers = numbers.transpose(-1, -2) if turned else numbers
     images = product.meta["val"].shape[0] if len(shape) == 4 else shape[0] // heads
     tokens = numbers.reshape(images, heads, -1, size).transpose(1, 2).flatten(2)  # [images, pixels, channels]
-    for end in range(len(path), 0, -1):
-        node, views = path[end - 1], path[:end]
+    for end in range(len(path), -1, -1):
+        node, views = [product, *path][end], path[:end]
         value = node.meta["val"]
         if node.meta.get("images") != "first" or value.dim() not in (3, 4) or value.numel() != tokens.numel():
             continue

@@ -1,4 +1,4 @@
-"""Which operations of a trace become one: convolutions with what stands around them, attention, concatenations, and the rest."""
+"""Which operations of a trace become one: convolutions with what stands around them, attention, concatenations, the rest."""
 
 from __future__ import annotations
 

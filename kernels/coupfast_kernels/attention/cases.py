@@ -58,8 +58,8 @@ def _case(shape: tuple[int, ...], heads: int, *, vjp: bool) -> Case:
 
 
 def _checks(vjp: bool) -> Iterator[Case]:
-    # Two queries (of one nothing depends on scores); fewer pixels and channels than a vector; neither a multiple of a panel; more
-    # queries than the transpose holds.
+    # Two queries (of one nothing depends on scores); fewer pixels and channels than a vector; neither a multiple of a panel;
+    # more queries than the transpose holds.
     for shape, heads in (((1, 1, 1, 2), 1), ((3, 20, 3, 5), 2), ((2, 37, 4, 4), 1), ((1, 48, 9, 7), 3), ((1, 16, 17, 18), 1)):
         yield _case(shape, heads, vjp=vjp)
 

@@ -1,7 +1,8 @@
 """Self-attention over the pixels of a map, as the kernels of this folder have to compute it.
 
     y_i = Σ_j p_ij v_j,      p_ij = softmax_j(scale q_i · k_j)                         per image and head, i and j pixels
-    dv_j = Σ_i p_ij dy_i,    s_ij = p_ij (dy_i · v_j − Σ_l p_il dy_i · v_l),    dq_i = scale Σ_j s_ij k_j,    dk_j = scale Σ_i s_ij q_i
+    dv_j = Σ_i p_ij dy_i,    dq_i = scale Σ_j s_ij k_j,    dk_j = scale Σ_i s_ij q_i,
+    where s_ij = p_ij (dy_i · v_j − Σ_l p_il dy_i · v_l)
 
 Vaswani et al. 2017, arXiv:1706.03762 (eq. 1), its transpose by the chain rule.
 """
