@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,19 @@ from coupfast.solvers import CoefficientTable
 from coupfast_kernels.guided_step import guided_step_ref
 
 
+class ScoreGraph(NamedTuple):
+    """A score network's output with autograd's graph back to its images."""
+
+    x: torch.Tensor
+    eps_hat: torch.Tensor
+
+
 @dataclasses.dataclass
 class _Saved:
-    """What a step leaves for its transpose; `x`/`eps_hat` carry the score network's graph."""
+    """What a step leaves for its transpose."""
 
     linearization: Linearization | None = None
-    x: torch.Tensor | None = None
-    eps_hat: torch.Tensor | None = None
+    score: ScoreGraph | None = None
 
 
 class EagerProgram:
@@ -58,10 +64,8 @@ class EagerProgram:
         saved, eps_hat = _Saved(), None
         if reads_eps_hat(self.table, k):
             if keep == "activations":
-                with torch.enable_grad():
-                    saved.x = x_k.detach().requires_grad_()
-                    saved.eps_hat = self.eps_hat(k, saved.x)
-                eps_hat = saved.eps_hat.detach()
+                saved.score = self.eps_hat_graph(k, x_k)
+                eps_hat = saved.score.eps_hat.detach()
             else:
                 with torch.no_grad():
                     eps_hat = self.eps_hat(k, x_k)
@@ -85,22 +89,24 @@ class EagerProgram:
             w = self.guidance.hvp(x_k, v, saved.linearization)
         with torch.no_grad():
             if more is None:
-                return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved), w, row)
-            return step_back(self.table, k, v, w, lambda u: self.eps_hat_vjp(k, x_k, u, saved), more)
+                return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved.score), w, row)
+            return step_back(self.table, k, v, w, lambda u: self.eps_hat_vjp(k, x_k, u, saved.score), more)
 
     def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
         """ε̂(x_k) at step k's label, with autograd's graph where gradients are enabled."""
         return self.score(x_k, self.labels[k].expand(len(x_k)))
 
-    def eps_hat_vjp(self, k: int, x_k: torch.Tensor, v: torch.Tensor, saved: _Saved | None = None) -> torch.Tensor:
-        """J_ε(x_k)ᵀ v."""
+    def eps_hat_graph(self, k: int, x_k: torch.Tensor) -> ScoreGraph:
+        """ε̂(x_k) with what `eps_hat_vjp` takes of it."""
         with torch.enable_grad():
-            x, eps_hat = (None, None) if saved is None else (saved.x, saved.eps_hat)
-            if x is None or eps_hat is None:
-                x = x_k.detach().requires_grad_()
-                eps_hat = self.eps_hat(k, x)
-            # A score net may be constant in x at some label: its transpose is zero then.
-            return torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
+            x = x_k.detach().requires_grad_()
+            return ScoreGraph(x, self.eps_hat(k, x))
+
+    def eps_hat_vjp(self, k: int, x_k: torch.Tensor, v: torch.Tensor, graph: ScoreGraph | None = None) -> torch.Tensor:
+        """J_ε(x_k)ᵀ v."""
+        x, eps_hat = self.eps_hat_graph(k, x_k) if graph is None else graph
+        # A score net may be constant in x at some label: its transpose is zero then.
+        return torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         step = {"score forward": 1}
