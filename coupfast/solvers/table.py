@@ -1,12 +1,11 @@
-"""Solvers as tables of coefficients.
+"""Coefficients of all steps of a run, as numbers.
 
 A step of a method that is linear in what it reads is one row of numbers, known before the run:
 
     x_{k+1} = a x_k + b ε̂(x_k, 999 t_k) + c g(x_k) + d z  [ + e x_in + f z′ + p x_{k-1} + q ε̂(x_{k-1}) ]
 
 The first four columns serve every method of Euler's kind. The others exist only where a method needs them: x_in, the state
-that the purification began from; a second noise; and the step before, for two-step solvers. A new solver is one function that
-fills a table.
+that the purification began from; a second noise; and the step before, for two-step solvers.
 """
 
 from __future__ import annotations
@@ -122,33 +121,3 @@ class CoefficientTable:
 
 #: (sde, times t_0 … t_K, guidance scale at t_0 … t_{K−1}) → table.
 Solver: TypeAlias = Callable[[VPSDE, np.ndarray, "np.ndarray | float"], CoefficientTable]
-
-
-def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """Euler-Maruyama on the reverse SDE of COUP (Zhang et al. 2024, eq. 5), coefficients at the start of each step."""
-    h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
-    return CoefficientTable(
-        t=t,
-        a=1.0 + 0.5 * beta * h,
-        b=-beta * h / sigma,
-        c=guidance_scale * beta * h,
-        d=np.sqrt(beta * h),
-    )
-
-
-def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """Euler on the probability-flow ODE (Song et al. 2021, eq. 13) with the same guided score; no noise."""
-    h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
-    return CoefficientTable(
-        t=t,
-        a=1.0 + 0.5 * beta * h,
-        b=-0.5 * beta * h / sigma,
-        c=0.5 * guidance_scale * beta * h,
-        d=np.zeros_like(h),
-    )
-
-
-SOLVERS: dict[str, Solver] = {
-    "euler-maruyama": euler_maruyama,
-    "probability-flow": probability_flow,
-}

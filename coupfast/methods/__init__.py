@@ -1,0 +1,35 @@
+"""Methods of purification, each one object with its own knobs.
+
+What a method is stands in `base`; families of methods have a file each. A method from elsewhere is an object of one of the
+classes of `base`, given as `method=` or named `package.module:NAME`.
+"""
+
+from __future__ import annotations
+
+from coupfast.methods.base import Method, Networks, Recipe, StepMethod, StepState, TableMethod
+from coupfast.methods.diffusion import COUP, DiffPure, DiffusionMethod, ReverseSDE
+from coupfast.naming import reference_to
+
+__all__ = [
+    "COUP",
+    "METHODS",
+    "DiffPure",
+    "DiffusionMethod",
+    "Method",
+    "Networks",
+    "Recipe",
+    "ReverseSDE",
+    "StepMethod",
+    "StepState",
+    "TableMethod",
+    "method_name",
+]
+
+#: The methods of this package by the names that people call them; a new one is a class and one entry here.
+METHODS: dict[str, type[Method]] = {method.name: method for method in (COUP, ReverseSDE, DiffPure)}
+
+
+def method_name(method: Method | type[Method]) -> str:
+    """Its name of `METHODS`, or `package.module:NAME`."""
+    owner = method if isinstance(method, type) else type(method)
+    return owner.name if METHODS.get(owner.name) is owner else reference_to(owner)
