@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 _KEY = "option"
 
@@ -142,3 +145,35 @@ def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:
             return parse_other(word)
 
     return parse
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> float:
+    """`value` as a float, or ValueError if it is no finite number in the range that a knob has.
+
+    Args:
+        name: The knob's name, for the message.
+        above: What it has to exceed.
+        least, most: The ends of its range, both included.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise ValueError(f"`{name}` is a number, got {value!r}")
+    if not (math.isfinite(value) and value > above and least <= value <= most):
+        bounds = [(f"> {above:g}", above > -math.inf), (f">= {least:g}", least > -math.inf), (f"<= {most:g}", most < math.inf)]
+        raise ValueError(f"`{name}` is a finite number {' and '.join(text for text, said in bounds if said)}, got {value!r}")
+    return float(value)
+
+
+def whole_number(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int, or ValueError if it is none, below `least` or above `most`."""
+    fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not fits or value < least or (most is not None and value > most):  # type: ignore[operator]
+        upto = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"`{name}` is a whole number, {upto}, got {value!r}")
+    return int(value)  # type: ignore[call-overload]

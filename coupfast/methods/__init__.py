@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from coupfast.methods.base import Method, Networks, Recipe, StepMethod, StepState, TableMethod
 from coupfast.methods.diffusion import COUP, DiffPure, DiffusionMethod, ReverseSDE
+from coupfast.methods.lm import LM, GuidedLM
 from coupfast.naming import reference_to
 
 __all__ = [
     "COUP",
+    "LM",
     "METHODS",
     "DiffPure",
     "DiffusionMethod",
+    "GuidedLM",
     "Method",
     "Networks",
     "Recipe",
@@ -26,7 +29,7 @@ __all__ = [
 ]
 
 #: The methods of this package by the names that people call them; a new one is a class and one entry here.
-METHODS: dict[str, type[Method]] = {method.name: method for method in (COUP, ReverseSDE, DiffPure)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (COUP, ReverseSDE, DiffPure, LM, GuidedLM)}
 
 
 def method_name(method: Method | type[Method]) -> str:

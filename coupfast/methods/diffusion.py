@@ -24,7 +24,8 @@ def _times(word: str) -> Any:
     return tuple(float(part) for part in word.split(",") if part) if "," in word else float(word)
 
 
-def _sde(word: str) -> VPSDE:
+def parse_sde(word: str) -> VPSDE:
+    """0.1,20: β(0) and β(1)."""
     low, _, high = word.partition(",")
     return VPSDE(float(low), float(high))
 
@@ -54,7 +55,7 @@ class DiffusionMethod(TableMethod):
     solver: str | Solver = option(
         "euler-maruyama", help=f"{', '.join(SOLVERS)}, or package.module:NAME of a function that fills a table", metavar="NAME"
     )
-    sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=_sde, metavar="B,B")
+    sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=parse_sde, metavar="B,B")
 
     def __post_init__(self) -> None:
         super().__post_init__()
