@@ -8,7 +8,7 @@ from coupfast.certificate import GradientCertificate
 from coupfast.engines import Engine
 from coupfast.gradient_check import check_gradient
 from coupfast.gradients import BPDA, Adjoint, AdjointParameters, Exact, NoGradient, Surrogate
-from coupfast.methods import ADP, COUP, LM, DiffPure, GuidedLM, Method, ReverseSDE, StepMethod, TableMethod
+from coupfast.methods import ADP, COUP, GDMPSSIM, LM, DiffPure, GuidedLM, Method, ReverseSDE, StepMethod, TableMethod
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import PurifiedClassifier, Purifier, purify
 from coupfast.sde import VPSDE
@@ -29,6 +29,7 @@ __all__ = [
     "Evaluation",
     "Exact",
     "GradientCertificate",
+    "GDMPSSIM",
     "GuidedLM",
     "LM",
     "Method",

@@ -9,12 +9,14 @@ from __future__ import annotations
 from coupfast.methods.adp import ADP
 from coupfast.methods.base import Method, Networks, Recipe, StepMethod, StepState, TableMethod
 from coupfast.methods.diffusion import COUP, DiffPure, DiffusionMethod, ReverseSDE
+from coupfast.methods.gdmp_ssim import GDMPSSIM
 from coupfast.methods.lm import LM, GuidedLM
 from coupfast.naming import reference_to
 
 __all__ = [
     "ADP",
     "COUP",
+    "GDMPSSIM",
     "LM",
     "METHODS",
     "DiffPure",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 #: The methods of this package by the names that people call them; a new one is a class and one entry here.
-METHODS: dict[str, type[Method]] = {method.name: method for method in (COUP, ReverseSDE, DiffPure, LM, GuidedLM, ADP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (COUP, ReverseSDE, DiffPure, LM, GuidedLM, ADP, GDMPSSIM)}
 
 
 def method_name(method: Method | type[Method]) -> str:

@@ -80,8 +80,8 @@ class ADP(StepMethod):
             raise ValueError(f"`step_min` is at most `step_max`, got {self.step_min:g} and {self.step_max:g}")
         if self.stop_below >= self.step_max:
             raise ValueError(
-                f"`stop_below` is {self.stop_below:g} and no step is above `step_max`={self.step_max:g}: every image would stop at "
-                "once"
+                f"`stop_below` is {self.stop_below:g} and no step is above `step_max`={self.step_max:g}: every image would "
+                "stop at once"
             )
 
     @property
