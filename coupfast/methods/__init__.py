@@ -7,18 +7,27 @@ classes of `base`, given as `method=` or named `package.module:NAME`.
 from __future__ import annotations
 
 from coupfast.methods.base import Method, Networks, Recipe, StepMethod, StepState, TableMethod
-from coupfast.methods.diffusion import COUP, DiffPure, DiffusionMethod, ReverseSDE
+from coupfast.methods.diffusion import COUP, DiffPure, DiffusionMethod, ReverseSDE, SolverMethod
+from coupfast.methods.gdmp import GDMP
+from coupfast.methods.langevin import LangevinSDE
+from coupfast.methods.one_step import OneStep
+from coupfast.methods.rounds import MultiStage
 from coupfast.naming import reference_to
 
 __all__ = [
     "COUP",
+    "GDMP",
     "METHODS",
     "DiffPure",
     "DiffusionMethod",
+    "LangevinSDE",
     "Method",
+    "MultiStage",
     "Networks",
+    "OneStep",
     "Recipe",
     "ReverseSDE",
+    "SolverMethod",
     "StepMethod",
     "StepState",
     "TableMethod",
@@ -26,7 +35,9 @@ __all__ = [
 ]
 
 #: The methods of this package by the names that people call them; a new one is a class and one entry here.
-METHODS: dict[str, type[Method]] = {method.name: method for method in (COUP, ReverseSDE, DiffPure)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (COUP, ReverseSDE, DiffPure, MultiStage, LangevinSDE, GDMP, OneStep)
+}
 
 
 def method_name(method: Method | type[Method]) -> str:

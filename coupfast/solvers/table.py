@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -157,6 +157,31 @@ class CoefficientTable:
             if column is not None:
                 digest.update(name.encode() + np.ascontiguousarray(column, dtype="<f8").tobytes())
         return digest.hexdigest()
+
+
+def one_after_the_other(tables: Sequence[CoefficientTable]) -> CoefficientTable:
+    """A table of the steps of several; each begins at its own first time, wherever the one before ended."""
+    # Where no network is asked, what would be clipped may be any number but 0.
+    absent = dict.fromkeys(EXTRA_COLUMNS, 0.0) | {"m": 1.0, "n": 1.0, "s": 0.0}
+    asking = [table for table in tables if any(table.reads_eps_hat(k) for k in range(table.num_steps))]
+    if len({table.clips for table in asking}) > 1:
+        raise ValueError("some of these tables clip x̂0 and some do not: a table does so in all steps that ask a network")
+    columns: dict[str, Any] = {}
+    for name in ("a", "b", "c", "d", "labels", *absent):
+        found = [getattr(table, name) for table in tables]
+        if any(column is not None for column in found):
+            filled = [
+                np.full(table.num_steps, absent[name]) if column is None else column
+                for table, column in zip(tables, found, strict=True)
+            ]
+            columns[name] = np.concatenate(filled)
+    return CoefficientTable(t=np.concatenate([*(table.t[:-1] for table in tables), tables[-1].t[-1:]]), **columns)
+
+
+def noising(t_before: float, t: float, signal: float, sigma: float) -> CoefficientTable:
+    """One row that moves an image to time t: x′ = signal x + sigma z. It asks no network."""
+    zero = np.zeros(1)
+    return CoefficientTable(t=np.array([t_before, t]), a=np.array([signal]), b=zero, c=zero, d=np.array([sigma]))
 
 
 #: (sde, times t_0 … t_K, guidance scale at t_0 … t_{K−1}) → table.

@@ -111,8 +111,9 @@ class ColumnsProgram(CudaProgram):
         if self.x_before is not None:
             self.x_before.copy_(self.x)
         if self.eps_before is not None:
-            shifted = self._shifts is not None and g is not None
-            self.eps_before.copy_(eps_hat + self._shift(self.step_index) * g if shifted else eps_hat)
+            if self._shifts is not None and g is not None:
+                eps_hat = eps_hat + self._shift(self.step_index) * g
+            self.eps_before.copy_(eps_hat)
         self.x.copy_(y)
         self.step_index.add_(1)
 
@@ -143,12 +144,11 @@ class ColumnsProgram(CudaProgram):
         row = self.networks.coefficients.index_select(0, self.step_back.view(1))[0]  # [8]
         u = self.v if self.v_eps is None else row[1] * self.v + self.v_eps
         back = row * self._row_keeps + self._row_adds
-        w = self.v
+        tangent = self.v
         if self._shifts is not None:
-            w = row[2] * self.v
-            if self.v_eps is not None:
-                w = w + self._shift(self.step_back) * self.v_eps
-        u, w = self._score_vjp(u), self._hvp(curved, w)
+            assert self.v_eps is not None  # there is a column q
+            tangent = row[2] * self.v + self._shift(self.step_back) * self.v_eps
+        u, w = self._score_vjp(u), self._hvp(curved, tangent)
         v_x = guided_step(self.v, u, w, back, self.step_back, x_before=self.v_before)
         if self.v_in is not None:
             self.v_in.add_(row[4] * self.v)
