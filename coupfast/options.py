@@ -10,10 +10,9 @@ import argparse
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import numpy as np
 
 _KEY = "option"
 
@@ -94,6 +93,12 @@ def option(
     return dataclasses.field(default=default, metadata={_KEY: told})
 
 
+def other_default(owner: Any, field: str, default: Any) -> Any:
+    """The option of a base class with another default."""
+    (found,) = [each for each in dataclasses.fields(owner) if each.name == field]
+    return dataclasses.field(default=default, metadata=dict(found.metadata))
+
+
 def options_of(owner: Any) -> list[Option]:
     """The options of a dataclass or of an instance of one, in the order of its fields.
 
@@ -135,6 +140,26 @@ def check_name(name: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"`{name}` is one of {', '.join(map(repr, known))}, got {value!r}{did_you_mean(value, known)}")
 
 
+def check_number(name: str, value: Any, *, zero: bool = True) -> float:
+    """`value` as a float, or an error if it is not a finite number of at least 0 (above 0 where `zero` is none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` is a number, got {value!r}")
+    number = float(value)
+    if not 0.0 <= number < math.inf or (number == 0.0 and not zero):
+        raise ValueError(f"`{name}` is finite and {'at least' if zero else 'above'} 0, got {value}")
+    return number
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int, or an error if it is not one between `least` and `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` is an int, got {value!r}")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"`{name}` is at least {least}{'' if most is None else f' and at most {most}'}, got {value}")
+    return number
+
+
 def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:
     """A parser for the command line: a number where the word is one, else what the other parser makes of it."""
 
@@ -145,35 +170,3 @@ def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:
             return parse_other(word)
 
     return parse
-
-
-def number(
-    name: str,
-    value: object,
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    most: float = math.inf,
-) -> float:
-    """`value` as a float, or ValueError if it is no finite number in the range that a knob has.
-
-    Args:
-        name: The knob's name, for the message.
-        above: What it has to exceed.
-        least, most: The ends of its range, both included.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise ValueError(f"`{name}` is a number, got {value!r}")
-    if not (math.isfinite(value) and value > above and least <= value <= most):
-        bounds = [(f"> {above:g}", above > -math.inf), (f">= {least:g}", least > -math.inf), (f"<= {most:g}", most < math.inf)]
-        raise ValueError(f"`{name}` is a finite number {' and '.join(text for text, said in bounds if said)}, got {value!r}")
-    return float(value)
-
-
-def whole_number(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
-    """`value` as an int, or ValueError if it is none, below `least` or above `most`."""
-    fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not fits or value < least or (most is not None and value > most):  # type: ignore[operator]
-        upto = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"`{name}` is a whole number, {upto}, got {value!r}")
-    return int(value)  # type: ignore[call-overload]

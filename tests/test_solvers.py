@@ -11,7 +11,7 @@ from coupfast.sde import VPSDE, time_grid
 from coupfast.solvers import SOLVERS, CoefficientTable
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["euler-maruyama", "probability-flow"])
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.7])
 def test_rows_are_one_euler_step(solver, guidance_scale):
     sde, t = VPSDE(), time_grid(0.1, 9)

@@ -17,10 +17,10 @@ import torch
 
 from coupfast import reference
 from coupfast.methods.base import Networks, StepMethod, StepState
-from coupfast.methods.diffusion import parse_sde
-from coupfast.methods.variance_exploding import check_noise_level, eps_hat_of_noised
+from coupfast.methods.diffusion import sde_option
+from coupfast.methods.variance_exploding import check_continuous, check_noise_level, eps_hat_of_noised
 from coupfast.noise import Noise
-from coupfast.options import number, option, whole_number
+from coupfast.options import check_integer, check_number, option
 from coupfast.sde import VPSDE
 
 
@@ -58,24 +58,25 @@ class ADP(StepMethod):
     step_min: float = option(1e-5, help="least step size, above 0", parse=float, metavar="A")
     step_max: float = option(0.1, help="largest step size", parse=float, metavar="A")
     stop_below: float = option(1e-3, help="step size at which an image stops, at least 0", parse=float, metavar="A")
-    sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=parse_sde, metavar="B,B")
+    sde: VPSDE = sde_option(VPSDE())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
+        check_continuous(self.sde)
         values = {
-            "num_steps": whole_number("num_steps", self.num_steps),
-            "noise_sigma": number("noise_sigma", self.noise_sigma, least=0.0),
+            "num_steps": check_integer("num_steps", self.num_steps, 1),
+            "noise_sigma": check_number("noise_sigma", self.noise_sigma),
             "score_sigma": check_noise_level("score_sigma", self.score_sigma, self.sde, scale=2.0),
-            "step_share": number("step_share", self.step_share, above=0.0, most=1.0),
-            "probe": number("probe", self.probe, above=0.0),
-            "step_min": number("step_min", self.step_min, above=0.0),
-            "step_max": number("step_max", self.step_max, above=0.0),
-            "stop_below": number("stop_below", self.stop_below, least=0.0),
+            "step_share": check_number("step_share", self.step_share, zero=False),
+            "probe": check_number("probe", self.probe, zero=False),
+            "step_min": check_number("step_min", self.step_min, zero=False),
+            "step_max": check_number("step_max", self.step_max, zero=False),
+            "stop_below": check_number("stop_below", self.stop_below),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if self.step_share > 1.0:
+            raise ValueError(f"`step_share` is above 0 and at most 1, got {self.step_share:g}")
         if self.step_min > self.step_max:
             raise ValueError(f"`step_min` is at most `step_max`, got {self.step_min:g} and {self.step_max:g}")
         if self.stop_below >= self.step_max:

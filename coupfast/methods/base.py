@@ -85,6 +85,9 @@ class Method(abc.ABC):
     def num_noises(self) -> int:
         """Rows of an explicit `noise`."""
 
+    def check_shape(self, image_shape: tuple[int, ...]) -> None:  # noqa: B027  (most take any)
+        """ValueError if images of this shape, (channels, height, width), are not what the method was made for."""
+
     def finish(self, state: StepState) -> torch.Tensor:
         """The purified image in the [-1, 1] scale, from the last state; differentiable."""
         return state[0]

@@ -15,8 +15,8 @@ from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
 from coupfast.options import check_name, number_or, option
-from coupfast.sde import VPSDE, check_num_steps, check_t, check_times, time_grid
-from coupfast.solvers import SOLVERS, CoefficientTable, Solver
+from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_t, check_times, time_grid
+from coupfast.solvers import SOLVERS, CoefficientTable, NamedSolver, Solver, as_solver, solver_name
 
 
 def _times(word: str) -> Any:
@@ -24,23 +24,93 @@ def _times(word: str) -> Any:
     return tuple(float(part) for part in word.split(",") if part) if "," in word else float(word)
 
 
-def parse_sde(word: str) -> VPSDE:
-    """0.1,20: β(0) and β(1)."""
-    low, _, high = word.partition(",")
-    return VPSDE(float(low), float(high))
+def _sde(word: str) -> VPSDE:
+    low, high, *chain = word.split(",")
+    if chain not in ([], ["discrete"]):
+        raise ValueError("two numbers, or two numbers and the word discrete")
+    return (DiscreteVPSDE if chain else VPSDE)(float(low), float(high))
+
+
+def _solver_option(default: Any) -> Any:
+    return option(
+        default, help=f"{', '.join(SOLVERS)}, or package.module:NAME of a function that fills a table", metavar="NAME"
+    )
+
+
+def sde_option(default: VPSDE) -> Any:
+    """The field of methods that have a VP-SDE of one's own choice."""
+    return option(
+        default, help="beta(0),beta(1) of the VP-SDE; with ,discrete of the chain of 1000 steps", parse=_sde, metavar="B,B"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionMethod(TableMethod):
+class SolverMethod(TableMethod):
+    """Steps of the reverse VP-SDE by a solver.
+
+    Attributes:
+        num_steps: That many steps; None is the reference grid (steps of 1e-3, the last one shorter).
+        grid: What they divide equally, see `coupfast.sde.time_grid`.
+        solver: A name of `coupfast.solvers.SOLVERS`, an object of that kind such as `DDIM(eta=0.5)`, a function that fills a
+            table, or `package.module:NAME` of one.
+        sde: The VP-SDE; β from 0.1 to 20 unless given.
+        clamp: Clip the state to [-1, 1] before the first and after the last step, as COUP's code does (DiffPure's does not:
+            pass False to reproduce it). The gradient contains the clip.
+    """
+
+    num_steps: int | None = option(
+        None, help="that many equal steps; without it one step each 1e-3 of t, the last one shorter", parse=int, metavar="K"
+    )
+    grid: str = option(
+        "time", choices=GRIDS, help="what the steps divide equally: time, log-SNR, or the square root of time (quadratic)"
+    )
+    solver: str | Solver = _solver_option("euler-maruyama")
+    sde: VPSDE = sde_option(VPSDE())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
+        check_name("grid", self.grid, GRIDS)
+        if not isinstance(self.sde, VPSDE):
+            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
+        object.__setattr__(self, "solver", as_solver(self.solver))
+
+    def scale(self, t: float) -> float:
+        """λ at time t; 0 without guidance."""
+        return 0.0
+
+    def table(self, grid: np.ndarray) -> CoefficientTable:
+        """The coefficients on a grid of times."""
+        solver: Any = self.solver
+        if isinstance(solver, str):
+            solver = SOLVERS[solver] if solver in SOLVERS else resolve(solver, option="solver")
+        found = solver(self.sde, grid, np.array([self.scale(float(t)) for t in grid[:-1]], dtype=np.float64))
+        if not isinstance(found, CoefficientTable):
+            raise TypeError(f"a solver returns a CoefficientTable, {solver!r} returned a {type(found).__name__}")
+        return found
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether the solver has a definition beside its table."""
+        return solver_name(self.solver) in reference.DEFINED
+
+    def solve_ref(
+        self, state: StepState, networks: Networks, z: Callable[[int], torch.Tensor], grid: np.ndarray, steps: range
+    ) -> StepState:
+        """The solver's definition on some of the steps of a grid."""
+        predicted = reference.GuidedNoise(
+            networks.score, networks.classifier, self.sde, guidance_scale=self.scale, detached=networks.detached
+        )
+        knobs = dataclasses.asdict(self.solver) if isinstance(self.solver, NamedSolver) else {}
+        return reference.solve_ref(solver_name(self.solver), state, predicted, z, grid, steps, knobs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionMethod(SolverMethod):
     """The reverse VP-SDE from time `t` to 1e-5, by a solver's table.
 
     Attributes:
         t: Purification time t* in (1e-5, 1]; step 100 of 1000 is 0.1. Or the whole grid: times t_0 > … > t_K in (0, 1].
-        num_steps: That many equal steps; None is the reference grid (steps of 1e-3, the last one shorter).
-        solver: A name of `coupfast.solvers.SOLVERS`, a function that fills a table, or `package.module:NAME` of one.
-        sde: The VP-SDE; β from 0.1 to 20 unless given.
-        clamp: Clip the state to [-1, 1] before the first and after the last step, as COUP's code does (DiffPure's does not:
-            pass False to reproduce it). The gradient contains the clip.
     """
 
     t: float | tuple[float, ...] = option(
@@ -49,82 +119,39 @@ class DiffusionMethod(TableMethod):
         parse=_times,
         metavar="T",
     )
-    num_steps: int | None = option(
-        None, help="that many equal steps; without it one step each 1e-3 of t, the last one shorter", parse=int, metavar="K"
-    )
-    solver: str | Solver = option(
-        "euler-maruyama", help=f"{', '.join(SOLVERS)}, or package.module:NAME of a function that fills a table", metavar="NAME"
-    )
-    sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=parse_sde, metavar="B,B")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.t, (Sequence, np.ndarray)) and not isinstance(self.t, str):
-            object.__setattr__(self, "t", check_times(self.t))
-            if self.num_steps is not None:
-                raise ValueError(
-                    f"`t` is a grid of {len(self.t) - 1} steps already; leave `num_steps` out, got {self.num_steps}"
-                )  # type: ignore[arg-type]
-        else:
+        if not isinstance(self.t, (Sequence, np.ndarray)) or isinstance(self.t, str):
             object.__setattr__(self, "t", check_t(self.t))  # type: ignore[arg-type]
-        object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
-        if isinstance(self.solver, str):
-            if is_reference(self.solver):
-                resolve(self.solver, option="solver")
-            else:
-                check_name("solver", self.solver, SOLVERS)
-        elif not callable(self.solver):
-            raise TypeError(f"`solver` is a name or a function that fills a table, got {type(self.solver).__name__}")
+            return
+        times = check_times(self.t)
+        object.__setattr__(self, "t", times)
+        for name, value, unsaid in (("num_steps", self.num_steps, None), ("grid", self.grid, "time")):
+            if value != unsaid:
+                raise ValueError(f"`t` is a grid of {len(times) - 1} steps already; leave `{name}` out, got {value!r}")
 
     @property
-    def grid(self) -> np.ndarray:
+    def times(self) -> np.ndarray:
         """Times t_0 > … > t_K at which states live; float64, shape (K + 1,)."""
         if isinstance(self.t, tuple):
             return np.asarray(self.t, dtype=np.float64)
-        return time_grid(self.t, self.num_steps)
-
-    def scale(self, t: float) -> float:
-        """λ at time t; 0 without guidance."""
-        return 0.0
-
-    def table(self, grid: np.ndarray) -> CoefficientTable:
-        """The coefficients on a grid of times."""
-        solver = self.solver
-        if isinstance(solver, str):
-            solver = SOLVERS[solver] if solver in SOLVERS else resolve(solver, option="solver")
-        found = solver(self.sde, grid, np.array([self.scale(float(t)) for t in grid[:-1]], dtype=np.float64))  # type: ignore[operator]
-        if not isinstance(found, CoefficientTable):
-            raise TypeError(f"a solver returns a CoefficientTable, {solver!r} returned a {type(found).__name__}")
-        return found
+        return time_grid(self.t, self.num_steps, grid=self.grid, sde=self.sde)
 
     def recipe(self) -> Recipe:
-        return Recipe(self.table(self.grid))
+        return Recipe(self.table(self.times))
 
     def coarse(self, chosen: Sequence[int]) -> CoefficientTable:
-        return self.table(self.grid[list(chosen)])
+        return self.table(self.times[list(chosen)])
 
     def definition(self, state: StepState, networks: Networks, noise: Noise, steps: range) -> StepState:
-        if self.solver not in ("euler-maruyama", "probability-flow"):
+        if not self.is_defined:
             return super().definition(state, networks, noise, steps)
-        # The SDE itself, through torchsde: not even the coefficients are shared.
-        grid, (x,) = self.grid, state
-        noising = steps.start == 0 and self.recipe().noising is not None
-        rows = [noise.z(k, x) for k in steps] + ([noise.z(-1, x)] if noising else [])
-        end = reference.purify_ref(
-            x,
-            networks.score,
-            networks.classifier,
-            torch.stack(rows),
-            grid=grid[steps.start : steps.stop + 1],
-            forward_noising=noising,
-            dynamics=self.solver,  # type: ignore[arg-type]
-            guidance_scale=self.scale,
-            sde=self.sde,
-            detached=networks.detached,
-        )
-        return (end,)
+        x, recipe = state[0], self.recipe()
+        if steps.start == 0 and recipe.noising is not None:
+            alpha_bar = self.sde.discrete_alpha_bar(float(self.times[0]))
+            state = (alpha_bar**0.5 * x + (1.0 - alpha_bar) ** 0.5 * noise.z(-1, x),)
+        return self.solve_ref(state, networks, lambda k: noise.z(k, x), self.times, steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +185,7 @@ class COUP(DiffusionMethod):
         elif not callable(given):
             raise ValueError(f"`guidance_scale` is a finite number >= 0, or a function of t, got {given!r}; the paper uses 1.0")
         if not isinstance(self.guidance_scale, float):
-            for t in self.grid[:-1]:
+            for t in self.times[:-1]:
                 self.scale(float(t))
 
     def scale(self, t: float) -> float:
@@ -193,6 +220,6 @@ class DiffPure(DiffusionMethod):
     reference: ClassVar[str] = "Nie et al. 2022, arXiv:2205.07460"
 
     def recipe(self) -> Recipe:
-        grid = self.grid
+        grid = self.times
         alpha_bar = self.sde.discrete_alpha_bar(float(grid[0]))
         return Recipe(self.table(grid), (float(np.sqrt(alpha_bar)), float(np.sqrt(1.0 - alpha_bar))))

@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from coupfast import reference
 from coupfast.methods.base import Networks, StepMethod, StepState
-from coupfast.methods.diffusion import parse_sde
+from coupfast.methods.diffusion import sde_option
 from coupfast.noise import Noise
-from coupfast.options import number, option, whole_number
+from coupfast.options import check_integer, check_number, option
 from coupfast.sde import VPSDE
 
 INDICES = 1000  # of the discrete chain; index i is time (i + 1)/1000
@@ -77,18 +77,18 @@ class GDMPSSIM(StepMethod):
     guide_scale: float = option(70000.0, help="strength of the guide, at least 0", parse=float, metavar="G")
     guide_batch: int = option(100, help="images that the published guide is a mean over", parse=int, metavar="B")
     ssim_window: int = option(11, help="side of SSIM's window in pixels", parse=int, metavar="W")
-    sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=parse_sde, metavar="B,B")
+    sde: VPSDE = sde_option(VPSDE())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.sde, VPSDE):
             raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
         values = {
-            "rounds": whole_number("rounds", self.rounds),
-            "noise_steps": whole_number("noise_steps", self.noise_steps, least=2, most=INDICES),
-            "guide_scale": number("guide_scale", self.guide_scale, least=0.0),
-            "guide_batch": whole_number("guide_batch", self.guide_batch),
-            "ssim_window": whole_number("ssim_window", self.ssim_window),
+            "rounds": check_integer("rounds", self.rounds, 1),
+            "noise_steps": check_integer("noise_steps", self.noise_steps, 2, INDICES),
+            "guide_scale": check_number("guide_scale", self.guide_scale),
+            "guide_batch": check_integer("guide_batch", self.guide_batch, 1),
+            "ssim_window": check_integer("ssim_window", self.ssim_window, 1),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -16,10 +16,10 @@ import torch
 
 from coupfast import reference
 from coupfast.methods.base import Networks, StepMethod, StepState
-from coupfast.methods.diffusion import parse_sde
-from coupfast.methods.variance_exploding import check_noise_level, eps_hat_of_noised
+from coupfast.methods.diffusion import sde_option
+from coupfast.methods.variance_exploding import check_continuous, check_noise_level, eps_hat_of_noised
 from coupfast.noise import CounterNoise, Noise, uniform
-from coupfast.options import number, option, whole_number
+from coupfast.options import check_integer, check_number, option
 from coupfast.sde import VPSDE
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the published code leaves as they are
@@ -52,20 +52,19 @@ class LM(StepMethod):
     fixed_seed: int | None = option(
         None, help="draw the noise from this seed at every call, as published: no randomness is left", parse=int, metavar="S"
     )
-    sde: VPSDE = option(VPSDE(), help="beta(0),beta(1) of the VP-SDE", parse=parse_sde, metavar="B,B")
+    sde: VPSDE = sde_option(VPSDE())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
-        object.__setattr__(self, "num_steps", whole_number("num_steps", self.num_steps))
-        object.__setattr__(self, "learning_rate", number("learning_rate", self.learning_rate, above=0.0))
+        check_continuous(self.sde)
+        object.__setattr__(self, "num_steps", check_integer("num_steps", self.num_steps, 1))
+        object.__setattr__(self, "learning_rate", check_number("learning_rate", self.learning_rate, zero=False))
         for name in ("sigma_min", "sigma_max"):
             object.__setattr__(self, name, check_noise_level(name, getattr(self, name), self.sde))
         if self.sigma_min > self.sigma_max:
             raise ValueError(f"`sigma_min` is at most `sigma_max`, got {self.sigma_min:g} and {self.sigma_max:g}")
         if self.fixed_seed is not None:
-            object.__setattr__(self, "fixed_seed", whole_number("fixed_seed", self.fixed_seed, least=0, most=2**64 - 1))
+            object.__setattr__(self, "fixed_seed", check_integer("fixed_seed", self.fixed_seed, 0, 2**64 - 1))
 
     @property
     def num_noises(self) -> int:
@@ -140,7 +139,7 @@ class GuidedLM(LM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "guidance_scale", number("guidance_scale", self.guidance_scale, least=0.0))
+        object.__setattr__(self, "guidance_scale", check_number("guidance_scale", self.guidance_scale))
 
     def _pull(self, x: torch.Tensor, networks: Networks) -> torch.Tensor | float:
         return -self.guidance_scale * networks.guidance(x)

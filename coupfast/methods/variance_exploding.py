@@ -9,10 +9,12 @@ Karras et al. 2022, arXiv:2206.00364, section 5 and table 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from coupfast.methods.base import Networks
-from coupfast.options import number
+from coupfast.options import check_number
 from coupfast.sde import NUM_LABELS, VPSDE
 
 
@@ -32,13 +34,19 @@ def eps_hat_of_noised(networks: Networks, sde: VPSDE, y: torch.Tensor, sigma: to
     return networks.score(y / torch.sqrt(1.0 + sigma * sigma), labels)
 
 
-def check_noise_level(name: str, value: object, sde: VPSDE, *, scale: float = 1.0) -> float:
+def check_continuous(sde: Any) -> None:
+    """TypeError if `sde` is none whose times can be found from noise levels by the formula above."""
+    if type(sde) is not VPSDE:
+        raise TypeError(f"`sde` is a coupfast.VPSDE in continuous time, got {type(sde).__name__}")
+
+
+def check_noise_level(name: str, value: Any, sde: VPSDE, *, scale: float = 1.0) -> float:
     """`value` as a float, or ValueError if it is no noise level that the schedule reaches.
 
     Args:
         scale: What makes a standard deviation on the [-1, 1] scale of it: 2 for one of images in [0, 1].
     """
-    found = number(name, value, above=0.0)
+    found = check_number(name, value, zero=False)
     if (t := sde.time_of(scale * found)) > 1.0:
         raise ValueError(f"`{name}` is {found:g}, and the schedule is so noisy at t = {t:.3g} only, which is above 1")
     return found

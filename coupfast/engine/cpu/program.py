@@ -10,7 +10,7 @@ import torch
 from coupfast.engine.cpu.network_program import NetworkProgram
 from coupfast.engine.cpu.networks import CpuNetworks
 from coupfast.engine.protocol import Cotangent, Keep, State
-from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
+from coupfast.engine.rows import clipped, clipped_vjp, extra_images, reads_eps_hat, shifted, step_back
 from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
 from coupfast.noise import CounterNoise, Noise
 from coupfast_kernels.guided_step import guided_step_ref
@@ -44,27 +44,28 @@ class CpuProgram:
     def step(
         self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing", *, more: State | None = None
     ) -> tuple[Any, ...]:
-        row, networks = self.table.row(k), self.networks
+        networks = self.networks
         x_k = _readable(x_k)
         with networks.turn, torch.no_grad():
             eps_hat = self._eps_hat(k, x_k) if reads_eps_hat(self.table, k) else None
             g, kept = None, _Kept()
-            if networks.guidance is not None and row[2] != 0.0:
+            if networks.guidance is not None and self.table.guides(k):
                 g, kept = self._guide(x_k, keep != "nothing" and networks.differentiate_guidance)
             extra = {name: _readable(image) for name, image in extra_images(self.table, k, more).items()}
             x_next = self._move(k, x_k, eps_hat, g, noise, extra)
+            eps_hat = shifted(self.table, k, eps_hat, g)
         found = None if keep == "nothing" else kept
         return (x_next, found, eps_hat) if self.table.two_step else (x_next, found)
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
         row, networks = self.table.row(k), self.networks
         with networks.turn, torch.no_grad():
-            w = None
-            if networks.guidance is not None and row[2] != 0.0 and networks.differentiate_guidance:
-                w = self._hvp(x_k, v, saved or _Kept())
+            curved = networks.guidance is not None and networks.differentiate_guidance
             if more is None:
+                w = self._hvp(x_k, v, saved or _Kept()) if curved and row[2] != 0.0 else None
                 return guided_step_ref(v, self._eps_hat_vjp(k, x_k, v), w, row)
-            return step_back(self.table, k, v, w, lambda u: self._eps_hat_vjp(k, x_k, u), more)
+            hvp = (lambda w: self._hvp(x_k, w, saved or _Kept())) if curved else None
+            return step_back(self.table, k, v, hvp, lambda u: self._eps_hat_vjp(k, x_k, u), more)
 
     def _eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
         networks = self.networks
@@ -72,7 +73,8 @@ class CpuProgram:
             return networks.eager.eps_hat(k, x_k)
         program = self._program("score")
         program.set_label(networks.label_values(k))
-        return torch.empty_like(x_k).copy_(program.forward(x_k))
+        eps_hat = torch.empty_like(x_k).copy_(program.forward(x_k))
+        return eps_hat if not self.table.clips else clipped(x_k, eps_hat, *self._clip(k))[0]
 
     def _eps_hat_vjp(self, k: int, x_k: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         networks = self.networks
@@ -80,8 +82,15 @@ class CpuProgram:
             return networks.eager.eps_hat_vjp(k, x_k, u)
         program = self._program("score transpose")
         program.set_label(networks.label_values(k))
-        program.forward(x_k)
-        return program.backward(u)
+        eps_hat = program.forward(x_k)
+        if not self.table.clips:
+            return program.backward(u)
+        inside = clipped(x_k, eps_hat, *self._clip(k))[1]
+        return clipped_vjp(u, inside, *self._clip(k), program.backward)
+
+    def _clip(self, k: int) -> tuple[float, float]:
+        assert self.table.m is not None and self.table.n is not None
+        return float(self.table.m[k]), float(self.table.n[k])
 
     def _move(
         self,
