@@ -215,6 +215,7 @@ class Turned(nn.Module):
             y = x * total.sqrt()
             t = torch.tensor([VPSDE().time_of(float(each)) for each in s], dtype=x.dtype)
             return (s * y / total - self.score(alpha * y, 999 * t)) * total.sqrt() / 0.5
+        labels = labels.clamp(min=1.0)  # any network returns numbers, whatever it is told
         alpha, sigma = (rate.to(x.dtype) for rate in signal_and_noise(labels, VPSDE()))
         eps = self.score(x, labels)
         image = (x - sigma * eps) / alpha

@@ -59,7 +59,7 @@ def first_half(predicted: Tensor, channels: int) -> Tensor:
             f"a network that also predicts a variance returns {2 * channels} channels for images of {channels}, this one "
             f"{predicted.shape[1]}; leave out `learned_variance`"
         )
-    return predicted[:, :channels]
+    return predicted[:, :channels].contiguous()
 
 
 def signal_and_noise(labels: Tensor, sde: VPSDE) -> tuple[Tensor, Tensor]:
