@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "methods",
         run,
         "List every method of purification and every solver, with options, defaults and what they take",
-        "Evaluations are those of one image at the defaults, states what the gradient of a CIFAR-10 image keeps of them, beside "
+        "Evaluations are those of one image at the defaults, states what the gradient of a CIFAR-10 image keeps, beside "
         "one step's activations.",
     )
 
