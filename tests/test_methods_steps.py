@@ -153,6 +153,19 @@ def test_evaluations_are_planned(options):
         assert plan.evaluations[name] == forward.get(name, 0) + back.get(name, 0), name
 
 
+def test_evaluations_are_told(options):
+    """What `coupfast methods` lists is what an image's run counts."""
+    purifier = Purifier(small_score(), relu_classifier(), **options)
+    calls = []
+    purifier.score.register_forward_hook(lambda *_: calls.append(1))
+    image = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+    purifier(image, seed=0)  # looks at the networks first
+    calls.clear()
+    purifier(image, seed=0)
+    told = purifier.settings.method.score_evaluations
+    assert 2 <= len(calls) <= told if options["method"] == "adp" else len(calls) == told  # an image may stop early
+
+
 def test_the_command_line_knows_it(options, tmp_path, capsys):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     assert main(["purify", "cifar10-20", "--limit=1", f"--out={tmp_path}", "--seed=1", *words]) == 0

@@ -47,7 +47,7 @@ def test_variance_of_the_noise_is_the_integral_of_beta():
     assert np.sum(table.d**2) == pytest.approx(0.1095, rel=0.02)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["coup", "reverse-sde", "diffpure"])
 def test_recipes(name):
     made = METHODS[name](t=0.1, **({"guidance_scale": 2.0} if name == "coup" else {})).recipe()
     assert made.table.guided == (name == "coup")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import coupfast
-from coupfast.cli import certify, check_gradient, convert, doctor, evaluate, plan, purify, report
+from coupfast.cli import certify, check_gradient, convert, doctor, evaluate, methods, plan, purify, report
 from coupfast.evaluation.ledger import Ledger, LedgerError
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.models.zoo import import_references
@@ -69,6 +69,7 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     evaluate.add(commands, method, attack)
     plan.add(commands, method, attack)
     report.add(commands)
+    methods.add(commands)
     doctor.add(commands)
     convert.add(commands)
     return found

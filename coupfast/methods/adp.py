@@ -26,7 +26,7 @@ from coupfast.sde import VPSDE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ADP(StepMethod):
-    """Adaptive denoising purification. Yoon et al. 2021, arXiv:2106.06041, algorithm 1 and eq. 7.
+    """Adaptive denoising: noise, then steps along a score whose size and number each image sets. Yoon et al. 2021, alg. 1.
 
     The paper classifies the mean logits of ten purifications with noise of their own: ten draws here, whose verdict is
     the protocol "mean logits" of an evaluation with `draws=10`.
@@ -89,6 +89,11 @@ class ADP(StepMethod):
     def num_noises(self) -> int:
         """One: what is added at first."""
         return 1
+
+    @property
+    def score_evaluations(self) -> int:
+        """Two a step of an image that has not stopped."""
+        return 2 * self.num_steps
 
     def start(self, x_in: torch.Tensor, noise: Noise) -> StepState:
         u = _clip((x_in + 1.0) * 0.5 + self.noise_sigma * noise.z(0, x_in))

@@ -85,6 +85,11 @@ class Method(abc.ABC):
     def num_noises(self) -> int:
         """Rows of an explicit `noise`."""
 
+    @property
+    @abc.abstractmethod
+    def score_evaluations(self) -> int:
+        """How often a run of one image asks the score network, at most."""
+
     def check_shape(self, image_shape: tuple[int, ...]) -> None:  # noqa: B027  (most take any)
         """ValueError if images of this shape, (channels, height, width), are not what the method was made for."""
 
@@ -144,6 +149,11 @@ class TableMethod(Method):
     def num_noises(self) -> int:
         return self.recipe().num_noises
 
+    @property
+    def score_evaluations(self) -> int:
+        table = self.recipe().table
+        return sum(table.reads_eps_hat(k) for k in range(table.num_steps))
+
     def definition(self, state: StepState, networks: Networks, noise: Noise, steps: range) -> StepState:
         recipe = self.recipe()
         table, x = recipe.table, state[0]
@@ -177,6 +187,11 @@ class StepMethod(Method):
 
     @property
     def num_noises(self) -> int:
+        return self.num_steps
+
+    @property
+    def score_evaluations(self) -> int:
+        """One a step, unless a subclass says otherwise."""
         return self.num_steps
 
     def start(self, x_in: torch.Tensor, noise: Noise) -> StepState:

@@ -70,7 +70,7 @@ class GDMPSSIM(StepMethod):
     """
 
     name: ClassVar[str] = "gdmp-ssim"
-    reference: ClassVar[str] = "Wang et al. 2022, arXiv:2205.14969, eq. 12"
+    reference: ClassVar[str] = "Wang et al. 2022, arXiv:2205.14969 (SSIM)"
 
     rounds: int = option(4, help="how often noise is added and removed", parse=int, metavar="M")
     noise_steps: int = option(37, help="steps of the discrete chain that a round adds, from 2", parse=int, metavar="N")
@@ -132,12 +132,14 @@ class GDMPSSIM(StepMethod):
             )
         return found
 
-    def start(self, x_in: torch.Tensor, noise: Noise) -> StepState:
-        if min(x_in.shape[2:]) < self.ssim_window:
+    def check_shape(self, image_shape: tuple[int, ...]) -> None:
+        if min(image_shape[1:]) < self.ssim_window:
             raise ValueError(
-                f"SSIM's window is {self.ssim_window} pixels wide and images are {x_in.shape[2]} x {x_in.shape[3]}; give a "
+                f"SSIM's window is {self.ssim_window} pixels wide and images are {image_shape[1]} x {image_shape[2]}; give a "
                 "smaller `ssim_window`"
             )
+
+    def start(self, x_in: torch.Tensor, noise: Noise) -> StepState:
         return x_in, x_in
 
     def step(self, k: int, state: StepState, noise: Noise, networks: Networks) -> StepState:

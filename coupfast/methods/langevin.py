@@ -21,8 +21,8 @@ from coupfast.solvers import CoefficientTable
 class LangevinSDE(TableMethod):
     """Langevin dynamics tied to the image: the score of a small time, and a pull back to x_in.
 
-    dx = ½ λ [s(x, t_s) − (x − x_in)/σ²] dt + η sqrt(λ) dw on [0, t], Euler-Maruyama. Nie et al. 2022, arXiv:2205.07460,
-    appendix B.6 (LD-SDE).
+    dx = ½ λ [s(x, t_s) − (x − x_in)/σ²] dt + η sqrt(λ) dw on [0, t], Euler-Maruyama. Nie et al. 2022, arXiv:2205.07460
+    (LD-SDE in its appendix).
 
     Attributes:
         t: How long it runs, in (1e-5, 1].
@@ -35,7 +35,7 @@ class LangevinSDE(TableMethod):
     """
 
     name: ClassVar[str] = "ld-sde"
-    reference: ClassVar[str] = "Nie et al. 2022, arXiv:2205.07460, appendix B.6"
+    reference: ClassVar[str] = "Nie et al. 2022, arXiv:2205.07460 (LD-SDE)"
 
     t: float = option(0.1, help="how long the dynamics run", parse=float, metavar="T")
     step_size: float = option(1e-2, help="Euler's steps of method ld-sde", parse=float, metavar="H")

@@ -22,7 +22,7 @@ def _numbers(kind: type) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiStage(SolverMethod):
-    """Rounds of noising to a level and denoising from there, gentle ones first. Lee & Kim 2023, arXiv:2303.09051, section 5.
+    """Rounds of noising to a level and denoising from there, gentle ones first. Lee & Kim 2023, arXiv:2303.09051.
 
     Their CIFAR-10 defense: levels of 30, 50 and 125 of 1000 steps, 4, 2 and 2 times, ancestral sampling (DDIM with η = 1) in
     every step of the chain; ten purified copies vote, which is the judge's matter. A round starts from what the one before
@@ -37,7 +37,7 @@ class MultiStage(SolverMethod):
     """
 
     name: ClassVar[str] = "multi-stage"
-    reference: ClassVar[str] = "Lee & Kim 2023, arXiv:2303.09051, section 5"
+    reference: ClassVar[str] = "Lee & Kim 2023, arXiv:2303.09051"
 
     levels: tuple[float, ...] = option(
         (0.03, 0.05, 0.125),

@@ -32,27 +32,28 @@ def gdmp_ref(
         elements: Of all that the mean of the squared error goes over.
     """
     betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
-    alpha_bars = [1.0]  # of index i in place i + 1
+    logs = [0.0]  # log ᾱ of index i in place i + 1: 1 − ᾱ of the first ones is small
     for beta in betas:
-        alpha_bars.append(alpha_bars[-1] * (1.0 - beta))
+        logs.append(logs[-1] + math.log1p(-beta))
+    alpha_bars, rests = [math.exp(log) for log in logs], [-math.expm1(log) for log in logs]
     for k in steps:
         place = k % noise_steps
         if place == 0:
-            alpha_bar = alpha_bars[noise_steps]
-            x = math.sqrt(alpha_bar) * x + math.sqrt(1.0 - alpha_bar) * z(k)
+            x = math.sqrt(alpha_bars[noise_steps]) * x + math.sqrt(rests[noise_steps]) * z(k)
             continue
         i = noise_steps - 1 - place
         beta, alpha_bar, alpha_bar_before = betas[i], alpha_bars[i + 1], alpha_bars[i]
+        rest, rest_before = rests[i + 1], rests[i]
         labels = torch.full((len(x),), NUM_LABELS * (i + 1) / 1000, dtype=x.dtype, device=x.device)
         eps = score(x, labels)
-        image = torch.clamp((x - math.sqrt(1.0 - alpha_bar) * eps) / math.sqrt(alpha_bar), -1.0, 1.0)
-        mean = beta * math.sqrt(alpha_bar_before) / (1.0 - alpha_bar) * image
-        mean = mean + (1.0 - alpha_bar_before) * math.sqrt(1.0 - beta) / (1.0 - alpha_bar) * x
-        variance = beta if i > 0 else betas[1] * (1.0 - alpha_bars[1]) / (1.0 - alpha_bars[2])
+        image = torch.clamp((x - math.sqrt(rest) * eps) / math.sqrt(alpha_bar), -1.0, 1.0)
+        mean = beta * math.sqrt(alpha_bar_before) / rest * image
+        mean = mean + rest_before * math.sqrt(1.0 - beta) / rest * x
+        variance = beta if i > 0 else betas[1] * rests[1] / rests[2]
         if guide_scale > 0.0:
-            noised = math.sqrt(alpha_bar) * x_in + math.sqrt(1.0 - alpha_bar) * z2(k)
+            noised = math.sqrt(alpha_bar) * x_in + math.sqrt(rest) * z2(k)
             gradient = -2.0 * (x - noised) / elements  # of −MSE
             m = 2.0 * guide_radius / (3.0 * guide_scale)
-            mean = mean + variance * math.sqrt(1.0 - alpha_bar) / (m * math.sqrt(alpha_bar)) * gradient
+            mean = mean + variance * math.sqrt(rest) / (m * math.sqrt(alpha_bar)) * gradient
         x = mean + math.sqrt(variance) * z(k) if i > 0 else mean
     return x

@@ -1,4 +1,4 @@
-"""DiffPure's Langevin variant. Nie et al. 2022, arXiv:2205.07460, appendix B.6."""
+"""DiffPure's Langevin variant. Nie et al. 2022, arXiv:2205.07460."""
 
 from __future__ import annotations
 

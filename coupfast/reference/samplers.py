@@ -94,7 +94,7 @@ def dpm_solver_pp_2m_ref(
     stochastic: bool,
     lower_order_final: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Lu et al. 2022, arXiv:2211.01095, algorithm 2, or eq. 18 if stochastic.
+    """Lu et al. 2022, arXiv:2211.01095, algorithm 2, or its SDE if stochastic.
 
     Args:
         state: (x,) before step 0, else (x, the predicted image of the step before).

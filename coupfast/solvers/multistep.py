@@ -1,6 +1,6 @@
 """Second-order solvers that remember the step before: DPM-Solver++(2M) and its SDE.
 
-Lu et al. 2022, arXiv:2211.01095, algorithm 2 and eq. 18. With D = x̂0 of the guided score at s and D_r that of the step before,
+Lu et al. 2022, arXiv:2211.01095. With D = x̂0 of the guided score at s and D_r that of the step before,
 
     x' = (σ_t/σ_s) x + α_t (1 − e^{−h}) D′,                                        D′ = D + (D − D_r) h / (2 h_r)
     x' = (σ_t/σ_s) e^{−h} x + α_t (1 − e^{−2h}) D′ + σ_t sqrt(1 − e^{−2h}) z       (SDE)
@@ -74,10 +74,10 @@ class DPMSolverPP2M(ClippingSolver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDEDPMSolverPP2M(DPMSolverPP2M):
-    """SDE-DPM-Solver++(2M), of the reverse SDE. Lu et al. 2022, arXiv:2211.01095, eq. 18."""
+    """SDE-DPM-Solver++(2M), of the reverse SDE. Lu et al. 2022, arXiv:2211.01095."""
 
     name: ClassVar[str] = "sde-dpm-solver++-2m"
-    reference: ClassVar[str] = "Lu et al. 2022, arXiv:2211.01095, eq. 18"
+    reference: ClassVar[str] = "Lu et al. 2022, arXiv:2211.01095"
 
     def __call__(self, sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
         levels = Levels.of(sde, t)
