@@ -212,7 +212,7 @@ def _backward(
             row = program.table.row(k)
             if grad_rows is not None:
                 grad_rows[k, piece] = row[3] * v.x
-            if grad_second is not None:
+            if grad_second is not None and program.table.extended:
                 grad_second[k, piece] = row[5] * v.x
             v = _step_vjp(program, k, states[k][piece], saved, v)
             if track is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -89,6 +91,12 @@ def option(
     return dataclasses.field(default=default, metadata={_KEY: told})
 
 
+def other_default(owner: Any, field: str, default: Any) -> Any:
+    """The option of a base class with another default."""
+    (found,) = [each for each in dataclasses.fields(owner) if each.name == field]
+    return dataclasses.field(default=default, metadata=dict(found.metadata))
+
+
 def options_of(owner: Any) -> list[Option]:
     """The options of a dataclass or of an instance of one, in the order of its fields.
 
@@ -128,6 +136,26 @@ def check_name(name: str, value: Any, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise ValueError(f"`{name}` is one of {', '.join(map(repr, known))}, got {value!r}{did_you_mean(value, known)}")
+
+
+def check_number(name: str, value: Any, *, zero: bool = True) -> float:
+    """`value` as a float, or an error if it is not a finite number of at least 0 (above 0 where `zero` is none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` is a number, got {value!r}")
+    number = float(value)
+    if not 0.0 <= number < math.inf or (number == 0.0 and not zero):
+        raise ValueError(f"`{name}` is finite and {'at least' if zero else 'above'} 0, got {value}")
+    return number
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int, or an error if it is not one between `least` and `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` is an int, got {value!r}")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"`{name}` is at least {least}{'' if most is None else f' and at most {most}'}, got {value}")
+    return number
 
 
 def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -53,6 +53,7 @@ class Prepared(abc.ABC):
     ) -> None:
         self.settings, self.engine, self.num_steps = settings, engine, settings.num_steps
         self.image_shape, self.dtype = tuple(example.shape[1:]), example.dtype
+        settings.method.check_shape(self.image_shape)
         self.score = frozen(score)
         self.classifier = None if classifier is None else frozen(classifier)
         found = dtype_and_device(self.score)

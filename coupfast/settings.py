@@ -23,10 +23,15 @@ from coupfast.gradients import GRADIENTS, Exact, Gradient
 from coupfast.methods import COUP, METHODS, Method, StepMethod, TableMethod, method_name
 from coupfast.naming import code_of, described, is_reference, name_of, resolve
 from coupfast.options import Option, check_name, did_you_mean, options_of
-from coupfast.sde import VPSDE
+from coupfast.sde import VPSDE, DiscreteVPSDE
+from coupfast.solvers import SOLVERS, NamedSolver, as_solver, solver_name
 
 #: The keywords that name an object, in the order in which people think of them.
 KINDS = ("method", "gradient", "engine")
+
+_SOLVERS_WITH_KNOBS: dict[str, type[NamedSolver]] = {
+    name: solver for name, solver in SOLVERS.items() if isinstance(solver, type)
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class Settings:
         Args:
             base: Where to take from what no keyword says.
             keywords: `method`, `gradient` and `engine` as names, objects or (the first) `package.module:NAME`, and the options
-                of the chosen ones by their keywords; see `options`.
+                of the chosen ones, and of the method's solver, by their keywords; see `options`.
 
         Raises:
             TypeError: for a keyword that nothing has.
@@ -90,6 +95,8 @@ class Settings:
                 for name in [found.keyword for found in options_of(named)] if isinstance(named, type) else []:
                     if name in kept:
                         keywords.setdefault(name, kept[name])
+        if "solver" in (found.keyword for found in options_of(method)):
+            keywords["solver"] = _choose_solver(keywords.pop("solver", getattr(method, "solver", None)), keywords)
         engine = keywords.pop("engine", base.engine)
         if isinstance(engine, str):
             keywords["engine"], engine = engine, base.engine
@@ -186,9 +193,12 @@ class Settings:
 
 
 def options() -> dict[str, list[Option]]:
-    """Every option of a purification, by whose it is: the shipped methods', the gradients', the engine's; each option once."""
+    """Every option of a purification, by whose it is: the methods' and their solvers', the gradients', the engine's; each
+    option once.
+    """
     groups: dict[str, dict[str, Option]] = {"method": {}, "gradient": {}, "engine": {}}
-    for kind, owners in (("method", METHODS.values()), ("gradient", GRADIENTS.values()), ("engine", (Engine,))):
+    of_methods = (*METHODS.values(), *_SOLVERS_WITH_KNOBS.values())
+    for kind, owners in (("method", of_methods), ("gradient", GRADIENTS.values()), ("engine", (Engine,))):
         for owner in owners:
             for found in options_of(owner):
                 groups[kind].setdefault(found.keyword, found)
@@ -199,6 +209,7 @@ def options() -> dict[str, list[Option]]:
 def _owners() -> dict[str, dict[str, Option]]:
     """Options by keyword, of each method, gradient and engine."""
     named: dict[str, Any] = {f"method {name!r}": method for name, method in METHODS.items()}
+    named |= {f"solver {name!r}": solver for name, solver in _SOLVERS_WITH_KNOBS.items()}
     named |= {f"gradient {name!r}": gradient for name, gradient in GRADIENTS.items()} | {"the engine": Engine}
     return {word: {found.keyword: found for found in options_of(owner)} for word, owner in named.items()}
 
@@ -233,6 +244,25 @@ def _choose_method(given: Any) -> Any:
     if not isinstance(given, Method):
         raise TypeError(f"`method` is a name, package.module:NAME or a Method, got {type(given).__name__}")
     return given
+
+
+def _choose_solver(given: Any, keywords: dict[str, Any]) -> Any:
+    """A solver with its knobs, which are taken out of the keywords.
+
+    Raises:
+        ValueError: for a knob that this solver does not have and another one does: it would do nothing.
+    """
+    solver = as_solver(given)
+    own = options_of(solver) if dataclasses.is_dataclass(solver) else []
+    named = {found.keyword: name for name, other in _SOLVERS_WITH_KNOBS.items() for found in options_of(other)}
+    for name in [name for name in keywords if name in named and name not in (found.keyword for found in own)]:
+        having = [word for word, other in _SOLVERS_WITH_KNOBS.items() if name in (each.keyword for each in options_of(other))]
+        raise ValueError(
+            f"solver {solver_name(solver)!r} has no option `{name}`; {', '.join(map(repr, having))} "
+            f"{'has' if len(having) == 1 else 'have'} it"
+        )
+    fields = {found.field: keywords.pop(found.keyword) for found in own if found.keyword in keywords}
+    return dataclasses.replace(solver, **fields) if fields else solver
 
 
 def _choose(given: Any, known: Mapping[str, type], kind: type, name: str, **fields: Any) -> Any:
@@ -271,11 +301,15 @@ def _fields(part: Any, named: Callable[..., str]) -> dict[str, Any]:
 
 def _plain(value: Any, name: str, named: Callable[..., str]) -> Any:
     if isinstance(value, VPSDE):
-        return {"beta_min": value.beta_min, "beta_max": value.beta_max}
+        chain = {"discrete": True} if isinstance(value, DiscreteVPSDE) else {}
+        return {"beta_min": value.beta_min, "beta_max": value.beta_max, **chain}
     if isinstance(value, (tuple, list)):
         return [_plain(part, name, named) for part in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(part, name, named) for key, part in value.items()}
+    if dataclasses.is_dataclass(value) and callable(value) and not isinstance(value, type):  # a solver with knobs
+        known = solver_name(value)
+        return {"name": known if known in SOLVERS else named(type(value), option=name), **_fields(value, named)}
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or isinstance(value, (bool, int, float, str)) else named(value, option=name)
@@ -285,5 +319,10 @@ def _values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a method as they were before `_plain`."""
     values = dict(fields)
     if isinstance(values.get("sde"), Mapping):
-        values["sde"] = VPSDE(**values["sde"])
+        sde = dict(values["sde"])
+        values["sde"] = (DiscreteVPSDE if sde.pop("discrete", False) else VPSDE)(**sde)
+    if isinstance(values.get("solver"), Mapping):
+        knobs = dict(values["solver"])
+        solver = as_solver(knobs.pop("name"))
+        values["solver"] = dataclasses.replace(solver, **_values(knobs)) if knobs else solver
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

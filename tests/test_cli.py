@@ -407,7 +407,7 @@ def test_convert(tmp_path, capsys):
     assert not (tmp_path / "other.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["purify", "check-gradient", "evaluate", "plan", "report", "doctor", "convert"])
+@pytest.mark.parametrize("command", ["purify", "check-gradient", "evaluate", "plan", "report", "methods", "doctor", "convert"])
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(command, "--help")

@@ -24,7 +24,6 @@ from coupfast.engine.cpu.bound import KEPT_BATCHES, BoundCpuEngine
 from coupfast.engine.cpu.program import CpuProgram
 from coupfast.engines import Engine
 from coupfast.gradient_check import check_gradient
-from coupfast.solvers import SOLVERS
 from coupfast_kernels import native
 
 REASON = native.unavailable()
@@ -78,7 +77,7 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["euler-maruyama", "probability-flow"])
 @pytest.mark.parametrize("method", METHODS)
 def test_error_is_within_four_times_eagers(images, method, solver, make_classifier):
     options = {"method": method, "solver": solver, "num_steps": 4, "clamp": False}

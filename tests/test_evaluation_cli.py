@@ -20,8 +20,10 @@ from coupfast.evaluation import notes
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
+from coupfast.methods import METHODS
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
+from coupfast.solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,56 @@ SMALL = ["--num-steps", "2", "--t", "0.01", "--attack", "apgd-ce", "--iterations
 
 def run(*arguments):
     return cli.main(list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """Another classifier than the one that is attacked."""
+    path = tmp_path_factory.mktemp("guide") / "guide.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        classifier = WideResNet(10, 1).eval()
+    write_safetensors(path, classifier.state_dict(), classifier.config)
+    return path
+
+
+def test_a_solver_with_knobs_and_a_guide_of_its_own(networks, guide, tmp_path, capsys):
+    said = ["--solver", "ddim", "--eta", "0.5", "--clip-denoised", "--grid", "log-snr", "--guide", guide]
+    assert run("evaluate", *networks, *SMALL, *said, "--out", tmp_path / "run") == 0
+    first = capsys.readouterr().out
+    assert run("evaluate", "--resume", tmp_path / "run") == 0
+    assert capsys.readouterr().out == first
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        defense = ledger.configuration["defense"]
+    assert defense["method"]["solver"] == {"name": "ddim", "eta": 0.5, "clip_denoised": True}
+    assert defense["method"]["grid"] == "log-snr"
+    assert defense["guidance_sha256"] != defense["classifier_sha256"]
+    for change, message in (
+        (["--eta", "0.25"], "solver.eta was 0.5 and is 0.25"),
+        (["--guide", networks[networks.index("--classifier") + 1]], "guidance_sha256 was"),
+        (["--solver", "exponential"], "solver 'exponential' has no option `clip_denoised`"),
+        (["--method", "diffpure"], "`guide` is for a method that follows a classifier, and 'diffpure' does not"),
+    ):
+        assert run("evaluate", "--resume", tmp_path / "run", *change) == 2
+        assert message in capsys.readouterr().err
+    assert run("plan", *networks, *SMALL, *said) == 0
+
+
+def test_a_certificate_with_a_guide(networks, guide, capsys):
+    options = ["--num-steps", "2", "--t", "0.01", "--images", "1", "--draws", "0", "--directions", "0", "--json", "-"]
+    assert run("check-gradient", *networks, *options, "--guide", guide, "--solver", "sde-dpm-solver++-2m") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["networks"]) == {"score", "guide", "classifier"}
+    assert report["networks"]["guide"]["sha256"] != report["networks"]["classifier"]["sha256"]
+    assert report["certificate"]["verdict"] == "exact"
+    assert run("check-gradient", *networks, *options, "--guide", guide, "--method", "diffpure") == 2
+    assert "`--guide` is for a method that follows a classifier" in capsys.readouterr().err
+
+
+def test_methods_are_listed(capsys):
+    assert run("methods") == 0
+    printed = capsys.readouterr().out
+    assert all(f"| `{name}` |" in printed for name in (*METHODS, *SOLVERS))
 
 
 def test_evaluate_and_resume(networks, tmp_path, capsys):

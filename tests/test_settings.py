@@ -15,7 +15,7 @@ from conftest import relu_classifier, small_score
 import coupfast
 from coupfast import BPDA, COUP, VPSDE, DiffPure, Engine, Exact, Purifier, ReverseSDE, Settings, Surrogate, evaluation
 from coupfast.gradients import GRADIENTS
-from coupfast.methods import METHODS
+from coupfast.methods import METHODS, DiffusionMethod
 from coupfast.options import options_of
 from coupfast.settings import options
 from coupfast.solvers import SOLVERS
@@ -34,7 +34,7 @@ def test_keywords_become_objects():
     assert Settings.of(Settings(method=COUP(t=0.05)), gradient="bpda") == Settings(method=COUP(t=0.05), gradient=BPDA())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if issubclass(method, DiffusionMethod)])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_json_and_back(method, gradient):
     keywords = {"surrogate_steps": 3} if gradient == "surrogate" else {}
@@ -101,7 +101,7 @@ def test_what_makes_no_sense(keywords, error, message):
 
 
 def test_an_option_of_others_is_said_to_change_nothing():
-    with pytest.warns(UserWarning, match="no option `guidance_scale`: it changes nothing; method 'coup' has it"):
+    with pytest.warns(UserWarning, match="no option `guidance_scale`: it changes nothing; method 'coup'.* ha(s|ve) it"):
         settings = Settings.of(method="reverse-sde", guidance_scale=2.0)
     assert settings.method == ReverseSDE()
 

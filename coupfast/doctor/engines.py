@@ -14,7 +14,7 @@ from coupfast import environment
 from coupfast.definition import Definition
 from coupfast.engine.precision import strict_float32
 from coupfast.engines import ENGINES
-from coupfast.methods import METHODS
+from coupfast.methods import METHODS, DiffusionMethod, TableMethod
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
@@ -25,6 +25,13 @@ from coupfast_kernels.parity import FLOAT32_FACTOR, relative_error
 
 SEED, BATCH, STEPS, SIZE = 0, 2, 4, 8
 
+#: What makes a method that has no `num_steps` a small case.
+_SHORT: dict[str, dict[str, Any]] = {
+    "multi-stage": {"levels": (0.03, 0.05), "repeats": (1, 1), "num_steps": 2},
+    "ld-sde": {"t": 0.04},
+    "gdmp": {"rounds": 2, "noise_steps": 3, "guide_batch": 1, "image_elements": 3 * SIZE * SIZE},
+}
+
 #: Name, options of the purifier, activation of its classifier.
 EngineCase = tuple[str, dict[str, Any], str]
 
@@ -32,12 +39,24 @@ EngineCase = tuple[str, dict[str, Any], str]
 def cases() -> Iterator[EngineCase]:
     """Every method with every solver, and what else takes a route of its own."""
     for method, recipe in METHODS.items():
-        for solver in SOLVERS:
-            yield f"{method}, {solver}", {"method": method, "solver": solver}, "silu"
-        if recipe.guided:
+        if issubclass(recipe, DiffusionMethod):
+            for solver in SOLVERS if recipe.guided else ("euler-maruyama", "probability-flow"):
+                yield f"{method}, {solver}", {"method": method, "solver": solver, "num_steps": STEPS}, "silu"
+        elif issubclass(recipe, TableMethod):
+            yield method, {"method": method, **_SHORT.get(method, {})}, "silu"
+        if issubclass(recipe, DiffusionMethod) and recipe.guided:
             # Piecewise-linear classifiers have a route of their own to the Hessian-vector product.
-            yield f"{method}, ReLU classifier", {"method": method}, "relu"
-            yield f"{method}, detached guidance", {"method": method, "guidance_gradient": "detached"}, "silu"
+            yield f"{method}, ReLU classifier", {"method": method, "num_steps": STEPS}, "relu"
+            yield (
+                f"{method}, detached guidance",
+                {"method": method, "num_steps": STEPS, "guidance_gradient": "detached"},
+                "silu",
+            )
+            yield (
+                f"{method}, clipped image",
+                {"method": method, "num_steps": STEPS, "solver": "sde-dpm-solver++-2m", "clip_denoised": True},
+                "silu",
+            )
 
 
 def _small_networks(activation: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -106,7 +125,7 @@ def _definition(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Purified images and their gradient along `direction`, by the definition in the dtype of `x`."""
     detached = options.get("guidance_gradient") == "detached"
-    purifier = Purifier(*networks, num_steps=STEPS, **options)
+    purifier = Purifier(*networks, **options)
     definition = Definition(purifier, dtype=x.dtype, detached=detached)
     noise = definition.noise(x, SEED, torch.arange(len(x)), 0)
     return definition.gradient(x, noise, lambda purified: purified * direction.to(x.dtype))
@@ -122,7 +141,7 @@ def _compare(
 ) -> dict[str, Any]:
     score, classifier = (copy.deepcopy(network).to(x.dtype) for network in networks)
     try:
-        purifier = Purifier(score, classifier, num_steps=STEPS, **options)
+        purifier = Purifier(score, classifier, **options)
         purifier.plan(len(x), image_shape=tuple(x.shape[1:]))  # type: ignore[arg-type]
     except torch.AcceleratorError as error:  # a device that fails has refused nothing
         return {"status": "failed", "detail": environment.one_line(error)}

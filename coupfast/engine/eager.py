@@ -11,7 +11,7 @@ from torch import nn
 
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.protocol import Cotangent, Keep, State, StepMemory
-from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
+from coupfast.engine.rows import clipped, extra_images, reads_eps_hat, shifted, step_back
 from coupfast.guidance import Guidance, Linearization
 from coupfast.noise import Noise, ReplayedNoise
 from coupfast.solvers import CoefficientTable
@@ -70,7 +70,7 @@ class EagerProgram:
                 with torch.no_grad():
                     eps_hat = self.eps_hat(k, x_k)
         g = None
-        if self.guidance is not None and row[2] != 0.0:
+        if self.guidance is not None and self.table.guides(k):
             keep_slopes = keep != "nothing" and self.differentiate_guidance
             g, linearization = self.guidance.gradient(x_k, keep_slopes=keep_slopes)
             saved.linearization = linearization if keep_slopes else None
@@ -78,23 +78,31 @@ class EagerProgram:
         z2 = noise.z2(k, x_k) if self.table.extended and row[5] != 0.0 else None
         with torch.no_grad():
             x_next = guided_step_ref(x_k, eps_hat, g, row, z, z2=z2, **extra_images(self.table, k, more))
+            eps_hat = shifted(self.table, k, eps_hat, g)
         kept = None if keep == "nothing" else saved
         return (x_next, kept, eps_hat) if self.table.two_step else (x_next, kept)
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
         row = self.table.row(k)
         saved = saved or _Saved()
-        w = None
-        if self.guidance is not None and row[2] != 0.0 and self.differentiate_guidance:
-            w = self.guidance.hvp(x_k, v, saved.linearization)
+        guidance, hvp = self.guidance, None
+        if guidance is not None and self.differentiate_guidance:
+
+            def hvp(w: torch.Tensor) -> torch.Tensor:
+                return guidance.hvp(x_k, w, saved.linearization)
+
         with torch.no_grad():
             if more is None:
+                w = hvp(v) if hvp is not None and row[2] != 0.0 else None
                 return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved.score), w, row)
-            return step_back(self.table, k, v, w, lambda u: self.eps_hat_vjp(k, x_k, u, saved.score), more)
+            return step_back(self.table, k, v, hvp, lambda u: self.eps_hat_vjp(k, x_k, u, saved.score), more)
 
     def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
-        """ε̂(x_k) at step k's label, with autograd's graph where gradients are enabled."""
-        return self.score(x_k, self.labels[k].expand(len(x_k)))
+        """ε̂(x_k) at step k's label, clipped where the table says so, with autograd's graph where gradients are enabled."""
+        eps_hat = self.score(x_k, self.labels[k].expand(len(x_k)))
+        if self.table.m is None or self.table.n is None:
+            return eps_hat
+        return clipped(x_k, eps_hat, float(self.table.m[k]), float(self.table.n[k]))[0]
 
     def eps_hat_graph(self, k: int, x_k: torch.Tensor) -> ScoreGraph:
         """ε̂(x_k) with what `eps_hat_vjp` takes of it."""
@@ -134,7 +142,7 @@ class EagerProgram:
         # Some step that guides and asks for ε̂, if any does, and of those one that reads most.
         k = max(
             range(table.num_steps),
-            key=lambda k: (table.c[k] != 0.0, reads_eps_hat(table, k), np.count_nonzero(table.row(k)[4:])),
+            key=lambda k: (table.guides(k), reads_eps_hat(table, k), np.count_nonzero(table.row(k)[4:])),
         )
         with torch.no_grad():
             x = torch.zeros((1, *self.image_shape), dtype=self.dtype, device=self.device)

@@ -161,7 +161,10 @@ def plan(
             for name, weights in ((spec.score, spec.score_weights), (spec.classifier, spec.classifier_weights))
         )
         spec = dataclasses.replace(spec, score_weights=score, classifier_weights=classifier)
+        if spec.guide is not None and spec.guide_weights is None and needs_weights(spec.guide):
+            spec = dataclasses.replace(spec, guide_weights="random")
         networks = [(spec.score, score)] if spec.purifier is not None else []
+        networks += [(spec.guide, spec.guide_weights)] if spec.guide is not None else []
         random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
     elif defense is not None:
         spec.refuse_own_defense()

@@ -18,6 +18,7 @@ from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule
 from coupfast.evaluation.worker import chosen
 from coupfast.gradients import NoGradient
+from coupfast.methods import method_name
 from coupfast.naming import reference_to
 from coupfast.options import did_you_mean
 from coupfast.settings import Settings
@@ -25,7 +26,7 @@ from coupfast.settings import Settings
 SEEDINGS = ("unit", "autoattack")
 #: What a ledger says in the place of a name, where images or a defense were objects that Python had.
 GIVEN = "given from Python"
-_NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation")
+_NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Spec:
         classes: Names of the classes in the order of their labels, for images in subfolders; None takes CIFAR-10's.
         purifier: `Settings`, or those keywords of `Settings.of` that are not its defaults (the gradient's is the one that the
             attack is made for, with the least memory, which never splits a batch). None: the classifier alone.
+        guide, guide_weights: The classifier that a guided method follows, in the place of the one that is attacked.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
         attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.
         attack_options: Knobs of the attack to set, in every stage that has them; the others as published.
@@ -62,6 +64,8 @@ class Spec:
     classifier: str = "cifar10-tiny"
     classifier_weights: str | None = None
     activation: str | None = None
+    guide: str | None = None
+    guide_weights: str | None = None
     purifier: purification.Asked | None = dataclasses.field(default_factory=dict)
     defense: str | None = None
     attack: suites.Asked = "autoattack-rand"
@@ -114,6 +118,11 @@ class Spec:
                 raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {own[key]!r}: say it there only")
         stages = self.stages()
         settings = self.settings()
+        if self.guide is not None and not (settings and settings.method.guided):
+            what = "no method does here" if settings is None else f"{method_name(settings.method)!r} does not"
+            raise ValueError(f"`guide` is for a method that follows a classifier, and {what}")
+        if self.guide_weights is not None and self.guide is None:
+            raise ValueError("`guide_weights` belong to a `guide`, and none is named")
         if settings and settings.gradient.name == NoGradient.name and any(attack.cost().gradient for attack in stages.values()):
             raise ValueError(f"{self.suite.name!r} follows a gradient, and `gradient` is 'none'")
 

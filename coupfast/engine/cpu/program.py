@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,7 @@ from coupfast.engine.cpu.network_program import Activations, NetworkProgram
 from coupfast.engine.cpu.networks import CpuNetworks
 from coupfast.engine.eager import ScoreGraph
 from coupfast.engine.protocol import Cotangent, Keep, State, StepMemory
-from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
+from coupfast.engine.rows import clipped, clipped_vjp, extra_images, reads_eps_hat, shifted, step_back
 from coupfast.guidance import Linearization, Slope, confidence_cotangent, hessian_cotangent
 from coupfast.noise import CounterNoise, Noise
 from coupfast_kernels.guided_step import guided_step_ref
@@ -36,6 +38,7 @@ class _Kept:
     p: torch.Tensor | None = None
     linearization: Linearization | None = None
     score: Activations | ScoreGraph | None = None
+    inside: torch.Tensor | None = None  # where x̂0 was not clipped, with kept activations of a program
 
 
 class CpuProgram:
@@ -56,18 +59,19 @@ class CpuProgram:
     def step(
         self, k: int, x_k: torch.Tensor, noise: Noise, keep: Keep = "nothing", *, more: State | None = None
     ) -> tuple[Any, ...]:
-        row, networks = self.table.row(k), self.networks
+        networks = self.networks
         x_k = _readable(x_k)
         with networks.turn, torch.no_grad():
-            eps_hat, activations = None, None
+            eps_hat, activations, inside = None, None, None
             if reads_eps_hat(self.table, k):
-                eps_hat, activations = self._eps_hat(k, x_k, keep == "activations")
+                eps_hat, activations, inside = self._eps_hat(k, x_k, keep == "activations")
             g, kept = None, _Kept()
-            if networks.guidance is not None and row[2] != 0.0:
+            if networks.guidance is not None and self.table.guides(k):
                 g, kept = self._guide(x_k, keep != "nothing" and networks.differentiate_guidance)
-            kept.score = activations
+            kept.score, kept.inside = activations, inside
             extra = {name: _readable(image) for name, image in extra_images(self.table, k, more).items()}
             x_next = self._move(k, x_k, eps_hat, g, noise, extra)
+            eps_hat = shifted(self.table, k, eps_hat, g)
         found = None if keep == "nothing" else kept
         return (x_next, found, eps_hat) if self.table.two_step else (x_next, found)
 
@@ -75,41 +79,59 @@ class CpuProgram:
         row, networks = self.table.row(k), self.networks
         kept: _Kept = saved or _Kept()
         with networks.turn, torch.no_grad():
-            w = None
-            if networks.guidance is not None and row[2] != 0.0 and networks.differentiate_guidance:
-                w = self._hvp(x_k, v, kept)
+            curved = networks.guidance is not None and networks.differentiate_guidance
             if more is None:
-                return guided_step_ref(v, self._eps_hat_vjp(k, x_k, v, kept.score), w, row)
-            return step_back(self.table, k, v, w, lambda u: self._eps_hat_vjp(k, x_k, u, kept.score), more)
+                w = self._hvp(x_k, v, kept) if curved and row[2] != 0.0 else None
+                return guided_step_ref(v, self._eps_hat_vjp(k, x_k, v, kept), w, row)
+            hvp = (lambda w: self._hvp(x_k, w, kept)) if curved else None
+            return step_back(self.table, k, v, hvp, lambda u: self._eps_hat_vjp(k, x_k, u, kept), more)
 
-    def _eps_hat(self, k: int, x_k: torch.Tensor, keep: bool) -> tuple[torch.Tensor, Activations | ScoreGraph | None]:
+    def _eps_hat(
+        self, k: int, x_k: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, Activations | ScoreGraph | None, torch.Tensor | None]:
+        """ε̂(x_k), and what is kept of it: activations, and where nothing was clipped."""
         networks = self.networks
         if networks.score is None:
             if not keep:
-                return networks.eager.eps_hat(k, x_k), None
+                return networks.eager.eps_hat(k, x_k), None, None
             graph = networks.eager.eps_hat_graph(k, x_k)
-            return graph.eps_hat.detach(), graph
+            return graph.eps_hat.detach(), graph, None
         program = self._program("score, keeping" if keep else "score")
         if keep:  # steps that keep nothing have run here, maybe in more memory: not beside what is kept
             kept = [self._plan(kind) for kind in self._kinds("kept")]
             networks.workspace.trim(max(p.arena_floats for p in kept), max(p.scratch_floats for p in kept))
         program.set_label(networks.label_values(k))
         eps_hat = torch.empty_like(x_k).copy_(program.forward(x_k))
-        return eps_hat, program.activations() if keep else None
+        activations = program.activations() if keep else None
+        if not self.table.clips:
+            return eps_hat, activations, None
+        eps_hat, inside = clipped(x_k, eps_hat, *self._clip(k))
+        return eps_hat, activations, inside if keep else None
 
-    def _eps_hat_vjp(
-        self, k: int, x_k: torch.Tensor, u: torch.Tensor, kept: Activations | ScoreGraph | None
-    ) -> torch.Tensor:
-        networks = self.networks
-        if isinstance(kept, Activations):
-            kept.program.bind(networks.workspace)  # maybe not this one's: the number of threads may have changed
-            return kept.program.backward(u, kept)
+    def _eps_hat_vjp(self, k: int, x_k: torch.Tensor, u: torch.Tensor, kept: _Kept) -> torch.Tensor:
+        networks, score, inside = self.networks, kept.score, kept.inside
         if networks.score is None:
-            return networks.eager.eps_hat_vjp(k, x_k, u, kept)
-        program = self._program("score transpose")
-        program.set_label(networks.label_values(k))
-        program.forward(x_k)
-        return program.backward(u)
+            assert not isinstance(score, Activations)
+            return networks.eager.eps_hat_vjp(k, x_k, u, score)
+        transposed: Callable[[torch.Tensor], torch.Tensor]
+        if isinstance(score, Activations):
+            score.program.bind(networks.workspace)  # maybe not this one's: the number of threads may have changed
+            transposed = functools.partial(score.program.backward, activations=score)
+        else:
+            program = self._program("score transpose")
+            program.set_label(networks.label_values(k))
+            eps_hat = program.forward(x_k)
+            transposed = program.backward
+            if self.table.clips:
+                inside = clipped(x_k, eps_hat, *self._clip(k))[1]
+        if not self.table.clips:
+            return transposed(u)
+        assert inside is not None
+        return clipped_vjp(u, inside, *self._clip(k), transposed)
+
+    def _clip(self, k: int) -> tuple[float, float]:
+        assert self.table.m is not None and self.table.n is not None
+        return float(self.table.m[k]), float(self.table.n[k])
 
     def _move(
         self,
@@ -136,6 +158,8 @@ class CpuProgram:
             slopes = self._plan("hvp").slopes_bytes() if self._has("hvp") else 0
             forward, transpose, kept = self.bytes("forward"), self.bytes("rebuilt"), self.bytes("kept")
             activations = slopes + (self._plan("score, keeping").activations_bytes() if self._has("score") else 0)
+            if self._has("score") and self.table.clips:
+                activations += self.batch * self.networks.example[0].numel()  # a bool each
             self._memory = StepMemory(forward, kept + activations, transpose, kept, slopes, activations)
         return self._memory
 

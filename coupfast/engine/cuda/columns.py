@@ -30,9 +30,13 @@ class ColumnsProgram(CudaProgram):
         self.v_in = None if table.e is None else image()
         self.v_before = None if table.p is None else image()
         self.v_eps = None if table.q is None else image()
-        # (a, b, c, …) of a row → (a, b, c, 0, 0, 0, 1, 0), which the way back takes.
+        # (a, b, c, …) of a row → (a, b, c or 1, 0, 0, 0, 1, 0), which the way back takes.
         keeps, adds = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 6 + [1.0, 0.0]
         device = self.networks.example.device
+        self._shifts: torch.Tensor | None = None
+        if table.s is not None:
+            self._shifts = torch.tensor([table.shift(k) for k in range(table.num_steps)], dtype=torch.float32, device=device)
+            keeps[2], adds[2] = 0.0, 1.0
         self._row_keeps, self._row_adds = (torch.tensor(row, device=device) for row in (keeps, adds))
         # Whether anything is in v_eps: then b is on the way into ε̂, else behind it, as `step_back` has it. (1,)
         self.eps_flows = torch.zeros(1, dtype=torch.bool, device=device)
@@ -103,13 +107,15 @@ class ColumnsProgram(CudaProgram):
             x_before=self.x_before,
             eps_before=None if self.table.q is None else self.eps_before,
         )
-        self._move_on(eps_hat, y)
+        self._move_on(eps_hat, g, y)
 
-    def _move_on(self, eps_hat: torch.Tensor, y: torch.Tensor) -> None:
+    def _move_on(self, eps_hat: torch.Tensor, g: torch.Tensor | None, y: torch.Tensor) -> None:
         """The state that was is the one before, and `y` is the state."""
         if self.x_before is not None:
             self.x_before.copy_(self.x)
         if self.eps_before is not None:
+            if self._shifts is not None and g is not None:
+                eps_hat = eps_hat + self._shift(self.step_index) * g
             self.eps_before.copy_(eps_hat)
         self.x.copy_(y)
         self.step_index.add_(1)
@@ -128,7 +134,12 @@ class ColumnsProgram(CudaProgram):
             z2=noise.z2(k, like) if row[5] != 0.0 else None,
             **{name: getattr(self, name)[:batch] for name in names},
         )
-        self._move_on(eps_hat, y)
+        self._move_on(eps_hat, g, y)
+
+    def _shift(self, step: torch.Tensor) -> torch.Tensor:
+        """s of a step, 0 where nobody reads it."""
+        assert self._shifts is not None
+        return self._shifts.index_select(0, step.view(1))[0]
 
     def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
         if rebuilds:
@@ -139,7 +150,11 @@ class ColumnsProgram(CudaProgram):
             b, one = row[1:2], torch.ones_like(row[1:2])
             u = torch.where(self.eps_flows, b, one) * self.v + self.v_eps
             back[1:2] = torch.where(self.eps_flows, one, b)
-        u, w = self._score_vjp(u), self._hvp(curved)
+        tangent = self.v
+        if self._shifts is not None:
+            assert self.v_eps is not None  # there is a column q
+            tangent = row[2] * self.v + self._shift(self.step_back) * self.v_eps
+        u, w = self._score_vjp(u), self._hvp(curved, tangent)
         v_x = guided_step(self.v, u, w, back, self.step_back, x_before=self.v_before)
         if self.v_in is not None:
             self.v_in.add_(row[4] * self.v)

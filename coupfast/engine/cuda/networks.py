@@ -51,7 +51,14 @@ class CudaNetworks:
         self.example = torch.zeros_like(example[:1])
         self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
         self.pieces = Pieces(
-            score, guidance, self.eager.labels, example, differentiate_guidance, choose=choose, fuse_norms=fuse_norms
+            score,
+            guidance,
+            self.eager.labels,
+            example,
+            differentiate_guidance,
+            clip=_clip_columns(table, example),
+            choose=choose,
+            fuse_norms=fuse_norms,
         )
         self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
         self.noisy = bool((table.d != 0.0).any() or (table.f is not None and (table.f != 0.0).any()))
@@ -60,3 +67,11 @@ class CudaNetworks:
         """As PyTorch would need it operation by operation, which is more than compiled pieces take."""
         eager = self.eager.memory(bucket)
         return StepMemory(eager.forward, eager.forward, eager.transpose, eager.transpose, eager.slopes, eager.slopes)
+
+
+def _clip_columns(table: CoefficientTable, example: torch.Tensor) -> torch.Tensor | None:
+    """Columns m and n side by side, shape (steps, 2)."""
+    if table.m is None or table.n is None:
+        return None
+    columns = torch.stack([torch.from_numpy(column) for column in (table.m, table.n)], dim=1)
+    return columns.to(device=example.device, dtype=torch.float32)

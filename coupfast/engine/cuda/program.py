@@ -162,7 +162,7 @@ class CudaProgram:
     def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
         if rebuilds:
             self._evaluate(self.x_back)
-        u, w = self._score_vjp(self.v), self._hvp(curved)
+        u, w = self._score_vjp(self.v), self._hvp(curved, self.v)
         guided_step(self.v, u, w, self.networks.coefficients, self.step_back, out=self.v)
         self.step_back.sub_(1)
 
@@ -170,15 +170,15 @@ class CudaProgram:
         """J_ε(x_back)ᵀ u."""
         return _aligned(self._piece("score vjp")(self.x_back, self.step_back, u)[0])
 
-    def _hvp(self, curved: bool) -> torch.Tensor | None:
+    def _hvp(self, curved: bool, v: torch.Tensor) -> torch.Tensor | None:
         """H(x_back) v."""
         networks, w = self.networks, None
         if curved and networks.pieces.piecewise_linear:
             assert self._p is not None
-            (q,) = self._piece("tangent")(self.v, *self._slopes)
+            (q,) = self._piece("tangent")(v, *self._slopes)
             (w,) = self._piece("cotangent")(hessian_cotangent(self._p, q), *self._slopes)
         elif curved:
-            (w,) = self._piece("hvp")(self.x_back, self.v)
+            (w,) = self._piece("hvp")(self.x_back, v)
         return None if w is None else _aligned(w)
 
     # --- buffers ----------------------------------------------------------------------------------------------------------
