@@ -537,19 +537,20 @@ class TestRefuses:
             (dict(driver=(11, 8)), "driver serves CUDA 11.8, and this PyTorch is built with 12.8: update the driver"),
             (dict(triton=None), "needs Triton .*triton.*; PyTorch's builds for CUDA"),
             (dict(triton="3.1.0"), "needs Triton 3.5 or later, found 3.1.0"),
-            (dict(launch=RuntimeError("Failed to find C compiler")), "cannot be built or launched here .RuntimeError: Failed"),
-            (dict(launch=lambda z: z + 1), "gives wrong numbers"),
+            (dict(launch="fails"), "cannot be built or launched here .RuntimeError: Failed to find C compiler"),
+            (dict(launch="is wrong"), "gives wrong numbers"),
             (dict(), None),
         ],
         ids=str,
     )
     def test_what_is_too_old_or_does_not_run(self, monkeypatch, setup, message):
-        setup = {"cuda": "12.8", "driver": (12, 2), "capability": (9, 0), "triton": "3.8.1+git", "launch": lambda z: z} | setup
+        setup = {"cuda": "12.8", "driver": (12, 2), "capability": (9, 0), "triton": "3.8.1+git", "launch": "works"} | setup
 
         def launched(shape, *, seed, ids, draw, step):
-            if isinstance(setup["launch"], Exception):
-                raise setup["launch"]
-            return setup["launch"](standard_normal_ref(shape, seed=int(seed), ids=ids, draw=draw, step=int(step)))
+            if setup["launch"] == "fails":
+                raise RuntimeError("Failed to find C compiler")
+            z = standard_normal_ref(shape, seed=int(seed), ids=ids, draw=draw, step=int(step))
+            return z if setup["launch"] == "works" else z + 1
 
         # One launch a process and device; here on the CPU.
         support._kernels_unavailable.cache_clear()
