@@ -136,7 +136,8 @@ class CpuProgram:
             slopes = self._plan("hvp").slopes_bytes() if self._has("hvp") else 0
             forward, transpose, kept = self.bytes("forward"), self.bytes("rebuilt"), self.bytes("kept")
             activations = slopes + (self._plan("score, keeping").activations_bytes() if self._has("score") else 0)
-            self._memory = StepMemory(forward, kept + activations, transpose, kept, slopes, activations)
+            hvp = self.batch * self.networks.hvp_bytes  # the workspace stays where it is meanwhile
+            self._memory = StepMemory(forward, kept + activations, transpose + hvp, kept + hvp, slopes, activations)
         return self._memory
 
     def bytes(self, which: Pass) -> int:
