@@ -67,13 +67,9 @@ void coupfast_threads(Parallel parallel, int (*thread)(), int (*threads)()) {
   g_threads = threads;
 }
 
-int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return ConvShape(*conv).scratch_floats(threads); }
+int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return conv_scratch(*conv, threads); }
 
-int64_t coupfast_packed_floats(const Pack* pack) {
-  const int64_t products = pack->tile == 1 ? pack->kernel_height * pack->kernel_width : (pack->tile + 2) * (pack->tile + 2);
-  const int64_t depth = (pack->channels + kLanes - 1) / kLanes * kLanes;
-  return products * depth * ((pack->out_channels + kPanel - 1) / kPanel * kPanel);
-}
+int64_t coupfast_packed_floats(const Pack* pack) { return packed_floats(*pack); }
 
 void coupfast_pack(const Pack* pack, int threads) {
   on_threads(threads, [pack](Team& team) {
