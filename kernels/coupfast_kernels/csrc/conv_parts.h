@@ -114,17 +114,36 @@ FillRow choose_fill(const Conv& c) {
 // --- the epilogue --------------------------------------------------------------------------------------------------------------
 
 // What happens to a vector of output channels, channel by channel and pixel by pixel. What a convolution does not ask for costs
-// nothing: the three cases are template arguments, and a missing bias or factor is a vector of its neutral element.
+// nothing: the three cases are template arguments, and a missing bias or factor is a vector of its neutral element. Everything
+// that it reads of `Conv` is copied: for all the compiler knows, a result is stored there.
 template <bool kMasked, bool kResidual, bool kZ>
 class Epilogue {
  public:
   // For `count` channels from `channel` of one image.
   Epilogue(const Conv& c, int64_t image, int channel, int count)
-      : c_(c), channel_(channel), count_(count), whole_(count == kLanes), mask_bytes_((c.out_channels + 7) / 8) {
+      : count_(count),
+        whole_(count == kLanes),
+        mask_bytes_((c.out_channels + 7) / 8),
+        y_pixel_(c.y_pixel),
+        y_(c.y ? c.y + channel : nullptr),
+        scale_(broadcast(c.scale)) {
     if (c.bias) bias_ += get(c.bias + channel);
     if (c.image_bias) bias_ += get(c.image_bias + image * c.image_bias_image + channel);
-    if (kMasked) factor_ = c.mask_factor ? get(c.mask_factor + channel) : broadcast(1.0f);
+    if (kMasked) {
+      mask_ = c.mask + channel / 8;
+      factor_ = c.mask_factor ? get(c.mask_factor + channel) : broadcast(1.0f);
+    }
+    if (kResidual) {
+      residual_ = c.residual + channel;
+      residual_pixel_ = c.residual_pixel;
+      residual_factor_ = broadcast(c.residual_factor);
+    }
     if (kZ) {
+      z_ = c.z + channel;
+      z_pixel_ = c.z_pixel;
+      z_activation_ = c.z_activation;
+      z_mask_ = c.z_mask ? c.z_mask + channel / 8 : nullptr;
+      z_slopes_ = c.z_slopes ? c.z_slopes + channel / 8 : nullptr;
       z_multiply_ = c.z_multiply ? get(c.z_multiply + channel) : broadcast(1.0f);
       if (c.z_add) z_add_ = get(c.z_add + channel);
     }
@@ -132,17 +151,17 @@ class Epilogue {
 
   void operator()(Vector v, int64_t pixel) const {
     v += bias_;
-    if (kMasked) v = where(get_bits(c_.mask, pixel), v * factor_);
-    if (kResidual) v = fma(broadcast(c_.residual_factor), get(c_.residual + pixel * c_.residual_pixel + channel_), v);
-    v *= broadcast(c_.scale);
-    if (!kZ || c_.y) put(c_.y + pixel * c_.y_pixel + channel_, v);
+    if (kMasked) v = where(get_bits(mask_, pixel), v * factor_);
+    if (kResidual) v = fma(residual_factor_, get(residual_ + pixel * residual_pixel_), v);
+    v *= scale_;
+    if (!kZ || y_) put(y_ + pixel * y_pixel_, v);
     if (!kZ) return;
     v = v * z_multiply_ + z_add_;
-    float* const z = c_.z + pixel * c_.z_pixel + channel_;
-    if (c_.z_slopes) return put(z, where(get_bits(c_.z_slopes, pixel), v));
-    if (c_.z_mask) put_bits(c_.z_mask, pixel, positive(v));
-    if (c_.z_activation == kRelu) v = relu(v);
-    if (c_.z_activation == kSilu) v *= sigmoid(v);
+    float* const z = z_ + pixel * z_pixel_;
+    if (z_slopes_) return put(z, where(get_bits(z_slopes_, pixel), v));
+    if (z_mask_) put_bits(z_mask_, pixel, positive(v));
+    if (z_activation_ == kRelu) v = relu(v);
+    if (z_activation_ == kSilu) v *= sigmoid(v);
     put(z, v);
   }
 
@@ -151,19 +170,34 @@ class Epilogue {
   void put(float* to, Vector v) const { whole_ ? store(to, v) : store_some(to, v, count_); }
   uint32_t get_bits(const uint8_t* mask, int64_t pixel) const {
     uint32_t bits = 0;
-    std::memcpy(&bits, mask + pixel * mask_bytes_ + channel_ / 8, static_cast<size_t>((count_ + 7) / 8));
+    if (whole_)
+      std::memcpy(&bits, mask + pixel * mask_bytes_, kLanes / 8);
+    else
+      std::memcpy(&bits, mask + pixel * mask_bytes_, static_cast<size_t>((count_ + 7) / 8));
     return bits;
   }
   void put_bits(uint8_t* mask, int64_t pixel, uint32_t bits) const {
+    if (whole_) {
+      std::memcpy(mask + pixel * mask_bytes_, &bits, kLanes / 8);
+      return;
+    }
     bits &= static_cast<uint32_t>((uint64_t{1} << count_) - 1);
-    std::memcpy(mask + pixel * mask_bytes_ + channel_ / 8, &bits, static_cast<size_t>((count_ + 7) / 8));
+    std::memcpy(mask + pixel * mask_bytes_, &bits, static_cast<size_t>((count_ + 7) / 8));
   }
 
-  const Conv& c_;
-  const int channel_, count_;
+  const int count_;
   const bool whole_;
-  const int64_t mask_bytes_;
-  Vector bias_ = {}, factor_ = {}, z_multiply_ = {}, z_add_ = {};
+  const int64_t mask_bytes_, y_pixel_;
+  float* const y_;
+  const Vector scale_;
+  const uint8_t* mask_ = nullptr;
+  const float* residual_ = nullptr;
+  int64_t residual_pixel_ = 0, z_pixel_ = 0;
+  float* z_ = nullptr;
+  int32_t z_activation_ = kIdentity;
+  uint8_t* z_mask_ = nullptr;
+  const uint8_t* z_slopes_ = nullptr;
+  Vector bias_ = {}, factor_ = {}, residual_factor_ = {}, z_multiply_ = {}, z_add_ = {};
 };
 
 // kind(masked, residual, z) for what `c` asks for.

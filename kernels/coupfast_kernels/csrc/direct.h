@@ -85,6 +85,9 @@ struct Target {
 struct DirectShape {
   // About as many output pixels are multiplied by one panel before their results leave the cache.
   static constexpr int64_t kPixels = 48;
+  // A group reads its pixels side by side; where those are so many floats apart, the hardware does not foresee it. What is to be
+  // multiplied so many pixels later is fetched beforehand.
+  static constexpr int64_t kStrided = 64, kAhead = 24;
   // Packed weights that stay in a core's cache while all panels are taken for some pixels.
   static constexpr int64_t kResidentFloats = 1 << 16;
 
@@ -108,7 +111,7 @@ struct DirectShape {
     const int64_t input_row = in_place ? c.width * c.x_pixel : strip_width * c.channels;
     pixel = c.stride * (in_place ? c.x_pixel : c.channels);
     row = c.stride * input_row;
-    terms = {c.kernel_width == 0 ? 0 : c.kernel_height, static_cast<int64_t>(c.kernel_width) * c.channels, input_row};
+    terms = {c.kernel_width == 0 ? 0 : c.kernel_height, static_cast<int64_t>(c.kernel_width) * c.channels, input_row, kDirectRun};
     panel_count = few ? 1 : panels(c.out_channels);
   }
 
@@ -149,36 +152,44 @@ class DirectBlock {
              strips + strip_row * s_.terms.next, c_.channels);
   }
 
-  // The first term of an output pixel, counted from the block's first.
-  const float* start(int64_t p) const {
-    // 32 bits divide faster, and a block has no more.
-    const uint32_t pixel = static_cast<uint32_t>(p), width = static_cast<uint32_t>(c_.out_width);
-    const uint32_t line = pixel / width, column = pixel % width;
-    if (s_.in_place) {
-      const int64_t image = (first_ + line) / c_.out_height, row = (first_ + line) % c_.out_height;
-      return c_.x + ((image * c_.height + row * c_.stride) * c_.width) * c_.x_pixel + column * s_.pixel;
-    }
-    return strips_ + strip_row(first_ + line) * s_.terms.next + column * s_.pixel;
-  }
-
   // Products of pixels [begin, end) with one panel: m[pixel - begin][kPanel].
   void multiply(int64_t begin, int64_t end, int64_t panel, float* m) const {
-    const auto start_of = [this](int64_t p) { return start(p); };
     const float* const weights = c_.weights + panel * s_.terms.depth() * kPanel;
     const int64_t width = c_.out_width;
-    const bool across = width % kTogether == 0 && begin % kTogether == 0 && end % kTogether == 0 && !s_.few;
-    while (begin < end) {
-      // Pixels of a line lie evenly; those of several do in small units, where the width is made of such.
-      const int64_t last = across ? end : std::min(end, (begin / width + 1) * width);
-      if (s_.few)
-        few(begin, last, m);
-      else if (is_half(c_.out_channels, panel))
-        multiply_panel<1>(start_of, begin, last, across ? kTogether : 1, s_.pixel, s_.terms, weights, m, kPanel);
-      else
-        multiply_panel<2>(start_of, begin, last, across ? kTogether : 1, s_.pixel, s_.terms, weights, m, kPanel);
-      m += (last - begin) * kPanel;
-      begin = last;
+    int64_t line = begin / width, column = begin % width;
+    if (s_.few || width % kTogether != 0) {
+      // Pixels of a line lie evenly.
+      while (begin < end) {
+        const int64_t count = std::min(end - begin, width - column);
+        const float* const first = start(line, column);
+        if (s_.few)
+          multiply_line(first, count, m);
+        else
+          multiply_some([&](int64_t p) { return first + p * s_.pixel; }, count, 1, panel, weights, m);
+        m += count * kPanel;
+        begin += count;
+        ++line;
+        column = 0;
+      }
+      return;
     }
+    // Those of several lines do in small units, where the width is made of such.
+    const float* next = start(line, column);
+    const bool foresee = s_.in_place && panel == 0 && s_.pixel >= DirectShape::kStrided;
+    const int64_t floats = kTogether * s_.pixel;
+    const auto following = [&](int64_t) {
+      const float* const found = next;
+      if (foresee)
+        for (int64_t k = 0; k < floats; k += 16) __builtin_prefetch(found + DirectShape::kAhead * s_.pixel + k);
+      column += kTogether;
+      next += kTogether * s_.pixel;
+      if (column == width) {
+        column = 0;
+        if (++line * width < pixels) next = start(line, 0);
+      }
+      return found;
+    };
+    multiply_some(following, end - begin, kTogether, panel, weights, m);
   }
 
   // The epilogue of what `multiply` left.
@@ -191,7 +202,9 @@ class DirectBlock {
       const int64_t image = line / c_.out_height, pixel = s_.target.pixel(image, line % c_.out_height, column);
       for (int k = channel; k < last_channel; k += kLanes) {
         const Epilogue<kMasked, kResidual, kZ> finish(c_, image, k, std::min(kLanes, last_channel - k));
-        for (int64_t j = 0; j < count; ++j) finish(load(m + j * kPanel + k - channel), pixel + j * s_.target.step);
+        const float* from = m + k - channel;
+        const int64_t step = s_.target.step;
+        for (int64_t j = 0; j < count; ++j) finish(load(from + j * kPanel), pixel + j * step);
       }
       m += count * kPanel;
       begin += count;
@@ -207,12 +220,25 @@ class DirectBlock {
     return first_rows_ + (image - first_image_ - 1) * s_.image_rows + row * c_.stride;
   }
 
-  void few(int64_t begin, int64_t end, float* m) const {
-    const float* from = start(begin);
-    int64_t left = end - begin;
-    for (; left >= kFewPixels; left -= kFewPixels, from += kFewPixels * s_.pixel, m += kFewPixels * kPanel)
+  // The first term of an output pixel; lines count from the block's first.
+  const float* start(int64_t line, int64_t column) const {
+    if (!s_.in_place) return strips_ + strip_row(first_ + line) * s_.terms.next + column * s_.pixel;
+    const int64_t image = (first_ + line) / c_.out_height, row = (first_ + line) % c_.out_height;
+    return c_.x + (image * c_.height + row * c_.stride) * c_.width * c_.x_pixel + column * s_.pixel;
+  }
+
+  template <typename Start>
+  void multiply_some(Start&& start, int64_t count, int64_t unit, int64_t panel, const float* weights, float* m) const {
+    if (is_half(c_.out_channels, panel))
+      multiply_panel<1>(start, count, unit, s_.pixel, s_.terms, weights, m, kPanel);
+    else
+      multiply_panel<2>(start, count, unit, s_.pixel, s_.terms, weights, m, kPanel);
+  }
+
+  void multiply_line(const float* from, int64_t count, float* m) const {
+    for (; count >= kFewPixels; count -= kFewPixels, from += kFewPixels * s_.pixel, m += kFewPixels * kPanel)
       choose_few<kFewPixels>(c_.out_channels)(from, s_.pixel, s_.terms, c_.weights, m);
-    for (; left > 0; --left, from += s_.pixel, m += kPanel)
+    for (; count > 0; --count, from += s_.pixel, m += kPanel)
       choose_few<1>(c_.out_channels)(from, s_.pixel, s_.terms, c_.weights, m);
   }
 
@@ -251,31 +277,32 @@ inline void run_direct(const Conv& c, const Target& target, Team& team) {
   };
   const int64_t strip_floats = s.strip_floats(c), product_floats = s.product_floats();
 
+  // What is read again soonest should be what the cache holds: the pixels, or a panel that all together would push out.
+  const bool panel_by_panel = s.terms.depth() * c.out_channels > DirectShape::kResidentFloats;
+  const auto compute_item = [&](const DirectBlock& b, int64_t item, float* m) {
+    const int64_t count = parts(b);
+    if (panel_by_panel)
+      compute(b, item % count, item / count, m);
+    else
+      compute(b, item / s.panel_count, item % s.panel_count, m);
+  };
+
   if (c.alone) {
     float* const strips = c.scratch + team.thread() * (strip_floats + product_floats);
     team.each(blocks, [&](int64_t index) {
       const DirectBlock b = block(index, strips);
       if (s.fills())
         for (int64_t row = 0; row < b.strip_rows; ++row) b.fill(row, fill_row, strips);
-      for (int64_t panel = 0; panel < s.panel_count; ++panel)
-        for (int64_t part = 0; part < parts(b); ++part) compute(b, part, panel, strips + strip_floats);
+      for (int64_t item = 0; item < parts(b) * s.panel_count; ++item) compute_item(b, item, strips + strip_floats);
     });
     return;
   }
   float* const strips = c.scratch;
   float* const m = c.scratch + strip_floats + team.thread() * product_floats;
-  // What is read again soonest should be what the cache holds: the pixels, or a panel that all together would push out.
-  const bool panel_by_panel = s.terms.depth() * c.out_channels > DirectShape::kResidentFloats;
   for (int64_t index = 0; index < blocks; ++index) {
     const DirectBlock b = block(index, strips);
     if (s.fills()) team.each(b.strip_rows, [&](int64_t row) { b.fill(row, fill_row, strips); });
-    const int64_t count = parts(b);
-    team.each(count * s.panel_count, [&](int64_t item) {
-      if (panel_by_panel)
-        compute(b, item % count, item / count, m);
-      else
-        compute(b, item / s.panel_count, item % s.panel_count, m);
-    });
+    team.each(parts(b) * s.panel_count, [&](int64_t item) { compute_item(b, item, m); });
   }
 }
 

@@ -15,15 +15,20 @@ inline int64_t columns(int64_t channels) { return (channels + kLanes - 1) / kLan
 inline int64_t panels(int64_t channels) { return (columns(channels) + 1) / 2; }
 inline bool is_half(int64_t channels, int64_t panel) { return 2 * panel + 1 == columns(channels); }
 
-// The terms of a row's sum in memory: `segments` runs of `length` floats, `next` floats from the start of one to the next's.
+// The terms of a row's sum in memory: `segments` pieces of `length` floats, `next` floats from the start of one to the next's.
+// Sums are taken in runs of at most `run` terms, which are then added: rounding grows with the run and the number of runs, not
+// with their product.
 struct Terms {
-  int64_t segments, length, next;
+  int64_t segments, length, next, run;
   int64_t depth() const { return segments * length; }
+  // Pieces so short that several make one run.
+  bool are_short() const { return length > 0 && length <= kShortest; }
+
+  static constexpr int64_t kShortest = 16;
 };
 
-// Sums are taken in runs of this many terms, which are then added: rounding grows with the run and the number of runs, not with
-// their product. Most of a Winograd convolution's error is made here (kernels/README.md).
-constexpr int64_t kRun = 32;
+// Most of a Winograd convolution's error is made in its sums (kernels/README.md); a direct one's rounds less as it is.
+constexpr int64_t kWinogradRun = 32, kDirectRun = 128;
 constexpr int kUnrolled = 4;
 
 // Rows that lie evenly and have one pointer: a pointer for each would be more than there are registers.
@@ -64,7 +69,7 @@ void multiply_rows(const float* const* rows, int64_t row_stride, const Terms& te
 #pragma GCC unroll 8
   for (int j = 0; j < kPointers; ++j) a[j] = rows[j];
   const int64_t length = terms.length, jump = terms.next - length;
-  const int64_t run = kShort ? kRun / length * length : kRun;  // terms
+  const int64_t run = kShort ? terms.run / length * length : terms.run;
   const int64_t segments = kShort ? 1 : terms.segments, depth = kShort ? terms.depth() : length;
   bool first = true;
   for (int64_t segment = 0; segment < segments; ++segment) {
@@ -114,21 +119,22 @@ template <int kColumns, int... kCounts>
 MultiplyRows choose_rows(int64_t count, const Terms& terms, std::integer_sequence<int, kCounts...>) {
   static constexpr MultiplyRows longer[] = {multiply_rows<kCounts + 1, kColumns, false>...};
   static constexpr MultiplyRows shorter[] = {multiply_rows<kCounts + 1, kColumns, true>...};
-  return (terms.length > 0 && 2 * terms.length <= kRun ? shorter : longer)[count - 1];
+  return (terms.are_short() ? shorter : longer)[count - 1];
 }
 
-// Products of rows [begin, end) with one panel; to[row - begin][kPanel]. Row r is at start(r), and within units of `unit` rows
-// (a multiple of kTogether, or one, which says that all of them lie evenly) the next is `row_stride` floats on.
+// Products of `count` rows with one panel: to[row][kPanel]. Groups have whole units of `unit` rows, which is kTogether or one;
+// start(r) is where row r lies, and `row_stride` floats on, the kTogether - 1 behind it. It is asked in rising order, of
+// multiples of kTogether in units of as many.
 template <int kColumns, typename Start>
-void multiply_panel(const Start& start, int64_t begin, int64_t end, int64_t unit, int64_t row_stride, const Terms& terms,
-                    const float* weights, float* to, int64_t to_stride) {
-  const int64_t units = (end - begin) / unit, most = kMostRows<kColumns> / unit, groups = (units + most - 1) / most;
+void multiply_panel(Start&& start, int64_t count, int64_t unit, int64_t row_stride, const Terms& terms, const float* weights,
+                    float* to, int64_t to_stride) {
+  const int64_t units = count / unit, most = kMostRows<kColumns> / unit, groups = (units + most - 1) / most;
   for (int64_t group = 0; group < groups; ++group) {  // of nearly equal size: a last group of one row would waste most of it
-    const int64_t first = begin + units * group / groups * unit, last = begin + units * (group + 1) / groups * unit;
+    const int64_t first = units * group / groups * unit, last = units * (group + 1) / groups * unit;
     const float* rows[kMostPointers];
     for (int64_t j = 0; first + j * kTogether < last; ++j) rows[j] = start(first + j * kTogether);
     choose_rows<kColumns>(last - first, terms, std::make_integer_sequence<int, kMostRows<kColumns>>{})(
-        rows, row_stride, terms, weights, to + (first - begin) * to_stride, to_stride);
+        rows, row_stride, terms, weights, to + first * to_stride, to_stride);
   }
 }
 

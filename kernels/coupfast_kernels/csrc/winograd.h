@@ -108,8 +108,9 @@ struct Winograd<4> {
 template <int kTile>
 void transform_input(const WinogradShape& s, const float* strip, int count, float* v) {
   constexpr int kSize = Winograd<kTile>::kSize;
-  const int64_t row = s.strip_width * kStripChannels;
-  for (int column = 0; column < s.tile_columns; ++column) {
+  const int64_t row = s.strip_width * kStripChannels, v_stride = s.v_stride, depth = s.depth;
+  const int tile_columns = s.tile_columns;
+  for (int column = 0; column < tile_columns; ++column) {
     for (int k = 0; k < count; k += kLanes) {
       const float* from = strip + static_cast<int64_t>(column) * kTile * kStripChannels + k;
       Vector half[kSize][kSize];  // [column][transformed row]
@@ -127,7 +128,7 @@ void transform_input(const WinogradShape& s, const float* strip, int count, floa
         for (int j = 0; j < kSize; ++j) d[j] = half[j][i];
         Winograd<kTile>::input(d, out);
 #pragma GCC unroll 8
-        for (int j = 0; j < kSize; ++j) store(v + (i * kSize + j) * s.v_stride + column * s.depth + k, out[j]);
+        for (int j = 0; j < kSize; ++j) store(v + (i * kSize + j) * v_stride + column * depth + k, out[j]);
       }
     }
   }
@@ -136,27 +137,29 @@ void transform_input(const WinogradShape& s, const float* strip, int count, floa
 template <int kTile, typename Finish>
 void transform_tile(const Conv& c, const WinogradShape& s, const float* m, int64_t image, int tile_row, int column,
                     const Finish& finish) {
+  const int64_t m_stride = s.m_stride;
+  const int out_height = c.out_height, out_width = c.out_width;
   constexpr int kSize = Winograd<kTile>::kSize;
   Vector half[kSize][kTile];
 #pragma GCC unroll 8
   for (int j = 0; j < kSize; ++j) {
     Vector products[kSize];
 #pragma GCC unroll 8
-    for (int i = 0; i < kSize; ++i) products[i] = load(m + (i * kSize + j) * s.m_stride);
+    for (int i = 0; i < kSize; ++i) products[i] = load(m + (i * kSize + j) * m_stride);
     Winograd<kTile>::output(products, half[j]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
     const int row = tile_row * kTile + i;
-    if (row >= c.out_height) break;
+    if (row >= out_height) break;
     Vector products[kSize], y[kTile];
 #pragma GCC unroll 8
     for (int j = 0; j < kSize; ++j) products[j] = half[j][i];
     Winograd<kTile>::output(products, y);
-    const int64_t pixel = (image * c.out_height + row) * c.out_width + column * kTile;
+    const int64_t pixel = (image * out_height + row) * out_width + column * kTile;
 #pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j)
-      if (column * kTile + j < c.out_width) finish(y[j], pixel + j);
+      if (column * kTile + j < out_width) finish(y[j], pixel + j);
   }
 }
 
@@ -247,14 +250,14 @@ class WinogradConv {
 
   // One product of all tiles of the block with one panel, whose results begin at `m`.
   void product(int64_t xi, int64_t panel, int64_t tiles, const float* v, float* m) const {
-    const Terms terms{1, s_.depth, s_.depth};
+    const Terms terms{1, s_.depth, s_.depth, kWinogradRun};
     const float* const weights = c_.weights + (xi * columns(c_.out_channels) + 2 * panel) * kLanes * s_.depth;
     const float* const a = v + xi * s_.v_stride;
     const auto start = [&](int64_t tile) { return a + tile * s_.depth; };
     if (is_half(c_.out_channels, panel))
-      multiply_panel<1>(start, 0, tiles, 1, s_.depth, terms, weights, m + xi * s_.m_stride, s_.out_floats);
+      multiply_panel<1>(start, tiles, 1, s_.depth, terms, weights, m + xi * s_.m_stride, s_.out_floats);
     else
-      multiply_panel<2>(start, 0, tiles, 1, s_.depth, terms, weights, m + xi * s_.m_stride, s_.out_floats);
+      multiply_panel<2>(start, tiles, 1, s_.depth, terms, weights, m + xi * s_.m_stride, s_.out_floats);
   }
 
   void output(int64_t row, int64_t first, int channel, int end, const float* m) const {
