@@ -382,11 +382,14 @@ def _library_call(layer: Layer, x: torch.Tensor, weight: torch.Tensor, transpose
 
 def _kernel_call(layer: Layer, x: torch.Tensor, size: int, transposed: bool) -> Callable[[], torch.Tensor]:
     """The engine's kernel on channels-last `x`, as a program calls it: packed weights, its own output and scratch memory."""
-    packed = kernels.pack_weights(layer.weight, size, transposed=transposed)
+    stride, spread = (1, layer.stride) if transposed else (layer.stride, 1)
+    packed = kernels.pack_weights(layer.weight, size, transposed=transposed, stride=spread, padding=layer.padding)
     y = torch.empty(len(x), *layer.output(transposed)).contiguous(memory_format=torch.channels_last)
     pad = layer.kernel - 1 - layer.padding if transposed else layer.padding
-    conv = kernels.plain_conv(size, x.shape, y.shape, packed, kernel=layer.kernel, stride=layer.stride, pad=pad)
     threads = torch.get_num_threads()
+    conv = kernels.plain_conv(
+        size, x.shape, y.shape, packed, kernel=layer.kernel, stride=stride, pad=pad, spread=spread, threads=threads
+    )
     scratch = torch.empty(kernels.scratch_floats(conv, threads))
     conv.x, conv.y, conv.scratch = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
     kernel, alive = operations.Operations([conv]), (x, packed, scratch)

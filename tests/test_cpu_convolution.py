@@ -69,15 +69,22 @@ class Case:
     batch: int = 2
     stride: int = 1
     padding: int | None = None
-    transposed: bool = False
+    transposed: bool = False  # of a convolution with this stride
+    extra: int = 0  # rows and columns of a strided convolution's input that its kernel never reaches
+
+    @property
+    def convolution_padding(self) -> int:
+        return self.kernel // 2 if self.padding is None else self.padding
 
     @property
     def pad(self) -> int:
-        padding = self.kernel // 2 if self.padding is None else self.padding
-        return self.kernel - 1 - padding if self.transposed else padding
+        return self.kernel - 1 - self.convolution_padding if self.transposed else self.convolution_padding
 
     @property
     def out_size(self) -> tuple[int, int]:
+        if self.transposed:
+            outside = self.kernel - 2 * self.convolution_padding + self.extra
+            return tuple((size - 1) * self.stride + outside for size in (self.height, self.width))
         return tuple((size + 2 * self.pad - self.kernel) // self.stride + 1 for size in (self.height, self.width))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,13 +96,21 @@ class Case:
     def exact(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x, weight = x.double(), weight.double()
         if self.transposed:
-            return F.conv_transpose2d(x, weight, padding=self.kernel - 1 - self.pad)
+            return F.conv_transpose2d(
+                x, weight, stride=self.stride, padding=self.convolution_padding, output_padding=self.extra
+            )
         return F.conv2d(x, weight, stride=self.stride, padding=self.pad)
 
     def roundings(self) -> int:
-        """Of any term on its way into a sum: runs of 32 terms (twice, without fma) and their total, and both transforms."""
-        terms = -(-self.channels // 16) * 16 * (self.kernel**2 if self.tile == DIRECT else 1)
-        return 2 * 32 + terms // 32 + (0 if self.tile == DIRECT else 20) + 2
+        """Of any term on its way into a sum: runs of at most 32 terms (twice, without fma) and their total, and both transforms.
+
+        Runs end with the taps of a row of the kernel. A sum over few channels is one run for several such rows, and to few
+        outputs it is taken in at least eight parts, a run for each row of the kernel, which are added at the end.
+        """
+        if self.tile != DIRECT:
+            return 2 * 32 + -(-self.channels // 32) + 20 + 2
+        row = self.kernel * self.channels
+        return 2 * max(32, -(-row // 8)) + self.kernel * -(-row // 32) + 3 + 2
 
     def magnitude(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The sum of all terms' absolute values, which a rounding is relative to."""
@@ -133,13 +148,25 @@ def winograd(points: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor, tor
     return torch.stack(b), double(g), double(a).T.contiguous()
 
 
-def run(case: Case, x: torch.Tensor, weight: torch.Tensor, *, threads: int = 1, block_rows: int = 0, **fields) -> torch.Tensor:
+def run(
+    case: Case,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    threads: int = 1,
+    block_rows: int = 0,
+    alone: bool | None = None,
+    **fields,
+) -> torch.Tensor:
     """The kernel's y (or what `y` and `z` among the fields hold), on scratch memory full of NaN."""
     height, width = case.out_size
     tensors = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor) or value is None}
     numbers = {name: value for name, value in fields.items() if name not in tensors}
     y = tensors.pop("y") if "y" in tensors else place((case.batch, case.out_channels, height, width))
-    packed = kernels.pack_weights(weight, case.tile, transposed=case.transposed)
+    spread = case.stride if case.transposed else 1
+    packed = kernels.pack_weights(
+        weight, case.tile, transposed=case.transposed, stride=spread, padding=case.convolution_padding
+    )
     conv = operations.Conv(
         tile=case.tile,
         batch=case.batch,
@@ -151,16 +178,19 @@ def run(case: Case, x: torch.Tensor, weight: torch.Tensor, *, threads: int = 1, 
         out_channels=case.out_channels,
         kernel_height=case.kernel,
         kernel_width=case.kernel,
-        stride=case.stride,
+        stride=1 if case.transposed else case.stride,
         pad_top=case.pad,
         pad_left=case.pad,
-        block_rows=block_rows or kernels.block_rows(case.tile, height, width, case.batch),
+        spread=spread,
         x_pixel=x.stride(3),
         x=x.data_ptr(),
         weights=packed.data_ptr(),
         y=address(y),
         **({"scale": 1.0} | numbers),
     )
+    conv.block_rows, conv.alone = kernels.schedule(conv, packed.nbytes, threads)
+    conv.block_rows = block_rows or conv.block_rows
+    conv.alone = conv.alone if alone is None else alone
     for name, tensor in tensors.items():
         setattr(conv, name, address(tensor))
     for name, tensor in (("y", y), ("z", tensors.get("z")), ("residual", tensors.get("residual"))):
@@ -191,7 +221,19 @@ SHAPES = [
     Case(DIRECT, 3, 64, 100, 9, 9, stride=2, batch=3),
     Case(DIRECT, 3, 17, 5, 6, 6, padding=0),
     Case(DIRECT, 3, 8, 8, 5, 7, stride=2, padding=0),
-    Case(DIRECT, 3, 130, 3, 4, 4),  # three chunks of a strip
+    Case(DIRECT, 3, 130, 3, 4, 4),
+    # Few outputs, whole vectors of terms and ragged ones; half panels, behind whole ones and alone; groups across rows and images.
+    Case(DIRECT, 3, 32, 3, 7, 9),
+    Case(DIRECT, 3, 16, 4, 4, 12, stride=2),
+    Case(DIRECT, 1, 32, 1, 3, 5),
+    Case(DIRECT, 3, 32, 2, 1, 1, batch=5),
+    Case(DIRECT, 3, 3, 16, 8, 8),
+    Case(DIRECT, 3, 16, 48, 4, 4, batch=5),
+    Case(DIRECT, 3, 7, 40, 6, 8),
+    Case(DIRECT, 1, 24, 8, 2, 2, batch=13),
+    Case(DIRECT, 1, 20, 16, 9, 12, stride=2),
+    Case(DIRECT, 3, 12, 16, 17, 8, stride=3, padding=2),
+    Case(DIRECT, 7, 3, 20, 12, 10, stride=2),
     Case(DIRECT, 5, 3, 17, 7, 11),
     Case(DIRECT, 5, 17, 3, 9, 10, stride=2),
     Case(DIRECT, 2, 5, 6, 4, 4, padding=0, stride=2),
@@ -200,6 +242,16 @@ SHAPES = [
     Case(DIRECT, 3, 9, 20, 5, 4, padding=0, transposed=True),
     Case(DIRECT, 5, 4, 3, 6, 6, padding=1, transposed=True),
     Case(DIRECT, 1, 4, 3, 6, 6, padding=1, transposed=True),  # which pads by −1
+    # Transposes of strided ones, with rows of the result that no tap reaches, and others beyond the last tap.
+    Case(DIRECT, 3, 17, 20, 4, 4, stride=2, transposed=True),
+    Case(DIRECT, 3, 17, 20, 4, 5, stride=2, extra=1, transposed=True),
+    Case(DIRECT, 3, 32, 3, 5, 4, stride=2, extra=1, batch=3, transposed=True),
+    Case(DIRECT, 1, 16, 33, 4, 3, stride=2, extra=1, transposed=True),
+    Case(DIRECT, 1, 16, 3, 4, 3, stride=3, extra=2, transposed=True),
+    Case(DIRECT, 5, 3, 17, 3, 4, stride=2, padding=1, transposed=True),
+    Case(DIRECT, 4, 6, 9, 3, 4, stride=3, padding=1, extra=2, transposed=True),
+    Case(DIRECT, 3, 9, 8, 3, 3, stride=2, padding=0, extra=1, transposed=True),
+    Case(DIRECT, 3, 9, 8, 3, 3, stride=2, padding=2, transposed=True),
     *(
         Case(tile, 3, channels, out, height, width, batch, transposed=transposed)
         for tile in (F2, F4)
@@ -255,6 +307,8 @@ EPILOGUES = [
 CASES = [
     Case(DIRECT, 3, 5, 37, 5, 6, stride=2),
     Case(DIRECT, 1, 32, 20, 3, 5),
+    Case(DIRECT, 3, 33, 3, 5, 6),
+    Case(DIRECT, 3, 9, 17, 3, 4, stride=2, extra=1, transposed=True),
     Case(F2, 3, 9, 21, 5, 3, batch=3),
     Case(F4, 3, 6, 100, 7, 5),
 ]
@@ -360,13 +414,24 @@ def test_input_maps(case, activation, per_image, isa):
     assert_within(y, case.exact(v, weight), EPS * bound)
 
 
-@pytest.mark.parametrize("case", [*CASES, Case(F4, 3, 70, 70, 9, 9, batch=3), Case(DIRECT, 3, 70, 70, 9, 9)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        Case(F4, 3, 70, 70, 9, 9, batch=3),
+        Case(DIRECT, 3, 70, 70, 9, 9),
+        Case(DIRECT, 3, 3, 16, 8, 8, batch=3),
+        Case(DIRECT, 1, 20, 40, 4, 4, batch=7),
+    ],
+    ids=str,
+)
 def test_threads_blocks_and_neighbours_change_no_bit(case, isa):
     x, weight = case.tensors()
     expected = run(case, placed(x), weight).contiguous()
-    for threads, block_rows in ((2, 0), (3, 1), (1, 1), (2, 1000)):
-        found = run(case, placed(x), weight, threads=threads, block_rows=block_rows)
-        torch.testing.assert_close(found.contiguous(), expected, rtol=0, atol=0)
+    for alone in (False, True):
+        for threads, block_rows in ((2, 0), (3, 1), (1, 1), (2, 3), (2, 1000)):
+            found = run(case, placed(x), weight, threads=threads, block_rows=block_rows, alone=alone)
+            torch.testing.assert_close(found.contiguous(), expected, rtol=0, atol=0)
     alone = Case(**(vars(case) | {"batch": 1}))
     for image in range(case.batch):
         found = run(alone, placed(x[image : image + 1]), weight)

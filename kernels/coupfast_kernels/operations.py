@@ -26,7 +26,7 @@ def structure(name: str, **groups: str) -> type[ctypes.Structure]:
 Conv = structure(
     "Conv",
     i32="tile batch height width channels out_height out_width out_channels kernel_height kernel_width stride pad_top pad_left "
-    "block_rows activation z_activation",
+    "block_rows activation z_activation spread alone",
     i64="x_pixel y_pixel z_pixel residual_pixel affine_image image_bias_image",
     f32="scale residual_factor",
     p="x weights y z subtract multiply add bias image_bias mask mask_factor residual z_multiply z_add z_mask z_slopes scratch",

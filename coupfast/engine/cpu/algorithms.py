@@ -78,5 +78,8 @@ class WeightStore:
     def packed(self, conv: Convolution, tile: int, transposed: bool) -> torch.Tensor:
         key = (conv, tile, transposed)
         if key not in self._packed:
-            self._packed[key] = kernels.pack_weights(conv.weight, tile, transposed=transposed)
+            stride = conv.stride if transposed else 1
+            self._packed[key] = kernels.pack_weights(
+                conv.weight, tile, transposed=transposed, stride=stride, padding=conv.padding
+            )
         return self._packed[key]

@@ -56,7 +56,8 @@ class BoundCpuEngine:
             return most
         # PyTorch keeps nothing of the score network.
         activations = program.activations + most.slopes - program.slopes
-        return dataclasses.replace(most, forward_keeping=most.transpose_kept + activations, activations=activations)
+        keeping = max(eager.forward, program.forward_keeping - program.activations) + activations
+        return dataclasses.replace(most, forward_keeping=keeping, activations=activations)
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
         """Packed weights of the algorithms that this batch takes, and aligned copies, beside the networks' own weights."""

@@ -134,7 +134,10 @@ class Instructions:
         kernel = conv.weight.shape[2]
         pad = kernel - 1 - conv.padding if transposed else conv.padding
         shapes = (self.batch, *x.shape), (self.batch, *shape)
-        structure = kernels.plain_conv(tile, *shapes, packed, kernel=kernel, stride=conv.stride, pad=pad)
+        stride, spread = (1, conv.stride) if transposed else (conv.stride, 1)
+        structure = kernels.plain_conv(
+            tile, *shapes, packed, kernel=kernel, stride=stride, pad=pad, spread=spread, threads=self.threads
+        )
         structure.x_pixel = x.pixel
         self.packed[conv, tile, transposed] = packed
         self.scratch_floats = max(self.scratch_floats, kernels.scratch_floats(structure, self.threads))

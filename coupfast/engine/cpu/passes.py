@@ -14,11 +14,9 @@ from torch import fx
 
 from coupfast.engine.cpu.instructions import Instructions, Scaled, add_residual
 from coupfast.engine.cpu.parts import Attention, Concatenation, Convolution, FusedNetwork, Heads, Part, Region
-from coupfast.engine.cpu.placement import UNPLACED, Memory, View, dense
+from coupfast.engine.cpu.placement import UNPLACED, Memory, View
 from coupfast.engine.cpu.regions import Regions
 from coupfast_kernels import operations
-
-aten = torch.ops.aten
 
 
 class Slopes:
@@ -293,15 +291,13 @@ class BackwardPass:
             self._cotangents[conv.x] = (self.instructions.group_norm_vjp(conv.norm, x, affine, dh, before), 1.0)
             return
         producer = self._producers.get(conv.x)
-        if producer is not None and self._readers[conv.x] == 1 and conv.stride == 1:
+        if producer is not None and self._readers[conv.x] == 1:
             # This convolution alone reads a ReLU: its transpose goes through the ReLU in the same pass.
             before = self._cotangents.get(producer.y)
             self._cotangents[producer.y] = (self._transposed(conv, dy, factor, x.shape, producer, before), 1.0)
-        elif conv.stride == 1:
+        else:
             before = self._cotangents.get(conv.x)
             self._cotangents[conv.x] = (self._transposed(conv, dy, factor, x.shape, None, before), 1.0)
-        else:
-            self._add(conv.x, self._library_transposed(conv, dy, x.shape), factor)
 
     def _transposed(
         self,
@@ -324,22 +320,4 @@ class BackwardPass:
 
         reads = [dy, before[0] if before is not None else None]
         self.instructions.convolution(conv, dy, shape, transposed=True, fields=fields, reads=reads, writes=[result])
-        return result
-
-    def _library_transposed(self, conv: Convolution, dy: View, shape: tuple[int, ...]) -> View:
-        """Strided convolutions: PyTorch's own."""
-        result = self.instructions.new(shape)
-        weight = conv.weight.contiguous(memory_format=torch.channels_last)
-
-        def make(memory: Memory) -> Callable[[], None]:
-            source, target = memory.tensor(dy), memory.tensor(result)
-
-            def run() -> None:
-                stride, padding = [conv.stride] * 2, [conv.padding] * 2
-                options = (None, stride, padding, [1, 1], False, [0, 0], 1, [True, False, False])
-                target.copy_(aten.convolution_backward(dense(source), target, weight, *options)[0])
-
-            return run
-
-        self.instructions.emit(make, [dy], [result])
         return result

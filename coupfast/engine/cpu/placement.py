@@ -47,10 +47,10 @@ class View:
     def zeros(self) -> torch.Tensor:
         """A tensor that lies as one image of this value does."""
         if len(self.shape) != 3:
-            return torch.zeros(1, *self.shape)
+            return torch.zeros(1, *self.shape, dtype=torch.float32)
         channels, height, width = self.shape
         strides = (height * width * self.pixel, 1, width * self.pixel, self.pixel)
-        return torch.zeros(strides[0]).as_strided((1, channels, height, width), strides)
+        return torch.zeros(strides[0], dtype=torch.float32).as_strided((1, channels, height, width), strides)
 
     def rows(self) -> tuple[int, int]:
         """Floats that lie together, and how many such rows an image has."""

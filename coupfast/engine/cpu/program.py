@@ -160,7 +160,8 @@ class CpuProgram:
             activations = slopes + (self._plan("score, keeping").activations_bytes() if self._has("score") else 0)
             if self._has("score") and self.table.clips:
                 activations += self.batch * self.networks.example[0].numel()  # a bool each
-            self._memory = StepMemory(forward, kept + activations, transpose, kept, slopes, activations)
+            hvp = self.batch * self.networks.hvp_bytes  # the workspace stays where it is meanwhile
+            self._memory = StepMemory(forward, kept + activations, transpose + hvp, kept + hvp, slopes, activations)
         return self._memory
 
     def bytes(self, which: Pass) -> int:

@@ -23,14 +23,23 @@ TILES = (DIRECT, F2, F4)
 
 _Pack = structure(
     "Pack",
-    i32="tile out_channels channels kernel_height kernel_width flip",
+    i32="tile out_channels channels kernel_height kernel_width flip pad spread",
     i64="out_stride in_stride",
     p="weights to",
 )
 
 
 def plain_conv(
-    tile: int, x_shape: Sequence[int], y_shape: Sequence[int], packed: torch.Tensor, *, kernel: int, stride: int, pad: int
+    tile: int,
+    x_shape: Sequence[int],
+    y_shape: Sequence[int],
+    packed: torch.Tensor,
+    *,
+    kernel: int,
+    stride: int,
+    pad: int,
+    spread: int = 1,
+    threads: int,
 ) -> Any:
     """A `Conv` with nothing around it: addresses of maps and scratch memory are the caller's to fill in.
 
@@ -39,10 +48,13 @@ def plain_conv(
         x_shape, y_shape: (batch, channels, height, width) of the maps, whose pixels lie side by side.
         packed: Its weights, from `pack_weights`.
         kernel, stride, pad: Of both axes; `pad` zeros before the first row and column.
+        spread: Of a transpose, the stride of what it transposes: `x` is taken with `spread` − 1 zeros between its pixels, and
+            `stride` is 1.
+        threads: How many will run it; decides who computes what, and no bit.
     """
     batch, channels, height, width = x_shape
     _, out_channels, out_height, out_width = y_shape
-    return Conv(
+    conv = Conv(
         tile=tile,
         batch=batch,
         height=height,
@@ -56,12 +68,45 @@ def plain_conv(
         stride=stride,
         pad_top=pad,
         pad_left=pad,
-        block_rows=block_rows(tile, out_height, out_width, batch),
+        spread=spread,
         x_pixel=channels,
         y_pixel=out_channels,
         scale=1.0,
         weights=packed.data_ptr(),
     )
+    conv.block_rows, conv.alone = schedule(conv, packed.nbytes, threads)
+    return conv
+
+
+# What a thread keeps to itself while it takes a block, weights aside: half of a small L2 cache.
+_OWN_BYTES = 1 << 18
+# Packed weights that threads may each read block by block; larger ones are read once, for all threads' pixels.
+_OWN_WEIGHTS_BYTES = 1 << 20
+_SHARED_BYTES = 1 << 21  # of input that all threads share
+_BLOCKS = 4  # a thread, at least: one that is held back leaves the others something to take
+
+
+def schedule(conv: Any, weights_bytes: int, threads: int) -> tuple[int, int]:
+    """(`block_rows`, `alone`) of a `Conv`: whether each thread takes blocks by itself, and how many rows of tiles a block has.
+
+    By itself it has its data in its own cache and meets the others once, at the end. That wants blocks enough for all of them,
+    each with enough rows that the border which neighbouring blocks share is the smaller part.
+    """
+    rows, columns = conv.batch * -(-conv.out_height // conv.tile), -(-conv.out_width // conv.tile)
+    most = rows if threads == 1 else rows // (_BLOCKS * threads)
+    if conv.tile == DIRECT:
+        row_bytes = 4 * conv.channels * conv.stride * (columns * conv.stride + conv.kernel_width)
+        least = min(conv.out_height, max(-(-48 // columns), 1 if conv.kernel_width == 1 else 4))
+        block = min(most, max(least, _OWN_BYTES // row_bytes))
+        if threads == 1 or (weights_bytes <= _OWN_WEIGHTS_BYTES and block >= least):
+            return max(1, block), 1
+        return max(1, min(rows, _SHARED_BYTES // row_bytes)), 0
+    # 32 channels of products, all channels of the transformed input.
+    row_bytes = 4 * (conv.tile + 2) ** 2 * columns * (conv.channels + 32)
+    block = min(most, max(1, 2 * _OWN_BYTES // row_bytes))
+    if weights_bytes <= _OWN_WEIGHTS_BYTES and block * columns >= 16 and block * row_bytes <= 2 * _OWN_BYTES:
+        return block, 1
+    return max(1, min(rows, 64 // columns)), 0
 
 
 def scratch_floats(conv: ctypes.Structure, threads: int) -> int:
@@ -69,13 +114,17 @@ def scratch_floats(conv: ctypes.Structure, threads: int) -> int:
     return compiled().coupfast_conv_scratch(ctypes.byref(conv), threads)
 
 
-def pack_weights(weight: torch.Tensor, tile: int, *, transposed: bool = False) -> torch.Tensor:
+def pack_weights(
+    weight: torch.Tensor, tile: int, *, transposed: bool = False, stride: int = 1, padding: int | None = None
+) -> torch.Tensor:
     """Weights as `Conv` reads them: transformed in float64, rounded once.
 
     Args:
         weight: float32 (out, in, kernel height, kernel width).
         tile: DIRECT, F2 or F4; the last two for 3 x 3 kernels.
-        transposed: Those of the convolution that is this one's transpose (stride 1).
+        transposed: Those of the convolution that is this one's transpose.
+        stride: Of the convolution, where its transpose is wanted; above 1 only in tiles of DIRECT.
+        padding: Of the convolution, by default kernel // 2; a strided one's transpose is cut up by it.
 
     Returns:
         float32, one axis.
@@ -84,29 +133,36 @@ def pack_weights(weight: torch.Tensor, tile: int, *, transposed: bool = False) -
         raise ValueError(f"`weight` is float32 on the CPU with four axes, got {weight.dtype} {tuple(weight.shape)}")
     if tile not in (DIRECT, F2, F4) or (tile != DIRECT and weight.shape[2:] != (3, 3)):
         raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels; got {tile} for {tuple(weight.shape[2:])}")
+    if stride < 1 or (stride > 1 and (tile != DIRECT or not transposed or weight.shape[2] != weight.shape[3])):
+        raise ValueError(
+            f"`stride` above 1 is that of a transpose with a square kernel, in tiles of 1; got {stride} for tile {tile}, "
+            f"transposed={transposed}, {tuple(weight.shape[2:])}"
+        )
     weight = weight.contiguous()
-    out_axis, in_axis = (1, 0) if transposed else (0, 1)
-    pack = _Pack(
-        tile=tile,
-        out_channels=weight.shape[out_axis],
-        channels=weight.shape[in_axis],
-        kernel_height=weight.shape[2],
-        kernel_width=weight.shape[3],
-        flip=int(transposed),
-        out_stride=weight.stride(out_axis),
-        in_stride=weight.stride(in_axis),
-        weights=weight.data_ptr(),
-    )
+    pack = _pack(weight, tile, transposed, stride, padding)
     packed = torch.empty(compiled().coupfast_packed_floats(ctypes.byref(pack)), dtype=torch.float32)
     pack.to = packed.data_ptr()
     compiled().coupfast_pack(ctypes.byref(pack), torch.get_num_threads())
     return packed
 
 
-def block_rows(tile: int, out_height: int, out_width: int, batch: int, tiles: int = 64) -> int:
-    """Rows of tiles at a time so that about `tiles` tiles are in scratch memory."""
-    rows = batch * -(-out_height // tile)
-    return max(1, min(rows, tiles // -(-out_width // tile)))
+def _pack(weight: torch.Tensor, tile: int, transposed: bool, stride: int, padding: int | None) -> Any:
+    """The structure of `pack_weights`; `weight` is contiguous and outlives it."""
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    kernel = weight.shape[2]
+    return _Pack(
+        tile=tile,
+        out_channels=weight.shape[out_axis],
+        channels=weight.shape[in_axis],
+        kernel_height=kernel,
+        kernel_width=weight.shape[3],
+        flip=int(transposed),
+        pad=kernel - 1 - (kernel // 2 if padding is None else padding),
+        spread=stride if transposed else 1,
+        out_stride=weight.stride(out_axis),
+        in_stride=weight.stride(in_axis),
+        weights=weight.data_ptr(),
+    )
 
 
 def packed_conv2d(
@@ -132,7 +188,9 @@ def packed_conv2d(
     _, channels, height, width = x.shape
     if min(height, width) + 2 * (kernel // 2) < kernel:
         raise ValueError(f"a {height} x {width} map is smaller than the {kernel} x {kernel} kernel")
-    shape = _Pack(tile=tile, out_channels=out_channels, channels=channels, kernel_height=kernel, kernel_width=kernel)
+    shape = _Pack(
+        tile=tile, out_channels=out_channels, channels=channels, kernel_height=kernel, kernel_width=kernel, spread=1
+    )
     for name, tensor, floats in (
         ("packed", packed, compiled().coupfast_packed_floats(ctypes.byref(shape))),
         ("bias", bias, out_channels),
@@ -140,9 +198,9 @@ def packed_conv2d(
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != floats or not tensor.is_contiguous()):
             raise ValueError(f"`{name}` is contiguous float32 with {floats} values, got {tensor.dtype} {tuple(tensor.shape)}")
     y = _like_output(x, out_channels, kernel, stride)
-    conv = plain_conv(tile, x.shape, y.shape, packed, kernel=kernel, stride=stride, pad=kernel // 2)
-    conv.x, conv.y, conv.bias = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
+    conv = plain_conv(tile, x.shape, y.shape, packed, kernel=kernel, stride=stride, pad=kernel // 2, threads=threads)
+    conv.x, conv.y, conv.bias = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
     scratch = torch.empty(scratch_floats(conv, threads), dtype=torch.float32)
     conv.scratch = scratch.data_ptr()
     Operations([conv]).run(threads)

@@ -1,15 +1,16 @@
 // Self-attention over the pixels of channels-last maps, softmax(scale q kᵀ) v for every image and head, and its transpose.
 //
-// Every product is one of conv.h's: rows of one matrix, lying as they are read, by packed panels of the other. Keys and values
+// Every product is one of product.h's: rows of one matrix, lying as they are read, by packed panels of the other. Keys and values
 // are packed once an image and head. Then a block of queries at a time: scores, softmax with whole rows in the cache, product
 // with the values. The transpose finds the softmax again from the largest score and the inverse sum of each query, and takes
 // queries by kQueries, so that its scratch memory grows with the pixels and not with their square. Every output is one sum in
 // one order: neither the number of threads nor the rest of the batch changes a bit.
 #pragma once
 
-#include "conv.h"
+#include "conv_parts.h"
 #include "norm.h"
 #include "parallel.h"
+#include "product.h"
 #include "vector.h"
 
 namespace coupfast {
@@ -63,10 +64,10 @@ struct AttentionShape {
     pixels_depth = vectors(pixels);
     size_panels = (size + kPanel - 1) / kPanel;
     pixel_panels = (pixels + kPanel - 1) / kPanel;
-    size_row = ConvShape::odd_lines(size_panels * kPanel);
-    pixel_row = ConvShape::odd_lines(pixel_panels * kPanel);
+    size_row = odd_lines(size_panels * kPanel);
+    pixel_row = odd_lines(pixel_panels * kPanel);
     queries = std::min<int64_t>(pixels, kQueries);
-    query_row = ConvShape::odd_lines(vectors(queries));
+    query_row = odd_lines(vectors(queries));
   }
 
   static int64_t vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -137,10 +138,12 @@ inline void pack_channels(const float* from, int64_t pixel, int64_t pixels, int6
 }
 
 // All panels of a product, for some rows.
-inline void multiply(const float* a, int64_t a_row, const float* packed, int64_t depth, int64_t panels, int64_t rows, float* to,
+inline void multiply(const float* a, int64_t a_row, const float* packed, int64_t depth, int64_t count, int64_t rows, float* to,
                      int64_t to_row) {
-  for (int64_t panel = 0; panel < panels; ++panel)
-    multiply_panel(a, a_row, packed + panel * depth * kPanel, depth, rows, to + panel * kPanel, to_row);
+  const Terms terms{1, depth, depth, kWinogradRun};
+  const auto start = [&](int64_t row) { return a + row * a_row; };
+  for (int64_t panel = 0; panel < count; ++panel)
+    multiply_panel<2>(start, rows, 1, a_row, terms, packed + panel * depth * kPanel, to + panel * kPanel, to_row);
 }
 
 // to[r][c] = factor * from[r][c], or added to what is there.

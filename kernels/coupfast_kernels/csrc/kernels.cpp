@@ -79,7 +79,7 @@ void coupfast_threads(Parallel parallel, int (*thread)(), int (*threads)()) {
   g_threads = threads;
 }
 
-int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return ConvShape(*conv).scratch_floats(threads); }
+int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return conv_scratch(*conv, threads); }
 
 int64_t coupfast_attention_scratch(const Attention* p, int threads) {
   const AttentionShape shape(p->size, p->pixels);
@@ -91,11 +91,7 @@ int64_t coupfast_attention_vjp_scratch(const AttentionVjp* p, int threads) {
   return p->block * shape.pair_floats_vjp() + threads * shape.thread_floats_vjp();
 }
 
-int64_t coupfast_packed_floats(const Pack* pack) {
-  const int64_t products = pack->tile == 1 ? pack->kernel_height * pack->kernel_width : (pack->tile + 2) * (pack->tile + 2);
-  const int64_t depth = (pack->channels + kLanes - 1) / kLanes * kLanes;
-  return products * depth * ((pack->out_channels + kPanel - 1) / kPanel * kPanel);
-}
+int64_t coupfast_packed_floats(const Pack* pack) { return packed_floats(*pack); }
 
 void coupfast_pack(const Pack* pack, int threads) {
   on_threads(threads, [pack](Team& team) {

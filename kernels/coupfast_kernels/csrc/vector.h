@@ -34,14 +34,70 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
+// What a masked access may not touch AddressSanitizer does not look at; of a copy it looks at every byte.
+#if defined(__SANITIZE_ADDRESS__)
+#define COUPFAST_MASKED 0
+#else
+#define COUPFAST_MASKED 1
+#endif
+
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // The first `count` lanes; the others are zero.
 inline Vector load_some(const float* from, int count) {
+#if defined(__AVX512F__) && COUPFAST_MASKED
+  return (Vector)_mm512_maskz_loadu_ps(first_lanes(count), from);
+#elif defined(__AVX2__) && COUPFAST_MASKED
+  return (Vector)_mm256_maskload_ps(from, first_lanes(count));
+#else
   Vector v = {};
   std::memcpy(&v, from, sizeof(float) * static_cast<size_t>(count));
   return v;
+#endif
 }
 
-inline void store_some(float* to, Vector v, int count) { std::memcpy(to, &v, sizeof(float) * static_cast<size_t>(count)); }
+inline void store_some(float* to, Vector v, int count) {
+#if defined(__AVX512F__) && COUPFAST_MASKED
+  _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
+#elif defined(__AVX2__) && COUPFAST_MASKED
+  _mm256_maskstore_ps(to, first_lanes(count), (__m256)v);
+#else
+  std::memcpy(to, &v, sizeof(float) * static_cast<size_t>(count));
+#endif
+}
+
+// v without all lanes but the first `count`, which become zero.
+inline Vector keep_some(Vector v, int count) {
+  Vector kept = {};
+  std::memcpy(&kept, &v, sizeof(float) * static_cast<size_t>(count));
+  return kept;
+}
+
+// The sum of all lanes, halves first.
+inline float sum_lanes(Vector v) {
+#if defined(__AVX512F__)
+  __m256 halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const __m256 half = _mm256_add_ps(halves[0], halves[1]);
+#elif defined(__AVX2__)
+  const __m256 half = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+#endif
+}
 
 inline Vector broadcast(float value) {
 #if defined(__AVX512F__)
@@ -88,14 +144,17 @@ inline Vector fma(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// sum += a * b, in place: left to choose, GCC accumulates into other registers and spills those it runs out of.
-inline void accumulate(Vector& sum, Vector a, Vector b) {
+// sum + a * b, into the register of `sum`: left to choose, GCC takes other registers and spills those it runs out of. Of a sum
+// that is taken by reference it would keep a copy in memory.
+inline Vector accumulate(Vector sum, Vector a, Vector b) {
 #if defined(__AVX512F__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 #elif defined(__FMA__)
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
 #else
-  sum = fma(a, b, sum);
+  return fma(a, b, sum);
 #endif
 }
 
