@@ -130,9 +130,10 @@ class Study:
         if method not in self._references:
             file = self.options.out / f"reference-{method}-{self._stamp}.npz"
             kept: list[np.ndarray] = list(np.load(file)["draws"]) if file.exists() else []
-            purifier = self.purifier(method, REFERENCE, self.options.reference_steps)
-            wanted = 2 * self.options.draws
-            for draw in tqdm(range(len(kept), wanted), desc=f"reference {method}", disable=None, leave=False):
+            missing = range(len(kept), 2 * self.options.draws)
+            purifier = self.purifier(method, REFERENCE, self.options.reference_steps) if missing else None
+            for draw in tqdm(missing, desc=f"reference {method}", disable=None, leave=False):
+                assert purifier is not None
                 kept.append(purifier(self.x, seed=1, draw=draw).flatten(1).numpy())
                 _write_arrays(file, draws=np.stack(kept))
             self._references[method] = np.stack(kept)
