@@ -83,7 +83,7 @@ def test_every_stage_is_compared(tmp_path):
         assert {record.unit.stage for record in ledger.done().values()} == {"clean", *spec.stages(), "judge"}
 
 
-SETTINGS = {"eot_iter": 2, "iterations": 3, "queries": 6, "target_classes": 2}
+SETTINGS = {"eot_iter": 2, "iterations": 3, "queries": 6, "target_classes": 2, "looks": 2, "coarse_steps": 1}
 
 
 def small_suite(name, norm="Linf", eps=8 / 255):

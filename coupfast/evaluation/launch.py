@@ -104,6 +104,8 @@ def evaluate(
         spec = _decided(spec, metered.purified.purifier, Path(out) if resume and out is not None else None)
         build = spec.builder()
     checks.check_attacks(stages, x, y, checks.classes_of(metered, x, device))
+    for attack in stages.values():
+        attack.check(metered)
     described, randomized = metered.describe(), True
     if metered.purified is None:
         seen = checks.look(metered, stages, x, device)

@@ -111,7 +111,7 @@ class Metered(nn.Module):
             if ids is None or draw is None:
                 raise ValueError("an attack that knows the judge's noise names its draws: `ids` and `draw` are to be given")
             ids = torch.tensor(self.known.images)[torch.as_tensor(ids).cpu()]
-            draw = torch.as_tensor(draw) % self.known.draws
+            draw = draw % self.known.draws
         if torch.is_grad_enabled() and x.requires_grad:
             self.gradient_images += len(x)
             if not torch._C._functorch.is_functorch_wrapped_tensor(x):

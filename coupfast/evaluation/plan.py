@@ -18,6 +18,7 @@ from torch import nn
 
 from coupfast.data import CIFAR10_SETS
 from coupfast.evaluation import purification
+from coupfast.evaluation.attacks import Attack
 from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
@@ -224,7 +225,12 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
         predicted = alone.plan(batch, image_shape=image)
         return weights + predicted.weights_bytes + predicted.peak_bytes
 
-    attacks = {name: peak(spec.shard * attack.replicas, attack.cost().gradient > 0) for name, attack in stages.items()}
+    def attacked(attack: Attack) -> int:
+        at_once, cost = attack.at_once(spec.shard), attack.cost()
+        without = peak(at_once * attack.replicas, False)
+        return max(without, peak(at_once * attack.gradient_replicas, True)) if cost.gradient else without
+
+    attacks = {name: attacked(attack) for name, attack in stages.items()}
     return {CLEAN: peak(spec.shard, False), **attacks, JUDGE: peak(spec.shard, False)}
 
 

@@ -207,7 +207,7 @@ class Worker:
         if self.rules.fast and found.left is not None:
             result["onward"] = [image for image, left in zip(unit.images, found.left.tolist(), strict=True) if not left]
         if found.looked is not None:
-            result["looked"] = found.looked.tolist()
+            result |= {"looked": found.looked.tolist(), "looks": found.looks}
         tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
         if found.strongest is not None and found.loss is not None and found.failed is not None:
             tensors |= {"x_strongest": found.strongest, "loss": found.loss, "failed": found.failed}

@@ -243,7 +243,7 @@ class _Seen:
             for kept in (self._strongest, self._loss, self._failed):
                 kept[images] = kept[best].clone()
         if self.looks:
-            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, looked=self.looked)
+            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, self.looked, self.looks)
         return Result(x_adv, curve, self._strongest, self._loss, self._failed > 0)
 
     def _keep(self, x: torch.Tensor, logits: torch.Tensor, *, looking: bool) -> None:

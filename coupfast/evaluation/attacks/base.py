@@ -45,7 +45,8 @@ class Result:
         loss: The mean cross-entropy that it saw at them, −inf where it has tried no point but the image itself.
         failed: Whether it saw them misclassified, or the share of draws in which it did.
         left: Images that it gave up before its last iteration since they have fallen; None if it does not tell.
-        looked: Of the fresh draws at each iterate (its `looks`), how many were misclassified where most were.
+        looked: Of the fresh draws of each iterate, how many were misclassified where most were; None if it does not tell.
+        looks: How many fresh draws those were.
     """
 
     x_adv: torch.Tensor
@@ -55,6 +56,7 @@ class Result:
     failed: torch.Tensor | None = None
     left: torch.Tensor | None = None
     looked: torch.Tensor | None = None
+    looks: int = 0
 
 
 class Attack(abc.ABC):
@@ -104,6 +106,11 @@ class Attack(abc.ABC):
     def replicas(self) -> int:
         """Copies of an image that go through the defense in one batch."""
         return 1
+
+    @property
+    def gradient_replicas(self) -> int:
+        """The same of those with a gradient."""
+        return self.replicas
 
     @property
     def knows_noise(self) -> bool:

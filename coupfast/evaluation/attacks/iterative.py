@@ -20,7 +20,7 @@ from coupfast.evaluation.attacks.losses import LOSSES, ce, least_classes, losses
 from coupfast.evaluation.metered import Metered
 
 # Draws by what they are for: of gradients from 0, of looks at every iterate, and of looks at who seems to have fallen.
-LOOKS, _FALLEN = 2**30, 2**31
+LOOKS, FALLEN = 2**30, 2**31
 
 _NEVER = 2**62
 
@@ -44,6 +44,11 @@ class Asked:
     number: torch.Tensor
     restart: torch.Tensor
     follow: bool
+
+    def only(self, chosen: torch.Tensor) -> Asked:
+        """Those of them."""
+        parts = {name: getattr(self, name)[chosen] for name in ("images", "x", "y", "number", "restart")}
+        return Asked(**parts, follow=self.follow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +77,16 @@ class Iterative(Attack):
     Attributes:
         losses: See `losses`; every restart has a loss of its own, and an image whose kept point failed more than half of its
             draws does not restart.
-        keep: Which point is returned: that of the highest expected cross-entropy; the "last"; or that of the least "accuracy"
-            on the fresh looks at each, the cross-entropy deciding among equals (Fixed-AutoAttack, 20 looks).
+        keep: Which point is returned: that of the highest expected cross-entropy; the "last"; or that of the least "accuracy",
+            the cross-entropy deciding among equals: on its looks (Fixed-AutoAttack, 20 of them), or without such on the draws
+            of its gradient.
         drop: When an image leaves, its present form kept. "never"; once "any" of its draws is misclassified, which decides it
             where the worst of several draws counts; once the "mean" logits are; or by a test for the "majority": once so many
             fresh draws at one point are misclassified, and none is not, that an image which most draws classify correctly
             would leave with a probability of `error` at most, over all points at which it is tested.
-        looks: N-evaluation inside of the attack: fresh draws, without a gradient, at every point. What the run then says of
-            the points is a harsher verdict than the judge's, who sees the last of them only.
+        looks: N-evaluation inside of the attack: fresh draws, without a gradient, at every point; 0 takes the gradient's draws,
+            which are fresh as well, since no point depends on the draws that are made at it. What a run says of the worst
+            point is a harsher verdict than the judge's, who sees one.
         batch: How many images are attacked at a time; of the others one begins as one leaves. None: all of a unit.
         dw_box: The attacker knows the noise that the judge will use, and asks for no other.
     """
@@ -117,8 +124,6 @@ class Iterative(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep == "accuracy" and not self.looks:
-            raise ValueError("`keep` = 'accuracy' goes by the fresh looks at every point: `looks` is to be at least 1")
         if max(self.eot_iter, self.looks, self.needed) * self.points >= LOOKS:
             raise ValueError(
                 f"`iterations` = {self.iterations} with {self.eot_iter} draws each take more draws than there are, {LOOKS}"
@@ -132,7 +137,7 @@ class Iterative(Attack):
         """The next points.
 
         Args:
-            memory: The attack's own, by name, tensors with a row an image; empty at first.
+            memory: The attack's own; see there.
             asked: The present ones.
             gradient: What was found there.
             x: The clean images.
@@ -140,16 +145,21 @@ class Iterative(Attack):
         size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)
         return ball.project(asked.x + ball.ascent(gradient, self.norm, size), x, self.norm, self.eps)
 
+    def memory(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What it remembers from step to step, by name: tensors with a row an image, 0 where a restart begins."""
+        return {}
+
     def start(self, x: torch.Tensor, *, seed: int) -> torch.Tensor:
         """Where it begins."""
         return x.clone()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         images, device = len(x), x.device
-        x_k, memory = self.start(x, seed=seed), dict[str, torch.Tensor]()
+        x_k, memory = self.start(x, seed=seed), self.memory(x)
         best = _Best(x_k)
         k, restart, fell = (torch.full((images,), value, device=device) for value in (0, 0, _NEVER))
         left, looked = torch.zeros_like(k, dtype=torch.bool), torch.zeros_like(k)
+        tests = _Tests(k)
         waiting = self.at_once(images)
         active, reached = torch.arange(waiting, device=device), 0
         while len(active):
@@ -162,13 +172,14 @@ class Iterative(Attack):
                 number = restart[here] * (self.iterations + 1) + k[here]
                 asked = Asked(here, x_k[here], y[here], number, restart[here], follow)
                 answer = self.ask(defense, asked)
-                share, accuracy = answer.wrong.float().mean(dim=0), None
-                if self.looks:
-                    wrong = self._look(defense, asked, LOOKS, self.looks).sum(dim=0)
-                    looked[here] = torch.maximum(looked[here], wrong)
-                    accuracy = 1 - wrong / self.looks
-                best.see(here, asked.x, answer.loss, share, accuracy, keep=self.keep)
-                leaving = self._leaving(defense, asked, answer)
+                wrong = self._look(defense, asked, LOOKS, self.looks) if self.looks else answer.wrong
+                if self.looks or answer.real:
+                    looked[here] = torch.maximum(looked[here], wrong.sum(dim=0))
+                share = wrong.float().mean(dim=0)
+                best.see(here, asked.x, answer.loss, share, keep=self.keep)
+                leaving = self._leaving(defense, asked, answer, tests)
+                if not answer.real:  # then it was the looks that failed, all of them
+                    share = torch.where(leaving, 1.0, share)
                 best.take(here[leaving], asked.x[leaving], answer.loss[leaving], share[leaving])
                 left[here[leaving]] = True
                 failed = answer.failed | leaving
@@ -177,9 +188,7 @@ class Iterative(Attack):
                 if follow:
                     onward = ~leaving
                     if answer.gradient is not None and bool(onward.any()):
-                        moved = dataclasses.replace(
-                            asked, **{name: getattr(asked, name)[onward] for name in ("images", "x", "y", "number", "restart")}
-                        )
+                        moved = asked.only(onward)
                         x_k[moved.images] = self.step(memory, moved, answer.gradient[onward], x[moved.images])
                         k[moved.images] += 1
                     going[places[leaving]] = False
@@ -199,7 +208,7 @@ class Iterative(Attack):
                 active = torch.cat([active, torch.arange(waiting, waiting + room, device=device)])
                 waiting += room
         curve = tuple(int((fell > number).sum()) for number in range(reached + 1))
-        return Result(best.x, curve, best.x, best.loss, best.share, left, looked if self.looks else None)
+        return Result(best.x, curve, best.x, best.loss, best.share, left, looked, self.looks or self.eot_iter)
 
     def cross_entropy(self, logits: torch.Tensor, asked: Asked) -> torch.Tensor:
         """Mean over the draws, logits being (draws, n, classes)."""
@@ -239,30 +248,38 @@ class Iterative(Attack):
         return len(split(self.losses)) * (self.iterations + 1)
 
     @property
+    def tests(self) -> int:
+        """At most, of an image: how often it is asked whether its majority has fallen. Here at every point."""
+        return self.points
+
+    @property
     def needed(self) -> int:
         """Draws that all have to fail at one point before the test lets an image go; 0 where there is none.
 
         Draws at a point are independent of how it was found. Where at most half of all draws fail, so many do with a
-        probability of 2^−needed at most; and there are so many points.
+        probability of 2^−needed at most; and there are so many tests.
         """
-        return math.ceil(math.log2(self.points / self.error)) if self.drop == "majority" else 0
-
-    def _leaving(self, defense: Metered, asked: Asked, answer: Answer) -> torch.Tensor:
-        if self.drop == "never":
-            return torch.zeros_like(answer.failed)
-        if self.drop in ("any", "mean") and answer.real:
-            return answer.failed
-        leaving = answer.wrong.all(dim=0) if self.drop == "majority" else answer.failed.clone()
-        more = self.needed - (self.eot_iter if answer.real else 0) if self.drop == "majority" else 1
-        if more > 0 and bool(leaving.any()):
-            parts = {name: getattr(asked, name)[leaving] for name in ("images", "x", "y", "number", "restart")}
-            leaving[leaving.clone()] = self._look(defense, dataclasses.replace(asked, **parts), _FALLEN, more).all(dim=0)
-        return leaving
+        return math.ceil(math.log2(self.tests / self.error)) if self.drop == "majority" else 0
 
     @property
     def more(self) -> int:
-        """Looks without a gradient, at most, at an image that seems to have fallen."""
-        return max(0, self.needed - self.eot_iter) * self.points
+        """Looks at one point of an image that seems to have fallen, beside the draws of its gradient."""
+        return max(0, self.needed - self.eot_iter)
+
+    def _leaving(self, defense: Metered, asked: Asked, answer: Answer, tests: _Tests) -> torch.Tensor:
+        if self.drop == "never":
+            return torch.zeros_like(answer.failed)
+        leaving = answer.wrong.all(dim=0) if self.drop == "majority" else answer.failed.clone()
+        if self.more:
+            begun = leaving & tests.due(asked)
+            tried = begun.clone()
+            # One first: most of those that have not fallen show it.
+            for base, draws in ((FALLEN, 1), (FALLEN + LOOKS, self.more - 1)):
+                if draws and bool(tried.any()):
+                    tried[tried.clone()] = self._look(defense, asked.only(tried), base, draws).all(dim=0)
+            leaving = tried
+            tests.undecided(asked.only(begun & ~leaving))
+        return leaving
 
     @property
     def least_classes(self) -> int:
@@ -285,27 +302,35 @@ class _Best:
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x.clone()
-        self.loss, self._accuracy = (torch.full((len(x),), v, dtype=x.dtype, device=x.device) for v in (-math.inf, math.inf))
+        self.loss = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
         self.share = torch.zeros(len(x), device=x.device)
 
-    def see(
-        self,
-        images: torch.Tensor,
-        x: torch.Tensor,
-        loss: torch.Tensor,
-        share: torch.Tensor,
-        accuracy: torch.Tensor | None,
-        *,
-        keep: str,
-    ) -> None:
-        better = loss > self.loss[images]
-        if keep == "last":
-            better = torch.ones_like(better)
-        elif keep == "accuracy" and accuracy is not None:
-            better = (accuracy < self._accuracy[images]) | ((accuracy == self._accuracy[images]) & better)
-            self._accuracy[images[better]] = accuracy[better]
-            share = 1 - accuracy
+    def see(self, images: torch.Tensor, x: torch.Tensor, loss: torch.Tensor, share: torch.Tensor, *, keep: str) -> None:
+        higher, more = loss > self.loss[images], share > self.share[images]
+        better = {
+            "loss": higher,
+            "last": torch.ones_like(higher),
+            "accuracy": more | (higher & (share == self.share[images])),
+        }[keep]
         self.take(images[better], x[better], loss[better], share[better])
 
     def take(self, images: torch.Tensor, x: torch.Tensor, loss: torch.Tensor, share: torch.Tensor) -> None:
         self.x[images], self.loss[images], self.share[images] = x, loss, share
+
+
+class _Tests:
+    """When an image is looked at that seems to have fallen: each time that it has not, twice as many points have to pass.
+
+    Of P points it is P.bit_length() times at most.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._next, self._pause = torch.zeros_like(like), torch.ones_like(like)
+
+    def due(self, asked: Asked) -> torch.Tensor:
+        due: torch.Tensor = asked.number >= self._next[asked.images]
+        return due
+
+    def undecided(self, asked: Asked) -> None:
+        self._next[asked.images] = asked.number + self._pause[asked.images]
+        self._pause[asked.images] *= 2

@@ -50,7 +50,11 @@ class PGD(Iterative):
         logits = logits.detach()
         wrong = logits.argmax(dim=2) != asked.y
         failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
-        return Answer(wrong, failed, compared.detach(), gradient)
+        return Answer(wrong, failed, compared.detach(), gradient, real=self.real(asked))
+
+    def real(self, asked: Asked) -> bool:
+        """Whether those logits are the defense's own."""
+        return True
 
     def logits(self, defense: Metered, x: torch.Tensor, asked: Asked) -> torch.Tensor:
         """Of all draws, (draws, n, classes)."""
@@ -60,7 +64,8 @@ class PGD(Iterative):
     def cost(self) -> Cost:
         restarts = self.points // (self.iterations + 1)
         looks = self.looks * self.points
-        return Cost(restarts * self.eot_iter + looks, restarts * self.iterations * self.eot_iter, again=self.more)
+        again = self.more * self.points.bit_length()
+        return Cost(restarts * self.eot_iter + looks, restarts * self.iterations * self.eot_iter, again=again)
 
 
 @dataclasses.dataclass(frozen=True)
