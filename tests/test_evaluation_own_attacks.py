@@ -1,6 +1,7 @@
 """Attacks that climb, on defenses where what they can reach is known: each fails here if it is made weaker."""
 
 import dataclasses
+import json
 import math
 
 import evaluation_cases
@@ -12,11 +13,13 @@ from torch import nn
 from torch.nn import functional
 
 from coupfast import PurifiedClassifier, Purifier, StepMethod
-from coupfast.evaluation import Spec, evaluate
+from coupfast.evaluation import Ledger, Spec, evaluate
+from coupfast.evaluation import plan as planning
 from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, Transfer, ball
 from coupfast.evaluation.attacks.iterative import Answer, Asked, Iterative
 from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.plan import Plan, Probe, plan
 from coupfast.evaluation.suites import SUITES, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
@@ -541,6 +544,68 @@ def test_stopped_inside_it_goes_on_with_the_same_bits(tmp_path, attack):
         with asked() as rest, run(folder, spec, resume=True) as ledger:
             check_same(ledger, whole)
         assert rest.calls <= count.calls - (at - 1) + 3
+
+
+# --- the fast mode -----------------------------------------------------------------------------------------------------------
+
+SMALL_CASCADE = {"iterations": 4, "eot_iter": 3, "coarse_steps": 1, "eps": 1 / 255, "shard": 5, "draws": 2, "paths": 0}
+
+
+def test_the_fast_mode_sets_what_is_not_set():
+    stages = Spec.of(attack="cascade", mode="fast", shard=16).stages()
+    assert {(attack.drop, attack.batch) for attack in stages.values()} == {("majority", 4)}
+    assert Spec.of(attack="cascade", mode="fast", batch=7).stages()["exact"].batch == 7
+    assert Spec.of(attack="cascade", mode="fast", drop="any").stages()["exact"].drop == "any"
+    assert Spec.of(attack=PGD(), mode="fast").stages()["pgd"] == PGD()
+    assert Spec.of(attack="autoattack-rand", mode="fast").stages() == Spec.of(attack="autoattack-rand").stages()
+    assert Spec.of(attack="cascade").stages()["exact"].drop == "never"
+    with pytest.raises(ValueError, match="`mode` is one of 'full', 'fast', got 'quick'"):
+        Spec.of(mode="quick")
+    with pytest.raises(ValueError, match="`seeding` 'autoattack' attacks what AutoAttack would, and `mode` 'fast' does not"):
+        Spec.of(mode="fast", seeding="autoattack")
+
+
+def test_in_the_fast_mode_those_go_on_that_have_not_fallen(tmp_path):
+    """Whatever one fresh draw says; and killed anywhere in the cascade it goes on with the same bits."""
+    spec = Spec.of(attack="cascade", mode="fast", error=0.5, **SMALL_CASCADE)
+    with asked() as count, run(tmp_path / "whole", spec) as ledger:
+        whole, records = found(ledger), ledger.done()
+    entered = {record.unit.stage: set(record.unit.images) for record in records.values()}
+    first = records["transfer-3-00000"]
+    assert entered["transfer-3"] == {0, 1, 2, 3, 4}
+    assert set(first.result["onward"]) == set(first.onward) == entered.get("transfer-5", set())
+    assert set(first.onward) < entered["transfer-3"]  # somebody left
+    assert entered.get("exact", set()) <= entered["transfer-5"]
+    folder, stops = tmp_path / "run", 0
+    for at in (count.calls // 3, count.calls // 4):
+        stopped(folder, at, spec, resume=stops > 0)
+        stops += 1
+    with run(folder, spec, resume=True) as ledger:
+        check_same(ledger, whole)
+
+
+def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None))
+    spec = Spec.of(attack="cascade", t=0.06, num_steps=20, limit=10, draws=2, paths=0)
+    found = plan(spec)
+    stages = {stage.name: stage for stage in found.stages}
+    assert [stages[name].steps for name in ("transfer-3", "transfer-5", "exact")] == [3, 5, None]
+    gradients = 10 * 100 * 10
+    assert stages["transfer-3"].seconds == pytest.approx(stages["transfer-3"].forward + gradients * 3.0 * 3 / 20)
+    assert stages["exact"].seconds == pytest.approx(stages["exact"].forward + stages["exact"].gradient * 3.0)
+    assert "gradient through 3 steps" in str(found) and not found.expected
+    pilot = Spec.of(attack="cascade", mode="fast", error=0.5, **SMALL_CASCADE)
+    run(tmp_path / "pilot", pilot).close()
+    small = plan(spec.but(mode="fast"), pilot=tmp_path / "pilot")
+    assert Plan.from_dict(json.loads(json.dumps(small.to_dict()))) == small
+    with Ledger(tmp_path / "pilot", read_only=True) as ledger:
+        took = {stage.name: stage for stage in planning.happened(ledger)}
+    for stage, most in zip(small.expected, small.stages, strict=True):
+        assert stage.images == 2 * took[stage.name].images if stage.name in took else stage.images == 0
+        assert stage.seconds <= most.seconds and stage.gradient <= most.gradient
+    assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'}" in str(small)
+    with pytest.raises(ValueError, match="has no stage diffhammer; it has clean, transfer-3, transfer-5, exact, judge"):
+        plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
 
 
 # --- refused before any work -------------------------------------------------------------------------------------------------

@@ -25,6 +25,12 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
         "--probe-images", type=int, default=1, metavar="N", help="batch of the probe; a run has --shard of them"
     )
     parser.add_argument("--probe-steps", type=int, default=2, metavar="K", help="steps of the probe's purification")
+    parser.add_argument(
+        "--pilot",
+        metavar="RUN",
+        help="a finished run of stages of the same names, on fewer images or of another size: say what to expect if as many "
+        "images survive as there",
+    )
     parser.add_argument("--price", type=float, metavar="P", help="of a worker and hour, in any currency")
     add_spec(parser, method, attack)
 
@@ -44,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
             probe_images=options.probe_images,
             probe_steps=options.probe_steps,
             price=options.price,
+            pilot=options.pilot,
         )
     )
     return 0

@@ -11,7 +11,7 @@ from coupfast.cli.arguments import add_noise, add_purification, default_device
 from coupfast.evaluation import suites
 from coupfast.evaluation.attacks.knobs import parse_fraction
 from coupfast.evaluation.ledger import Ledger
-from coupfast.evaluation.spec import GIVEN, SEEDINGS, Spec, paper
+from coupfast.evaluation.spec import GIVEN, MODES, SEEDINGS, Spec, paper
 from coupfast.options import Option
 
 _KNOB = "knob:"  # how destinations of knobs begin, so that none meets another option
@@ -73,6 +73,13 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
     group.add_argument(
         "--seeding", choices=SEEDINGS, default=none, help=f"a seed for each unit, or AutoAttack's one (default: {spec.seeding})"
     )
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=none,
+        help="full: every image through all of an attack; fast: images leave this project's attacks once a test with a stated "
+        f"error says that most draws fail, and others take their place (default: {spec.mode})",
+    )
     add_number("shard", "N", "images of a unit of work, which is a batch")
     add_number("draws", "N", "fresh draws that judge each image")
     group.add_argument(
@@ -110,7 +117,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
 # What commands have beside the options of a spec.
 _OTHERS = {
     *("command", "run", "run_", "argv", "debug", "out", "resume", "workers", "plan", "price", "certify", "cluster", "paper"),
-    *("probe_images", "probe_steps"),
+    *("probe_images", "probe_steps", "pilot"),
 }
 
 

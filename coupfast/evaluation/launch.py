@@ -138,6 +138,7 @@ def evaluate(
         environment=environment(torch.device(spec.device)),
         defense=described,
         folder=None if temporary is not None else str(folder.absolute()),  # what goes with this process needs no journals
+        fast=spec.mode == "fast",
     )
     with _noise_left_alone(metered), contextlib.closing(_pool(rules, build, metered, devices, workers, cluster, spec)) as pool:
         if resume:
