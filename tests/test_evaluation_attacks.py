@@ -109,7 +109,7 @@ def test_stays_within_its_radius_and_counts_at_most_its_cost(name, norm, eps):
         # most 1, once when the step is added and once when it is taken off here; of the length that it was scaled by, and of
         # the one here, which are sums.
         ulp, values = torch.finfo(x.dtype).eps, 1 if norm == "Linf" else x[0].numel()
-        if name != "salt-and-pepper":
+        if name not in ("salt-and-pepper", "stadv"):
             assert float(size.max()) <= eps * (1 + 8 * ulp) + ulp * math.sqrt(values)
         assert defense.forward_images <= 3 * (attack.cost().forward + attack.cost().again)
         assert defense.gradient_images <= 3 * attack.cost().gradient

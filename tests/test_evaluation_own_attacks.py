@@ -15,9 +15,10 @@ from torch.nn import functional
 from coupfast import PurifiedClassifier, Purifier, StepMethod
 from coupfast.evaluation import Ledger, Spec, evaluate
 from coupfast.evaluation import plan as planning
-from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, Transfer, ball
-from coupfast.evaluation.attacks.iterative import Answer, Asked, Iterative
+from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, StAdv, Transfer, ball
+from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall
 from coupfast.evaluation.attacks.losses import LOSSES
+from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.plan import Plan, Probe, plan
 from coupfast.evaluation.suites import SUITES, find
@@ -304,6 +305,64 @@ def test_a_coarser_defense_is_the_same_in_fewer_steps():
         metered(x, view=View(steps=1))
 
 
+# --- stadv -------------------------------------------------------------------------------------------------------------------
+
+
+def ramp():
+    """Brightness rises from left to right: half a pixel to the right is 0.05 brighter."""
+    return torch.linspace(0.2, 0.8, 7).expand(1, 3, 6, 7).clone()
+
+
+class Brightness(nn.Module):
+    """The margin is the brightness of the image, or of one half minus the other's, without the borders."""
+
+    def __init__(self, halves=False):
+        super().__init__()
+        self.halves = halves
+
+    def forward(self, x):
+        inner = x[:, :, 1:-1, 1:-1]
+        up, down = inner[:, :, :2].mean(dim=(1, 2, 3)), inner[:, :, 2:].mean(dim=(1, 2, 3))
+        margin = (up - down if self.halves else up + down) - 5
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+
+def flowed(attack, model):
+    with torch.random.fork_rng():
+        return attack.run(Metered(model.eval()), ramp(), torch.zeros(1, dtype=torch.int64), seed=0).x_adv
+
+
+def test_stadv_moves_a_ramp_as_far_as_it_reaches():
+    result = flowed(StAdv(iterations=20, eot_iter=1, losses="margin", smoothness=0.0, reach=0.5), Brightness())
+    torch.testing.assert_close(result[:, :, 1:-1, 1:-1], ramp()[:, :, 1:-1, 1:-1] + 0.05)
+    assert float(result.max()) <= 0.8 + 1e-6  # there is nothing brighter to be moved
+
+
+def test_stadv_is_held_back_by_the_unevenness_of_its_flow_and_not_by_its_length():
+    def rise(smoothness, halves):
+        before = float(ramp()[:, :, 1:3, 1:-1].mean())
+        attack = StAdv(iterations=60, eot_iter=1, losses="margin", smoothness=smoothness, keep="last")
+        result = flowed(attack, Brightness(halves))
+        return float(result[:, :, 1:3, 1:-1].mean()) - before
+
+    assert rise(1.0, halves=True) < 0.2 * rise(0.0, halves=True)  # the halves would go apart
+    assert rise(1e-4, halves=False) > 0.1
+
+
+def test_a_flow_moves_pixels_by_whole_and_by_half_places():
+    x = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    flow = torch.zeros(2, 2, 5, 6)
+    torch.testing.assert_close(moved(x, flow), x)
+    flow[:, 0] = 1.0
+    torch.testing.assert_close(moved(x, flow)[..., :-1], x[..., 1:])
+    flow[:, 0], flow[:, 1] = 0.0, -0.5
+    torch.testing.assert_close(moved(x, flow)[:, :, 1:], (x[:, :, 1:] + x[:, :, :-1]) / 2)
+    # One pixel displaced by (3, 4) differs by 5 from each of its four neighbours, and each of them from it.
+    flow = torch.zeros(1, 2, 5, 6)
+    flow[0, :, 2, 2] = torch.tensor([3.0, 4.0])
+    torch.testing.assert_close(unevenness(flow), torch.tensor([40.0]), rtol=1e-3, atol=0)
+
+
 # --- who leaves, who comes ---------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +442,7 @@ def test_a_test_that_fails_is_not_repeated_at_every_point():
     calls = []
 
     @dataclasses.dataclass(frozen=True)
-    class Fooled(Iterative):
+    class Fooled(InBall):
         def ask(self, defense, asked):
             n = len(asked.images)
             bad = torch.ones(self.eot_iter, n, dtype=torch.bool)
@@ -467,6 +526,7 @@ OWN = [
     BPDA(iterations=3, eot_iter=2),
     Transfer(iterations=3, eot_iter=2, coarse_steps=1, looks=2),
     DiffHammer(iterations=3, eot_iter=4),
+    StAdv(iterations=3, eot_iter=2, losses="ce"),
     DiffHammer(iterations=3, eot_iter=4, looks=3, losses="ce"),
     APGD(iterations=3, eot_iter=2, looks=3),
 ]
@@ -528,6 +588,7 @@ def test_published_sizes():
         Transfer(eps=1 / 255, coarse_steps=1, iterations=5, eot_iter=2, drop="majority", error=0.5),
         PGD(eps=1 / 255, iterations=4, eot_iter=3, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
         APGD(eps=1 / 255, iterations=4, eot_iter=2, looks=3, dw_box=True),
+        StAdv(iterations=4, eot_iter=2, batch=2),
     ],
     ids=lambda attack: type(attack).__name__,
 )
@@ -626,6 +687,8 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
         ("transfer", {"keep": "accuracy"}, "`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0"),
         ("transfer", {"keep": "loss"}, "`keep` is one of last, accuracy, got 'loss'"),
         ("transfer", {"coarse_steps": 0}, "`coarse_steps` is at least 1, got 0"),
+        ("stadv", {"smoothness": -1.0}, "`smoothness` is a finite number from 0, got -1.0"),
+        ("stadv", {"reach": 0.0}, "`reach` is a finite number above 0, got 0.0"),
     ],
 )
 def test_bad_knobs_are_refused(name, settings, message):

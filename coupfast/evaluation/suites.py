@@ -18,6 +18,7 @@ from coupfast.evaluation.attacks import (
     FABTargeted,
     SaltAndPepper,
     Square,
+    StAdv,
     TargetedAPGD,
     Transfer,
     knobs,
@@ -150,6 +151,7 @@ _ALL = (
             "exact": dataclasses.replace(_pgd_eot(norm, eps), iterations=50, eot_iter=10, keep="accuracy"),
         },
     ),
+    Suite("stadv", lambda norm, eps: {"stadv": StAdv()}),
     Suite(
         "salt-and-pepper",
         lambda norm, eps: {"salt-and-pepper": SaltAndPepper()},

@@ -7,6 +7,7 @@ from coupfast.evaluation.attacks.diffhammer import DiffHammer
 from coupfast.evaluation.attacks.iterative import Iterative
 from coupfast.evaluation.attacks.knobs import count, knob
 from coupfast.evaluation.attacks.pgd import BPDA, PGD
+from coupfast.evaluation.attacks.stadv import StAdv
 from coupfast.evaluation.attacks.transfer import Transfer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Result",
     "SaltAndPepper",
     "Square",
+    "StAdv",
     "TargetedAPGD",
     "Transfer",
     "count",

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.attacks.base import Cost
-from coupfast.evaluation.attacks.iterative import Answer, Asked, Iterative
+from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall
 from coupfast.evaluation.attacks.knobs import count, knob
 from coupfast.evaluation.attacks.losses import losses_knob
 from coupfast.evaluation.metered import Metered
@@ -34,7 +34,7 @@ _SETTLED = 1e-3  # of a weight in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffHammer(Iterative):
+class DiffHammer(InBall):
     """Three restarts of 50 iterations, with the losses of Carlini and Wagner (without their hinge), CE and DLR.
 
     The gradient is averaged as g_i = i^−½ (new) + (1 − i^−½) g_{i−1} before a step in its direction.

@@ -72,7 +72,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Iterative(Attack):
-    """Steps of one length along a gradient, projected onto the ball.
+    """Points, each found from the gradient at the one before.
 
     Attributes:
         losses: See `losses`; every restart has a loss of its own, and an image whose kept point failed more than half of its
@@ -91,17 +91,8 @@ class Iterative(Attack):
         dw_box: The attacker knows the noise that the judge will use, and asks for no other.
     """
 
-    norm: str = "Linf"
-    eps: float = 8 / 255
     iterations: int = count(40, "steps of the attack")
     eot_iter: int = count(15, "draws of the noise that a gradient is averaged over")
-    step_size: float | None = knob(
-        None,
-        "length of a step, for images in [0, 1]; 2/255 in Linf and eps/5 in L2",
-        metavar="A",
-        words="a finite number above 0 for images in [0, 1]",
-        valid=lambda size: 0 < size < math.inf,
-    )
     losses: str = losses_knob("ce")
     keep: Literal["loss", "last", "accuracy"] = knob(
         "loss", "which point is returned: of the highest loss, the last, or of the least accuracy on its looks"
@@ -133,6 +124,7 @@ class Iterative(Attack):
     def ask(self, defense: Metered, asked: Asked) -> Answer:
         """One look at some images' points, `eot_iter` draws each."""
 
+    @abc.abstractmethod
     def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The next points.
 
@@ -142,8 +134,6 @@ class Iterative(Attack):
             gradient: What was found there.
             x: The clean images.
         """
-        size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)
-        return ball.project(asked.x + ball.ascent(gradient, self.norm, size), x, self.norm, self.eps)
 
     def memory(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What it remembers from step to step, by name: tensors with a row an image, 0 where a restart begins."""
@@ -295,6 +285,31 @@ class Iterative(Attack):
 
     def at_once(self, images: int) -> int:
         return min(images, self.batch or images)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Radius(Attack):
+    """First among an attack's fields."""
+
+    norm: str = "Linf"
+    eps: float = 8 / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class InBall(Iterative, _Radius):
+    """Steps of one length along the gradient, projected onto the ball."""
+
+    step_size: float | None = knob(
+        None,
+        "length of a step, for images in [0, 1]; 2/255 in Linf and eps/5 in L2",
+        metavar="A",
+        words="a finite number above 0 for images in [0, 1]",
+        valid=lambda size: 0 < size < math.inf,
+    )
+
+    def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)
+        return ball.project(asked.x + ball.ascent(gradient, self.norm, size), x, self.norm, self.eps)
 
 
 class _Best:

@@ -12,29 +12,21 @@ import torch
 
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.attacks.base import Cost
-from coupfast.evaluation.attacks.iterative import Answer, Asked, Iterative
+from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall, Iterative
 from coupfast.evaluation.attacks.knobs import knob
 from coupfast.evaluation.attacks.losses import ce
 from coupfast.evaluation.metered import Metered
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD(Iterative):
-    """PGD with EOT, in sign steps (Linf) or normalized ones (L2).
+class Expectation(Iterative):
+    """The gradient is that of the expected loss: backwards through all draws.
 
     Attributes:
-        step_size: None is 2/255 in Linf, eps/5 in L2.
         mean: The loss is the mean of the draws' losses, or the loss of their mean logits.
-        drop: See `Iterative`. DiffPure's published BPDA + EOT confirms a failure of the mean logits on 150 further draws before
-            the image counts as fallen; "mean" does not.
-        random_start: Start anywhere in the ball, uniformly, then clip to [0, 1].
     """
 
     mean: Literal["losses", "logits"] = knob("losses", "the loss is of the draws' mean losses, or of their mean logits")
-    random_start: bool = knob(False, "start anywhere in the ball")
-
-    def start(self, x: torch.Tensor, *, seed: int) -> torch.Tensor:
-        return ball.anywhere(x, self.norm, self.eps, seed=seed) if self.random_start else x.clone()
 
     def ask(self, defense: Metered, asked: Asked) -> Answer:
         with torch.set_grad_enabled(asked.follow):
@@ -66,6 +58,23 @@ class PGD(Iterative):
         looks = self.looks * self.points
         again = self.more * self.points.bit_length()
         return Cost(restarts * self.eot_iter + looks, restarts * self.iterations * self.eot_iter, again=again)
+
+
+@dataclasses.dataclass(frozen=True)
+class PGD(Expectation, InBall):
+    """PGD with EOT, in sign steps (Linf) or normalized ones (L2).
+
+    Attributes:
+        step_size: None is 2/255 in Linf, eps/5 in L2.
+        drop: See `Iterative`. DiffPure's published BPDA + EOT confirms a failure of the mean logits on 150 further draws before
+            the image counts as fallen; "mean" does not.
+        random_start: Start anywhere in the ball, uniformly, then clip to [0, 1].
+    """
+
+    random_start: bool = knob(False, "start anywhere in the ball")
+
+    def start(self, x: torch.Tensor, *, seed: int) -> torch.Tensor:
+        return ball.anywhere(x, self.norm, self.eps, seed=seed) if self.random_start else x.clone()
 
 
 @dataclasses.dataclass(frozen=True)
