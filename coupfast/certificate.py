@@ -80,7 +80,7 @@ class GradientCertificate:
 
     Attributes:
         has_gradient: False for `gradient="none"`: then everything that needs one is None or empty.
-        settings: What was certified, as `Settings.to_dict` has it.
+        settings: What was certified, as `Settings.describe` has it.
         claims_exact: Whether this gradient is meant to be that of the steps that ran.
         num_steps, engine, dtype, device: Of the purifier, as it ran.
         loss: In words.

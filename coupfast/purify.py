@@ -11,7 +11,7 @@ import inspect
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,27 @@ class Purifier(nn.Module):
         """Steps of a run."""
         return self._settings.num_steps
 
-    def decide(self, options: Mapping[str, Any]) -> None:
-        """Set options of the engine that were left open, before the first call (see `Engine.decided`)."""
-        if self._prepared:
-            raise RuntimeError("this purifier has run, and its engine is chosen; decide on a new one")
-        self._settings = Settings.of(self._settings, engine_options=options)
+    def settle(self, settings: Settings) -> Callable[[], None]:
+        """Take settings of the same method and gradient that leave less open, as a run does whose bits must not follow what
+        memory is free (`Engine.decided`).
+
+        Returns:
+            What puts back the settings of before, and all that was made by them.
+
+        Raises:
+            ValueError: if they purify otherwise.
+        """
+        before, prepared = self._settings, self._prepared
+        if settings == before:
+            return lambda: None
+        if settings.method is not before.method or type(settings.gradient) is not type(before.gradient):
+            raise ValueError("a purifier that purifies otherwise is another one: make it of these settings")
+        self._settings, self._prepared = settings, OrderedDict()
+
+        def undo() -> None:
+            self._settings, self._prepared = before, prepared
+
+        return undo
 
     @property
     def engine(self) -> str:

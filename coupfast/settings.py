@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from coupfast.engines import Engine, fastest_engine
 from coupfast.gradients import GRADIENTS, Exact, Gradient
 from coupfast.methods import COUP, METHODS, Method, StepMethod, TableMethod, method_name
-from coupfast.naming import is_reference, reference_to, resolve
+from coupfast.naming import code_of, described, is_reference, name_of, resolve
 from coupfast.options import Option, check_name, did_you_mean, options_of
 from coupfast.sde import VPSDE
 
@@ -124,11 +125,27 @@ class Settings:
         return fastest_engine(score) if self.engine.name == "auto" else (self.engine.name, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: enough for `from_dict`, and a hash of the numbers (or of the source) that the steps follow."""
+        """As JSON has it: enough for `from_dict`, and a hash of the numbers (or of the source) that the steps follow.
+
+        Raises:
+            ValueError: if no name leads back to a part of it: a lambda, a partial or an object in the place of a function, or a
+                class that was made inside of a function. `describe` says of those what can be said.
+        """
+        return self._written(name_of)
+
+    def describe(self) -> dict[str, Any]:
+        """The same to read and to compare, of any settings: words in angle brackets stand for what no name leads back to."""
+        return self._written(lambda found, option: described(found))
+
+    def _written(self, named: Callable[..., str]) -> dict[str, Any]:
+        owner = type(self.method)
         return {
-            "method": {"name": method_name(self.method), **_fields(self.method)},
-            "gradient": {"name": self.gradient.name, **_fields(self.gradient)},
-            "engine": _fields(self.engine),
+            "method": {
+                "name": owner.name if METHODS.get(owner.name) is owner else named(owner, option="method"),
+                **_fields(self.method, named),
+            },
+            "gradient": {"name": self.gradient.name, **_fields(self.gradient, named)},
+            "engine": _fields(self.engine, named),
             "steps_sha256": self._steps_sha256(),
         }
 
@@ -137,9 +154,16 @@ class Settings:
         """What `to_dict` was made of.
 
         Raises:
-            ValueError: if the method is not there any more, or its steps are others now.
+            ValueError: if the method is not there any more, if its steps are others now, or if no name leads back to a part.
         """
         method, gradient = dict(fields["method"]), dict(fields["gradient"])
+        for name, value in method.items():
+            if isinstance(value, str) and "<" in value:
+                what = "method" if name == "name" else name
+                raise ValueError(
+                    f"`{what}` was {value.strip('<>')} when this was written, and no name leads back to that: make these "
+                    f"settings in Python again"
+                )
         named = _choose_method(method.pop("name"))
         values = _values(method)
         found = cls(
@@ -187,8 +211,7 @@ def _source(owner: type) -> str:
             return text
     with contextlib.suppress(OSError, TypeError):
         return inspect.getsource(owner)
-    codes = [value.__code__ for value in vars(owner).values() if inspect.isfunction(value)]
-    return repr([(code.co_name, code.co_code, code.co_names, [str(each) for each in code.co_consts]) for code in codes])
+    return repr([code_of(value.__code__) for value in vars(owner).values() if inspect.isfunction(value)])
 
 
 def _is_outside(method: Any) -> bool:
@@ -242,20 +265,20 @@ def _said(part: Any) -> str:
     return repr(part.name)
 
 
-def _fields(part: Any) -> dict[str, Any]:
-    return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+def _fields(part: Any, named: Callable[..., str]) -> dict[str, Any]:
+    return {field.name: _plain(getattr(part, field.name), field.name, named) for field in dataclasses.fields(part)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str, named: Callable[..., str]) -> Any:
     if isinstance(value, VPSDE):
         return {"beta_min": value.beta_min, "beta_max": value.beta_max}
     if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
+        return [_plain(part, name, named) for part in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, Callable):  # type: ignore[arg-type]
-        return reference_to(value if hasattr(value, "__qualname__") else type(value))
-    return value
+        return {str(key): _plain(part, name, named) for key, part in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else named(value, option=name)
 
 
 def _values(fields: Mapping[str, Any]) -> dict[str, Any]:

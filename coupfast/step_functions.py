@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from coupfast import tape
 from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
 from coupfast.engine import Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.precision import strict_float32
 from coupfast.integrate import Storage
 from coupfast.methods import Networks, StepMethod, StepState
+from coupfast.tape import Track
 
 
 class BoundSteps:
@@ -110,6 +112,7 @@ class StepRun:
     progress: Callable[[], object] = lambda: None
     keep_states: bool = False
     check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
+    track: Track | None = None  # steps that outlive the run
     states: list[list[StepState]] = dataclasses.field(default_factory=list)  # [piece][step]
 
     def trajectory(self) -> list[torch.Tensor]:
@@ -125,6 +128,8 @@ def integrate_steps(x_in: torch.Tensor, run: StepRun, *, gradient: bool) -> torc
         run: How to run; `run.states` is filled as far as the run keeps states.
         gradient: Whether a backward pass is to be possible (the run then keeps every state).
     """
+    on = tape.current()
+    run.track = None if on is None else on.track(x_in.detach())
     with strict_float32(x_in.device.type):
         if gradient:
             return _StepGradient.apply(x_in, run.noise.rows if isinstance(run.noise, ReplayedNoise) else None, run)
@@ -138,26 +143,38 @@ def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.T
     for piece in run.storage.pieces(len(x_in)):
         noise = run.noise.images(piece)
         state = method.start(x_in[piece], noise)
-        states = [state]
+        states, every = [state], for_gradient or run.keep_states
+        taken = [] if run.track is None else run.track.taken(piece, method.num_steps, every=every)
         for k in range(method.num_steps):
-            rows = (noise.rows,) if isinstance(noise, ReplayedNoise) else ()
-            versions = [tensor._version for tensor in (*state, *rows)]
-            following = method.step(k, state, noise, networks)
-            if k == 0:
-                _check_state(state, following, method)
-            if versions != [tensor._version for tensor in (*state, *rows)]:
-                raise ValueError(
-                    f"{type(method).__name__}.step writes into its state or noise in step {k}, which the backward pass needs "
-                    "again: work on a copy"
-                )
-            state = tuple(tensor.detach() for tensor in following)
-            if not (for_gradient or run.keep_states):
+            if k < len(taken):
+                there = taken[k]
+                state = state if there is None else tuple(there)  # type: ignore[arg-type]
+            else:
+                state = _step(method, k, state, noise, networks)
+                if run.track is not None:
+                    run.track.took(piece, k, state, every=every)
+            if not every:
                 states.clear()
             states.append(state)
             run.progress()
         run.states.append(states)
         ends.append(method.finish(state))
     return torch.cat(ends)
+
+
+def _step(method: StepMethod, k: int, state: StepState, noise: Noise, networks: Networks) -> StepState:
+    """The state after step k, which has to leave alone what it starts from."""
+    rows = (noise.rows,) if isinstance(noise, ReplayedNoise) else ()
+    versions = [tensor._version for tensor in (*state, *rows)]
+    following = method.step(k, state, noise, networks)
+    if k == 0:
+        _check_state(state, following, method)
+    if versions != [tensor._version for tensor in (*state, *rows)]:
+        raise ValueError(
+            f"{type(method).__name__}.step writes into its state or noise in step {k}, which the backward pass needs "
+            "again: work on a copy"
+        )
+    return tuple(tensor.detach() for tensor in following)
 
 
 class _StepGradient(torch.autograd.Function):
@@ -210,6 +227,8 @@ class _Leaves:
 def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: torch.Tensor | None) -> torch.Tensor:
     method, networks = run.bound.method, run.bound.networks
     grad_x = torch.empty_like(x_in)
+    track = run.track if grad_rows is None else None  # whose sums are not kept
+    name = "" if track is None else track.name(grad)
     for states, piece in zip(run.states, run.storage.pieces(len(x_in)), strict=True):
         noise = run.noise.images(piece)
 
@@ -220,14 +239,20 @@ def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: t
             leaves = _Leaves(noise.rows)
             return _pull(lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g))
 
-        v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
-        for k in reversed(range(method.num_steps)):
+        steps, gone = method.num_steps, None if track is None else track.gone(name, piece, method.num_steps)
+        if gone is None:
+            v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
+        else:
+            steps, v = gone[0], list(gone[1])
+        for k in reversed(range(steps)):
             v = pull(lambda s, n, k=k: method.step(k, s, n, networks), states[k], v, piece, noise)
             if not all(all_finite(part) for part in v if part.is_floating_point()):
                 raise FloatingPointError(
                     f"the gradient stopped being finite in step {k} of {type(method).__name__}; look at the state there "
                     f"(`return_trajectory=True` gives its image)"
                 )
+            if track is not None:
+                track.went(name, piece, k, v)
         grad_x[piece] = pull(lambda s, n: method.start(s[0], n), (x_in[piece],), v, piece, noise)[0]
     return grad_x
 

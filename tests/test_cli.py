@@ -12,6 +12,7 @@ from PIL import Image
 import coupfast
 from coupfast import cli, doctor
 from coupfast.data import load_images
+from coupfast.engine.cpu import options as cpu_options
 from coupfast.models.checkpoints import file_sha256, state_dict_sha256, write_safetensors
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.wide_resnet import WideResNet
@@ -203,6 +204,21 @@ def test_purify_goes_on_after_it_was_stopped(photos, networks, tmp_path, monkeyp
         assert run(*words) == 0
     assert calls == [2, 1]  # the batch that was stopped, and the last
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_purify_goes_on_as_the_engine_was_decided(photos, networks, tmp_path, monkeypatch):
+    """Last digits follow from the memory that was free when a folder was begun, not from what is free when it goes on."""
+    command, out = ["purify", photos, "--batch", 2, "--draw", 0, 3, "--engine", "cpu", *networks], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_options, "available_bytes", lambda device: 0)
+        assert run(*command, "--out", tmp_path / "little") == 0
+        stop_at(patch, 3, signal.SIGINT)
+        assert run(*command, "--out", out) == 130
+    assert run(*command, "--out", out) == 0
+    assert content(out) == content(tmp_path / "little")
+    report = json.loads((out / "purify.json").read_text())
+    assert report["settings"]["engine"]["options"] == {"largest_tile": 1}
+    assert run(*command, "--out", out) == 0  # what is done is what this would do
 
 
 def test_purify_skips_what_is_there(photos, networks, tmp_path, monkeypatch):

@@ -85,5 +85,6 @@ def _named(argv: Sequence[str]) -> tuple[str | None, str | None]:
             with Ledger(asked.resume, read_only=True) as ledger:
                 stored = ledger.configuration["spec"]
             attack = attack or stored["attack"]
-            method = method or (stored["purifier"] or {}).get("method")
+            purifier = stored["purifier"] or {}
+            method = method or (purifier["settings"]["method"]["name"] if "settings" in purifier else purifier.get("method"))
     return method, attack

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
-from coupfast.evaluation.purification import describe
+from coupfast.evaluation.purification import describe, settled
 from coupfast.evaluation.views import Known, View, coarser
 from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.naming import reference_to
-from coupfast.purify import PurifiedClassifier
+from coupfast.purify import PurifiedClassifier, Purifier
 
 Ids: TypeAlias = Sequence[int] | torch.Tensor | None
 Draw: TypeAlias = int | torch.Tensor | None
+
+
+class Recording(Protocol):
+    """Answers that were given before; see `Recorder`."""
+
+    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw, view: View | None) -> torch.Tensor: ...
+
+    def made(self, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]: ...
 
 
 class Metered(nn.Module):
@@ -47,11 +57,14 @@ class Metered(nn.Module):
         self.model = model
         self.reset()
         self.passed: Callable[[int], object] | None = None
-        self.recorder: Callable[[torch.Tensor, Ids, Draw, View | None], torch.Tensor] | None = None
+        self.recorder: Recording | None = None
         self.known: Known | None = None
         self._coarser: dict[int, PurifiedClassifier] = {}
         self.training = False  # what is inside stays as it is: a defense may have dropout on purpose
         self._inner = [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
+        self._purifiers = [module for module in model.modules() if isinstance(module, Purifier)]
+        if (purified := self.purified) is not None:  # first, whatever else has one in it
+            self._purifiers.sort(key=lambda purifier: purifier is not purified.purifier)
 
     @property
     def purified(self) -> PurifiedClassifier | None:
@@ -75,18 +88,36 @@ class Metered(nn.Module):
         for purified, (seed, draw) in zip(self._inner, noise, strict=True):
             purified.seed, purified.next_draw = seed, draw
 
+    def settle(self, recorded: Mapping[str, Any] | None = None) -> Callable[[], None]:
+        """Leave nothing open, in the purifiers inside, that would follow from the state of the machine; see `settled`.
+
+        Args:
+            recorded: What `describe` said when the run began, in which it was decided; None decides now.
+
+        Returns:
+            What puts the purifiers' own settings back.
+        """
+        before: Sequence[Mapping[str, Any] | None] = []
+        if recorded is not None:
+            before = [*([recorded] if "method" in recorded else []), *recorded.get("purifications", [])]
+        with contextlib.ExitStack() as stack:
+            for purifier, said in itertools.zip_longest(self._purifiers, before[: len(self._purifiers)]):
+                stack.callback(purifier.settle(settled(purifier, said)))
+            return stack.pop_all().close
+
     def describe(self) -> dict[str, Any]:
         """What it is, the engine that runs and SHA-256 of the weights, as JSON has them."""
         if self.purified is None:
             return {
                 "class": reference_to(type(self.model)),
                 "classifier_sha256": state_dict_sha256(self.model),
-                "purifications": [describe(purified.purifier) for purified in self._inner],
+                "purifications": [describe(purifier) for purifier in self._purifiers],
             }
-        purifier = self.purified.purifier
+        purifier, *others = self._purifiers
         guidance = purifier.classifier
         return {
             **describe(purifier),
+            **({"purifications": [describe(other) for other in others]} if others else {}),
             "score_sha256": state_dict_sha256(purifier.score),
             "guidance_sha256": None if guidance is None else state_dict_sha256(guidance),
             "classifier_sha256": state_dict_sha256(self.purified.classifier),

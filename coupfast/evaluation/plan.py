@@ -6,6 +6,7 @@ one batch, so they assume that every step takes as long, and that larger batches
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -244,10 +245,12 @@ def _asked(ledger: Ledger) -> Spec:
 def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images: int, steps: int) -> Probe:
     """Time a few steps on random images of a shape, and scale them."""
     device, threads = "cuda:0" if spec.device == "cuda" else "cpu", torch.get_num_threads()
-    torch.set_num_threads(spec.threads)
-    try:
+    with contextlib.ExitStack() as borrowed:
+        borrowed.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(spec.threads)
         x = torch.rand(images, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         metered = Metered((spec.builder() if defense is None else builder(defense))(device))
+        borrowed.callback(metered.settle())
         purified = metered.purified
         if purified is None:
             return Probe(_seconds(metered, x, False) / images, _seconds(metered, x, True) / images, images, 1, 1, None)
@@ -267,8 +270,6 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         memory_of = _memory(spec, purifier, classifier, shape)
         memory = max(memory_of.values()) if memory_of else None
         return Probe(seconds[0], seconds[1], images, ran, purifier.num_steps, memory, memory_of)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.Size) -> dict[str, int]:

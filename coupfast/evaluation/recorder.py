@@ -5,7 +5,7 @@ beginning, whosever code the attack is, and gets the answers that were recorded,
 from there on the networks answer. What comes out is the same to the bit.
 
 Cost: a call's logits and 12 KiB of gradient per CIFAR-10 image are written, once, and removed with the unit; questions are
-hashed. Of a call that is not done yet, `Tape` keeps the steps of a purification.
+hashed. Of a call that is not done yet, `Steps` keeps those of a purification.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import collections
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Recorder:
         self.replayed = 0
         self._defense, self._device = defense, device
         self._calls = 0
-        self._steps: _Steps | None = None  # of the last call that the networks answered
+        self._steps: _CallSteps | None = None  # of the last call that the networks answered
         self._backwards: collections.Counter[int] = collections.Counter()
         if probe is not None:
             self._recognise(journal, probe)
@@ -127,12 +128,30 @@ class Recorder:
                 logits = self._defense.ask(leaf, call.ids, call.draw, call.view)
             if journal is not None and not torch.equal(logits.detach(), call.logits):
                 raise self._diverged(journal, f"the defense answers call {number} otherwise than it did")
-            (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         finally:
             self._set_state(now)
+        # From the generators as they are now, as in a unit that was not stopped: a backward pass may draw numbers, too.
+        (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         if journal is not None:
-            journal.append(("gradient", number, nth), {"cotangent": digest(cotangent)}, [gradient])
+            said = {"cotangent": digest(cotangent)}
+            journal.append(("gradient", number, nth), said, [gradient, *self._generators(now)])
         return gradient
+
+    def made(self, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """What `make` makes of the unit's own images beside the attack's calls: recorded as answers are."""
+        if self.journal is None:
+            return list(make())
+        entry = self.journal.get(("made", name))
+        if entry is not None:
+            tensors = self.journal.tensors(entry, self._device)
+            generators = tensors[entry.said["count"] :]
+            self._set_state(_State(self._defense.noise(), *self._moved(self._state(), generators)))
+            return tensors[: entry.said["count"]]
+        before = self._state()
+        with self._kept(name):
+            tensors = list(make())
+        self.journal.append(("made", name), {"count": len(tensors)}, [*tensors, *self._generators(before)])
+        return tensors
 
     def _record(
         self,
@@ -175,13 +194,13 @@ class Recorder:
         return logits
 
     @contextlib.contextmanager
-    def _kept(self, number: int) -> Iterator[None]:
+    def _kept(self, call: int | str) -> Iterator[None]:
         """Purifications of this call keep their steps, in the place of those of the call before."""
-        if self._steps is not None and self._steps.number != number:
+        if self._steps is not None and self._steps.call != call:
             self._steps.remove()
             self._steps = None
         if self.journal is not None and self._steps is None:
-            self._steps = _Steps(self.journal, number, self._device)
+            self._steps = _CallSteps(self.journal, call, self._device)
         with kept_on(self._steps):
             yield
 
@@ -256,14 +275,18 @@ class Recorder:
         )
 
 
-class _Steps(Tape):
-    """Steps of one call of a unit, in a file beside its journal that is made when there is something to keep."""
+class Steps(Tape):
+    """Steps in a file that is made when there is something to keep.
 
-    def __init__(self, journal: Journal, number: int, device: torch.device) -> None:
+    Args:
+        path: The file.
+        about: Of which work, as JSON has it; what a file holds of other work is dropped.
+        device: Where tensors go.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], device: torch.device) -> None:
         super().__init__()
-        self.number, self._device = number, device
-        self._path = journal.path.with_suffix(".steps")
-        self._about = {"journal": journal.name, "call": number}
+        self._path, self._about, self._device = path, dict(about), device
         self._closed = False
         self._file: Journal | None = None
         if self._path.exists():
@@ -299,12 +322,20 @@ class _Steps(Tape):
     def _open(self) -> None:
         try:
             self._file = Journal(self._path, self._about)
-        except JournalError:  # of an earlier call
+        except JournalError:  # of other work
             self._path.unlink()
             self._file = Journal(self._path, self._about)
         except OSError as error:
             self._closed = True
             logger.warning("%s cannot be written (%s): a call that is stopped begins again", self._path, error)
+
+
+class _CallSteps(Steps):
+    """Those of one call of a unit, beside its journal."""
+
+    def __init__(self, journal: Journal, call: int | str, device: torch.device) -> None:
+        super().__init__(journal.path.with_suffix(".steps"), {"journal": journal.name, "call": call}, device)
+        self.call = call
 
 
 @dataclasses.dataclass(frozen=True)

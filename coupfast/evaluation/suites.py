@@ -179,6 +179,8 @@ def find(asked: Asked) -> Suite:
         raise ValueError(f"`attack` is a suite's name, an attack or a suite, got a {type(asked).__name__}")
     if asked in SUITES:
         return SUITES[asked]
+    if "<locals>" in asked:
+        raise ValueError(f"`attack` was {asked}, made inside of a function: no name leads back to it, give it in Python again")
     if not is_reference(asked):
         hint = did_you_mean(asked, SUITES)
         raise ValueError(f"`attack` is one of {', '.join(SUITES)}, or package.module:NAME, got {asked!r}{hint}")

@@ -84,6 +84,7 @@ class Worker:
         self.rules, self.device = rules, torch.device(device)
         with self._settings():
             self.defense = Metered(build(device))
+            self.defense.settle(rules.defense)
         wanted = {"environment": dict(rules.environment), "defense": dict(rules.defense)}
         if changed := difference(wanted, {"environment": environment(self.device), "defense": self.defense.describe()}):
             raise ValueError(
@@ -237,24 +238,34 @@ class Worker:
             result[kind] = logits.argmax(dim=2).tolist()
             shown = chosen(self.rules.paths, unit.images)
             if shown:
-                tensors |= {
-                    f"{kind}_{name}": tensor for name, tensor in self._path(inputs[name][shown], ids[shown], seed).items()
-                }
+                path = self._path(kind, inputs[name][shown], ids[shown], seed)
+                tensors |= {f"{kind}_{name}": tensor for name, tensor in path.items()}
         return result, tensors
 
-    def _path(self, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    def _path(self, kind: str, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
         """Images through the purification: what comes out at draw 0, and confidences on the way without noise."""
         purified = self.defense.purified
         if purified is None:
             return {"images": x}
         self.defense.forward_images += 2 * len(x)  # past the defense's own count
-        with torch.no_grad():
-            x_pure = purified.purifier(x, seed=seed, ids=ids, draw=0)
+
+        def purify() -> list[torch.Tensor]:
+            return [purified.purifier(x, seed=seed, ids=ids, draw=0)]
+
+        def follow() -> list[torch.Tensor]:
             # As in the paper's Fig. 2a: "to focus on the purification process, we do not consider Brownian motion".
             silence = x.new_zeros(purified.purifier.settings.method.num_noises, *x.shape)
             _, states = purified.purifier(x, noise=silence, return_trajectory=True)
-            on_the_way = [purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]
-        return {"images": x, "purified": x_pure, "confidences": torch.stack(on_the_way)}  # [steps + 1, images, classes]
+            return [torch.stack([purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states])]
+
+        with torch.no_grad():
+            (x_pure,) = self._made(f"{kind} purified", purify)
+            (confidences,) = self._made(f"{kind} confidences", follow)  # [steps + 1, images, classes]
+        return {"images": x, "purified": x_pure, "confidences": confidences}
+
+    def _made(self, name: str, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        recorder = self.defense.recorder
+        return make() if recorder is None else recorder.made(name, make)
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:

@@ -83,6 +83,7 @@ def load_score(
     weights: str | Path | None = None,
     prediction: str | None = None,
     whole_labels: bool = False,
+    image_size: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """A score network: (x_k, 999 t) → eps_hat, frozen and in eval mode.
@@ -93,7 +94,7 @@ def load_score(
             * ``"cifar10-tiny"``: 1.3 M parameters, shipped with the package;
             * ``"cifar10-ddpmpp-deep"``: `cifar10_ddpmpp_deep_continuous` of Score SDE, which needs `weights`;
             * the path of a safetensors file of `coupfast convert`, or of a checkpoint that a registered family recognises,
-              such as score_sde's of `cifar10_ddpmpp_deep_continuous`;
+              such as score_sde's of `cifar10_ddpmpp_deep_continuous`, or of a `DDPMpp` of another size (with `image_size`);
             * a `diffusers.UNet2DModel` (wrapped in `DiffusersScore`), a pipeline with one, or the folder of either; where there
               is a scheduler, what it says of prediction and noise schedule is heeded;
             * ``"package.module:NAME"`` or ``"folder/file.py:NAME"``: a name that this module registers (`registry.py`), a
@@ -106,6 +107,8 @@ def load_score(
         prediction: What the network predicts, where it is not the noise: ``"v_prediction"`` or ``"sample"`` (x₀), as diffusers'
             schedulers spell it. `adapters.NoiseFrom` makes the noise of it.
         whole_labels: The network has a table of time steps: labels are rounded to the nearest integer.
+        image_size: Height and width of its images in pixels, for the path of a file of a `DDPMpp` that does not say: everything
+            else follows from the names and shapes of its weights.
         seed: Fixes random weights. They are drawn at ordinary scale, so that eps_hat is of order one.
 
     Returns:
@@ -119,7 +122,10 @@ def load_score(
         CheckpointError: if a file is damaged or does not fit.
         TypeError: if a module cannot be called as a score network, or is a classifier.
     """
-    model = _loaded("score", source, weights, {}, seed)
+    known = isinstance(source, (str, Path)) and registry.find_known("score", str(source)) is not None
+    if image_size is not None and (known or not isinstance(source, (str, Path)) or Path(source).is_dir()):
+        raise ValueError("`image_size` is for the path of a weight file that does not say it; a name, module or folder does")
+    model = _loaded("score", source, weights, {"image_size": image_size}, seed)
     if prediction is not None or whole_labels:
         if isinstance(model, NoiseFrom):
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 
 from coupfast.evaluation.attacks import knobs
 from coupfast.evaluation.metered import Metered
-from coupfast.naming import is_from_file, reference_to, resolve
+from coupfast.naming import is_from_file, name_of, reference_to, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Attack(abc.ABC):
         """Of a class in a file, which no other process could import: its name and its fields."""
         if not is_from_file(type(self)):
             return super().__reduce_ex__(protocol)
-        return _rebuild, (reference_to(type(self)), {name: getattr(self, name) for name in knobs.names(self)})
+        return _rebuild, (name_of(type(self), option="attack"), {name: getattr(self, name) for name in knobs.names(self)})
 
 
 def _rebuild(name: str, fields: Mapping[str, Any]) -> Attack:
