@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 import coupfast
 from coupfast.data import load_images
-from coupfast.files import write_whole
 from coupfast.sde import T_END, VPSDE, time_grid
 from coupfast.solvers import SOLVERS, as_solver
+from coupfast_kernels.files import write_whole
 
 METHODS = ("coup", "diffpure")
 STEPS = (5, 10, 20, 50, 100)

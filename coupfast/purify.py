@@ -351,9 +351,20 @@ class PurifiedClassifier(nn.Module):
         if draw is None:
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
+        return self.classify(self.purify(x, ids=ids, draw=draw))
+
+    def purify(
+        self, x: torch.Tensor, *, ids: Sequence[int] | torch.Tensor | None = None, draw: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        """Images (batch, channels, height, width) in [0, 1] as the classifier gets them, on the way of `forward`."""
         purified = self.purifier(x, seed=self.seed, ids=ids, draw=draw)
-        head, check = self._head(x)
-        return with_parameter_gradients(strictly(head, purified, check), self.classifier, purified, check)
+        assert isinstance(purified, torch.Tensor)  # no trajectory was asked for
+        return purified
+
+    def classify(self, x_pure: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of images that are purified, on the way of `forward`."""
+        head, check = self._head(x_pure)
+        return with_parameter_gradients(strictly(head, x_pure, check), self.classifier, x_pure, check)
 
     def _head(self, x: torch.Tensor) -> tuple[nn.Module, Callable[[], None]]:
         """The classifier, frozen, as it is now, tried on two images when it is new or changed; and what raises once it is

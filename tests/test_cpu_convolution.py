@@ -102,7 +102,7 @@ class Case:
         return F.conv2d(x, weight, stride=self.stride, padding=self.pad)
 
     def roundings(self) -> int:
-        """Of any term on its way into a sum: runs of at most 32 terms (twice, without fma) and their total, and both transforms.
+        """Of any term on its way into a sum: runs of at most 32 terms (twice, without fma), their total, and both transforms.
 
         Runs end with the taps of a row of the kernel. A sum over few channels is one run for several such rows, and to few
         outputs it is taken in at least eight parts, a run for each row of the kernel, which are added at the end.
@@ -222,7 +222,7 @@ SHAPES = [
     Case(DIRECT, 3, 17, 5, 6, 6, padding=0),
     Case(DIRECT, 3, 8, 8, 5, 7, stride=2, padding=0),
     Case(DIRECT, 3, 130, 3, 4, 4),
-    # Few outputs, whole vectors of terms and ragged ones; half panels, behind whole ones and alone; groups across rows and images.
+    # Few outputs, whole vectors of terms and ragged ones; half panels, behind whole ones and alone; groups across rows, images.
     Case(DIRECT, 3, 32, 3, 7, 9),
     Case(DIRECT, 3, 16, 4, 4, 12, stride=2),
     Case(DIRECT, 1, 32, 1, 3, 5),

@@ -20,7 +20,7 @@ from absent_gpu import H100, Interpreted, compiled, generated, kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = torch.finfo(torch.float32).eps
 
-#: All pieces of a ReLU classifier, with this project's kernels; a smooth one's Hessian; and one with the library's convolutions.
+#: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions.
 PIECES = [(relu_classifier, True, name) for name in ("score", "score vjp", "evaluate", "cotangent", "tangent")]
 PIECES += [(silu_classifier, True, "hvp"), (relu_classifier, False, "cotangent")]
 IDS = [f"{name}{'' if ours else ', library'}" for _, ours, name in PIECES]

@@ -10,7 +10,7 @@ from coupfast.cli.spec import add_spec, flag, said, spec_of
 from coupfast.evaluation import plan
 from coupfast.evaluation.ledger import Ledger
 
-DEFAULTS = {"workers": 1, "probe_images": 1, "probe_steps": 2, "price": None}
+DEFAULTS = {"workers": 1, "probe_images": 1, "probe_steps": 2, "price": None, "pilot": None}
 
 
 def add(commands: Any, method: str | None, attack: str | None) -> None:
@@ -25,6 +25,12 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="that share the work")
     parser.add_argument("--probe-images", type=int, metavar="N", help="batch of the probe; a run has --shard of them")
     parser.add_argument("--probe-steps", type=int, metavar="K", help="steps of the probe's purification")
+    parser.add_argument(
+        "--pilot",
+        metavar="RUN",
+        help="a finished run of stages of the same names, on fewer images or of another size: say what to expect if as many "
+        "images survive as there",
+    )
     parser.add_argument("--price", type=float, metavar="P", help="of a worker and hour, in any currency")
     parser.set_defaults(**DEFAULTS)
     add_spec(parser, method, attack)
@@ -50,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             probe_images=options.probe_images,
             probe_steps=options.probe_steps,
             price=options.price,
+            pilot=options.pilot,
         )
     )
     return 0

@@ -12,7 +12,7 @@ from coupfast.evaluation import suites
 from coupfast.evaluation.attacks.knobs import parse_fraction
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.purification import NO_DEFENSE
-from coupfast.evaluation.spec import GIVEN, SEEDINGS, Spec, paper
+from coupfast.evaluation.spec import GIVEN, MODES, SEEDINGS, Spec, paper
 from coupfast.methods import method_name
 from coupfast.options import Option, options_of
 
@@ -74,6 +74,13 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
 
     group.add_argument(
         "--seeding", choices=SEEDINGS, default=none, help=f"a seed for each unit, or AutoAttack's one (default: {spec.seeding})"
+    )
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=none,
+        help="full: every image through all of an attack; fast: images leave this project's attacks once a test with a stated "
+        f"error says that most draws fail, and others take their place (default: {spec.mode})",
     )
     add_number("shard", "N", "images of a unit of work, which is a batch")
     add_number("draws", "N", "fresh draws that judge each image")
@@ -184,7 +191,7 @@ def _of(base: Spec, decided: dict[str, Any], name: str) -> Any:
 # What commands have beside the options of a spec.
 _OTHERS = {
     *("command", "run", "run_", "argv", "debug", "out", "resume", "workers", "plan", "price", "certify", "cluster", "paper"),
-    *("probe_images", "probe_steps"),
+    *("probe_images", "probe_steps", "pilot"),
 }
 
 

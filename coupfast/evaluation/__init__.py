@@ -4,7 +4,7 @@ spec           what to run, as a value
 attacks/       one class an attack; its fields are its knobs
 suites         which attacks run one after the other
 building       how a worker comes by its defense; purification: the purifier of one that is built here
-metered        a defense whose noise can be set and whose work is counted
+metered        a defense whose noise can be set and whose work is counted; views: what else can be seen of one
 launch         start or continue a run
 checks         what must fit before any work; gradients: whether an attack had any to follow
 configuration  all that results depend on

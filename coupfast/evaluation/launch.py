@@ -104,6 +104,8 @@ def evaluate(
     metered = Metered(build(devices[0]))
     with _borrowed(metered, _recorded(Path(out)) if resume and out is not None else None):
         checks.check_attacks(stages, x, y, checks.classes_of(metered, x, device))
+        for attack in stages.values():
+            attack.check(metered)
         described, randomized = metered.describe(), True
         if metered.purified is None:
             seen = checks.look(metered, stages, x, device)
@@ -135,6 +137,7 @@ def evaluate(
             environment=environment(torch.device(spec.device)),
             defense=described,
             folder=None if temporary is not None else str(folder.absolute()),  # what goes with this process needs no journals
+            fast=spec.mode == "fast",
         )
         with contextlib.closing(_pool(rules, build, metered, devices, workers, cluster, spec)) as pool:
             if resume:

@@ -98,6 +98,11 @@ class Record:
         """Those of its images that were not fooled; of the judge none."""
         return tuple(self.result.get("standing", ()))
 
+    @property
+    def onward(self) -> tuple[int, ...]:
+        """Those that the next stage attacks."""
+        return tuple(self.result.get("onward", self.standing))
+
 
 class Ledger:
     """A run's ledger. One process at a time may have it open for writing; any number may read.

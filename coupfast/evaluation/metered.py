@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from coupfast.evaluation.purification import describe, settled
+from coupfast.evaluation.views import Known, View, coarser
 from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.naming import reference_to
 from coupfast.purify import PurifiedClassifier, Purifier
@@ -22,7 +23,7 @@ Draw: TypeAlias = int | torch.Tensor | None
 class Recording(Protocol):
     """Answers that were given before; see `Recorder`."""
 
-    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw, view: View | None) -> torch.Tensor: ...
 
     def made(self, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]: ...
 
@@ -38,6 +39,7 @@ class Metered(nn.Module):
         nonfinite_gradients: Those with a value that is infinite or NaN.
         passed: Told of each call's images when they are through; None if nobody asks.
         recorder: Answers in the place of the model, as far as it has answers; None if nothing is recorded.
+        known: The judge's noise, which takes the place of whatever is asked for; None if the attack does not know it.
 
     Raises:
         TypeError: if the model is no module.
@@ -56,6 +58,8 @@ class Metered(nn.Module):
         self.reset()
         self.passed: Callable[[int], object] | None = None
         self.recorder: Recording | None = None
+        self.known: Known | None = None
+        self._coarser: dict[int, PurifiedClassifier] = {}
         self.training = False  # what is inside stays as it is: a defense may have dropout on purpose
         self._inner = [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
         self._purifiers = [module for module in model.modules() if isinstance(module, Purifier)]
@@ -125,12 +129,20 @@ class Metered(nn.Module):
         *,
         ids: Ids = None,
         draw: Draw = None,
+        view: View | None = None,
     ) -> torch.Tensor:
         """Logits; `ids` and `draw` name the noise, as in `PurifiedClassifier`, and mean nothing to other modules.
+
+        With a `view` what that says, which takes a `PurifiedClassifier` and both names.
 
         Raises:
             FloatingPointError: if a logit is NaN.
         """
+        if self.known is not None:
+            if ids is None or draw is None:
+                raise ValueError("an attack that knows the judge's noise names its draws: `ids` and `draw` are to be given")
+            ids = torch.tensor(self.known.images)[torch.as_tensor(ids).cpu()]
+            draw = draw % self.known.draws
         if torch.is_grad_enabled() and x.requires_grad:
             self.gradient_images += len(x)
             if not torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -138,17 +150,49 @@ class Metered(nn.Module):
                 x.register_hook(self._count)
         else:
             self.forward_images += len(x)
-        logits = self.ask(x, ids, draw) if self.recorder is None else self.recorder(x, ids, draw)
+        logits = self.ask(x, ids, draw, view) if self.recorder is None else self.recorder(x, ids, draw, view)
         if self.passed is not None:
             self.passed(len(x))
         return logits
 
-    def ask(self, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor:
+    def classify(self, x_pure: torch.Tensor) -> torch.Tensor:
+        """Logits of purified images. It costs next to nothing beside a purification, and is not counted."""
+        return self._purified().classify(x_pure)
+
+    def coarser(self, steps: int) -> PurifiedClassifier:
+        """The defense in fewer steps; see `views.coarser`."""
+        if steps not in self._coarser:
+            self._coarser[steps] = coarser(self._purified(), steps)
+        return self._coarser[steps]
+
+    def ask(self, x: torch.Tensor, ids: Ids, draw: Draw, view: View | None = None) -> torch.Tensor:
         """`forward` without counting or recording: the model itself."""
+        if view is not None:
+            return self._seen(view, x, ids, draw)
         logits: torch.Tensor = self.model(x) if self.purified is None else self.model(x, ids=ids, draw=draw)
+        return self._checked(logits)
+
+    def _seen(self, view: View, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor:
+        purified = self._purified()
+        if ids is None or draw is None:
+            raise ValueError("another view of a defense has no draws of its own: `ids` and `draw` are to be given")
+        if view.steps is not None:
+            seed, purified = purified.seed, self.coarser(view.steps)
+            purified.seed = seed
+        if not view.classified:
+            return purified.purify(x, ids=ids, draw=draw)
+        return self._checked(purified(x, ids=ids, draw=draw))
+
+    def _purified(self) -> PurifiedClassifier:
+        if self.purified is None:
+            raise ValueError(f"a {type(self.model).__name__} is no coupfast.PurifiedClassifier, and purifies nothing")
+        return self.purified
+
+    @staticmethod
+    def _checked(logits: torch.Tensor) -> torch.Tensor:
         if bool(torch.isnan(logits).any()):  # whose largest is class 0
             wrong = int(torch.isnan(logits).any(dim=1).sum())
-            raise FloatingPointError(f"of {len(x)} images {wrong} have a logit that is no number (NaN)")
+            raise FloatingPointError(f"of {len(logits)} images {wrong} have a logit that is no number (NaN)")
         return logits
 
     def _count(self, gradient: torch.Tensor) -> None:

@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from torch import nn
 
 from coupfast.data import CIFAR10_SETS
 from coupfast.evaluation import purification
+from coupfast.evaluation.attacks import Attack
 from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
-from coupfast.evaluation.spec import Spec
+from coupfast.evaluation.spec import GIVEN, Spec
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
@@ -61,6 +64,7 @@ class Stage:
         forward, gradient: Images through the defense.
         seconds: Of work, all workers together.
         peak_bytes: Of what happened, the most that a worker had; see `Outcome`.
+        steps: Of the purification that those with a gradient go through; None: all of the defense's.
     """
 
     name: str
@@ -69,6 +73,12 @@ class Stage:
     gradient: int
     seconds: float
     peak_bytes: int = 0
+    steps: int | None = None
+
+    def timed(self, probe: Probe) -> float:
+        """Seconds at a probe's speed; of fewer steps than the defense's in proportion to their number."""
+        share = 1.0 if self.steps is None else self.steps / probe.of_steps
+        return self.forward * probe.forward + self.gradient * probe.gradient * share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Plan:
         probe: What the times come from.
         price: Of a worker and hour; None if not given.
         random: Networks that had random weights.
+        pilot: Its name, if a finished run's survival was taken for this one's; "" if not.
+        expected: The stages with that survival.
     """
 
     stages: tuple[Stage, ...]
@@ -88,6 +100,8 @@ class Plan:
     probe: Probe
     price: float | None = None
     random: tuple[str, ...] = ()
+    pilot: str = ""
+    expected: tuple[Stage, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -100,8 +114,10 @@ class Plan:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Plan:
         stages = tuple(Stage(**stage) for stage in fields["stages"])
+        expected = tuple(Stage(**stage) for stage in fields.get("expected", ()))
         probe = Probe(**fields["probe"])
-        return Plan(stages, fields["workers"], probe, fields["price"], tuple(fields["random"]))
+        random, pilot = tuple(fields["random"]), fields.get("pilot", "")
+        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected)
 
     def __str__(self) -> str:
         probe = self.probe
@@ -119,11 +135,21 @@ class Plan:
             lines.append(
                 f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}{memory:>12s}"
                 + ("" if self.price is None else f"{self.price * stage.seconds / 3600:12.2f}")
+                + ("" if stage.steps is None else f"  gradient through {stage.steps} steps")
             )
         forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
         work = sum(stage.seconds for stage in self.stages)
         lines.append(f"{'all purifications':36s}{forward:12d}{gradient:12d}{duration(work):>12s}")
         lines.append(f"{self.workers} worker{'s' * (self.workers > 1)}: {duration(self.seconds)}")
+        if self.expected:
+            lines.append(f"with the survival of {self.pilot}:")
+            for stage in self.expected:
+                lines.append(
+                    f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}"
+                )
+            work = sum(stage.seconds for stage in self.expected)
+            lines.append(f"{'all':60s}{duration(work):>12s}; {duration(work / self.workers)} on all workers")
+            work = sum(stage.seconds for stage in self.stages)
         if probe.memory is not None:
             lines.append(f"memory of a worker: {probe.memory / 2**20:.0f} MiB and what Python and torch take")
         if self.price is not None:
@@ -139,6 +165,7 @@ def plan(
     probe_images: int = 1,
     probe_steps: int = 2,
     price: float | None = None,
+    pilot: str | Path | None = None,
 ) -> Plan:
     """Probe and count.
 
@@ -150,6 +177,11 @@ def plan(
         probe_images: Batch of the probe.
         probe_steps: Steps of the probe's purification, of the steps that a purification has.
         price: Of a worker and hour.
+        pilot: Folder of a finished run of stages of the same names, at whatever size: what share of its most it took is
+            expected here as well.
+
+    Raises:
+        ValueError: if the pilot is not finished or has no stage of a name.
     """
     if workers < 1 or probe_images < 1 or probe_steps < 1:
         raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
@@ -178,8 +210,39 @@ def plan(
     measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
-        stages.append(Stage(name, count, forward, gradient, forward * measured.forward + gradient * measured.gradient))
-    return Plan(tuple(stages), workers, measured, price, random)
+        stage = Stage(name, count, forward, gradient, 0.0, steps=spec.costs()[name].steps)
+        stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
+    expected = () if pilot is None else _surviving(stages, pilot, measured)
+    return Plan(tuple(stages), workers, measured, price, random, "" if pilot is None else str(pilot), expected)
+
+
+def _surviving(stages: Sequence[Stage], pilot: str | Path, measured: Probe) -> tuple[Stage, ...]:
+    """Stages with the shares of images and of their cost that a pilot took of its own most."""
+    with Ledger(pilot, read_only=True) as ledger:
+        found = {stage.name: stage for stage in happened(ledger)}
+        images = int(ledger.configuration["images"]["count"])
+        most = {name: (forward, gradient) for name, forward, gradient in _counts(_asked(ledger), images)}
+    if missing := [stage.name for stage in stages if stage.name not in found and stage.name not in most]:
+        raise ValueError(f"the pilot in {pilot} has no stage {', '.join(missing)}; it has {', '.join(most)}")
+    if JUDGE not in found or found[JUDGE].images < images:
+        raise ValueError(f"the pilot in {pilot} is not finished: continue it with coupfast evaluate --resume {pilot}")
+    expected = []
+    for stage in stages:
+        took, (forward, gradient) = found.get(stage.name, Stage(stage.name, 0, 0, 0, 0.0)), most[stage.name]
+        fewer = dataclasses.replace(
+            stage,
+            images=math.ceil(stage.images * took.images / images),
+            forward=min(stage.forward, math.ceil(stage.forward * took.forward / max(forward, 1))),
+            gradient=min(stage.gradient, math.ceil(stage.gradient * took.gradient / max(gradient, 1))),
+        )
+        expected.append(dataclasses.replace(fewer, seconds=fewer.timed(measured)))
+    return tuple(expected)
+
+
+def _asked(ledger: Ledger) -> Spec:
+    """What a run was asked to do, whatever images and defense were given from Python."""
+    fields = ledger.configuration["spec"]
+    return Spec.from_dict({**fields, **({"defense": None, "purifier": None} if fields["defense"] == GIVEN else {})})
 
 
 def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images: int, steps: int) -> Probe:
@@ -228,7 +291,12 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
         predicted = alone.plan(batch, image_shape=image)
         return weights + predicted.weights_bytes + predicted.peak_bytes
 
-    attacks = {name: peak(spec.shard * attack.replicas, attack.cost().gradient > 0) for name, attack in stages.items()}
+    def attacked(attack: Attack) -> int:
+        at_once, cost = attack.at_once(spec.shard), attack.cost()
+        without = peak(at_once * attack.replicas, False)
+        return max(without, peak(at_once * attack.gradient_replicas, True)) if cost.gradient else without
+
+    attacks = {name: attacked(attack) for name, attack in stages.items()}
     return {CLEAN: peak(spec.shard, False), **attacks, JUDGE: peak(spec.shard, False)}
 
 
@@ -244,6 +312,7 @@ def happened(ledger: Ledger) -> list[Stage]:
             before.gradient + record.gradient_images,
             before.seconds + record.seconds,
             max(before.peak_bytes, record.peak_bytes),
+            ledger.configuration["stages"].get(record.unit.stage, {}).get("coarse_steps"),
         )
     order = [CLEAN, *ledger.configuration["stages"], JUDGE]
     return [stages[name] for name in order if name in stages]
@@ -258,8 +327,7 @@ def beside(predicted: Plan, found: list[Stage]) -> str:
         pair = (stage, by_name.get(stage.name, Stage(stage.name, 0, 0, 0, 0.0)))
         cells = [f"{entry.forward:12d}{entry.gradient:12d}{duration(entry.seconds):>12s}" for entry in pair]
         lines.append(f"{stage.name:28s}{''.join(cells)}")
-    forward, gradient = sum(stage.forward for stage in found), sum(stage.gradient for stage in found)
-    expected = forward * predicted.probe.forward + gradient * predicted.probe.gradient
+    expected = sum(stage.timed(predicted.probe) for stage in found)
     seconds = sum(stage.seconds for stage in found)
     lines.append(f"what happened, at the probe's speed: {duration(expected)}; it took {duration(seconds)}")
     if predicted.price is not None:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from coupfast.evaluation.configuration import difference
 from coupfast.evaluation.journal import Journal, JournalError, digest
 from coupfast.evaluation.metered import Draw, Ids, Metered
+from coupfast.evaluation.views import View
 from coupfast.tape import Kept, Tape, kept_on
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Recorder:
         if probe is not None:
             self._recognise(journal, probe)
 
-    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw, view: View | None = None) -> torch.Tensor:
         """The answer to the next call, as `Metered.ask` has it.
 
         Raises:
@@ -75,7 +76,7 @@ class Recorder:
         if self.journal is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
             self._give_up("the attack differentiates by torch.func")
         if self.journal is None:
-            return self._defense.ask(x, ids, draw)
+            return self._defense.ask(x, ids, draw, view)
         number, self._calls = self._calls, self._calls + 1
         following = torch.is_grad_enabled() and x.requires_grad
         question = {
@@ -84,10 +85,11 @@ class Recorder:
             "draw": _named(draw),
             "following": following,
             "noise": [list(noise) for noise in self._defense.noise()],
+            **({} if view is None else {"view": view.to_dict()}),
         }
         entry = self.journal.get(("answer", number))
         if entry is None:
-            return self._record(self.journal, number, question, x, ids, draw)
+            return self._record(self.journal, number, question, x, ids, draw, view)
         if changed := difference(entry.said["question"], question):
             raise self._diverged(self.journal, f"call {number} of the attack is another one: {changed}")
         self.replayed += 1
@@ -97,7 +99,7 @@ class Recorder:
         self._set_state(_State(noise, *self._moved(before, generators)))
         if not following or not entry.said["follows"]:
             return logits
-        return _Recorded.apply(x, _Call(self, number, x.detach().clone(), ids, draw, before, logits.clone()), logits)
+        return _Recorded.apply(x, _Call(self, number, x.detach().clone(), ids, draw, view, before, logits.clone()), logits)
 
     def close(self) -> None:
         if self._steps is not None:
@@ -123,7 +125,7 @@ class Recorder:
         try:
             with torch.enable_grad(), self._kept(call.number):
                 leaf = call.x.clone().requires_grad_()
-                logits = self._defense.ask(leaf, call.ids, call.draw)
+                logits = self._defense.ask(leaf, call.ids, call.draw, call.view)
             if journal is not None and not torch.equal(logits.detach(), call.logits):
                 raise self._diverged(journal, f"the defense answers call {number} otherwise than it did")
         finally:
@@ -152,11 +154,18 @@ class Recorder:
         return tensors
 
     def _record(
-        self, journal: Journal, number: int, question: dict[str, Any], x: torch.Tensor, ids: Ids, draw: Draw
+        self,
+        journal: Journal,
+        number: int,
+        question: dict[str, Any],
+        x: torch.Tensor,
+        ids: Ids,
+        draw: Draw,
+        view: View | None,
     ) -> torch.Tensor:
         before = self._state()
         with self._kept(number):
-            logits = self._defense.ask(x, ids, draw)
+            logits = self._defense.ask(x, ids, draw, view)
         said = {"question": question, "follows": logits.requires_grad, "noise": self._defense.noise()}
         journal.append(("answer", number), said, [logits, *self._generators(before)])
         if question["following"] and logits.requires_grad:
@@ -338,6 +347,7 @@ class _Call:
     x: torch.Tensor
     ids: Ids
     draw: Draw
+    view: View | None
     before: _State
     logits: torch.Tensor
 

@@ -24,6 +24,7 @@ from coupfast.evaluation.ledger import DATABASE, Outcome
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.recorder import Recorder
 from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
+from coupfast.evaluation.views import Known
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Rules:
         environment: Where the run was started; see `configuration.environment`.
         defense: What the run was started with; see `Metered.describe`.
         folder: Of the run, where a unit that is under way keeps a journal; None keeps none.
+        fast: What an attack says of who has fallen decides who goes on to the next stage, and not the official verdict.
     """
 
     attacks: Mapping[str, Attack]
@@ -61,6 +63,7 @@ class Rules:
     environment: Mapping[str, Any]
     defense: Mapping[str, Any]
     folder: str | None = None
+    fast: bool = False
 
 
 def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
@@ -152,6 +155,7 @@ class Worker:
             "attack": None if attack is None else attack.to_dict(),
             "seed": rules.seed,
             "attack_seed": rules.attack_seed,
+            "fast": rules.fast,
             "draws": rules.draws,
             "paths": rules.paths,
             "threads": rules.threads,
@@ -179,9 +183,17 @@ class Worker:
         x, y, seed = inputs["x"], inputs["y"], self.rules.seed
         found = Result(x)
         if unit.stage != CLEAN:
-            self.defense.reseed(derive_seed(seed, unit.name, "defense"))
+            attack = self.rules.attacks[unit.stage]
+            noise = derive_seed(seed, unit.name, "defense")
+            if attack.knows_noise:
+                noise = derive_seed(seed, JUDGE)
+                self.defense.known = Known(noise, unit.images, self.rules.draws)
+            self.defense.reseed(noise)
             attack_seed = seed if self.rules.attack_seed else derive_seed(seed, unit.name, "attack")
-            found = self.rules.attacks[unit.stage].run(self.defense, x, y, seed=attack_seed)
+            try:
+                found = attack.run(self.defense, x, y, seed=attack_seed)
+            finally:
+                self.defense.known = None
         # One draw that the attack has not seen.
         self.defense.reseed(derive_seed(seed, unit.name, "verdict"))
         with torch.no_grad():
@@ -193,6 +205,10 @@ class Worker:
             "standing": [image for image, stands in zip(unit.images, right, strict=True) if stands],
             "curve": list(found.curve),
         }
+        if self.rules.fast and found.left is not None:
+            result["onward"] = [image for image, left in zip(unit.images, found.left.tolist(), strict=True) if not left]
+        if found.looked is not None:
+            result |= {"looked": found.looked.tolist(), "looks": found.looks}
         tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
         if found.strongest is not None and found.loss is not None and found.failed is not None:
             tensors |= {"x_strongest": found.strongest, "loss": found.loss, "failed": found.failed}
@@ -200,7 +216,7 @@ class Worker:
 
     def _judge(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         # By image and draw and nothing else: two defenses in runs of equal seeds meet the same noise.
-        seed = derive_seed(self.rules.seed, "judge")
+        seed = derive_seed(self.rules.seed, JUDGE)
         ids = torch.tensor(unit.images)
         result: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}

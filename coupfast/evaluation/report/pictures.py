@@ -55,6 +55,36 @@ def curve_picture(runs: Sequence[Run]) -> Picture:
     )
 
 
+def resubmission_figure(runs: Sequence[Run]) -> Any:
+    """What `resubmission_picture` shows, as Matplotlib's."""
+    figure = _figure(7.0, 3.9)
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        colour = _COLOURS[number % len(_COLOURS)]
+        for kind, style in (("clean", ":"), ("attacked", "-")):
+            points = run.resubmission.get(kind, [])
+            m, values = np.arange(1, len(points) + 1), [100 * point.value for point in points]
+            axes.plot(m, values, style, color=colour, label=f"{run.name}, {kind}", linewidth=1.8)
+            if kind == "attacked":
+                ends = np.array([point.bootstrap for point in points]).reshape(-1, 2)
+                axes.fill_between(m, 100 * ends[:, 0], 100 * ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("M, how often the attacker may send an image")
+    axes.set_ylabel("right every time, % of images")
+    axes.set_ylim(0, 102)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
+    return figure
+
+
+def resubmission_picture(runs: Sequence[Run]) -> Picture:
+    return Picture(
+        "Accuracy against the number of submissions",
+        _png(resubmission_figure(runs)),
+        "M-resubmission, estimated without bias from all of the judge's draws; M = 1 is their average, the largest M their "
+        "worst. Bands: 95 %, a bootstrap over attacked images.",
+    )
+
+
 def competitor(run: Run, number: int) -> int:
     """The likeliest class but for its own at the end of a shown image's way: attacked, where there was an attack."""
     kind = "attacked" if "attacked_confidences" in run.shown else "clean"
