@@ -12,14 +12,12 @@ inside a network they are colder, and the engine's convolutions also do what sta
 * `gflops`: 2 · multiplications of the direct sum, taps in the padding included, / `seconds`, in 10⁹ a second: comparable
   between algorithms, and above the machine's limit where Winograd's saves more than it costs;
 * `multiplications`: those between weights and data that the algorithm really does, tiles that overhang the map included,
-  the transforms and the filling of vectors left out; None where PyTorch computes and does not say how;
+  the transforms and the filling of vectors left out;
 * `share_of_sgemm`: `multiplications` / `seconds` as a share of the best rate that `torch.mm` reached on square float32
   matrices in the same run (`sgemm_multiplications_per_second`). That is a measured sgemm on these threads, not the
   theoretical peak of the machine;
 * `ratio_to_eager`, `ratio_to_channels_last`: how many times faster than PyTorch's, medians of paired ratios;
 * `relative_error`, `relative_error_eager`: |y − y64| / |y64| in the 2-norm, y64 from PyTorch in float64; eager's is of NCHW.
-
-Strided convolutions' transposes the engine leaves to PyTorch, in channels last: algorithm "PyTorch".
 
 Parity comes first. A row whose error is more than 4 times eager's gets no times, and the command exits with 1 if the engine
 would have chosen it. A ReLU of a trained classifier within rounding of its kink may fall on either side: its vjp is allowed a
@@ -58,7 +56,6 @@ FLIPPED_RELU = 0.01  # of the gradient
 LABEL = 99.9  # 999 t at t = 0.1
 SAMPLE_SECONDS = 5e-3
 ALGORITHMS = {kernels.DIRECT: "direct", kernels.F2: "F2", kernels.F4: "F4"}
-LIBRARY = "PyTorch"
 CPU = torch.device("cpu")
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -81,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Once more: what a shared machine gave at the start it need not give later.
     limit = max(limit, sgemm_rate(options.repeats))
     for row in rows:
-        if row["seconds"] is not None and row["multiplications"] is not None:
+        if row["seconds"] is not None:
             row["share_of_sgemm"] = row["multiplications"] / row["seconds"] / limit
     print(f"\nlimit: {limit / 1e9:.1f} G multiplications/s, the best of torch.mm on float32 matrices (measured, not the peak)")
     for line in _table(rows):
@@ -305,16 +302,11 @@ def _layer_rows(
     truth = _library_call(layer, x.double(), layer.weight.double(), transposed)()
     eager_error = relative_error(eager(), truth)
 
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
-    chosen = _chosen(layer, batch, transposed)
-    if chosen is None:
-        calls[LIBRARY] = channels_last
-    else:
-        sizes = [chosen]
-        if options.all:
-            fits = (layer.kernel, layer.stride, layer.padding) == (3, 1, 1)
-            sizes = [kernels.DIRECT, kernels.F2, kernels.F4] if fits else [kernels.DIRECT]
-        calls |= {ALGORITHMS[size]: _kernel_call(layer, last, size, transposed) for size in sizes}
+    sizes = [chosen := tile(layer.convolution, layer.output(transposed), batch, transposed)]
+    if options.all:
+        fits = (layer.kernel, layer.stride, layer.padding) == (3, 1, 1)
+        sizes = [kernels.DIRECT, kernels.F2, kernels.F4] if fits else [kernels.DIRECT]
+    calls = {ALGORITHMS[size]: _kernel_call(layer, last, size, transposed) for size in sizes}
 
     rows: dict[str, dict[str, Any]] = {}
     numbers = {name: size for size, name in ALGORITHMS.items()}
@@ -328,12 +320,12 @@ def _layer_rows(
             "count": count,
             "batch": batch,
             "algorithm": name,
-            "chosen": name == (LIBRARY if chosen is None else ALGORITHMS[chosen]),
+            "chosen": name == ALGORITHMS[chosen],
             "seconds": None,
             "seconds_median": None,
             "spread": None,
             "gflops": None,
-            "multiplications": layer.multiplications(numbers[name], batch, transposed) if name in numbers else None,
+            "multiplications": layer.multiplications(numbers[name], batch, transposed),
             "share_of_sgemm": None,
             "seconds_eager": None,
             "seconds_channels_last": None,
@@ -344,14 +336,14 @@ def _layer_rows(
             "within_contract": error <= CONTRACT * eager_error,  # NaN does not pass
             **case.machine_fields(),
         }
-    sound = {name: call for name, call in calls.items() if rows[name]["within_contract"] and name != LIBRARY}
+    sound = {name: call for name, call in calls.items() if rows[name]["within_contract"]}
     contenders = {"eager": eager, "channels_last": channels_last} | sound
     turns = interleave({name: _sampler(call) for name, call in contenders.items()}, options.repeats)
     direct = layer.multiplications(kernels.DIRECT, batch, transposed)
     for name, row in rows.items():
         if not row["within_contract"]:
             continue
-        samples = turns["channels_last" if name == LIBRARY else name]
+        samples = turns[name]
         row |= _times(samples) | {
             "gflops": 2e-9 * direct / min(samples),
             "seconds_eager": min(turns["eager"]),
@@ -360,13 +352,6 @@ def _layer_rows(
             "ratio_to_channels_last": times_faster(turns["channels_last"], samples),
         }
     return list(rows.values())
-
-
-def _chosen(layer: Layer, batch: int, transposed: bool) -> int | None:
-    """The engine's algorithm; None where it leaves the convolution to PyTorch."""
-    if transposed and layer.stride != 1:
-        return None
-    return tile(layer.convolution, layer.output(transposed), batch, transposed)
 
 
 def _library_call(layer: Layer, x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> Callable[[], torch.Tensor]:

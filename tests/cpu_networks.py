@@ -158,6 +158,10 @@ GRAPHS: dict[str, tuple[Callable[[], dict[str, nn.Module]], Callable]] = {
         },
         _strided_norm,
     ),
+    "relu before a stride": (
+        lambda: {"a": conv(3, 8), "b": conv(8, 12, stride=2), "bn": nn.BatchNorm2d(12), "c": conv(12, 17, 1, stride=2)},
+        lambda n, x: F.relu(n["c"](F.relu(n["bn"](n["b"](F.relu(n["a"](x))))))),
+    ),
     "group norm without silu": (
         lambda: {"a": conv(3, 8), "b": conv(8, 3), "norm": nn.GroupNorm(8, 8)},
         lambda n, x: n["b"](n["norm"](n["a"](x))),

@@ -22,6 +22,15 @@ EPS = torch.finfo(torch.float32).eps
 DIRECT, F2, F4 = kernels.DIRECT, kernels.F2, kernels.F4
 
 
+@pytest.fixture(params=native.isas())
+def isa(request, monkeypatch):
+    """Each of this machine's instruction sets in turn."""
+    monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
+    operations.compiled.cache_clear()
+    yield request.param
+    operations.compiled.cache_clear()
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -102,15 +111,15 @@ class Case:
         return F.conv2d(x, weight, stride=self.stride, padding=self.pad)
 
     def roundings(self) -> int:
-        """Of any term on its way into a sum: runs of at most 32 terms (twice, without fma), their total, and both transforms.
+        """Of any term on its way into a sum: a run (twice, without fma), the runs' total, and both transforms.
 
-        Runs end with the taps of a row of the kernel. A sum over few channels is one run for several such rows, and to few
-        outputs it is taken in at least eight parts, a run for each row of the kernel, which are added at the end.
+        Winograd's runs have 32 terms. Direct ones have at most 128 and end with the taps of a row of the kernel, or of several
+        where these are few. Sums to few outputs are taken in at least eight parts, a run a row, which are added at the end.
         """
         if self.tile != DIRECT:
             return 2 * 32 + -(-self.channels // 32) + 20 + 2
         row = self.kernel * self.channels
-        return 2 * max(32, -(-row // 8)) + self.kernel * -(-row // 32) + 3 + 2
+        return 2 * max(min(128, self.kernel * row), -(-row // 8)) + self.kernel * -(-row // 128) + 3 + 2
 
     def magnitude(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The sum of all terms' absolute values, which a rounding is relative to."""
@@ -222,7 +231,7 @@ SHAPES = [
     Case(DIRECT, 3, 17, 5, 6, 6, padding=0),
     Case(DIRECT, 3, 8, 8, 5, 7, stride=2, padding=0),
     Case(DIRECT, 3, 130, 3, 4, 4),
-    # Few outputs, whole vectors of terms and ragged ones; half panels, behind whole ones and alone; groups across rows, images.
+    # Few outputs, whole vectors of terms and ragged ones; half panels, alone and behind others; groups across rows and images.
     Case(DIRECT, 3, 32, 3, 7, 9),
     Case(DIRECT, 3, 16, 4, 4, 12, stride=2),
     Case(DIRECT, 1, 32, 1, 3, 5),
@@ -439,7 +448,7 @@ def test_threads_blocks_and_neighbours_change_no_bit(case, isa):
 
 
 @pytest.mark.parametrize("tile", [DIRECT, F2, F4])
-@pytest.mark.parametrize(("channels", "size", "batch"), [(128, 32, 1), (256, 8, 4), (64, 16, 2)])
+@pytest.mark.parametrize(("channels", "size", "batch"), [(128, 32, 1), (256, 8, 4), (64, 16, 2), (32, 16, 2), (16, 32, 2)])
 def test_error_is_within_four_times_that_of_pytorch(tile, channels, size, batch):
     case = Case(tile, 3, channels, channels, size, size, batch)
     x, weight = case.tensors()
@@ -680,6 +689,9 @@ def test_pack_weights_refuses():
     for bad, tile in ((weight, 3), (normal(4, 3, 5, 5), F2), (normal(4, 3, 1, 1), F4)):
         with pytest.raises(ValueError, match="`tile` is 1, or 2 or 4 for 3 x 3 kernels"):
             kernels.pack_weights(bad, tile)
+    for tile, transposed, stride in ((F2, True, 2), (DIRECT, False, 2), (DIRECT, True, 0)):
+        with pytest.raises(ValueError, match="`stride` above 1 is that of a transpose"):
+            kernels.pack_weights(weight, tile, transposed=transposed, stride=stride)
 
 
 def test_packing_reads_any_layout():
@@ -718,14 +730,36 @@ def test_packed_conv2d(tile, kernel, stride, with_bias):
             kernels.packed_conv2d(*arguments[:index], bad, *arguments[index + 1 :])
 
 
-def test_packed_conv2d_says_that_it_has_no_gradient_and_which_call_is_the_transpose():
-    x, weight, dy = normal(2, 5, 9, 7), normal(6, 5, 3, 3), normal(2, 6, 9, 7, seed=1)
-    with pytest.raises(NotImplementedError, match="packed_conv2d has no gradient.*transposed=True"):
-        kernels.packed_conv2d(x.clone().requires_grad_(), kernels.pack_weights(weight, F2), None, 6, 3, 1, F2)
-    leaf = x.double().requires_grad_()
-    (exact,) = torch.autograd.grad(conv2d_ref(leaf, weight.double()), leaf, dy.double())
-    dx = kernels.packed_conv2d(dy, kernels.pack_weights(weight, F2, transposed=True), None, 5, 3, 1, F2)
+@pytest.mark.parametrize(
+    ("tile", "kernel", "stride"), [(DIRECT, 1, 1), (DIRECT, 3, 2), (DIRECT, 1, 2), (DIRECT, 5, 3), (F2, 3, 1), (F4, 3, 1)]
+)
+@pytest.mark.parametrize("size", [(9, 7), (8, 6)])
+def test_packed_conv2d_vjp(tile, kernel, stride, size):
+    x, weight = normal(2, 5, *size).double().requires_grad_(), normal(6, 5, kernel, kernel)
+    y = conv2d_ref(x, weight.double(), stride=stride)
+    dy = normal(*y.shape, seed=1)
+    (exact,) = torch.autograd.grad(y, x, dy.double())
+    packed = kernels.pack_weights(weight, tile, transposed=True, stride=stride)
+    dx = kernels.packed_conv2d_vjp(dy, packed, (5, *size), kernel, stride, tile)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(dx.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+    with pytest.raises(ValueError, match=r"gives \(.*\) of stride .*, `dy` has"):
+        kernels.packed_conv2d_vjp(dy, packed, (5, 20, 20), kernel, stride, tile)
+
+
+def test_packed_conv2d_says_that_it_has_no_gradient_and_which_call_is_the_transpose():
+    x, weight = normal(2, 5, 9, 7), normal(6, 5, 3, 3)
+    with pytest.raises(NotImplementedError, match="packed_conv2d has no gradient.*packed_conv2d_vjp.*transposed=True"):
+        kernels.packed_conv2d(x.clone().requires_grad_(), kernels.pack_weights(weight, F2), None, 6, 3, 1, F2)
+
+
+@pytest.mark.parametrize("case", [Case(DIRECT, 3, 16, 16, 8, 8), Case(F4, 3, 16, 32, 16, 16)], ids=str)
+def test_more_threads_than_cores_give_the_same_bits(case):
+    x, weight = case.tensors()
+    expected = run(case, placed(x), weight).contiguous()
+    for alone in (False, True):
+        found = run(case, placed(x), weight, threads=4 * (os.cpu_count() or 1), block_rows=1, alone=alone)
+        torch.testing.assert_close(found.contiguous(), expected, rtol=0, atol=0)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ PIECEWISE_LINEAR = [
     "sum with a constant",
     "times zero",
     "scaled relus",
+    "relu before a stride",
     "group convolution",
     "dilated convolution",
     "other kernels",

@@ -1,10 +1,11 @@
 """Which algorithm a convolution takes, and the packed weights that it reads.
 
-The choice follows from the shape and the batch: nothing is timed.
+The choice follows from the shape, the batch and the width of the machine's vectors: nothing is timed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -15,36 +16,63 @@ from coupfast_kernels.convolution import cpu as kernels
 #: Packed weights of an algorithm as a multiple of the weights of a 3x3 convolution.
 PACKED = {kernels.DIRECT: 1.0, kernels.F2: 16 / 9, kernels.F4: 4.0}
 
-# Multiplications that one multiplication of a tile's products costs with its share of the transforms, and that a byte of
-# weights costs at the usual ratio of a core's arithmetic to its memory (40 G multiplications and 10 GB a second).
-_EFFORT = {kernels.DIRECT: 1.0, kernels.F2: 1.15, kernels.F4: 1.4}
-_BYTE = 4.0
-# A direct sum over few channels is short and rounds little: F(4x4), whose error hardly depends on the sum's length, would miss
-# the bound of four times PyTorch's error there.
-_LEAST_CHANNELS = 64
+
+@dataclasses.dataclass(frozen=True)
+class _Effort:
+    """What Winograd's algorithm costs in multiplications of a vector by a number: of the product, each; of a vector that the
+    transforms of the input and of the output make or read."""
+
+    product: float
+    input: float
+    output: float
+
+
+# Fitted to the times of bench/results/layers-*-zen4*.json, all algorithms of all shapes, as logarithms of ratios to the direct
+# algorithm's: `bench/fit_algorithms.py` prints them, and what is lost by choosing by them.
+_EFFORT = {kernels.F2: _Effort(1.17, 3.0, 3.3), kernels.F4: _Effort(1.42, 2.4, 1.8)}
+_FEW = 6.0  # adding up the parts of one of few outputs
+_BYTE = 0.1  # of packed weights
+# The error of F(4x4) hardly depends on the number of channels, and that of a direct sum falls with it. From so many on, F(4x4)
+# was within 3.7 times the error of PyTorch's float32, of which four are allowed (kernels/README.md).
+_LEAST_CHANNELS = 16
+
+
+def work(size: int, channels: int, out_channels: int, height: int, width: int, batch: int, lanes: int) -> float:
+    """What a 3x3 convolution of stride 1 costs, in multiplications of a vector of `lanes` numbers by one number.
+
+    Args:
+        size: Tile of the algorithm.
+        height, width: Of the result.
+    """
+    outs = -(-out_channels // lanes)
+    if size == kernels.DIRECT:
+        if out_channels <= kernels.FEW_OUTPUTS and channels >= lanes:
+            pixel = out_channels * (9 * channels / lanes + _FEW)
+        else:
+            pixel = 9.0 * channels * outs
+        return batch * height * width * pixel + _BYTE * 4 * 9 * channels * out_channels
+    ins, products, effort = -(-channels // lanes), (size + 2) ** 2, _EFFORT[size]
+    tile = effort.product * ins * lanes * outs + effort.input * ins + effort.output * outs
+    tiles = batch * -(-height // size) * -(-width // size)
+    return products * (tiles * tile + _BYTE * 4 * ins * lanes * outs * lanes)
 
 
 def tile(
     conv: Convolution, shape: tuple[int, ...], batch: int, transposed: bool, allowed: tuple[int, ...] = kernels.TILES
 ) -> int:
-    """The algorithm of one convolution whose output has (channels, height, width) = `shape`: the one with the least work.
+    """The algorithm of one convolution whose output has (channels, height, width) = `shape`: the one with the least `work`.
 
-    Work is counted in multiplications, a byte of weights that has to come from memory as `_BYTE` of them. Nothing is timed:
-    the choice, and with it every bit of the result, is the same in every run with the same algorithms `allowed`.
+    Nothing is timed: the choice, and with it every bit of the result, is the same in every run with the same algorithms
+    `allowed` on the same instruction set.
     """
     if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
         return kernels.DIRECT
-    _, height, width = shape
-    pairs = conv.weight.shape[0] * conv.weight.shape[1]
-    if conv.weight.shape[0 if transposed else 1] < _LEAST_CHANNELS:
+    out_channels, height, width = shape
+    channels = conv.weight.shape[0 if transposed else 1]
+    if channels < _LEAST_CHANNELS:
         allowed = tuple(size for size in allowed if size != kernels.F4)
-
-    def work(size: int) -> float:
-        tiles = batch * -(-height // size) * -(-width // size)
-        products = 9 if size == 1 else (size + 2) ** 2
-        return pairs * products * (tiles * _EFFORT[size] + 4 * _BYTE)
-
-    return min(allowed, key=work)
+    lanes = kernels.lanes()
+    return min(allowed, key=lambda size: work(size, channels, out_channels, height, width, batch, lanes))
 
 
 def allowed_tiles(weights_bytes: int, available: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coupfast_kernels import native
-from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d
+from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
 from coupfast_kernels.convolution.gpu import _launch, _new, conv3x3, conv3x3_op, pack_weight
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, Config, trying
@@ -155,17 +155,25 @@ def _conv2d(shape: tuple[int, ...], out_channels: int, kernel: int, stride: int,
         x: torch.Tensor = image
         arguments: tuple[Any, ...] = (packed, bias, out_channels, kernel, stride, tile)
         if vjp:
-            (x,) = normals(device, (shape[0], out_channels, *shape[2:]), 1, LAST)
-            arguments = (pack_weights(weight, tile, transposed=True), None, shape[1], kernel, stride, tile)
+            size = [(axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in shape[2:]]
+            (x,) = normals(device, (shape[0], out_channels, *size), 1, LAST)
+            packed = pack_weights(weight, tile, transposed=True, stride=stride)
+
+        def run() -> tuple[torch.Tensor]:
+            if vjp:
+                return (packed_conv2d_vjp(x, packed, (shape[1], *shape[2:]), kernel, stride, tile),)
+            return (packed_conv2d(x, *arguments),)
 
         def definition(dtype: torch.dtype) -> tuple[torch.Tensor]:
             if vjp:
-                return (F.conv_transpose2d(x.to(dtype), weight.to(dtype), padding=kernel // 2),)
+                geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+                backward = torch.ops.aten.convolution_backward
+                return (backward(x.to(dtype), image.to(dtype), weight.to(dtype), None, *geometry)[0],)
             return (conv2d_ref(x.to(dtype), weight.to(dtype), bias.to(dtype), stride),)
 
         terms = kernel**2 * x.shape[1]
         return Trial(
-            lambda: (packed_conv2d(x, *arguments),),
+            run,
             definition,
             # Winograd's own error is of the transforms: kernels/README.md has it beside the direct sum's.
             (_rounding(terms) if tile == DIRECT else Agreement(limit=FLOAT32_LIMIT),),
@@ -178,17 +186,24 @@ def _conv2d(shape: tuple[int, ...], out_channels: int, kernel: int, stride: int,
 
 
 def _checks_on_cpu(tile: int) -> Iterator[Case]:
-    for shape, out_channels in (((2, 40, 9, 11), 20), ((1, 3, 8, 8), 33)):
-        for vjp in (False, True):
+    for vjp in (False, True):
+        for shape, out_channels in (((2, 40, 9, 11), 20), ((1, 3, 8, 8), 33)):
             yield _conv2d(shape, out_channels, 3, 1, tile, vjp=vjp)
-    if tile == DIRECT:
-        yield _conv2d((2, 40, 9, 11), 20, 1, 1, tile)
-        yield _conv2d((2, 40, 9, 11), 20, 3, 2, tile)
+        if tile == DIRECT:
+            yield _conv2d((2, 40, 9, 11), 20, 1, 1, tile, vjp=vjp)
+            yield _conv2d((2, 40, 9, 12), 20, 3, 2, tile, vjp=vjp)
+            yield _conv2d((2, 40, 9, 11), 3, 3, 1, tile, vjp=vjp)
 
 
 def _timed_on_cpu(images: int, tile: int) -> Iterator[Case]:
-    for channels, size in ((256, 16), (128, 32), (256, 8)):
+    for channels, size in ((256, 16), (128, 32), (256, 8), (32, 32)):
         yield _conv2d((images, channels, size, size), channels, 3, 1, tile)
+    if tile == DIRECT:
+        yield _conv2d((images, 3, 32, 32), 128, 3, 1, tile)
+        yield _conv2d((images, 128, 32, 32), 3, 3, 1, tile)
+        yield _conv2d((images, 64, 32, 32), 64, 1, 1, tile)
+        for vjp in (False, True):
+            yield _conv2d((images, 160, 32, 32), 320, 3, 2, tile, vjp=vjp)
 
 
 ALGORITHMS: dict[str, int] = {"direct": DIRECT, "F(2 x 2)": F2, "F(4 x 4)": F4}

@@ -20,6 +20,8 @@ from coupfast_kernels.operations import Conv, Operations, compiled, structure
 
 DIRECT, F2, F4 = 1, 2, 4  #: Outputs of a tile along each axis.
 TILES = (DIRECT, F2, F4)
+#: Direct convolutions to so few output channels take their sums in vectors of terms: a vector of outputs would be padding.
+FEW_OUTPUTS = 4
 
 _Pack = structure(
     "Pack",
@@ -109,6 +111,11 @@ def schedule(conv: Any, weights_bytes: int, threads: int) -> tuple[int, int]:
     return max(1, min(rows, 64 // columns)), 0
 
 
+def lanes() -> int:
+    """Floats of a vector in the compiled kernels; packed output channels fill whole ones."""
+    return int(compiled().coupfast_lanes())
+
+
 def scratch_floats(conv: ctypes.Structure, threads: int) -> int:
     """Floats of scratch memory that `conv` needs, for its `block_rows`."""
     return compiled().coupfast_conv_scratch(ctypes.byref(conv), threads)
@@ -174,22 +181,74 @@ def packed_conv2d(
         ValueError: for shapes, dtypes or a tile that do not fit each other.
         NotImplementedError: for an `x` that wants a gradient.
     """
+    x = _checked(x, kernel, stride, tile)
+    _, _, height, width = x.shape
+    if min(height, width) + 2 * (kernel // 2) < kernel:
+        raise ValueError(f"a {height} x {width} map is smaller than the {kernel} x {kernel} kernel")
+    size = [(axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in (height, width)]
+    return _convolved(x, packed, bias, (out_channels, *size), kernel, stride, 1, kernel // 2, tile)
+
+
+def packed_conv2d_vjp(
+    dy: torch.Tensor, packed: torch.Tensor, x_shape: tuple[int, int, int], kernel: int, stride: int, tile: int
+) -> torch.Tensor:
+    """The gradient of `conv2d_ref`'s input, with weights from `pack_weights(…, transposed=True, stride=stride)`.
+
+    Args:
+        dy: The gradient of its output, (batch, out channels, height, width).
+        x_shape: (channels, height, width) of the input.
+        kernel, stride, tile: The convolution's, as in `packed_conv2d`.
+
+    Returns:
+        (batch, *x_shape), channels last.
+
+    Raises:
+        ValueError: for shapes, dtypes or a tile that do not fit each other.
+        NotImplementedError: for a `dy` that wants a gradient.
+    """
+    dy = _checked(dy, kernel, stride, tile)
+    size = tuple((axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in x_shape[1:])
+    if tuple(dy.shape[2:]) != size:
+        raise ValueError(f"a convolution of {x_shape} maps gives {size} of stride {stride}, `dy` has {tuple(dy.shape[2:])}")
+    return _convolved(dy, packed, None, x_shape, kernel, 1, stride, kernel - 1 - kernel // 2, tile)
+
+
+def _checked(x: torch.Tensor, kernel: int, stride: int, tile: int) -> torch.Tensor:
+    """A map, channels last."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise NotImplementedError(
-            "packed_conv2d has no gradient: packed weights do not give those of the transpose. Call it on the output's "
-            "gradient with `pack_weights(weight, tile, transposed=True)` (stride 1, odd kernel), or use `conv2d_ref`"
+            "packed_conv2d has no gradient: packed weights do not give those of the transpose. Call packed_conv2d_vjp on the "
+            "output's gradient with `pack_weights(weight, tile, transposed=True)`, or use `conv2d_ref`"
         )
     if x.dtype != torch.float32 or x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"`x` is float32 with four axes and not empty, got {x.dtype} {tuple(x.shape)}")
     if tile not in (DIRECT, F2, F4) or kernel < 1 or stride < 1 or (tile != DIRECT and (kernel, stride) != (3, 1)):
         found = f"{tile} for {kernel} x {kernel}, stride {stride}"
         raise ValueError(f"`tile` is 1, or 2 or 4 for 3 x 3 kernels of stride 1; got {found}")
-    x = x.contiguous(memory_format=torch.channels_last)
-    _, channels, height, width = x.shape
-    if min(height, width) + 2 * (kernel // 2) < kernel:
-        raise ValueError(f"a {height} x {width} map is smaller than the {kernel} x {kernel} kernel")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _convolved(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    y_shape: tuple[int, ...],
+    kernel: int,
+    stride: int,
+    spread: int,
+    pad: int,
+    tile: int,
+) -> torch.Tensor:
+    """`plain_conv` of a whole batch, run; `y_shape` is (channels, height, width)."""
+    out_channels = y_shape[0]
     shape = _Pack(
-        tile=tile, out_channels=out_channels, channels=channels, kernel_height=kernel, kernel_width=kernel, spread=1
+        tile=tile,
+        out_channels=out_channels,
+        channels=x.shape[1],
+        kernel_height=kernel,
+        kernel_width=kernel,
+        pad=pad,
+        spread=spread,
     )
     for name, tensor, floats in (
         ("packed", packed, compiled().coupfast_packed_floats(ctypes.byref(shape))),
@@ -197,17 +256,13 @@ def packed_conv2d(
     ):
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != floats or not tensor.is_contiguous()):
             raise ValueError(f"`{name}` is contiguous float32 with {floats} values, got {tensor.dtype} {tuple(tensor.shape)}")
-    y = _like_output(x, out_channels, kernel, stride)
+    y = torch.empty((x.shape[0], *y_shape), dtype=x.dtype, memory_format=torch.channels_last)
     threads = torch.get_num_threads()
-    conv = plain_conv(tile, x.shape, y.shape, packed, kernel=kernel, stride=stride, pad=kernel // 2, threads=threads)
+    conv = plain_conv(
+        tile, x.shape, y.shape, packed, kernel=kernel, stride=stride, pad=pad, spread=spread, threads=threads
+    )
     conv.x, conv.y, conv.bias = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
     scratch = torch.empty(scratch_floats(conv, threads), dtype=torch.float32)
     conv.scratch = scratch.data_ptr()
     Operations([conv]).run(threads)
     return y
-
-
-def _like_output(x: torch.Tensor, out_channels: int, kernel: int, stride: int) -> torch.Tensor:
-    batch, _, height, width = x.shape
-    size = [(axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in (height, width)]
-    return torch.empty((batch, out_channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -79,6 +79,8 @@ void coupfast_threads(Parallel parallel, int (*thread)(), int (*threads)()) {
   g_threads = threads;
 }
 
+int coupfast_lanes() { return kLanes; }
+
 int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return conv_scratch(*conv, threads); }
 
 int64_t coupfast_attention_scratch(const Attention* p, int threads) {
