@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import silu_classifier
+from gaussian_law import exact_law, law_after
 from torch import nn
 
 from coupfast import Purifier, check_gradient
@@ -173,49 +174,6 @@ def test_grids(grid):
 
 
 # --- convergence ------------------------------------------------------------------------------------------------------------
-
-MEAN, VARIANCE = 0.4, 0.3  # of the data
-AWAY = 0.7  # of the mean that runs begin with, from that of their time: as an attacked image is
-
-
-def law_after(table: CoefficientTable, sde: VPSDE) -> tuple[float, float]:
-    """Mean and variance after all steps from the law of t_0, moved away, every step being affine where data are Gaussian."""
-
-    def prediction(t: float) -> tuple[float, float]:
-        """ε̂ = slope x + offset."""
-        alpha, sigma = float(np.sqrt(sde.alpha_bar(t))), float(sde.sigma(t))
-        slope = sigma / (alpha**2 * VARIANCE + sigma**2)
-        return slope, -slope * alpha * MEAN
-
-    mean, variance = marginal(float(table.t[0]), sde)
-    joint_mean, joint = np.array([mean + AWAY, 0.0, 1.0]), np.zeros((3, 3))  # of (x_k, x_{k−1}, 1)
-    joint[0, 0] = variance
-    for k in range(table.num_steps):
-        a, b, _, d, _, _, p, q = (*table.row(k), 0.0, 0.0, 0.0, 0.0)[:8]
-        slope, offset = prediction(float(table.t[k]))
-        before = prediction(float(table.t[k - 1])) if k else (0.0, 0.0)
-        step = np.array([[a + b * slope, p + q * before[0], b * offset + q * before[1]], [1, 0, 0], [0, 0, 1]])
-        joint_mean, joint = step @ joint_mean, step @ joint @ step.T
-        joint[0, 0] += d**2
-    return joint_mean[0], joint[0, 0]
-
-
-def marginal(t: float, sde: VPSDE) -> tuple[float, float]:
-    alpha_bar = float(sde.alpha_bar(t))
-    return float(np.sqrt(alpha_bar)) * MEAN, alpha_bar * VARIANCE + 1.0 - alpha_bar
-
-
-def exact_law(start: float, end: float, sde: VPSDE, share: float) -> tuple[float, float]:
-    """Of dx = ½ β [x + (1 + share) s] dt + sqrt(share β) dw backwards in time: the SDE has share 1, the ODE 0.
-
-    All of them keep the marginals. A mean that is off shrinks as under the ODE (like the standard deviation) and under the SDE
-    (like the regression of x_t on x_T), to the powers of 1 − share and share.
-    """
-    (mean, variance), before = marginal(end, sde), marginal(start, sde)[1]
-    of_ode = np.sqrt(variance / before)
-    of_sde = np.sqrt(float(sde.alpha_bar(start) / sde.alpha_bar(end))) * variance / before
-    return mean + of_ode ** (1.0 - share) * of_sde**share * AWAY, variance
-
 
 FIRST = ["euler-maruyama", "probability-flow", "reverse-diffusion", "exponential", DDIM(), DDIM(eta=0.5), Ancestral()]
 FIRST += [Ancestral(variance="large"), SDEDPMSolver1()]
