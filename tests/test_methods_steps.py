@@ -97,7 +97,7 @@ def test_gradcheck_on_four_pixels(options, batch):
 
 
 def test_an_image_does_not_depend_on_its_batch(options, images):
-    purifier = Purifier(small_score(), relu_classifier(), **options)
+    purifier, images = Purifier(small_score(), relu_classifier(), **options), images[:3]
     whole, slope = purifier(images, seed=3), gradient(purifier, images, seed=3)
     for i in range(len(images)):
         torch.testing.assert_close(purifier(images[i : i + 1], seed=3, ids=[i])[0], whole[i], rtol=1e-10, atol=1e-10)
@@ -131,7 +131,7 @@ def test_memory_is_states_and_one_steps_graph(options):
     image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     word = "rounds" if "rounds" in options else "num_steps"
     peaks, steps = {}, {}
-    for count in (2, 8):
+    for count in (2, 5):
         purifier = Purifier(score, classifier, memory_budget="least", **{**options, word: count})
         plan = purifier.plan(2)
         noise = [*score.parameters(), *classifier.parameters(), *score.buffers(), *classifier.buffers()]
@@ -140,7 +140,7 @@ def test_memory_is_states_and_one_steps_graph(options):
         peaks[count], steps[count] = account.peak, purifier.num_steps
         assert account.peak == pytest.approx(plan.peak_bytes, rel=0.25)
     state = 2 * purifier._prepare(image.detach()).bound.state_bytes()
-    grown = (peaks[8] - peaks[2]) / ((steps[8] - steps[2]) * state)
+    grown = (peaks[5] - peaks[2]) / ((steps[5] - steps[2]) * state)
     # GDMP's states share the image; of an image that stopped there is one state, however many steps are left.
     least, most = {"gdmp-ssim": (0.45, 0.55), "adp": (0.0, 1.1)}.get(options["method"], (0.9, 1.1))
     assert least <= grown < most
