@@ -225,7 +225,7 @@ def test_salt_and_pepper_changes_as_many_pixels_as_it_says():
         (("pgd-eot", "Linf", 0.03, {"step_size": math.nan}), "`step_size` is a finite number above 0.*, got nan"),
         (("salt-and-pepper", "Linf", 0.03, {"amount": 0.0}), "`amount` is a share of pixels in .0, 1., got 0.0"),
         (("salt-and-pepper", "Linf", 0.03, {"amount": 5.0}), "`amount` is a share of pixels in .0, 1., got 5.0"),
-        (("apgd-ce", "Linf", 0.03, {"queries": 5}), "'apgd-ce' no queries to set; it has dw_box, eot_iter, iterations, l"),
+        (("apgd-ce", "Linf", 0.03, {"queries": 5}), "no queries to set; it has dw_box, eot_iter, iterations, looks, loss"),
     ],
 )
 def test_says_what_is_wrong(arguments, message):

@@ -236,8 +236,8 @@ def test_help_says_what_is_published_and_what_is_assumed(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "(default: 8/255)",
-        "steps of the attack (100 in autoattack-standard, autoattack-rand, apgd-ce, fixed-autoattack, transfer; 40 in",
-        "; 40 in bpda-eot; 20 in bpda-eot-20; 200 in pgd-eot;",
+        "steps of the attack (100 in autoattack-standard, autoattack-rand, apgd-ce, fixed-autoattack, transfer, stadv;",
+        "; 40 in bpda-eot; 20 in",
         "2/255 in Linf and eps/5 in L2",
         "share of pixels that is changed (0.05 in",
         "queries for an image (5000 in autoattack-standard)",
