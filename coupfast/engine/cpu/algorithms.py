@@ -27,11 +27,13 @@ class _Effort:
     output: float
 
 
-# Fitted to the times of bench/results/layers-*-zen4*.json, all algorithms of all shapes, as logarithms of ratios to the direct
-# algorithm's: `bench/fit_algorithms.py` prints them, and what is lost by choosing by them.
-_EFFORT = {kernels.F2: _Effort(1.17, 3.0, 3.3), kernels.F4: _Effort(1.42, 2.4, 1.8)}
-_FEW = 6.0  # adding up the parts of one of few outputs
-_BYTE = 0.1  # of packed weights
+# Fitted to the times of all algorithms on all shapes of the package's networks, at batch 1 to 20 on two instruction sets, as
+# `bench/fit_algorithms.py` finds both (bench/results/algorithms-epyc-zen4.jsonl). Choosing by these numbers loses 0.7 % of the
+# time that the best choice for every shape takes.
+_EFFORT = {kernels.F2: _Effort(1.27, 0.55, 2.6), kernels.F4: _Effort(1.44, 8.1, 2.05)}
+_FEW = 6.2  # adding up the parts of a sum to one of few outputs
+_BYTE, _RESIDENT = 0.163, 1.8e6  # a byte of packed weights beyond those that a core's cache holds
+_LEAST_ROWS = 4  # of a matrix product: fewer take as long
 # The error of F(4x4) hardly depends on the number of channels, and that of a direct sum falls with it. From so many on, F(4x4)
 # was within 3.7 times the error of PyTorch's float32, of which four are allowed (kernels/README.md).
 _LEAST_CHANNELS = 16
@@ -44,17 +46,22 @@ def work(size: int, channels: int, out_channels: int, height: int, width: int, b
         size: Tile of the algorithm.
         height, width: Of the result.
     """
-    outs = -(-out_channels // lanes)
+    ins, outs = -(-channels // lanes), -(-out_channels // lanes)
     if size == kernels.DIRECT:
         if out_channels <= kernels.FEW_OUTPUTS and channels >= lanes:
             pixel = out_channels * (9 * channels / lanes + _FEW)
         else:
             pixel = 9.0 * channels * outs
-        return batch * height * width * pixel + _BYTE * 4 * 9 * channels * out_channels
-    ins, products, effort = -(-channels // lanes), (size + 2) ** 2, _EFFORT[size]
-    tile = effort.product * ins * lanes * outs + effort.input * ins + effort.output * outs
+        return max(_LEAST_ROWS, batch * height * width) * pixel + _reading(4 * 9 * channels * out_channels)
+    products, effort = (size + 2) ** 2, _EFFORT[size]
     tiles = batch * -(-height // size) * -(-width // size)
-    return products * (tiles * tile + _BYTE * 4 * ins * lanes * outs * lanes)
+    product = effort.product * ins * lanes * outs * max(_LEAST_ROWS, tiles)
+    transforms = (effort.input * ins + effort.output * outs) * tiles
+    return products * (product + transforms) + _reading(4 * products * ins * lanes * outs * lanes)
+
+
+def _reading(packed_bytes: int) -> float:
+    return _BYTE * max(0.0, packed_bytes - _RESIDENT)
 
 
 def tile(
