@@ -190,7 +190,7 @@ def packed_conv2d(
 
 
 def packed_conv2d_vjp(
-    dy: torch.Tensor, packed: torch.Tensor, x_shape: tuple[int, int, int], kernel: int, stride: int, tile: int
+    dy: torch.Tensor, packed: torch.Tensor, x_shape: Sequence[int], kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
     """The gradient of `conv2d_ref`'s input, with weights from `pack_weights(…, transposed=True, stride=stride)`.
 
