@@ -33,8 +33,9 @@ class ADP(StepMethod):
 
     The paper's score network knows noise levels, and its label stands for one of them: `score_sigma`. An NCSN comes in by
     `coupfast.models.adapters.NoiseFromScore`, and is then asked at the level nearest to it; a network of the VP-SDE is asked at
-    the time t where σ(t)/sqrt ᾱ(t) = 2 score_sigma, on sqrt ᾱ(t) (2u − 1). The gradient contains the step size's; that an
-    image stops is piecewise constant.
+    the time t where σ(t)/sqrt ᾱ(t) = 2 score_sigma, on sqrt ᾱ(t) (2u − 1). Where such a score is linear along itself, a step
+    takes λ of the noise away, and ten published ones leave 0.95¹⁰ = 60 % of it: `step_share` is the knob for a network that
+    is told its level. The gradient contains the step size's; that an image stops is piecewise constant.
 
     Attributes:
         num_steps: Most steps of an image (10 as published).
