@@ -179,6 +179,17 @@ class TestGradient:
         assert rows["back-propagation", "torchsde"]["peak_bytes"] > 10 * exact["peak_bytes"]
         assert published["ratio_to_published"] == 1.0
 
+    def test_memory_budgets_side_by_side(self, tmp_path, capsys):
+        file, gradient = tmp_path / "results.json", __import__("gradient")
+        options = ["--steps-timed", "2", "--truth", "exact", "--modes", "exact", "--engines", "eager"]
+        assert gradient.main([*SMALL, *options, "--memory-budget", "least", "activations", "--json", str(file)]) == 0
+        least, kept = json.loads(file.read_text())["rows"]
+        assert (least["memory_budget"], least["kept_steps"]) == ("least", 0)
+        assert (kept["memory_budget"], kept["kept_steps"]) == ("activations", 2)
+        assert kept["planned_peak_bytes"] > least["planned_peak_bytes"]
+        assert least["ratio_to_eager_engine"] == kept["ratio_to_eager_engine"] == 1.0
+        assert least["rel_error"] == kept["rel_error"] == 0.0
+
     def test_a_wrong_engine_gets_no_time(self, run, monkeypatch):
         monkeypatch.setitem(ENGINES, "wrong", off_by(1e-2))
         code, rows, _, printed = run("gradient", "--steps-timed", 2, "--modes", "exact", "--engines", "eager", "wrong")
