@@ -169,6 +169,8 @@ class Surrogate(Exact):
     def check(self, method: Method, num_steps: int) -> None:
         if not isinstance(method, TableMethod):
             raise ValueError(f"gradient='surrogate' needs a coarser grid, and {type(method).__name__} has none; take 'exact'")
+        if type(method).coarse is TableMethod.coarse:
+            method.coarse([])  # says that there is none, whatever the number of its steps
         if not 1 <= self.steps <= num_steps:
             raise ValueError(f"`surrogate_steps` is between 1 and the run's {num_steps} steps, got {self.steps}")
         method.coarse(self.chosen(num_steps))

@@ -33,7 +33,7 @@ from coupfast.engine.precision import strict_float32
 from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerprint
 from coupfast.forked import check_threads
 from coupfast.gradients import Adjoint
-from coupfast.methods import Recipe, TableMethod, method_name
+from coupfast.methods import GuidedLM, Recipe, TableMethod, method_name
 from coupfast.models.zoo import as_network, is_adoptable
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
@@ -65,7 +65,7 @@ class Purifier(nn.Module):
         if method.guided and classifier is None:
             raise ValueError(
                 f"method {method_name(method)!r} follows a classifier's confidence and needs `classifier`; without one use "
-                "'reverse-sde'"
+                f"{'lm' if isinstance(method, GuidedLM) else 'reverse-sde'!r}"
             )
         self.score = check_network(adopted(score), "score net")
         self.classifier = check_network(classifier, "classifier") if method.guided else None
@@ -246,9 +246,10 @@ class Purifier(nn.Module):
         wanted = (self.settings.method.num_noises, *x.shape)
         if not isinstance(noise, torch.Tensor) or tuple(noise.shape) != wanted:
             found = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
-            extra = "" if recipe is None or recipe.table.f is None else ", then a second one a step"
-            extra += ", the last row being the forward noising's" if recipe is not None and recipe.noising else ""
-            raise ValueError(f"`noise` must have shape {wanted} (one row a step{extra}), got {found}")
+            rows = "a row for each time that the method draws" if recipe is None else "one row a step"
+            rows += "" if recipe is None or recipe.table.f is None else ", then a second one a step"
+            rows += ", the last row being the forward noising's" if recipe is not None and recipe.noising else ""
+            raise ValueError(f"`noise` must have shape {wanted} ({rows}), got {found}")
         if noise.dtype != x.dtype or noise.device != x.device:
             raise ValueError(f"`noise` is {noise.dtype} on {noise.device}, the images are {x.dtype} on {x.device}")
         if not bool(torch.isfinite(noise).all()):

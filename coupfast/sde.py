@@ -100,12 +100,12 @@ class DiscreteVPSDE(VPSDE):
 GRIDS = ("time", "log-snr", "quadratic")
 
 
-def check_t(t: float) -> float:
-    """`t` as a float, or ValueError if it is not in (1e-5, 1]."""
+def check_t(t: float, name: str = "t") -> float:
+    """`t` as a float, or ValueError if it is not in (1e-5, 1]; `name` is what the message calls it."""
     if isinstance(t, bool) or not isinstance(t, (int, float, np.floating, np.integer)):
-        raise TypeError(f"`t` is a number, got {type(t).__name__}")
+        raise TypeError(f"`{name}` is a number, got {type(t).__name__}")
     if not (T_END < t <= 1.0):
-        raise ValueError(f"`t` is continuous time in (1e-5, 1], got {t}; step 100 of 1000 is t=0.1")
+        raise ValueError(f"`{name}` is continuous time in (1e-5, 1], got {t}; step 100 of 1000 is {name}=0.1")
     return float(t)
 
 

@@ -16,7 +16,7 @@ from coupfast.engine.memory import AllocationAccount
 from coupfast.methods.gdmp_ssim import ssim
 from coupfast.noise import CounterNoise, uniform
 from coupfast.reference.gdmp_ssim import ssim_ref
-from coupfast.sde import VPSDE
+from coupfast.sde import VPSDE, DiscreteVPSDE
 
 #: Options that make each method do all that it can in a few steps.
 CASES = {
@@ -187,6 +187,7 @@ def test_the_command_line_knows_it(options, tmp_path, capsys):
         ({"method": "lm", "sigma_min": -0.1}, "`sigma_min` is finite and above 0, got -0.1"),
         ({"method": "lm", "fixed_seed": -1}, "`fixed_seed` is at least 0 and at most"),
         ({"method": "lm", "sde": (0.1, 20)}, "`sde` is a coupfast.VPSDE"),
+        ({"method": "lm", "sde": DiscreteVPSDE()}, "`sde` is a coupfast.VPSDE in continuous time.*got DiscreteVPSDE"),
         ({"method": "adp", "num_steps": 1.5}, "`num_steps` is an int, got 1.5"),
         ({"method": "adp", "noise_sigma": -1}, "`noise_sigma` is finite and at least 0, got -1"),
         ({"method": "adp", "score_sigma": 1e3}, "`score_sigma` is 1000, and the schedule is so noisy at t = 1.*above 1"),

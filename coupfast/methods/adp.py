@@ -40,7 +40,7 @@ class ADP(StepMethod):
     Attributes:
         num_steps: Most steps of an image (10 as published).
         noise_sigma: σ_in, standard deviation on images in [0, 1], at least 0 (0.25 as published).
-        score_sigma: σ_s, standard deviation on images in [0, 1]; as large as the noise unless given.
+        score_sigma: σ_s, standard deviation on images in [0, 1], above 0 (0.25: it does not follow `noise_sigma`).
         step_share: λ, the share of the way to where the score would vanish that one step goes (0.05 as published).
         probe: δ, the step that ρ is measured with (1e-3 as published).
         step_min, step_max: α_min and α_max (1e-5 and 0.1 as published).

@@ -25,9 +25,10 @@ def _times(word: str) -> Any:
 
 
 def _sde(word: str) -> VPSDE:
-    low, high, *chain = word.split(",")
-    if chain not in ([], ["discrete"]):
+    parts = word.split(",")
+    if len(parts) not in (2, 3) or parts[2:] not in ([], ["discrete"]):
         raise ValueError("two numbers, or two numbers and the word discrete")
+    low, high, *chain = parts
     return (DiscreteVPSDE if chain else VPSDE)(float(low), float(high))
 
 

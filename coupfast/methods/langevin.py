@@ -50,7 +50,7 @@ class LangevinSDE(TableMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "t", check_t(self.t))
-        object.__setattr__(self, "score_time", check_t(self.score_time))
+        object.__setattr__(self, "score_time", check_t(self.score_time, "score_time"))
         for name in ("step_size", "pull_variance", "rate", "noise_scale"):
             object.__setattr__(self, name, check_number(name, getattr(self, name), zero=name == "noise_scale"))
 

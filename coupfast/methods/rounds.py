@@ -57,7 +57,7 @@ class MultiStage(SolverMethod):
             given = getattr(self, name)
             if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str) or len(given) == 0:
                 raise ValueError(f"`{name}` is a sequence, one entry a level, got {given!r}")
-        object.__setattr__(self, "levels", tuple(check_t(level) for level in self.levels))
+        object.__setattr__(self, "levels", tuple(check_t(level, "levels") for level in self.levels))
         if len(self.repeats) != len(self.levels):
             raise ValueError(f"{len(self.levels)} `levels` need as many `repeats`, got {len(self.repeats)}: {self.repeats}")
         object.__setattr__(self, "repeats", tuple(check_integer("repeats", count, 1) for count in self.repeats))

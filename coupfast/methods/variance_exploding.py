@@ -35,9 +35,13 @@ def eps_hat_of_noised(networks: Networks, sde: VPSDE, y: torch.Tensor, sigma: to
 
 
 def check_continuous(sde: Any) -> None:
-    """TypeError if `sde` is none whose times can be found from noise levels by the formula above."""
+    """TypeError if `sde` is no VP-SDE, ValueError if it is one whose times the formula above does not give."""
+    if not isinstance(sde, VPSDE):
+        raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(sde).__name__}")
     if type(sde) is not VPSDE:
-        raise TypeError(f"`sde` is a coupfast.VPSDE in continuous time, got {type(sde).__name__}")
+        raise ValueError(
+            f"`sde` is a coupfast.VPSDE in continuous time for a method that is told noise levels, got {type(sde).__name__}"
+        )
 
 
 def check_noise_level(name: str, value: Any, sde: VPSDE, *, scale: float = 1.0) -> float:
