@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from coupfast.engine import StepMemory
@@ -174,6 +174,7 @@ def make_plan(
     engine: str,
     weights_bytes: Callable[[int], int],
     evaluations: Mapping[str, Mapping[str, int]],
+    asked: Mapping[str, Sequence[bool]] | None = None,
 ) -> Plan:
     """The plan of one batch.
 
@@ -183,6 +184,7 @@ def make_plan(
         weights_bytes: Transformed weights for a number of images at a time.
         evaluations: Network evaluations of a "step", and of a transposed one that is a "rebuild", or on kept "slopes" or
             "activations".
+        asked: By the first word of an evaluation's name, whether each step of the run asks that network; all do otherwise.
 
     Raises:
         ValueError: if the budget is below the least that is possible.
@@ -194,12 +196,15 @@ def make_plan(
     rebuilt = need.backward_steps - storage.kept_steps
     counts: dict[str, int] = {}
     parts = [
-        ("step", need.num_steps),
-        ("slopes" if storage.slopes else "rebuild", rebuilt),
-        ("activations", storage.kept_steps),
+        ("step", range(need.num_steps)),
+        ("slopes" if storage.slopes else "rebuild", range(rebuilt)),
+        ("activations", range(rebuilt, need.backward_steps)),
     ]
-    for kind, times in parts:
+    for kind, steps in parts:
         for name, each in evaluations[kind].items():
+            # A surrogate's way back has steps of its own, each of which asks.
+            asks = (asked or {}).get(name.split()[0]) if kind == "step" or need.backward_steps == need.num_steps else None
+            times = len(steps) if asks is None else sum(asks[k] for k in steps)
             counts[name] = counts.get(name, 0) + each * times * pieces
     return Plan(
         batch=need.batch,

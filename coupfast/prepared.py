@@ -114,7 +114,12 @@ class Prepared(abc.ABC):
             engine=bound.engine,
             weights_bytes=lambda piece: bound.weights_bytes(min(piece, LARGEST_PLANNED), gradient=steps_back > 0),
             evaluations=bound.evaluations(),
+            asked=self._asked(),
         )
+
+    def _asked(self) -> dict[str, list[bool]]:
+        """Which steps ask which network, where not all do."""
+        return {}
 
     @abc.abstractmethod
     def _states(self) -> tuple[int, bool]:
@@ -210,6 +215,10 @@ class PreparedTable(Prepared):
 
     def _states(self) -> tuple[int, bool]:
         return self._image_bytes(), self.settings.gradient.keeps
+
+    def _asked(self) -> dict[str, list[bool]]:
+        table, steps = self.recipe.table, range(self.num_steps)
+        return {"score": [table.evaluates(k) for k in steps], "classifier": [table.guides(k) for k in steps]}
 
 
 class PreparedSteps(Prepared):

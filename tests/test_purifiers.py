@@ -204,7 +204,7 @@ def test_tables_one_after_the_other():
         ({"method": "multi-stage", "repeats": (1,)}, ValueError, "3 `levels` need as many `repeats`, got 1"),
         ({"method": "multi-stage", "repeats": (1, 0, 1)}, ValueError, "`repeats` is at least 1, got 0"),
         ({"method": "multi-stage", "levels": ()}, ValueError, "`levels` is a sequence"),
-        ({"method": "multi-stage", "levels": (0.1, 2.0, 0.1)}, ValueError, "in \\(1e-5, 1\\], got 2.0"),
+        ({"method": "multi-stage", "levels": (0.1, 2.0, 0.1)}, ValueError, "`levels` is continuous time in .*, got 2.0"),
         ({"method": "ld-sde", "step_size": 0.0}, ValueError, "`step_size` is finite and above 0"),
         ({"method": "ld-sde", "pull_variance": float("inf")}, ValueError, "`pull_variance` is finite"),
         ({"method": "ld-sde", "noise_scale": "5"}, TypeError, "`noise_scale` is a number"),
@@ -213,6 +213,10 @@ def test_tables_one_after_the_other():
         ({"method": "gdmp", "noise_steps": 1001}, ValueError, "`noise_steps` is at least 2 and at most 1000"),
         ({"method": "gdmp", "guide_radius": 0.0}, ValueError, "`guide_radius` is finite and above 0"),
         ({"method": "gdmp", "gradient": "surrogate"}, ValueError, "GDMP has no coarser grid"),
+        ({"method": "one-step", "gradient": "surrogate"}, ValueError, "OneStep has no coarser grid"),
+        ({"method": "ld-sde", "score_time": 2}, ValueError, r"`score_time` is continuous time in \(1e-5, 1\], got 2"),
+        ({"method": "lm-coup"}, ValueError, "needs `classifier`; without one use 'lm'"),
+        ({"method": "coup"}, ValueError, "needs `classifier`; without one use 'reverse-sde'"),
         ({"method": "one-step", "c_skip": 1.0}, ValueError, "`c_skip` and `c_out` belong together"),
         ({"method": "one-step", "c_skip": 1.0, "c_out": 0.0}, ValueError, "`c_out` is 0 at t = 0.1"),
         ({"method": "one-step", "c_skip": 1.0, "c_out": "word"}, ValueError, "`c_out` is a number, a function of t"),
@@ -222,6 +226,37 @@ def test_tables_one_after_the_other():
 def test_bad_input(options, error, message):
     with pytest.raises(error, match=message):
         Purifier(Score(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"method": "one-step", "t": (0.2, 0.1)}, 2),
+        ({"method": "denoised-smoothing"}, 1),
+        ({"method": "multi-stage", "levels": (0.1,), "repeats": (3,), "num_steps": 4}, 12),
+        ({"method": "gdmp", "rounds": 2, "noise_steps": 5, "image_elements": 192}, 8),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("budget", ["least", "activations"])
+def test_a_plan_counts_what_networks_are_asked(options, asked, budget):
+    """Rows that add noise ask for nothing, in either direction."""
+    calls = []
+
+    class Counted(Score):
+        def forward(self, x, labels):
+            calls.append(1)
+            return super().forward(x, labels)
+
+    purifier = Purifier(Counted(), memory_budget=2**30 if budget == "activations" else "least", engine="eager", **options)
+    x = images(2).requires_grad_()
+    plan = purifier.plan(2, image_shape=tuple(x.shape[1:]))
+    purifier(x, seed=0).sum().backward()
+    calls.clear()
+    purifier(x, seed=0).sum().backward()
+    assert purifier.settings.method.score_evaluations == asked
+    assert len(calls) == asked * (2 if budget == "least" else 1)
+    assert plan.evaluations == {"score forward": len(calls), "score backward": asked}
 
 
 def test_gdmp_needs_its_size():
