@@ -290,6 +290,8 @@ def test_other_images_do_not_mix(photos, networks, tmp_path, capsys):
         (["purify", "{photos}", "--out", "{tmp}", "--seed", "-1"], "`seed` is an integer in [0, 2**64), got -1"),
         (["purify", "{photos}", "--out", "{photos}/a.png/x"], "a.png"),
         (["purify", "{photos}", "--out", "{tmp}", "--method", "cuop"], "got 'cuop'; did you mean 'coup'?"),
+        (["purify", "{photos}", "--out", "{tmp}", "--method", "adp", "--sde", "0.1,20,discrete"], "VPSDE in continuous time"),
+        (["purify", "{photos}", "--out", "{tmp}", "--guide-weights", "x.pt"], "`--guide-weights` belong to a `--guide`"),
         (["purify", "{photos}", "{large}", "--out", "{tmp}"], "are 3x9x9, those of"),
         (["purify", "{large}", "--out", "{tmp}"], "the score net is made for 8 x 8"),
         (["purify", "{photos}", "--out", "{tmp}", "--score", "{photos}/a.png"], "a.png"),
@@ -407,7 +409,9 @@ def test_convert(tmp_path, capsys):
     assert not (tmp_path / "other.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["purify", "check-gradient", "evaluate", "plan", "report", "methods", "doctor", "convert"])
+@pytest.mark.parametrize(
+    "command", ["purify", "certify", "check-gradient", "evaluate", "plan", "report", "methods", "doctor", "convert"]
+)
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(command, "--help")
@@ -425,6 +429,16 @@ def test_what_is_not_said_is_not_there():
     spelled = {option.keyword for kind in coupfast.settings.options().values() for option in kind} | {"method", "score"}
     assert not spelled & set(options)
     assert (options["draw"], options["seed"]) == ([0], 0)
+
+
+def test_help_says_whose_an_option_is_and_every_default(capsys):
+    with pytest.raises(SystemExit):
+        run("purify", "--help")
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # names are broken at their hyphens
+    assert "strength of the guide; 0 is none (of gdmp, gdmp-ssim; default: 60000; gdmp-ssim 70000)" in text
+    assert "(default: 0.1,20; multi-stage 0.1,20,discrete)" in text
+    assert "(default: adp 10, lm 5, lm-coup 5)" in text
+    assert "(of adp; default: 0.001)" in text
 
 
 def test_one_name_for_one_thing(capsys):

@@ -18,9 +18,13 @@ from coupfast.models.zoo import choices, load_classifier, load_score
 from coupfast.naming import is_reference, resolve
 from coupfast.options import Option, options_of
 from coupfast.purify import Purifier
+from coupfast.sde import VPSDE, DiscreteVPSDE
 from coupfast.settings import KINDS, Settings, options
+from coupfast.solvers import NamedSolver, solver_name
 
 DEFAULT_NETWORK = "cifar10-tiny"
+#: Methods that an option's help names beside it.
+FEW = 3
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -49,9 +53,40 @@ def add_command(commands: Any, name: str, run: Command, summary: str, more: str 
 
 def add_option(group: Any, option: Option, *, note: str | None = None) -> None:
     """An option that is in the namespace only where it is given."""
-    default = option.default
-    told = "" if default in (None, dataclasses.MISSING) or isinstance(default, (bool, dict)) else f" (default: {default})"
+    told = f" (default: {spelled(option.default)})" if _is_told(option.default) else ""
     option.add_to(group, default=argparse.SUPPRESS, note=told if note is None else note)
+
+
+def spelled(value: Any) -> str:
+    """A default as it is typed."""
+    if isinstance(value, NamedSolver):
+        return solver_name(value)
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, VPSDE):
+        return f"{value.beta_min:g},{value.beta_max:g}{',discrete' if isinstance(value, DiscreteVPSDE) else ''}"
+    return str(value)
+
+
+def _is_told(default: Any) -> bool:
+    return default is not None and default is not dataclasses.MISSING and not isinstance(default, (bool, dict))
+
+
+def _of_methods(option: Option) -> str:
+    """Which methods have an option, where few do and its help does not say so, and its defaults, where they are not one."""
+    owned = {name: {own.keyword: own.default for own in options_of(method)} for name, method in METHODS.items()}
+    found = {name: own[option.keyword] for name, own in owned.items() if option.keyword in own}
+    few = 0 < len(found) <= FEW and not any(name in option.help for name in found)
+    said = [f"of {', '.join(found)}"] if few else []
+    first = option.default
+    defaults = [f"default: {spelled(first)}"] if _is_told(first) else []
+    others = [f"{name} {spelled(own)}" for name, own in found.items() if own != first and _is_told(own)]
+    if others:
+        defaults.append(f"{'' if defaults else 'default: '}{', '.join(others)}")
+    said += defaults
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def add_purification(parser: argparse.ArgumentParser, method: str | None = None, *, gradient: bool, none: bool = False) -> None:
@@ -88,7 +123,8 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
     for option in [*chosen, *known["engine"]]:
         if option.keyword not in seen:
             # An evaluation's memory is the least, so that no machine splits its batches otherwise.
-            add_option(group, option, note=" (default: least)" if none and option.keyword == "memory_budget" else None)
+            note = _of_methods(option) if option in known["method"] else None
+            add_option(group, option, note=" (default: least)" if none and option.keyword == "memory_budget" else note)
         seen.add(option.keyword)
     # Older spellings.
     group.add_argument("--steps", dest="num_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -150,6 +186,8 @@ def purification_of(options_: argparse.Namespace) -> dict[str, Any]:
 def load_purifier(given: argparse.Namespace, **keywords: Any) -> tuple[Purifier, dict[str, Any]]:
     """The purifier that the options describe, and what identifies its networks; `keywords` in the place of options."""
     settings = Settings.of(**{**purification_of(given), **keywords})
+    if hasattr(given, "guide_weights") and not hasattr(given, "guide"):
+        raise ValueError("`--guide-weights` belong to a `--guide`, and none is named")
     source, weights = getattr(given, "score", DEFAULT_NETWORK), getattr(given, "score_weights", None)
     score = load_score(source, weights=weights, device=given.device)
     networks = {"score": identity(source, weights, score)}

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from coupfast.cli.arguments import add_command
+from coupfast.cli.arguments import add_command, spelled
 from coupfast.methods import METHODS, Method, StepMethod, TableMethod
 from coupfast.noise import ReplayedNoise
 from coupfast.options import options_of
-from coupfast.solvers import SOLVERS, NamedSolver, solver_name
+from coupfast.solvers import SOLVERS
 
 #: What every method has; said once.
 _COMMON = {option.keyword for option in options_of(Method)}
@@ -91,20 +91,8 @@ def _kind(method: Method) -> str:
 
 def _knobs(owner: Any, left_out: set[str]) -> str:
     return ", ".join(
-        f"{option.keyword} {_value(option.default)}" for option in options_of(owner) if option.keyword not in left_out
+        f"{option.keyword} {spelled(option.default)}" for option in options_of(owner) if option.keyword not in left_out
     )
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, NamedSolver):
-        return solver_name(value)
-    if isinstance(value, tuple):
-        return ",".join(f"{part:g}" for part in value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if hasattr(value, "beta_min"):
-        return f"{value.beta_min:g},{value.beta_max:g}{',discrete' if type(value).__name__.startswith('Discrete') else ''}"
-    return str(value)
 
 
 def _first(owner: Any) -> str:

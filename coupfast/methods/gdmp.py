@@ -42,13 +42,13 @@ class GDMP(TableMethod):
     name: ClassVar[str] = "gdmp"
     reference: ClassVar[str] = "Wang et al. 2022, arXiv:2205.14969"
 
-    rounds: int = option(4, help="rounds of noising and denoising of method gdmp", parse=int, metavar="N")
+    rounds: int = option(4, help="rounds of noising and denoising", parse=int, metavar="N")
     noise_steps: int = option(
-        37, help="steps of 1000 that a round of gdmp noises by; it denoises one less", parse=int, metavar="N"
+        37, help="steps of 1000 that a round noises by; it denoises one less", parse=int, metavar="N"
     )
-    guide_scale: float = option(60000.0, help="of gdmp's guide; 0 is none", parse=float, metavar="G")
+    guide_scale: float = option(60000.0, help="strength of the guide; 0 is none", parse=float, metavar="G")
     guide_radius: float = option(8 / 255, help="radius that gdmp's guide is made for", parse=float, metavar="E")
-    guide_batch: int = option(100, help="images that gdmp's published guide is a mean over", parse=int, metavar="N")
+    guide_batch: int = option(100, help="images that the published guide is a mean over", parse=int, metavar="N")
     image_elements: int = option(3 * 32 * 32, help="elements of an image, for gdmp's guide", parse=int, metavar="N")
 
     def __post_init__(self) -> None:
