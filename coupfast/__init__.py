@@ -8,7 +8,19 @@ from coupfast.certificate import GradientCertificate
 from coupfast.engines import Engine
 from coupfast.gradient_check import check_gradient
 from coupfast.gradients import BPDA, Adjoint, AdjointParameters, Exact, NoGradient, Surrogate
-from coupfast.methods import COUP, DiffPure, Method, ReverseSDE, StepMethod, TableMethod
+from coupfast.methods import (
+    ADP,
+    COUP,
+    GDMPSSIM,
+    LM,
+    DenoisedSmoothing,
+    DiffPure,
+    GuidedLM,
+    Method,
+    ReverseSDE,
+    StepMethod,
+    TableMethod,
+)
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import PurifiedClassifier, Purifier, purify
 from coupfast.sde import VPSDE
@@ -18,16 +30,22 @@ from coupfast.solvers import CoefficientTable
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADP",
     "Adjoint",
     "AdjointParameters",
     "BPDA",
     "COUP",
+    "Certification",
     "CoefficientTable",
+    "DenoisedSmoothing",
     "DiffPure",
     "Engine",
     "Evaluation",
     "Exact",
     "GradientCertificate",
+    "GDMPSSIM",
+    "GuidedLM",
+    "LM",
     "Method",
     "NoGradient",
     "Plan",
@@ -40,6 +58,7 @@ __all__ = [
     "Surrogate",
     "TableMethod",
     "VPSDE",
+    "certify",
     "check_gradient",
     "evaluate",
     "load_classifier",
@@ -47,7 +66,7 @@ __all__ = [
     "purify",
 ]
 
-_OF_EVALUATION = ("Evaluation", "Spec", "evaluate")
+_OF_EVALUATION = ("Certification", "Evaluation", "Spec", "certify", "evaluate")
 
 
 def __getattr__(name: str) -> Any:

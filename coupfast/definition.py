@@ -55,7 +55,7 @@ class Definition:
         like = torch.empty_like(x, dtype=torch.float32)
         if self._recipe is None:
             rows = [source.z(k, like) for k in range(self.method.num_noises)]
-            return ReplayedNoise(torch.stack(rows).to(self.dtype))
+            return ReplayedNoise((torch.stack(rows) if rows else like.new_zeros(0, *like.shape)).to(self.dtype))
         rows = [source.z(k, like) for k in range(self.num_steps)]
         if self._recipe.noising is not None:
             rows.append(source.z(-1, like))

@@ -60,6 +60,20 @@ class VPSDE:
         # expm1: at t = 1e-5, 1 − ᾱ is 1e-6 and a plain difference would lose six digits.
         return np.sqrt(-np.expm1(self.log_alpha_bar(t)))
 
+    def time_of(self, noise: float) -> float:
+        """The time t at which σ(t)/sqrt ᾱ(t) is `noise`: where x_0 + noise ε, times sqrt ᾱ(t), is a state of the SDE.
+
+        Args:
+            noise: Standard deviation on the [-1, 1] scale, at least 0.
+
+        Returns:
+            t, above 1 where the schedule never gets so noisy.
+        """
+        spread = self.beta_max - self.beta_min
+        exponent = math.log1p(noise * noise)  # −log ᾱ(t)
+        # The root of ½ spread t² + beta_min t = exponent, in the form that has no difference and needs no spread > 0.
+        return 2.0 * exponent / max(self.beta_min + math.sqrt(self.beta_min**2 + 2.0 * spread * exponent), 1e-300)
+
     def discrete_alpha_bar(self, t: float) -> float:
         """ᾱ of the 1000-step discrete chain, Π (1 − β_i/1000), as DiffPure's forward noising uses it.
 

@@ -48,7 +48,7 @@ class BoundSteps:
         return self._measure()[1]
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        """Calls of the networks in step 0, and in the rebuilt one with its back-propagation."""
+        """Calls of the networks and passes back through them in step 0, and in the rebuilt one with its back-propagation."""
         return self._measure()[2]
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
@@ -64,8 +64,15 @@ class BoundSteps:
         noise = ReplayedNoise(torch.zeros((method.num_noises, *x.shape), dtype=x.dtype, device=x.device))
         calls: collections.Counter[str] = collections.Counter()
         networks = [("score", self.networks.score), ("classifier", self.networks.classifier)]
+
+        def count(name: str, output: Any) -> None:
+            calls.update({f"{name} forward": 1})
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                # Once a backward pass: a step that differentiates for itself has its own, and the rebuilt one another.
+                output.register_hook(lambda _: calls.update({f"{name} backward": 1}))
+
         hooks = [
-            network.register_forward_hook(lambda *_, name=name: calls.update({f"{name} forward": 1}))
+            network.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
             for name, network in networks
             if network is not None
         ]
@@ -85,7 +92,7 @@ class BoundSteps:
         finally:
             for hook in hooks:
                 hook.remove()
-        rebuild = dict(calls) | {name.replace("forward", "backward"): count for name, count in calls.items()}
+        rebuild = dict(calls)
         size = sum(tensor.nbytes for tensor in state)
         memory = StepMemory(forward.peak, forward.peak, rebuilding.peak, rebuilding.peak, 0, 0)
         return memory, size, {"step": step, "rebuild": rebuild, "slopes": rebuild, "activations": rebuild}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import coupfast
-from coupfast.cli import check_gradient, convert, doctor, evaluate, methods, plan, purify, report
+from coupfast.cli import certify, check_gradient, convert, doctor, evaluate, methods, plan, purify, report
 from coupfast.evaluation.ledger import Ledger, LedgerError
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.models.zoo import import_references
@@ -64,6 +64,7 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     found.add_argument("--version", action="version", version=f"coupfast {coupfast.__version__}")
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
     purify.add(commands, method)
+    certify.add(commands)
     check_gradient.add(commands, method)
     evaluate.add(commands, method, attack)
     plan.add(commands, method, attack)

@@ -94,10 +94,11 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
     group.add_argument("--steps", dest="num_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if gradient:
         group.add_argument("--memory-gib", dest="memory_budget", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    _add_networks(group)
+    add_networks(group)
 
 
-def _add_networks(group: Any) -> None:
+def add_networks(group: Any) -> None:
+    """Which score network and which classifier."""
     named: tuple[tuple[Kind, str], ...] = (("score", "score network"), ("classifier", "classifier"))
     for kind, name in named:
         group.add_argument(

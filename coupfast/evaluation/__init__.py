@@ -13,16 +13,31 @@ worker         does one unit
 pools          where workers are: in this process, in several, on a Ray cluster (`cluster`)
 ledger         what is done, on disk
 protocols      verdicts over images and draws
+certify        certified radii of denoised smoothing
 result         what came out, as an object
 plan           what a run will take
 report/        what came out, to read
 """
 
 from coupfast.evaluation.attacks import Attack, Cost, Result, count, knob
+from coupfast.evaluation.certify import Certification, certify
 from coupfast.evaluation.launch import evaluate
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.result import Evaluation
 from coupfast.evaluation.spec import Spec
 from coupfast.evaluation.suites import Suite
 
-__all__ = ["Attack", "Cost", "Evaluation", "Ledger", "Result", "Spec", "Suite", "count", "evaluate", "knob"]
+__all__ = [
+    "Attack",
+    "Certification",
+    "Cost",
+    "Evaluation",
+    "Ledger",
+    "Result",
+    "Spec",
+    "Suite",
+    "certify",
+    "count",
+    "evaluate",
+    "knob",
+]

@@ -6,20 +6,29 @@ classes of `base`, given as `method=` or named `package.module:NAME`.
 
 from __future__ import annotations
 
+from coupfast.methods.adp import ADP
 from coupfast.methods.base import Method, Networks, Recipe, StepMethod, StepState, TableMethod
 from coupfast.methods.diffusion import COUP, DiffPure, DiffusionMethod, ReverseSDE, SolverMethod
 from coupfast.methods.gdmp import GDMP
+from coupfast.methods.gdmp_ssim import GDMPSSIM
 from coupfast.methods.langevin import LangevinSDE
+from coupfast.methods.lm import LM, GuidedLM
 from coupfast.methods.one_step import OneStep
 from coupfast.methods.rounds import MultiStage
+from coupfast.methods.smoothing import DenoisedSmoothing
 from coupfast.naming import reference_to
 
 __all__ = [
+    "ADP",
     "COUP",
     "GDMP",
+    "GDMPSSIM",
+    "LM",
     "METHODS",
+    "DenoisedSmoothing",
     "DiffPure",
     "DiffusionMethod",
+    "GuidedLM",
     "LangevinSDE",
     "Method",
     "MultiStage",
@@ -34,10 +43,11 @@ __all__ = [
     "method_name",
 ]
 
+_TABLES = (COUP, ReverseSDE, DiffPure, MultiStage, LangevinSDE, GDMP, OneStep, DenoisedSmoothing)
+_STEP_FUNCTIONS = (GDMPSSIM, ADP, LM, GuidedLM)
+
 #: The methods of this package by the names that people call them; a new one is a class and one entry here.
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (COUP, ReverseSDE, DiffPure, MultiStage, LangevinSDE, GDMP, OneStep)
-}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (*_TABLES, *_STEP_FUNCTIONS)}
 
 
 def method_name(method: Method | type[Method]) -> str:

@@ -15,6 +15,9 @@ the shipped network, which knows t up to 0.2: ε and x₀ explain 0.87 to 0.96 o
 0.02 to 1.3 times σ/α; turned into a v-network it has −0.24 to −0.87 at t = 0.2 and −0.48 to −0.66 at 0.3, so that the border
 between them is at `V_SHARE`.
 
+An adapter that was told the wrong prediction (`adapters.NoiseFrom`) says which others there are; the network behind one of them
+is then a good predictor of the noise, and ours is not.
+
 A network that predicts the noise at other labels has its smallest error there: other scales of the labels are tried, and the
 error must fall by the factor `LABEL_WARNING` to be mentioned, by `LABEL_REFUSAL` to be refused, and be small where it falls to.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +94,7 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
                 raise ValueError(_message(other))
         small = TIMES[:2]
         if sum(errors[t] for t in small) / len(small) > GOOD_ERROR:
+            _check_adapter(score, x0, noise, sde, sum(errors[t] for t in small) / len(small))
             _check_labels(score, x0, noise, sde, {t: errors[t] for t in small})
         if not getattr(score, "whole_labels", False):
             _check_fractions(score, x0[:1], noise[:1], sde)
@@ -156,6 +161,28 @@ def _message(other: str) -> str:
         f"the score network does not predict the noise, but {_WHAT[other]}: of noised images of known noise its output has "
         f"those shares; {advice}"
     )
+
+
+def _check_adapter(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, at_ours: float) -> None:
+    """Whether the network behind an adapter predicts the noise well if it is taken for something else."""
+    alternatives: Callable[[], list[tuple[str, nn.Module]]] = getattr(score, "alternatives", list)
+    best, words = math.inf, ""
+    for said, other in alternatives():
+        try:
+            found = [_error(other(*_noised(sde, t, x0, noise), _labels(x0, NUM_LABELS * t)), noise) for t in TIMES[:2]]
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it is not of that kind, then
+            continue
+        if (error := sum(found) / len(found)) < best:
+            best, words = error, said
+    if not best < min(WEAK_ERROR, LABEL_WARNING * at_ours):
+        return
+    text = (
+        f"the score network may be adapted as if it predicted something else than it does: with {words} its mean squared error "
+        f"on noised images is {best:.3g}, and {at_ours:.3g} as it is; load_score(network, {words}) takes it so"
+    )
+    if best < LABEL_REFUSAL * at_ours:
+        raise ValueError(text)
+    warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _check_labels(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, errors: dict[float, float]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from coupfast.models import registry
-from coupfast.models.adapters import NoiseFrom
+from coupfast.models.adapters import NoiseFrom, NoiseFromEDM
 from coupfast.models.checkpoints import existing
 from coupfast.models.defaults import plain_defaults, without_inference_tensors
 from coupfast.models.from_file import fill_named, network_from_file
@@ -83,6 +83,8 @@ def load_score(
     weights: str | Path | None = None,
     prediction: str | None = None,
     whole_labels: bool = False,
+    labels: str | None = None,
+    learned_variance: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """A score network: (x_k, 999 t) → eps_hat, frozen and in eval mode.
@@ -104,8 +106,10 @@ def load_score(
         dtype: What its weights are cast to; None leaves modules, and makes new networks float32, whatever torch's default is.
         weights: For a name: the path of its weights, or ``"random"``. None takes those that come with the name.
         prediction: What the network predicts, where it is not the noise: ``"v_prediction"`` or ``"sample"`` (x₀), as diffusers'
-            schedulers spell it. `adapters.NoiseFrom` makes the noise of it.
+            schedulers spell it, or ``"edm"``: F of EDM's preconditioning. `NoiseFrom` or `NoiseFromEDM` makes the noise of it.
         whole_labels: The network has a table of time steps: labels are rounded to the nearest integer.
+        labels: How a network of whole steps is told the time: ``"rounded"``, ``"index"`` or ``"floor"`` (`adapters`).
+        learned_variance: The network also predicts a variance, in channels after those of its prediction.
         seed: Fixes random weights. They are drawn at ordinary scale, so that eps_hat is of order one.
 
     Returns:
@@ -120,12 +124,25 @@ def load_score(
         TypeError: if a module cannot be called as a score network, or is a classifier.
     """
     model = _loaded("score", source, weights, {}, seed)
-    if prediction is not None or whole_labels:
+    if prediction is not None or whole_labels or labels is not None or learned_variance:
         if isinstance(model, NoiseFrom):
             raise ValueError(
                 f"the network's own scheduler says {model.prediction!r}, and it is adapted already; leave out `prediction`"
             )
-        model = NoiseFrom(model, prediction=prediction or "epsilon", whole_labels=whole_labels)
+        if getattr(model, "is_adapted", False):
+            raise ValueError(f"a {type(model).__name__} knows what it predicts and how it is told the time; leave that out")
+        if prediction == "edm":
+            if whole_labels or labels is not None or learned_variance:
+                raise ValueError("prediction='edm' says how the network is told the time; leave out what else was said of that")
+            model = NoiseFromEDM(model)
+        else:
+            model = NoiseFrom(
+                model,
+                prediction=prediction or "epsilon",
+                whole_labels=whole_labels,
+                labels=labels,
+                learned_variance=learned_variance,
+            )
     return _frozen(model, device, dtype)
 
 
