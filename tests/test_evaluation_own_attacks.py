@@ -714,6 +714,20 @@ def test_a_defense_that_an_attack_cannot_ask_is_refused_before_any_work(attack, 
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
+def test_a_plan_refuses_what_a_run_would(tmp_path):
+    with pytest.raises(ValueError, match="fewer than the defense's 4 steps, got 5"):
+        plan(Spec.of(attack="transfer", t=0.06, num_steps=4, limit=1), probe_steps=1)
+
+
+def test_copies_in_one_batch_are_those_of_looks_too():
+    looking = PGD(eot_iter=3, looks=8)
+    assert (PGD(eot_iter=3).replicas, looking.replicas, looking.gradient_replicas) == (3, 8, 3)
+    assert (DiffHammer().replicas, DiffHammer().gradient_replicas) == (10, 1)
+    assert (APGD(eot_iter=20, looks=20).replicas, APGD(eot_iter=20, looks=20).gradient_replicas) == (20, 1)
+    tested = Transfer(eot_iter=2, drop="majority", error=0.01)
+    assert tested.replicas == tested.more == tested.needed == math.ceil(math.log2(7 / 0.01))  # 101 points, 7 tests at most
+
+
 def test_a_method_without_steps_has_no_coarser_form():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Fixed(StepMethod):

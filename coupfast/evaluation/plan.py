@@ -254,6 +254,8 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         x = torch.rand(images, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         metered = Metered((spec.builder() if defense is None else builder(defense))(device))
         borrowed.callback(metered.settle())
+        for attack in spec.stages().values():
+            attack.check(metered)
         purified = metered.purified
         if purified is None:
             return Probe(_seconds(metered, x, False) / images, _seconds(metered, x, True) / images, images, 1, 1, None)
@@ -293,8 +295,12 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
 
     def attacked(attack: Attack) -> int:
         at_once, cost = attack.at_once(spec.shard), attack.cost()
-        without = peak(at_once * attack.replicas, False)
-        return max(without, peak(at_once * attack.gradient_replicas, True)) if cost.gradient else without
+        most = peak(at_once * attack.replicas, False)
+        if cost.gradient:
+            most = max(most, peak(at_once * attack.gradient_replicas, True))
+        if cost.steps is not None:  # another purifier, with what its engine makes of the weights
+            most += purifier.plan(1, image_shape=image).weights_bytes
+        return most
 
     attacks = {name: attacked(attack) for name, attack in stages.items()}
     return {CLEAN: peak(spec.shard, False), **attacks, JUDGE: peak(spec.shard, False)}

@@ -79,6 +79,14 @@ class APGD(Attack):
         return Cost(1 + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
 
     @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
+
+    @property
     def knows_noise(self) -> bool:
         return self.dw_box
 
@@ -117,6 +125,14 @@ class TargetedAPGD(Attack):
     def cost(self) -> Cost:
         points = self.target_classes * (self.iterations + 1)
         return Cost(1 + self.target_classes + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
 
     @property
     def knows_noise(self) -> bool:

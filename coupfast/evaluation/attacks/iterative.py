@@ -277,6 +277,10 @@ class Iterative(Attack):
 
     @property
     def replicas(self) -> int:
+        return max(self.eot_iter, self.looks, self.more)
+
+    @property
+    def gradient_replicas(self) -> int:
         return self.eot_iter
 
     @property
