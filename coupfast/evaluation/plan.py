@@ -295,7 +295,8 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
 
     def attacked(attack: Attack) -> int:
         at_once, cost = attack.at_once(spec.shard), attack.cost()
-        most = peak(at_once * attack.replicas, False)
+        # The verdict that follows is on all of a unit.
+        most = max(peak(at_once * attack.replicas, False), peak(spec.shard, False))
         if cost.gradient:
             most = max(most, peak(at_once * attack.gradient_replicas, True))
         if cost.steps is not None:  # another purifier, with what its engine makes of the weights
