@@ -224,6 +224,13 @@ def test_the_purification_that_is_pulled_back_is_the_one_that_was_selected(monke
         assert [draw % 4 for draw in draws] == chosen.tolist() and len(ids) == len(draws)
 
 
+def test_a_classifier_that_gives_no_number_is_not_taken_for_a_failure():
+    metered = Metered(clusters(slope=math.nan))
+    metered.reseed(5)
+    with pytest.raises(FloatingPointError, match="of 8 images 8 have a logit that is no number"):
+        DiffHammer(iterations=1, eot_iter=4, losses="ce").run(metered, *grey(2), seed=0)
+
+
 def test_momentum_is_the_papers():
     attack = DiffHammer(norm="L2", eps=5.0, step_size=1.0, iterations=9)
     x = torch.full((1, 1, 1, 2), 0.5)
@@ -289,6 +296,17 @@ def test_transfer_climbs_the_coarse_defense_and_is_judged_by_the_real_one(monkey
     metered.reseed(5)
     again = [defense(result.x_adv, ids=range(3), draw=torch.full((3,), 6 * 4 + draw)) for draw in range(4)]
     torch.testing.assert_close(result.failed, (torch.stack(again).argmax(dim=2) != y).float().mean(dim=0))
+
+
+@pytest.mark.parametrize("drop", ["majority", "any", "mean"])
+def test_who_leaves_a_coarse_attack_has_fallen_by_the_attacks_own_verdict(drop):
+    x, y = labelled(3)
+    metered = Metered(evaluation_cases.purified("cpu"))
+    metered.reseed(5)
+    attack = Transfer(eps=4 / 255, coarse_steps=1, iterations=2, eot_iter=4, drop=drop)
+    result = attack.run(metered, x, (y + 1) % 10, seed=0)
+    assert result.left.tolist() == [True] * 3 and result.failed.tolist() == [1.0] * 3
+    assert result.looked.tolist() == [result.looks] * 3
 
 
 def test_a_coarser_defense_is_the_same_in_fewer_steps():
@@ -485,6 +503,14 @@ def test_looks_decide_what_is_kept_and_are_told():
     assert bool((fixed.failed == 1).all()) and torch.equal(fixed.x_adv, fixed.strongest)
 
 
+def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
+    x, y = grey()
+    model = Linear(threshold=2.0).eval()
+    for attack in (APGD(iterations=2, looks=4), PGD(iterations=2, looks=4, eot_iter=1)):
+        result = attack.run(Metered(model), x, torch.tensor([0, 1, 0]), seed=0)
+        assert result.looks == 4 and result.looked.tolist() == [0, 4, 0]
+
+
 def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
     seen = []
 
@@ -517,6 +543,19 @@ def test_known_noise_is_the_judges():
     torch.testing.assert_close(got, defense(x, ids=[41, 40], draw=2), rtol=0, atol=0)
     with pytest.raises(ValueError, match="names its draws"):
         metered(x)
+
+
+def test_known_noise_is_not_tested_as_if_it_were_fresh(tmp_path):
+    with pytest.raises(ValueError, match="`drop` = 'majority' is a test on fresh draws, and with `dw_box` there are none"):
+        PGD(dw_box=True, drop="majority")
+    stages = Spec.of(attack="cascade", mode="fast", dw_box=True).stages()
+    assert {(attack.drop, attack.batch) for attack in stages.values()} == {("never", None)}
+    options = {"iterations": 1, "eot_iter": 2, "looks": 2, "draws": 1, "paths": 0}
+    for known in (False, True):
+        with evaluate(
+            evaluation_cases.purified("cpu"), *labelled(2), attack="pgd-eot", dw_box=known, out=tmp_path / str(known), **options
+        ) as result:
+            assert bool(result.inside) != known
 
 
 # --- cost --------------------------------------------------------------------------------------------------------------------

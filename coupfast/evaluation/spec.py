@@ -50,8 +50,8 @@ class Spec:
         mode: "full": every image goes through all of an attack, and on to the next stage if one fresh draw after it is right.
             "fast": an image leaves an attack of this project's once a test says that most draws fail (`drop` "majority", with
             its stated error), another one of its unit takes its place (`batch`, a quarter of a unit unless set), and all others
-            go on to the next stage, whatever one draw says. Attacks whose `drop` is set, and those that are given as objects,
-            keep to their knobs; AutoAttack's are the same in both.
+            go on to the next stage, whatever one draw says. Attacks whose `drop` is set, those that know the judge's noise
+            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both.
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
@@ -219,7 +219,8 @@ class Spec:
         return stages
 
     def _fast(self, attack: Attack) -> Attack:
-        if not isinstance(attack, Iterative) or isinstance(self.attack, Attack) or "drop" in self.attack_options:
+        given = isinstance(self.attack, Attack) or "drop" in self.attack_options
+        if not isinstance(attack, Iterative) or given or attack.dw_box:
             return attack
         return dataclasses.replace(attack, drop="majority", batch=attack.batch or max(1, self.shard // 4))
 

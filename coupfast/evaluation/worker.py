@@ -181,12 +181,12 @@ class Worker:
 
     def _attack(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         x, y, seed = inputs["x"], inputs["y"], self.rules.seed
-        found = Result(x)
+        found, fresh = Result(x), True
         if unit.stage != CLEAN:
             attack = self.rules.attacks[unit.stage]
             noise = derive_seed(seed, unit.name, "defense")
             if attack.knows_noise:
-                noise = derive_seed(seed, JUDGE)
+                noise, fresh = derive_seed(seed, JUDGE), False  # of such draws no verdict inside of the attack is told
                 self.defense.known = Known(noise, unit.images, self.rules.draws)
             self.defense.reseed(noise)
             attack_seed = seed if self.rules.attack_seed else derive_seed(seed, unit.name, "attack")
@@ -207,7 +207,7 @@ class Worker:
         }
         if self.rules.fast and found.left is not None:
             result["onward"] = [image for image, left in zip(unit.images, found.left.tolist(), strict=True) if not left]
-        if found.looked is not None:
+        if found.looked is not None and fresh:
             result |= {"looked": found.looked.tolist(), "looks": found.looks}
         tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
         if found.strongest is not None and found.loss is not None and found.failed is not None:

@@ -259,7 +259,9 @@ class _Seen:
             for kept in (self._strongest, self._loss, self._failed):
                 kept[images] = kept[best].clone()
         if self.looks:
-            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, self.looked, self.looks)
+            # Who was misclassified at every first look was not attacked, and has fallen all the same.
+            looked = torch.where(self.begun, self.looked, self.looks)
+            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, looked, self.looks)
         return Result(x_adv, curve, self._strongest, self._loss, self._failed > 0)
 
     def _keep(self, x: torch.Tensor, logits: torch.Tensor, *, looking: bool) -> None:
