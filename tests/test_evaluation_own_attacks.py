@@ -21,7 +21,7 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.plan import Plan, Probe, plan
-from coupfast.evaluation.suites import SUITES, find
+from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
 from coupfast.options import option
@@ -683,6 +683,24 @@ def test_in_the_fast_mode_those_go_on_that_have_not_fallen(tmp_path):
         stops += 1
     with run(folder, spec, resume=True) as ledger:
         check_same(ledger, whole)
+
+
+def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
+    """Two draws in three fail: most leave at the first stage, and one draw afterwards may be right all the same."""
+    stage = PGD(iterations=1, eot_iter=2, error=0.5)
+    for mode, names in (("fast", "ab"), ("fast", "a"), ("full", "ab")):
+        suite = Suite("noisy", lambda norm, eps, names=names: dict.fromkeys(names, stage))
+        options = {"mode": mode, "shard": 24, "draws": 3, "paths": 0, "drop": None, "seed": 2}
+        with evaluate(Linear(threshold=-0.5, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
+            left, official, text = result.verdicts["attacked"].left, result.verdicts["attacked"].official, result.table()
+            if (mode, names) != ("fast", "ab"):
+                assert left == 0 and "had fallen by the test" not in text
+                continue
+            done = result.ledger.done()
+            first, second = (next(record for record in done.values() if record.unit.stage == name) for name in names)
+        cut = set(first.unit.images) - set(second.unit.images)
+        assert cut == set(first.unit.images) - set(first.onward) and left == sum(official[image] for image in cut) > 0
+        assert f"({left} image" in text
 
 
 def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
