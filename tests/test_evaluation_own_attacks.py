@@ -725,6 +725,11 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
     assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'}" in str(small)
     with pytest.raises(ValueError, match="has no stage diffhammer; it has clean, transfer-3, transfer-5, exact, judge"):
         plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: pytest.fail("probed for a pilot that is no pilot of this"))
+    with pytest.raises(ValueError, match="images left transfer-3 otherwise: `drop` was 'majority' there and is 'never' here"):
+        plan(spec, pilot=tmp_path / "pilot")
+    with pytest.raises(ValueError, match="has no stage"):
+        plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
 
 
 # --- refused before any work -------------------------------------------------------------------------------------------------

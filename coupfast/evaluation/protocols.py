@@ -285,8 +285,8 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
     said = f"official: {looks} draws must all be right where there was an attack, one where there was none"
     if left := verdicts["attacked"].left:
         said += (
-            f" ({left} image{'s' * (left > 1)} that stand{'s' * (left == 1)} here had fallen by the test of an attack: fewer draws, "
-            f"and no later attack)"
+            f" ({left} image{'s' * (left > 1)} that stand{'s' * (left == 1)} here had fallen by the test of an attack: fewer "
+            f"draws, and no later attack)"
         )
     if len(clean.logits) < looks:
         return f"{said}; what {looks} draws alone cost, {looks} or more of the judge's would tell"
