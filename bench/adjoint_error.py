@@ -28,17 +28,16 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import torch
 import torchsde
-from timing import environment
 from torch import nn
 from tqdm import tqdm
 
@@ -274,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": options.seed,
         "weights": dict(zip(("score", "classifier"), map(state_dict_sha256, networks), strict=True)),
     }
-    results = load(options.json, settings)
+    results = kept.load(options.json, settings, parity=None, rows={})
     if results["parity"] is None:
         results["parity"] = parity(case, options.seed)
     if not all(difference < PARITY for difference in results["parity"].values()):
@@ -283,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, run in tqdm(planned(case, options).items(), desc="runs"):
         if name not in results["rows"]:
             results["rows"][name] = run()
-            save(options.json, results)
+            kept.save(options.json, results)
     report(results["rows"], options)
     return 0
 
@@ -324,24 +323,6 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None
             shifted = row["shifted"]
             mean, low, high = (shifted[f"rel_difference{end}"] for end in ("", "_least", "_most"))
             line("    backward grid as published", shifted, f"  differs by {mean:.2%} [{low:.2%}, {high:.2%}]")
-
-
-def load(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The rows so far, refused if they were made with other options."""
-    if path is None or not path.exists():
-        return {"settings": settings, "environment": environment(torch.device("cpu")), "parity": None, "rows": {}}
-    results = json.loads(path.read_text())
-    if results["settings"] != settings:
-        differing = {name for name in settings if results["settings"].get(name) != settings[name]}
-        raise SystemExit(f"{path} was made with other options ({', '.join(sorted(differing))}): name another file")
-    return results
-
-
-def save(path: Path | None, results: dict[str, Any]) -> None:
-    if path is not None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(path)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -22,12 +22,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import kept
 import torch
-from timing import environment
 from torch import nn
 from tqdm import tqdm
 
@@ -96,17 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": options.threads,
         "weights": {"score": state_dict_sha256(score), "classifier": state_dict_sha256(classifier)},
     }
-    results = load(options.json, settings)
+    results = kept.load(options.json, settings, clean=None, rows=[], paired=[])
     if results["clean"] is None:
         results["clean"] = judged(verdicts(judge, x, y, options.draws))
-        save(options.json, results)
+        kept.save(options.json, results)
     for mode in tqdm(options.modes, desc="gradient modes"):
         if any(row["mode"] == mode for row in results["rows"]):
             continue
         results["rows"].append(attack(mode, score, classifier, judge, x, y, options))
         results["rows"].sort(key=lambda row: MODES.index(row["mode"]))
         results["paired"] = paired(results["rows"])
-        save(options.json, results)
+        kept.save(options.json, results)
     print(f"COUP, cifar10-tiny, {len(x)} images, t = {options.t}, {steps} steps ({settings['grid']}); APGD-CE Linf ", end="")
     print(f"{options.eps:g}/255, {options.iterations} iterations, EOT {options.eot_iter}; 95 % Wilson intervals over images")
     for row in [{"label": "no attack", **results["clean"]}, *results["rows"]]:
@@ -217,25 +216,6 @@ def paired(rows: Sequence[dict]) -> list[dict]:
         for row in rows
         if row is not baseline
     ]
-
-
-def load(path: Path | None, settings: dict) -> dict:
-    """The rows so far, refused if they were made with other options."""
-    if path is None or not path.exists():
-        found = environment(torch.device("cpu"))
-        return {"settings": settings, "environment": found, "clean": None, "rows": [], "paired": []}
-    results = json.loads(path.read_text())
-    if results["settings"] != settings:
-        differing = {name for name in settings if results["settings"].get(name) != settings[name]}
-        raise SystemExit(f"{path} was made with other options ({', '.join(sorted(differing))}): name another file")
-    return results
-
-
-def save(path: Path | None, results: dict) -> None:
-    if path is not None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(path)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

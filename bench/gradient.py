@@ -11,7 +11,7 @@ Method COUP, forward and backward pass, in turns within one run. The modes:
 * `back-propagation`: through torchsde's plain loop, all steps in memory, networks frozen;
 * `double-backward`: the discrete adjoint in eager PyTorch, one step recomputed at a time, Hessian-vector products by double
   back-propagation;
-* `exact`, `detached`: `coupfast.Purifier` with that `guidance_gradient`, one row per engine.
+* `exact`, `detached`: `coupfast.Purifier` with that `guidance_gradient`, one row per engine and per `--memory-budget`.
 
 All take the published run's path in the published steps of 1e-3 (`cases.published_path`): the error of torchsde's adjoint
 depends strongly on them. Errors are against the discrete gradient of exactly those steps in float64, means over images:
@@ -36,13 +36,19 @@ On a GPU `host_seconds_per_image` is what the host was busy with both passes (No
 and `detached` plan, by direct sums and every pass counted as a forward one, as a share of what a float32 matrix product reached
 in the same run.
 
-Ratios say how many times faster a row is than `published`, `frozen` and `double-backward` (`ratio_to_eager`).
+`planned_peak_bytes` is the plan's own prediction for the steps that are timed, `kept_steps` how many of those keep all
+activations. What the cpu engine takes of the operating system is in the plan, not in `peak_bytes`.
+
+Ratios say how many times faster a row is than `published`, `frozen` and `double-backward` (`ratio_to_eager`), and than the
+eager engine in the same mode with the same memory budget (`ratio_to_eager_engine`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,6 +130,8 @@ class _Mode:
         extra_evaluations: Drift evaluations of the forward pass besides one a step.
         same_mode: Which float64 gradient `rounding` is measured against: `"exact"`, `"detached"` or None.
         evaluations: Of each network for one image, by its name; None if nobody plans them.
+        budget: What the mode may keep; None if it is none of `OURS`.
+        plan: Of the images in hand; None likewise.
     """
 
     name: str
@@ -132,10 +140,25 @@ class _Mode:
     extra_evaluations: int = 0
     same_mode: str | None = None
     evaluations: dict[str, int] | None = None
+    budget: str | None = None
+    plan: coupfast.Plan | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.name} ({self.engine})"
+        return self.key_on(self.engine)
+
+    def key_on(self, engine: str) -> str:
+        """The key of the same on an engine."""
+        return f"{self.name} ({engine}{'' if self.budget is None else f', {self.budget}'})"
+
+    def planned(self) -> dict[str, Any]:
+        """What a row says of the plan."""
+        plan = self.plan
+        return {
+            "memory_budget": self.budget,
+            "kept_steps": None if plan is None else plan.storage.kept_steps,
+            "planned_peak_bytes": None if plan is None else plan.peak_bytes,
+        }
 
 
 def _modes(case: Case, path: Path, t: float, options: argparse.Namespace) -> list[_Mode]:
@@ -178,20 +201,36 @@ def _modes(case: Case, path: Path, t: float, options: argparse.Namespace) -> lis
         _Mode("double-backward", "eager", double_backward, 0, "exact"),
     ]
     modes = [mode for mode in modes if mode.name in options.modes]
-    for name in (name for name in OURS if name in options.modes):
-        for engine in options.engines:
-            purifier = purifier_on(path.grid, networks, METHOD, engine=engine, guidance_gradient=name, memory_budget="least")
-            if options.memory_budget != "least":
-                budget = _budget(purifier, options.memory_budget, len(case.x))
-                purifier = purifier_on(
-                    path.grid, networks, METHOD, engine=engine, guidance_gradient=name, memory_budget=budget
-                )
-            modes.append(_Mode(name, engine, _replayed(purifier, path), 0, name, _evaluations(purifier, len(case.x))))
+    bound: dict[tuple[str, str], coupfast.Purifier] = {}
+    for name, engine, budget in itertools.product(OURS, options.engines, options.memory_budget):
+        if name not in options.modes:
+            continue
+        purifier = purifier_on(path.grid, networks, METHOD, engine=engine, guidance_gradient=name, memory_budget="least")
+        _share(purifier, bound.setdefault((name, engine), purifier), case.x)
+        if budget != "least":
+            allowed = _budget(purifier, budget, len(case.x))
+            purifier = purifier_on(path.grid, networks, METHOD, engine=engine, guidance_gradient=name, memory_budget=allowed)
+        _share(purifier, bound.setdefault((name, engine), purifier), case.x)
+        plan = purifier.plan(len(case.x))
+        if budget == "activations" and plan.storage.kept_steps < plan.num_steps:
+            raise SystemExit(
+                f"engine {engine}: {plan.activations_bytes} bytes hold {plan.storage.kept_steps} of {plan.num_steps} steps' "
+                "activations, not all; take fewer --steps-timed or a smaller --batch"
+            )
+        evaluations = _evaluations(plan, len(case.x))
+        modes.append(_Mode(name, engine, _replayed(purifier, path), 0, name, evaluations, budget, plan))
     return modes
 
 
-def _evaluations(purifier: coupfast.Purifier, batch: int) -> dict[str, int]:
-    plan = purifier.plan(batch)
+def _share(purifier: coupfast.Purifier, bound: coupfast.Purifier, x: torch.Tensor) -> None:
+    """Let a purifier run what another of the same networks and table is bound to: packed weights are gigabytes each time."""
+    if purifier is not bound:
+        prepared = copy.copy(bound._prepare(x))
+        prepared.settings, prepared._plans = purifier.settings, {}
+        purifier._prepared.update(dict.fromkeys(bound._prepared, prepared))
+
+
+def _evaluations(plan: coupfast.Plan, batch: int) -> dict[str, int]:
     pieces = -(-batch // plan.storage.piece)
     counts: dict[str, int] = {}
     for kind, count in plan.evaluations.items():
@@ -205,11 +244,13 @@ def _replayed(purifier: coupfast.Purifier, path: Path) -> Purify:
 
 
 def _budget(purifier: coupfast.Purifier, kept: str, batch: int) -> int | str:
-    """Bytes for `memory_budget`; "slopes" is what the least plan needs and every step's slopes, no step's activations."""
+    """Bytes for `memory_budget`: what the least plan needs and every step's slopes, or every step's activations."""
     if kept == "auto":
         return "auto"
     plan = purifier.plan(batch)
-    return plan.peak_bytes + plan.num_steps * plan.step.slopes
+    if kept == "slopes":
+        return plan.peak_bytes + plan.num_steps * plan.step.slopes
+    return plan.peak_bytes + plan.step.forward_keeping + plan.step.transpose_kept + plan.num_steps * plan.step.activations
 
 
 def discrete_adjoint(
@@ -227,8 +268,7 @@ def discrete_adjoint(
 def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     num_steps = len(parity_grid(t)) - 1
     steps = steps_to_time(options, num_steps)
-    scaled = steps < num_steps
-    if scaled and options.memory_budget == "auto":
+    if steps < num_steps and "auto" in options.memory_budget:
         raise SystemExit("--memory-budget auto keeps what fits of the steps that run, so it cannot be scaled; add --full")
     x = case.x
     path = published_path(2.0 * x - 1.0, t=t, steps=steps, forward_noising=False, entropy=options.seed)
@@ -246,23 +286,14 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
     for mode in modes:
         v, v64 = gradients[mode.key].double().flatten(1), truths["exact"].flatten(1)
         rows[mode.key] = {
-            "mode": mode.name,
-            "engine": mode.engine,
-            "network": case.networks.name,
-            "t": t,
-            "num_steps": num_steps,
-            "steps_timed": steps,
-            "scaled": scaled,
-            "batch": len(x),
+            **_measured(mode, case, t, num_steps, steps),
             "seconds_per_image": None,
             "spread": None,
             "forward_seconds_per_image": None,
             "backward_seconds_per_image": None,
             "peak_bytes": None,
             "peak_bytes_from_steps": None,
-            "rel_error": relative_error(v, v64),
-            "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
-            "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+            **_agreement(v, v64),
             "rounding": rounding.get(mode.key),
             "ratio_to_published": None,
             "ratio_to_frozen": None,
@@ -271,7 +302,8 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
             "kernels_per_step": None,
             "launches_per_step": None,
             "share_of_matmul": None,
-            "memory_budget": options.memory_budget if mode.name in OURS else None,
+            "ratio_to_eager_engine": None,
+            **mode.planned(),
             # Written so that NaN does not pass.
             "within_contract": mode.name not in OURS or rounding[mode.key] <= bound,
             **case.machine_fields(),
@@ -292,6 +324,7 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
         return forwards * forward.seconds, backwards * backward.seconds, host
 
     turns = interleave({mode.key: lambda mode=mode: measure(mode) for mode in sound}, options.repeats)
+    by_key = {mode.key: mode for mode in sound}
     totals = {key: [forward + backward for forward, backward, _ in samples] for key, samples in turns.items()}
     flop = pass_flop(case.networks, x)
     for key, samples in turns.items():
@@ -302,6 +335,7 @@ def _rows(case: Case, t: float, options: argparse.Namespace) -> list[dict[str, A
             "forward_seconds_per_image": Summary.of([forward for forward, _, _ in samples]).median,
             "backward_seconds_per_image": Summary.of([backward for _, backward, _ in samples]).median,
         }
+        rows[key]["ratio_to_eager_engine"] = times_faster(totals.get(by_key[key].key_on("eager")), totals[key])
         if x.device.type == "cuda":
             rows[key]["host_seconds_per_image"] = Summary.of([host for _, _, host in samples]).median
         for field, name in BASELINES.items():
@@ -333,11 +367,12 @@ def _rows_against_exact(case: Case, t: float, options: argparse.Namespace) -> li
     steps = steps_to_time(options, num_steps)
     path = published_path(2.0 * case.x - 1.0, t=t, steps=steps, forward_noising=False, entropy=options.seed)
     modes = {mode.key: mode for mode in _modes(case, path, t, options)}
-    if "exact (eager)" not in modes:
+    truth = next((key for key, mode in modes.items() if (mode.name, mode.engine) == ("exact", "eager")), None)
+    if truth is None:
         raise SystemExit("--truth exact needs `exact` among the modes and `eager` among the engines")
     classifier = frozen(case.networks.classifier)
     with torch.no_grad():
-        purified, label = modes["exact (eager)"].purify(case.x), classifier(case.x).argmax(dim=1)
+        purified, label = modes[truth].purify(case.x), classifier(case.x).argmax(dim=1)
     purified.requires_grad_()
     (w,) = torch.autograd.grad(nn.functional.cross_entropy(classifier(purified), label, reduction="sum"), purified)
     w = w / w.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
@@ -353,24 +388,17 @@ def _rows_against_exact(case: Case, t: float, options: argparse.Namespace) -> li
         times = interleave({key: lambda mode=mode: measure(mode) for key, mode in modes.items()}, options.repeats)
     rows = []
     for key, mode in modes.items():
-        v, v64 = gradients[key].double().flatten(1), gradients["exact (eager)"].double().flatten(1)
+        v, v64 = gradients[key].double().flatten(1), gradients[truth].double().flatten(1)
         total = Summary.of(times[key])
         row = {
-            "mode": mode.name,
-            "engine": mode.engine,
-            "network": case.networks.name,
-            "t": t,
-            "num_steps": num_steps,
-            "steps_timed": steps,
-            "scaled": steps < num_steps,
-            "batch": len(case.x),
+            **_measured(mode, case, t, num_steps, steps),
             "seconds_per_image": total.median,
             "spread": total.spread,
             "truth": "exact, eager, float32",
-            "rel_error": relative_error(v, v64),
-            "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
-            "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+            **_agreement(v, v64),
             "within_contract": True,
+            "ratio_to_eager_engine": times_faster(times.get(mode.key_on("eager")), times[key]),
+            **mode.planned(),
             **{
                 field: times_faster(next((times[k] for k in modes if modes[k].name == name), None), times[key])
                 for field, name in BASELINES.items()
@@ -379,7 +407,8 @@ def _rows_against_exact(case: Case, t: float, options: argparse.Namespace) -> li
         }
         rows.append(row)
         print(
-            f"{mode.name:24} {mode.engine:9} t={t:g} B={len(case.x)}  {total.median:.4g} s/image  {steps}/{num_steps} steps; "
+            f"{mode.name:24} {mode.engine:9} {mode.budget or '':11} t={t:g} B={len(case.x)}  {total.median:.4g} s/image  "
+            f"{steps}/{num_steps} steps; {_ratios(row)}  "
             f"against {row['truth']}: rel. error {row['rel_error']:.2e}, cosine {row['cosine']:.6f}, "
             f"signs {row['sign_agreement']:.2%}",
             flush=True,
@@ -392,7 +421,7 @@ def _peaks(
 ) -> dict[str, tuple[int, list[int]]]:
     """Peak bytes of a run of all steps, and the lengths of the runs that it follows from, by mode."""
     # What "auto" keeps does not grow in proportion to the steps.
-    lengths = [2, 3] if num_steps > 3 and options.memory_budget != "auto" else [num_steps]
+    lengths = [2, 3] if num_steps > 3 and "auto" not in options.memory_budget else [num_steps]
     found: dict[str, list[int]] = {}
     for steps in lengths:
         path = published_path(2.0 * case.x - 1.0, t=t, steps=steps, forward_noising=False, entropy=options.seed)
@@ -452,12 +481,35 @@ def relative_error(v: torch.Tensor, v64: torch.Tensor) -> float:
     return float(((v - v64).norm(dim=1) / v64.norm(dim=1)).mean())
 
 
+def _agreement(v: torch.Tensor, v64: torch.Tensor) -> dict[str, float]:
+    """How near gradients, one a row, are to those they should be."""
+    return {
+        "rel_error": relative_error(v, v64),
+        "cosine": float(torch.nn.functional.cosine_similarity(v, v64).mean()),
+        "sign_agreement": float((v.sign() == v64.sign()).double().mean()),
+    }
+
+
+def _measured(mode: _Mode, case: Case, t: float, num_steps: int, steps: int) -> dict[str, Any]:
+    """What was measured, `steps` of `num_steps`."""
+    return {
+        "mode": mode.name,
+        "engine": mode.engine,
+        "network": case.networks.name,
+        "t": t,
+        "num_steps": num_steps,
+        "steps_timed": steps,
+        "scaled": steps < num_steps,
+        "batch": len(case.x),
+    }
+
+
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['mode']:24} {row['engine']:9} t={row['t']:g} B={row['batch']}"
+    head = f"{row['mode']:24} {row['engine']:9} {row['memory_budget'] or '':11} t={row['t']:g} B={row['batch']}"
     errors = f"rel. error {row['rel_error']:.2e}, cosine {row['cosine']:.6f}, signs {100 * row['sign_agreement']:.2f} %"
     if not row["within_contract"]:
         return f"{head} OVER ITS CONTRACT, no times: {errors}, rounding {row['rounding']:.1e}"
-    ratios = "  ".join(f"{row[field]:.2f}x {name}" for field, name in BASELINES.items() if row[field] is not None)
+    ratios = _ratios(row)
     scaled = f"  [scaled from {row['steps_timed']} of {row['num_steps']} steps]" if row["scaled"] else ""
     seconds = f"{row['seconds_per_image']:.4g} ± {row['spread']:.2g} s/image"
     if row["host_seconds_per_image"] is not None:
@@ -469,6 +521,11 @@ def _line(row: dict[str, Any]) -> str:
     return f"{head} {seconds}  {row['peak_bytes'] / 2**20:.0f} MiB  {ratios}  {errors}{scaled}"
 
 
+def _ratios(row: dict[str, Any]) -> str:
+    names = BASELINES | {"ratio_to_eager_engine": "eager engine"}
+    return "  ".join(f"{row[field]:.2f}x {name}" for field, name in names.items() if row[field] is not None)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and check the gradient of a purification.")
     add_case_options(parser, images=None)
@@ -476,9 +533,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), help="of exact and detached; default: all here")
     parser.add_argument(
         "--memory-budget",
-        choices=["slopes", "least", "auto"],
-        default="slopes",
-        help="what exact and detached keep: every state and every ReLU's slope as a bit (default), states only, or what fits",
+        nargs="+",
+        choices=["slopes", "least", "activations", "auto"],
+        default=["slopes"],
+        help="what exact and detached keep, a row each: every state and every ReLU's slope as a bit (default), states only, "
+        "all activations of the steps that are timed, or what fits",
     )
     parser.add_argument(
         "--truth",

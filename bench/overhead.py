@@ -3,7 +3,7 @@
 Three parts of a guided step, and of its transpose, each the sum of timed calls:
 
 * "kernels": the C++ kernels, called for runs of operations at once;
-* "PyTorch": the operations that are left to PyTorch (attention, resampling, pools, the last linear layer, softmax);
+* "PyTorch": the operations that are left to PyTorch (resampling, pools, the last linear layer, softmax);
 * "outside": the rest of the step: Python, copies into and out of the arena, time embeddings.
 
 Timing a call takes about a microsecond, which counts as "outside". Shares are of the median step.

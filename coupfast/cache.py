@@ -1,4 +1,4 @@
-"""Where downloads are kept."""
+"""Where files are kept that can be had again: downloads, and what was measured on this machine."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class GradientCertificate:
 
     Attributes:
         has_gradient: False for `gradient="none"`: then everything that needs one is None or empty.
-        settings: What was certified, as `Settings.to_dict` has it.
+        settings: What was certified, as `Settings.describe` has it.
         claims_exact: Whether this gradient is meant to be that of the steps that ran.
         num_steps, engine, dtype, device: Of the purifier, as it ran.
         loss: In words.
@@ -234,7 +234,8 @@ class GradientCertificate:
 
 def _said(fields: dict[str, Any]) -> str:
     """A method or gradient from its JSON: its name, and the options that are numbers or words."""
-    options = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "name" and not isinstance(value, dict))
+    plain = {name: _said(value) if isinstance(value, dict) and "name" in value else value for name, value in fields.items()}
+    options = ", ".join(f"{name} {value}" for name, value in plain.items() if name != "name" and not isinstance(value, dict))
     return f"{fields['name']} ({options})" if options else fields["name"]
 
 

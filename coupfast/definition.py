@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from coupfast.derivatives import leaves, pull
 from coupfast.engine import CounterNoise, ReplayedNoise
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.networks import frozen
@@ -55,7 +56,7 @@ class Definition:
         like = torch.empty_like(x, dtype=torch.float32)
         if self._recipe is None:
             rows = [source.z(k, like) for k in range(self.method.num_noises)]
-            return ReplayedNoise(torch.stack(rows).to(self.dtype))
+            return ReplayedNoise((torch.stack(rows) if rows else like.new_zeros(0, *like.shape)).to(self.dtype))
         rows = [source.z(k, like) for k in range(self.num_steps)]
         if self._recipe.noising is not None:
             rows.append(source.z(-1, like))
@@ -92,13 +93,13 @@ class Definition:
             for begin, end in list(zip(first, last, strict=True))[:-1]:
                 states.append(self._steps(states[-1], noise, begin, end))
         with torch.enable_grad(), _plain_attention():
-            state = _leaves(states[-1])
+            state = leaves(states[-1])
             output = self._end(self._steps(state, noise, first[-1], last[-1]))
             leaf = output.detach().requires_grad_()
-            v = _pull([output], torch.autograd.grad(losses(leaf).sum(), leaf), state)
+            v = pull([output], torch.autograd.grad(losses(leaf).sum(), leaf), state)
             for state, begin, end in reversed(list(zip(states[:-1], first[:-1], last[:-1], strict=True))):
-                state = _leaves(state)
-                v = _pull(self._steps(state, noise, begin, end), v, state)
+                state = leaves(state)
+                v = pull(self._steps(state, noise, begin, end), v, state)
         return output.detach(), 2.0 * v[0]
 
     def fit(self, x: torch.Tensor, limit: int) -> tuple[int, int]:
@@ -161,12 +162,12 @@ class Definition:
         one = x[:1]
         rows = torch.zeros((self.method.num_noises, *one.shape), dtype=x.dtype, device=x.device)
         with torch.enable_grad(), _plain_attention():
-            state = _leaves(self._steps((2.0 * one - 1.0,), ReplayedNoise(rows), 0, 1))
+            state = leaves(self._steps((2.0 * one - 1.0,), ReplayedNoise(rows), 0, 1))
             # From its result: another first step, as far as memory goes.
             with AllocationAccount([*state, rows]) as account:
                 after = self.method.definition((state[0],), self._called, ReplayedNoise(rows), range(1))
                 kept = account.live
-                _pull(after, [torch.zeros_like(tensor) for tensor in after], state)
+                pull(after, [torch.zeros_like(tensor) for tensor in after], state)
         return len(x) * kept, len(x) * max(account.peak - kept, 0)
 
     def _steps(self, state: StepState, noise: ReplayedNoise, first: int, last: int) -> StepState:
@@ -181,21 +182,3 @@ class Definition:
 def _plain_attention() -> contextlib.AbstractContextManager:
     """Fused attention has no second derivative, which the gradient through guidance is; the plain formula has."""
     return sdpa_kernel(SDPBackend.MATH)
-
-
-def _leaves(state: StepState) -> StepState:
-    return tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in state)
-
-
-def _pull(outputs: Sequence[torch.Tensor], v: Sequence[torch.Tensor], state: StepState) -> list[torch.Tensor]:
-    """The cotangents of a state's leaves from those of what was computed of it; zero where nothing flows."""
-    flowing = [(output, w) for output, w in zip(outputs, v, strict=True) if output.requires_grad]
-    leaves = [tensor for tensor in state if tensor.requires_grad]
-    found: Iterator[torch.Tensor | None] = iter([None] * len(leaves))
-    if flowing:
-        found = iter(torch.autograd.grad([o for o, _ in flowing], leaves, [w for _, w in flowing], allow_unused=True))
-    cotangents = []
-    for tensor in state:
-        gradient = next(found) if tensor.requires_grad else None
-        cotangents.append(torch.zeros_like(tensor) if gradient is None else gradient)
-    return cotangents

@@ -1,9 +1,12 @@
-"""What autograd sees of a purification besides its steps: strict fp32 both ways, first derivatives only, BPDA's identity."""
+"""What autograd sees of a purification besides its steps: strict fp32 both ways, first derivatives only, BPDA's identity.
+
+And one step of back-propagation by hand, `leaves` and `pull`, where a step is a function of tensors.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -198,3 +201,22 @@ def strictly(
         return _Strict.apply(x, function, _Graph(), check)
     with strict_float32(x.device.type):
         return function(x)
+
+
+def leaves(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The same values without what they were made of, to be differentiated with respect to as far as they are numbers."""
+    return tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors)
+
+
+def pull(outputs: Sequence[torch.Tensor], v: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The cotangents of leaves from those, `v`, of what was computed of them; zero where nothing flows."""
+    flowing = [(output, w) for output, w in zip(outputs, v, strict=True) if output.requires_grad]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found: Iterator[torch.Tensor | None] = iter([None] * len(wanted))
+    if flowing:
+        found = iter(torch.autograd.grad([o for o, _ in flowing], wanted, [w for _, w in flowing], allow_unused=True))
+    cotangents = []
+    for tensor in inputs:
+        gradient = next(found) if tensor.requires_grad else None
+        cotangents.append(torch.zeros_like(tensor) if gradient is None else gradient)
+    return cotangents

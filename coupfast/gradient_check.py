@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from coupfast import tape
 from coupfast.certificate import Agreement, DirectionalDerivative, GradientCertificate, SignalToNoise
 from coupfast.definition import Definition
 from coupfast.engine import ReplayedNoise
 from coupfast.engine.memory import available_bytes
 from coupfast.purify import PurifiedClassifier, Purifier
+from coupfast.tape import Kept
 from coupfast.trials import check_images
 from coupfast_kernels.noise import standard_normal_ref
 
@@ -86,7 +88,8 @@ def check_gradient(
         FloatingPointError: if the defense's gradient is not finite.
 
     Time: `draws` forward and backward passes of the defense, one of the definition in float64, and
-    (directions + 1) · len(steps) forward passes of 2 · images in float64.
+    (directions + 1) · len(steps) forward passes of 2 · images in float64. Inside of `coupfast.tape.kept_on` each of them is
+    kept when it is done, and the defense's own steps as they are taken.
     """
     started = time.perf_counter()
     purifier, head = _parts(defense)
@@ -161,14 +164,20 @@ class _Check:
         predicted, at_once = self.definition.fit(x64, limit)
 
         output, gradient = self._gradient(0)
-        output64, gradient64 = self.definition.gradient(x64, noise, self.losses, steps_at_once=at_once)
+        output64, gradient64 = _once(
+            "float64 gradient", lambda: self.definition.gradient(x64, noise, self.losses, steps_at_once=at_once)
+        )
+        assert output64 is not None and gradient64 is not None
         self.advance()
         derivatives = self._derivatives(x64, noise, gradient, gradient64, directions, steps) if directions else ()
-        total_snr, image_snr = self._signal_to_noise(gradient, draws) if draws and gradient is not None else (None, ())
+        total_snr: SignalToNoise | None = None
+        image_snr: tuple[SignalToNoise, ...] = ()
+        if draws and gradient is not None:
+            total_snr, image_snr = signal_to_noise(self._gradients(gradient, draws))
         purifier = self.purifier
         return GradientCertificate(
             has_gradient=gradient is not None,
-            settings=purifier.settings.to_dict(),
+            settings=purifier.settings.describe(),
             claims_exact=purifier.settings.gradient.claims_exact,
             num_steps=purifier.num_steps,
             engine=purifier.engine,
@@ -213,13 +222,26 @@ class _Check:
 
     def _gradient(self, draw: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The defense's output, and the gradient of the losses' sum in its mode, in float64; None if it has none."""
-        x = self.x.detach().clone().requires_grad_()
-        output = self._output(x, draw)
-        gradient = None
-        if output.requires_grad:
-            (gradient,) = torch.autograd.grad(self.losses(output).sum(), x, allow_unused=True)
+
+        def make() -> Kept:
+            x = self.x.detach().clone().requires_grad_()
+            output = self._output(x, draw)
+            gradient = None
+            if output.requires_grad:
+                (gradient,) = torch.autograd.grad(self.losses(output).sum(), x, allow_unused=True)
+            return output.detach(), None if gradient is None else gradient.double()
+
+        output, gradient = _once(f"draw {draw}", make)
+        assert output is not None
         self.advance()
-        return output.detach(), None if gradient is None else gradient.double()
+        return output, gradient
+
+    def _gradients(self, first: torch.Tensor, draws: int) -> Iterator[torch.Tensor]:
+        yield first
+        for draw in range(1, draws):
+            gradient = self._gradient(draw)[1]
+            assert gradient is not None
+            yield gradient
 
     def _derivatives(
         self,
@@ -240,7 +262,9 @@ class _Check:
             estimates = []  # [steps][batch]
             for h in steps:
                 with torch.no_grad():
-                    moved = self.definition.output(torch.cat([x64 + h * u, x64 - h * u]), noise_twice)
+                    both = torch.cat([x64 + h * u, x64 - h * u])
+                    (moved,) = _once(f"{name} {h!r}", lambda both=both: [self.definition.output(both, noise_twice)])  # type: ignore[misc]
+                    assert moved is not None
                     above, below = (self.losses(half) for half in moved.chunk(2))
                 estimates.append(((above - below) / (2.0 * h)).tolist())
                 self.advance()
@@ -263,18 +287,30 @@ class _Check:
                 )
         return tuple(found)
 
-    def _signal_to_noise(self, first: torch.Tensor, draws: int) -> tuple[SignalToNoise, tuple[SignalToNoise, ...]]:
-        # Welford's recurrence: m gradients are never held at once.
-        mean, scatter = first.clone(), torch.zeros(len(first), dtype=torch.float64, device=first.device)
-        for draw in range(1, draws):
-            gradient = self._gradient(draw)[1]
-            assert gradient is not None
-            before = gradient - mean
-            mean = mean + before / (draw + 1)
-            scatter = scatter + (before * (gradient - mean)).flatten(1).sum(dim=1)
-        noise = scatter / (draws - 1) / draws  # [batch]
-        signal = mean.flatten(1).square().sum(dim=1) - noise
-        return _ratio(signal.sum(), noise.sum()), tuple(map(_ratio, signal, noise))
+
+def signal_to_noise(gradients: Iterable[torch.Tensor]) -> tuple[SignalToNoise, tuple[SignalToNoise, ...]]:
+    """Of the mean of several draws' gradients, together and of each image; they are taken one after the other.
+
+    Args:
+        gradients: At least two, float64, (batch, …).
+    """
+    # Welford's recurrence: m gradients are never held at once.
+    rest = iter(gradients)
+    mean = next(rest).clone()
+    scatter, draws = torch.zeros(len(mean), dtype=torch.float64, device=mean.device), 1
+    for draws, gradient in enumerate(rest, start=2):
+        before = gradient - mean
+        mean = mean + before / draws
+        scatter = scatter + (before * (gradient - mean)).flatten(1).sum(dim=1)
+    noise = scatter / (draws - 1) / draws  # [batch]
+    signal = mean.flatten(1).square().sum(dim=1) - noise
+    return _ratio(signal.sum(), noise.sum()), tuple(map(_ratio, signal, noise))
+
+
+def _once(name: str, make: Callable[[], Kept]) -> Kept:
+    """A pass; where somebody has a tape it is not taken again after a stop."""
+    on = tape.current()
+    return make() if on is None else on.once(name, make)
 
 
 def _parts(defense: Any) -> tuple[Purifier, nn.Module | None]:

@@ -17,6 +17,7 @@ from coupfast.engine import Noise, ReplayedNoise
 from coupfast.engine.networks import frozen
 from coupfast.methods import DiffusionMethod, Method, TableMethod
 from coupfast.options import check_name, option
+from coupfast.tape import keeps_no_steps
 
 if TYPE_CHECKING:
     from coupfast.prepared import Prepared
@@ -189,6 +190,9 @@ class Adjoint(Gradient):
     `num_steps=None` and `guidance="detached"`: published code starts its backward steps of 1e-3 at t = 1e-5, beside the
     forward ones (`coupfast.reference.purify_published`).
 
+    It is one call of torchsde there and one back, and none of its steps are kept: an evaluation that is killed loses the one
+    batch that was on its way, of minutes or, with large networks on a CPU, hours; `Exact` loses a step.
+
     Attributes:
         guidance: As of `Exact`.
     """
@@ -227,22 +231,23 @@ class Adjoint(Gradient):
             # Copies once more, so that the integrals of their gradients end here and not in the caller's networks.
             score = frozen(score).requires_grad_(True)
             classifier = None if classifier is None else frozen(classifier).requires_grad_(True)
-        purified = strictly(
-            lambda x: reference.purify_ref(
-                x,
-                score,
-                classifier,
-                rows,
-                grid=table.t,
-                dynamics=method.solver,  # type: ignore[arg-type]  # the definition names its dynamics as the solvers are named
-                guidance_scale=method.scale,
-                sde=method.sde,
-                detached=self.guidance == "detached",
-                adjoint="parameters" if self.parameters else "frozen",
-            ),
-            x_0,
-            prepared.check_unchanged,
-        )
+        with keeps_no_steps(f"a purification with gradient {self.name!r}"):
+            purified = strictly(
+                lambda x: reference.purify_ref(
+                    x,
+                    score,
+                    classifier,
+                    rows,
+                    grid=table.t,
+                    dynamics=method.solver,  # type: ignore[arg-type]  # it names its dynamics as the solvers are named
+                    guidance_scale=method.scale,
+                    sde=method.sde,
+                    detached=self.guidance == "detached",
+                    adjoint="parameters" if self.parameters else "frozen",
+                ),
+                x_0,
+                prepared.check_unchanged,
+            )
         return purified, None
 
 

@@ -96,19 +96,20 @@ def _forward(run: Run, x_0: torch.Tensor, x_in: torch.Tensor | None, *, for_grad
     whole: list[torch.Tensor] = []
     if len(pieces) > 1:  # the pieces' states go where they belong at once: together and apart would be twice the memory
         whole = [torch.empty_like(x_0) for _ in range(steps + 1 if keep_states else 1)]
-    for index, piece in enumerate(pieces):
+    for piece in pieces:
         noise = run.noise.images(piece)
         state = State(x_0[piece], None if x_in is None else x_in[piece])
         program = run.bound.for_batch(len(state.x))
         states, saved = [state.x], []
-        taken = [] if run.track is None else run.track.taken(index, steps, every=keep_states)
+        taken = [] if run.track is None else run.track.taken(piece, steps, every=keep_states)
         for k in range(steps):
             if k < len(taken):
-                state, kept = (taken[k] or state)._replace(x_in=state.x_in), None
+                there = taken[k]
+                state, kept = state if there is None else State(*there)._replace(x_in=state.x_in), None  # type: ignore[arg-type]
             else:
                 state, kept = _step(program, k, state, noise, run.keep(k, steps) if for_gradient else "nothing")
                 if run.track is not None:
-                    run.track.took(index, k, state, every=keep_states)
+                    run.track.took(piece, k, state._replace(x_in=None), every=keep_states)  # x_in is there anyhow
             saved.append(kept)
             if not keep_states:
                 states.clear()
@@ -201,8 +202,8 @@ def _backward(
         program = bound.for_batch(len(grad[piece]))
         v = Cotangent(grad[piece].contiguous(), None if grad_in is None else grad_in[piece])
         steps = len(states)
-        if track is not None and (gone := track.gone(name, index, steps)) is not None:
-            steps, v = gone
+        if track is not None and (gone := track.gone(name, piece, steps)) is not None:
+            steps, v = gone[0], Cotangent(*gone[1])  # type: ignore[arg-type]
         for k in reversed(range(steps)):
             saved = None
             if run.surrogate is None:
@@ -211,11 +212,11 @@ def _backward(
             row = program.table.row(k)
             if grad_rows is not None:
                 grad_rows[k, piece] = row[3] * v.x
-            if grad_second is not None:
+            if grad_second is not None and program.table.extended:
                 grad_second[k, piece] = row[5] * v.x
             v = _step_vjp(program, k, states[k][piece], saved, v)
             if track is not None:
-                track.went(name, index, k, v)
+                track.went(name, piece, k, v)
         if not all_finite(v.x):
             _raise_not_finite(program, [state[piece] for state in states], grad[piece])
         grad_x[piece] = v.x

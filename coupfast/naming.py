@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 _OF_FILE = "_coupfast_file_"  # how the names of modules begin that were made from a file
@@ -39,7 +41,7 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
         raise ValueError(f"`{option}` names an object as package.module:NAME or file.py:NAME, got {name!r}")
     place, _, attribute = name.rpartition(":")
     try:
-        found: Any = _file(place) if place.endswith(".py") else _module(place)
+        found: Any = import_place(place)
     except Exception as error:  # a module may do anything when it is imported
         hint = ""
         if isinstance(error, ModuleNotFoundError) and error.name == place.split(".")[0]:
@@ -59,11 +61,67 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
     return found
 
 
+def import_place(place: str) -> ModuleType:
+    """The module `package.module`, looked for in `sys.path` and then in the current folder, or that of `file.py`; made once.
+
+    Raises:
+        FileNotFoundError: if there is no such file. Importing may raise anything besides.
+    """
+    return _file(place) if place.endswith(".py") else _module(place)
+
+
 def reference_to(found: Any) -> str:
     """The name of a class or function, as `resolve` takes it."""
     module = sys.modules.get(found.__module__)
     place = str(module.__file__) if module is not None and is_from_file(found) else found.__module__
     return f"{place}:{found.__qualname__}"
+
+
+def name_of(found: Any, *, option: str) -> str:
+    """The same, of something that has to be found again by it.
+
+    Raises:
+        ValueError: if no name leads back to it: a lambda, a partial, an object, what was made inside of a function.
+    """
+    name = described(found)
+    if name.startswith("<"):
+        raise ValueError(
+            f"`{option}` is {name[1:-1]}, and no name leads back to that, which a run's records and other processes need: put "
+            f"a function or class of its own into a module or a file"
+        )
+    return name
+
+
+def described(found: Any) -> str:
+    """The name of a class or function; of what no name leads back to, words in angle brackets that tell it from others."""
+    name = getattr(found, "__qualname__", None)
+    if isinstance(found, functools.partial):
+        values = ", ".join([*map(repr, found.args), *(f"{key}={value!r}" for key, value in found.keywords.items())])
+        return f"<a partial of {described(found.func)} with {_ADDRESS.sub('', values)}>"
+    if not isinstance(name, str) or not isinstance(getattr(found, "__module__", None), str):
+        return f"<an object of {described(type(found))}>"
+    if "<" in name:
+        code = getattr(found, "__code__", None)
+        tag = "" if code is None else f" {hashlib.sha256(repr(code_of(code)).encode()).hexdigest()[:16]}"
+        return f"<{reference_to(found).replace('<', '').replace('>', '')}{tag}>"
+    module = sys.modules.get(found.__module__)
+    # What was typed in (a notebook, a script) is the user's to keep.
+    if module is not None and found.__module__ != "__main__":
+        there: Any = module
+        for part in name.split("."):
+            there = getattr(there, part, None)
+        if there is not found and there != found:
+            return f"<{reference_to(found)}, which is something else there>"
+    return reference_to(found)
+
+
+def code_of(code: CodeType) -> Any:
+    """What a function compiles to, without addresses."""
+    constants = [code_of(each) if isinstance(each, CodeType) else str(each) for each in code.co_consts]
+    return code.co_name, code.co_code, code.co_names, constants
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def is_from_file(found: Any) -> bool:

@@ -81,3 +81,14 @@ class ReplayedNoise:
 
     def images(self, piece: slice) -> ReplayedNoise:
         return ReplayedNoise(self.rows[:, piece], None if self.second is None else self.second[:, piece])
+
+
+def uniform(noise: Noise, k: int, like: torch.Tensor) -> torch.Tensor:
+    """Numbers uniform in (0, 1), one an image: Φ of the first element of row k, which is read for nothing else.
+
+    A function of a counted normal, so that an explicit path decides it, too, and has a gradient through it.
+
+    Returns:
+        Shape (batch, 1, 1, 1), dtype of the noise.
+    """
+    return torch.special.ndtr(noise.z(k, like[:, :1, :1, :1])[:, :1, :1, :1])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,9 +41,8 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option of the command line: `--num-steps`, and `--no-clamp` for what is on unless switched off."""
-        name = self.keyword.replace("_", "-")
-        return f"--no-{name}" if self.default is True else f"--{name}"
+        """The option of the command line: `--num-steps`."""
+        return f"--{self.keyword.replace('_', '-')}"
 
     def _parsed(self, word: str) -> Any:
         try:
@@ -49,23 +50,22 @@ class Option:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{word!r} is none ({error}); {self.help}") from error
 
-    def add_to(self, parser: Any, *, default: Any = None, note: str = "") -> None:
-        """Add this option to an argparse parser or group. Without a word of the user's its value is `default`."""
-        off = "do not " if self.default is True else ""
-        help_text = f"{off}{self.help}{note}".replace("%", "%%")
-        if isinstance(self.default, bool):
-            action = "store_false" if self.default else "store_true"
-            parser.add_argument(self.flag, dest=self.keyword, action=action, default=default, help=help_text)
-            return
-        parser.add_argument(
-            self.flag,
-            dest=self.keyword,
-            type=self._parsed,
-            default=default,
-            metavar=None if self.choices else self.metavar,
-            choices=self.choices,
-            help=help_text,
-        )
+    def add_to(
+        self, parser: Any, *, default: Any = None, note: str = "", flag: str | None = None, dest: str | None = None
+    ) -> None:
+        """Add this option to an argparse parser or group: `--num-steps N`, `--clamp` and `--no-clamp`.
+
+        Args:
+            default: Its value without a word of the user's.
+            note: What the help says behind this option's own.
+            flag, dest: Its spelling and its name in the namespace, where these are not its own.
+        """
+        told: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if not isinstance(self.default, bool):
+            metavar = None if self.choices else self.metavar or self.keyword.upper()
+            told = {"type": self._parsed, "metavar": metavar, "choices": self.choices}
+        help_text = f"{self.help}{note}".replace("%", "%%")
+        parser.add_argument(flag or self.flag, dest=dest or self.keyword, default=default, help=help_text, **told)
 
 
 def option(
@@ -89,6 +89,12 @@ def option(
         kept = default
         return dataclasses.field(default_factory=lambda: type(kept)(kept), metadata={_KEY: told})
     return dataclasses.field(default=default, metadata={_KEY: told})
+
+
+def other_default(owner: Any, field: str, default: Any) -> Any:
+    """The option of a base class with another default."""
+    (found,) = [each for each in dataclasses.fields(owner) if each.name == field]
+    return dataclasses.field(default=default, metadata=dict(found.metadata))
 
 
 def options_of(owner: Any) -> list[Option]:
@@ -130,6 +136,26 @@ def check_name(name: str, value: Any, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise ValueError(f"`{name}` is one of {', '.join(map(repr, known))}, got {value!r}{did_you_mean(value, known)}")
+
+
+def check_number(name: str, value: Any, *, zero: bool = True) -> float:
+    """`value` as a float, or an error if it is not a finite number of at least 0 (above 0 where `zero` is none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` is a number, got {value!r}")
+    number = float(value)
+    if not 0.0 <= number < math.inf or (number == 0.0 and not zero):
+        raise ValueError(f"`{name}` is finite and {'at least' if zero else 'above'} 0, got {value}")
+    return number
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int, or an error if it is not one between `least` and `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` is an int, got {value!r}")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"`{name}` is at least {least}{'' if most is None else f' and at most {most}'}, got {value}")
+    return number
 
 
 def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -46,11 +46,14 @@ class Prepared(abc.ABC):
         example: An image; its shape, dtype and device are those of all images to come.
     """
 
+    bound: BoundEngine | BoundSteps
+
     def __init__(
         self, settings: Settings, engine: str, score: nn.Module, classifier: nn.Module | None, example: torch.Tensor
     ) -> None:
         self.settings, self.engine, self.num_steps = settings, engine, settings.num_steps
         self.image_shape, self.dtype = tuple(example.shape[1:]), example.dtype
+        settings.method.check_shape(self.image_shape)
         self.score = frozen(score)
         self.classifier = None if classifier is None else frozen(classifier)
         found = dtype_and_device(self.score)
@@ -89,8 +92,36 @@ class Prepared(abc.ABC):
                 self._plans[batch] = self._plan(batch)
         return self._plans[batch]
 
+    def _plan(self, batch: int) -> Plan:
+        gradient, bound = self.settings.gradient, self.bound
+        steps_back = gradient.backward_steps(self.num_steps)
+        state_bytes, may_keep = self._states()
+        need = Need(
+            batch=batch,
+            shape=self.image_shape,
+            num_steps=self.num_steps,
+            backward_steps=steps_back,
+            image_bytes=self._image_bytes(),
+            state_bytes=state_bytes,
+            may_keep=may_keep,
+            largest_batch=bound.largest_batch,
+            memory=lambda piece: _in_proportion(bound.memory, piece),
+        )
+        return budget.make_plan(
+            need,
+            getattr(gradient, "memory_budget", "auto"),
+            free=available_bytes(self.device),
+            engine=bound.engine,
+            weights_bytes=lambda piece: bound.weights_bytes(min(piece, LARGEST_PLANNED), gradient=steps_back > 0),
+            evaluations=bound.evaluations(),
+        )
+
     @abc.abstractmethod
-    def _plan(self, batch: int) -> Plan: ...
+    def _states(self) -> tuple[int, bool]:
+        """Bytes of one image's state, and whether a step may keep more than that for its gradient."""
+
+    def _image_bytes(self) -> int:
+        return int(np.prod(self.image_shape)) * self.dtype.itemsize
 
     def _storage(self, batch: int, largest: int | None, gradient: bool) -> Storage:
         # Without a gradient a run holds two states and one layer's activations: there is nothing to plan.
@@ -135,6 +166,8 @@ def _in_proportion(memory: Callable[[int], StepMemory], batch: int) -> StepMemor
 class PreparedTable(Prepared):
     """Of a method that is a table: an engine bound to networks."""
 
+    bound: BoundEngine
+
     def _build(self, example: torch.Tensor) -> None:
         method = self.method
         assert isinstance(method, TableMethod)
@@ -175,33 +208,14 @@ class PreparedTable(Prepared):
             x_last = integrate(x_0, run, gradient=gradient, x_in=x_in if self.recipe.table.e is not None else None)
         return x_last, torch.stack([state.detach() for state in run.states]) if keep_states else None
 
-    def _plan(self, batch: int) -> Plan:
-        gradient, bound = self.settings.gradient, self.bound
-        image = int(np.prod(self.image_shape)) * self.dtype.itemsize
-        steps_back = gradient.backward_steps(self.num_steps)
-        need = Need(
-            batch=batch,
-            shape=self.image_shape,
-            num_steps=self.num_steps,
-            backward_steps=steps_back,
-            image_bytes=image,
-            state_bytes=image,
-            may_keep=gradient.keeps,
-            largest_batch=bound.largest_batch,
-            memory=lambda piece: _in_proportion(bound.memory, piece),
-        )
-        return budget.make_plan(
-            need,
-            getattr(gradient, "memory_budget", "auto"),
-            free=available_bytes(self.device),
-            engine=bound.engine,
-            weights_bytes=lambda piece: bound.weights_bytes(min(piece, LARGEST_PLANNED), gradient=steps_back > 0),
-            evaluations=bound.evaluations(),
-        )
+    def _states(self) -> tuple[int, bool]:
+        return self._image_bytes(), self.settings.gradient.keeps
 
 
 class PreparedSteps(Prepared):
     """Of a method that is a step function: PyTorch runs it."""
+
+    bound: BoundSteps
 
     def _build(self, example: torch.Tensor) -> None:
         method = self.method
@@ -219,27 +233,8 @@ class PreparedSteps(Prepared):
             x_last = integrate_steps(x_k, run, gradient=gradient)
         return x_last, torch.stack(run.trajectory()) if keep_states else None
 
-    def _plan(self, batch: int) -> Plan:
-        gradient, bound = self.settings.gradient, self.bound
-        need = Need(
-            batch=batch,
-            shape=self.image_shape,
-            num_steps=self.num_steps,
-            backward_steps=gradient.backward_steps(self.num_steps),
-            image_bytes=int(np.prod(self.image_shape)) * self.dtype.itemsize,
-            state_bytes=bound.state_bytes(),
-            may_keep=False,
-            largest_batch=None,
-            memory=lambda piece: _in_proportion(bound.memory, piece),
-        )
-        return budget.make_plan(
-            need,
-            getattr(gradient, "memory_budget", "auto"),
-            free=available_bytes(self.device),
-            engine=bound.engine,
-            weights_bytes=lambda piece: 0,
-            evaluations=bound.evaluations(),
-        )
+    def _states(self) -> tuple[int, bool]:
+        return self.bound.state_bytes(), False
 
 
 def prepare(settings: Settings, engine: str, score: nn.Module, classifier: nn.Module | None, example: torch.Tensor) -> Prepared:

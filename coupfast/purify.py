@@ -1,7 +1,7 @@
 """Purification of images: `purify`, `Purifier` and `PurifiedClassifier`.
 
-Images are in [0, 1] outside and become states in [-1, 1] here, the only place of the fast path where they do (the certificate's
-definition does it for itself). Nothing reads or advances torch's global generator.
+Images are in [0, 1] outside and become states in [-1, 1] here, the only place where those of a run do (the definition does it
+for itself, as do looks at networks before any run). Nothing reads or advances torch's global generator.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,27 @@ class Purifier(nn.Module):
         """Steps of a run."""
         return self._settings.num_steps
 
-    def decide(self, options: Mapping[str, Any]) -> None:
-        """Set options of the engine that were left open, before the first call (see `Engine.decided`)."""
-        if self._prepared:
-            raise RuntimeError("this purifier has run, and its engine is chosen; decide on a new one")
-        self._settings = Settings.of(self._settings, engine_options=options)
+    def settle(self, settings: Settings) -> Callable[[], None]:
+        """Take settings of the same method and gradient that leave less open, as a run does whose bits must not follow what
+        memory is free (`Engine.decided`).
+
+        Returns:
+            What puts back the settings of before, and all that was made by them.
+
+        Raises:
+            ValueError: if they purify otherwise.
+        """
+        before, prepared = self._settings, self._prepared
+        if settings == before:
+            return lambda: None
+        if settings.method is not before.method or type(settings.gradient) is not type(before.gradient):
+            raise ValueError("a purifier that purifies otherwise is another one: make it of these settings")
+        self._settings, self._prepared = settings, OrderedDict()
+
+        def undo() -> None:
+            self._settings, self._prepared = before, prepared
+
+        return undo
 
     @property
     def engine(self) -> str:
@@ -335,9 +351,20 @@ class PurifiedClassifier(nn.Module):
         if draw is None:
             draw = self._next_draw
             self.next_draw = (draw + 1) % 2**32
+        return self.classify(self.purify(x, ids=ids, draw=draw))
+
+    def purify(
+        self, x: torch.Tensor, *, ids: Sequence[int] | torch.Tensor | None = None, draw: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        """Images (batch, channels, height, width) in [0, 1] as the classifier gets them, on the way of `forward`."""
         purified = self.purifier(x, seed=self.seed, ids=ids, draw=draw)
-        head, check = self._head(x)
-        return with_parameter_gradients(strictly(head, purified, check), self.classifier, purified, check)
+        assert isinstance(purified, torch.Tensor)  # no trajectory was asked for
+        return purified
+
+    def classify(self, x_pure: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of images that are purified, on the way of `forward`."""
+        head, check = self._head(x_pure)
+        return with_parameter_gradients(strictly(head, x_pure, check), self.classifier, x_pure, check)
 
     def _head(self, x: torch.Tensor) -> tuple[nn.Module, Callable[[], None]]:
         """The classifier, frozen, as it is now, tried on two images when it is new or changed; and what raises once it is

@@ -60,6 +60,20 @@ class VPSDE:
         # expm1: at t = 1e-5, 1 − ᾱ is 1e-6 and a plain difference would lose six digits.
         return np.sqrt(-np.expm1(self.log_alpha_bar(t)))
 
+    def time_of(self, noise: float) -> float:
+        """The time t at which σ(t)/sqrt ᾱ(t) is `noise`: where x_0 + noise ε, times sqrt ᾱ(t), is a state of the SDE.
+
+        Args:
+            noise: Standard deviation on the [-1, 1] scale, at least 0.
+
+        Returns:
+            t, above 1 where the schedule never gets so noisy.
+        """
+        spread = self.beta_max - self.beta_min
+        exponent = math.log1p(noise * noise)  # −log ᾱ(t)
+        # The root of ½ spread t² + beta_min t = exponent, in the form that has no difference and needs no spread > 0.
+        return 2.0 * exponent / max(self.beta_min + math.sqrt(self.beta_min**2 + 2.0 * spread * exponent), 1e-300)
+
     def discrete_alpha_bar(self, t: float) -> float:
         """ᾱ of the 1000-step discrete chain, Π (1 − β_i/1000), as DiffPure's forward noising uses it.
 
@@ -68,6 +82,22 @@ class VPSDE:
         beta_i = np.linspace(self.beta_min / 1000, self.beta_max / 1000, 1000, dtype=np.float64)
         log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta_i))])
         return float(np.exp(np.interp(1000.0 * t, np.arange(1001.0), log_alpha_bar)))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteVPSDE(VPSDE):
+    """The chain of 1000 steps that DDPMs are trained on, read as times: β_i = (0.1 … 20)/1000, Ho's 1e-4 … 0.02.
+
+    ᾱ(t) is the chain's after 1000 t steps, log-linear in between: the state of a DDPM's index i is that of t = (i + 1)/1000.
+    """
+
+    def log_alpha_bar(self, t: np.ndarray | float) -> np.ndarray:
+        beta_i = np.linspace(self.beta_min / 1000, self.beta_max / 1000, 1000, dtype=np.float64)
+        log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta_i))])
+        return np.interp(1000.0 * np.asarray(t, dtype=np.float64), np.arange(1001.0), log_alpha_bar)
+
+
+GRIDS = ("time", "log-snr", "quadratic")
 
 
 def check_t(t: float) -> float:
@@ -101,19 +131,47 @@ def check_num_steps(num_steps: int | None) -> int | None:
     return int(num_steps)
 
 
-def time_grid(t: float, num_steps: int | None = None) -> np.ndarray:
+def time_grid(t: float, num_steps: int | None = None, *, grid: str = "time", sde: VPSDE | None = None) -> np.ndarray:
     """The times t_0 = t > t_1 > … > t_K = 1e-5 at which states live; float64, shape (K + 1,).
 
     Args:
         t: Purification time t*, in (1e-5, 1].
-        num_steps: K equal steps; None is the reference grid: steps of 1e-3, the last one shorter (100 steps at t = 0.1).
+        num_steps: K steps; None is the reference grid: steps of 1e-3, the last one shorter (100 steps at t = 0.1), and as many
+            where `grid` says otherwise.
+        grid: What is divided equally: "time"; "log-snr", λ = log(sqrt ᾱ / σ) (Lu et al. 2022, arXiv:2206.00927); or
+            "quadratic", the square root of time (Song et al. 2021, arXiv:2010.02502).
+        sde: Whose λ; None is the published one.
     """
     t, num_steps = check_t(t), check_num_steps(num_steps)
+    if grid != "time":
+        steps = len(time_grid(t)) - 1 if num_steps is None else num_steps
+        if grid == "quadratic":
+            times = np.linspace(math.sqrt(t), math.sqrt(T_END), steps + 1, dtype=np.float64) ** 2
+        elif grid == "log-snr":
+            times = _at_equal_log_snr(sde or VPSDE(), t, steps)
+        else:
+            raise ValueError(f"`grid` is one of {', '.join(map(repr, GRIDS))}, got {grid!r}")
+        times[0], times[-1] = t, T_END
+        return times
     if num_steps is not None:
         return np.linspace(t, T_END, num_steps + 1, dtype=np.float64)
     # A whole number of steps plus rounding is that number: 1e-9 of a step is not a step.
     count = max(1, math.ceil((t - T_END) / DT_REFERENCE - 1e-9))
     return np.append(t - DT_REFERENCE * np.arange(count, dtype=np.float64), T_END)
+
+
+def _at_equal_log_snr(sde: VPSDE, t: float, steps: int) -> np.ndarray:
+    """Times of equal steps of λ between t and 1e-5, found by bisection: any schedule's λ falls with time."""
+    log_alpha_bar = sde.log_alpha_bar(np.array([t, T_END]))
+    # λ = ½ log(ᾱ / (1 − ᾱ))
+    ends = 0.5 * (log_alpha_bar - np.log(-np.expm1(log_alpha_bar)))
+    wanted = -np.logaddexp(0.0, -2.0 * np.linspace(ends[0], ends[1], steps + 1))  # log ᾱ
+    low, high = np.zeros(steps + 1), np.full(steps + 1, t)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        late = sde.log_alpha_bar(middle) < wanted
+        low, high = np.where(late, low, middle), np.where(late, middle, high)
+    return 0.5 * (low + high)
 
 
 def parity_grid(t: float) -> np.ndarray:

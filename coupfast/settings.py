@@ -15,17 +15,23 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from coupfast.engines import Engine, fastest_engine
 from coupfast.gradients import GRADIENTS, Exact, Gradient
 from coupfast.methods import COUP, METHODS, Method, StepMethod, TableMethod, method_name
-from coupfast.naming import is_reference, reference_to, resolve
+from coupfast.naming import code_of, described, is_reference, name_of, resolve
 from coupfast.options import Option, check_name, did_you_mean, options_of
-from coupfast.sde import VPSDE
+from coupfast.sde import VPSDE, DiscreteVPSDE
+from coupfast.solvers import SOLVERS, NamedSolver, as_solver, solver_name
 
 #: The keywords that name an object, in the order in which people think of them.
 KINDS = ("method", "gradient", "engine")
+
+_SOLVERS_WITH_KNOBS: dict[str, type[NamedSolver]] = {
+    name: solver for name, solver in SOLVERS.items() if isinstance(solver, type)
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class Settings:
         Args:
             base: Where to take from what no keyword says.
             keywords: `method`, `gradient` and `engine` as names, objects or (the first) `package.module:NAME`, and the options
-                of the chosen ones by their keywords; see `options`.
+                of the chosen ones, and of the method's solver, by their keywords; see `options`.
 
         Raises:
             TypeError: for a keyword that nothing has.
@@ -89,6 +95,11 @@ class Settings:
                 for name in [found.keyword for found in options_of(named)] if isinstance(named, type) else []:
                     if name in kept:
                         keywords.setdefault(name, kept[name])
+        if "solver" in (found.keyword for found in options_of(method)):
+            had = getattr(method, "solver", None)
+            solver = _choose_solver(keywords.pop("solver", had), keywords)
+            if solver is not had:  # else the method would be another object, and no other
+                keywords["solver"] = solver
         engine = keywords.pop("engine", base.engine)
         if isinstance(engine, str):
             keywords["engine"], engine = engine, base.engine
@@ -124,11 +135,27 @@ class Settings:
         return fastest_engine(score) if self.engine.name == "auto" else (self.engine.name, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: enough for `from_dict`, and a hash of the numbers (or of the source) that the steps follow."""
+        """As JSON has it: enough for `from_dict`, and a hash of the numbers (or of the source) that the steps follow.
+
+        Raises:
+            ValueError: if no name leads back to a part of it: a lambda, a partial or an object in the place of a function, or a
+                class that was made inside of a function. `describe` says of those what can be said.
+        """
+        return self._written(name_of)
+
+    def describe(self) -> dict[str, Any]:
+        """The same to read and to compare, of any settings: words in angle brackets stand for what no name leads back to."""
+        return self._written(lambda found, option: described(found))
+
+    def _written(self, named: Callable[..., str]) -> dict[str, Any]:
+        owner = type(self.method)
         return {
-            "method": {"name": method_name(self.method), **_fields(self.method)},
-            "gradient": {"name": self.gradient.name, **_fields(self.gradient)},
-            "engine": _fields(self.engine),
+            "method": {
+                "name": owner.name if METHODS.get(owner.name) is owner else named(owner, option="method"),
+                **_fields(self.method, named),
+            },
+            "gradient": {"name": self.gradient.name, **_fields(self.gradient, named)},
+            "engine": _fields(self.engine, named),
             "steps_sha256": self._steps_sha256(),
         }
 
@@ -137,9 +164,16 @@ class Settings:
         """What `to_dict` was made of.
 
         Raises:
-            ValueError: if the method is not there any more, or its steps are others now.
+            ValueError: if the method is not there any more, if its steps are others now, or if no name leads back to a part.
         """
         method, gradient = dict(fields["method"]), dict(fields["gradient"])
+        for name, value in method.items():
+            if isinstance(value, str) and "<" in value:
+                what = "method" if name == "name" else name
+                raise ValueError(
+                    f"`{what}` was {value.strip('<>')} when this was written, and no name leads back to that: make these "
+                    f"settings in Python again"
+                )
         named = _choose_method(method.pop("name"))
         values = _values(method)
         found = cls(
@@ -162,9 +196,12 @@ class Settings:
 
 
 def options() -> dict[str, list[Option]]:
-    """Every option of a purification, by whose it is: the shipped methods', the gradients', the engine's; each option once."""
+    """Every option of a purification, by whose it is: the methods' and their solvers', the gradients', the engine's; each
+    option once.
+    """
     groups: dict[str, dict[str, Option]] = {"method": {}, "gradient": {}, "engine": {}}
-    for kind, owners in (("method", METHODS.values()), ("gradient", GRADIENTS.values()), ("engine", (Engine,))):
+    of_methods = (*METHODS.values(), *_SOLVERS_WITH_KNOBS.values())
+    for kind, owners in (("method", of_methods), ("gradient", GRADIENTS.values()), ("engine", (Engine,))):
         for owner in owners:
             for found in options_of(owner):
                 groups[kind].setdefault(found.keyword, found)
@@ -175,6 +212,7 @@ def options() -> dict[str, list[Option]]:
 def _owners() -> dict[str, dict[str, Option]]:
     """Options by keyword, of each method, gradient and engine."""
     named: dict[str, Any] = {f"method {name!r}": method for name, method in METHODS.items()}
+    named |= {f"solver {name!r}": solver for name, solver in _SOLVERS_WITH_KNOBS.items()}
     named |= {f"gradient {name!r}": gradient for name, gradient in GRADIENTS.items()} | {"the engine": Engine}
     return {word: {found.keyword: found for found in options_of(owner)} for word, owner in named.items()}
 
@@ -187,8 +225,7 @@ def _source(owner: type) -> str:
             return text
     with contextlib.suppress(OSError, TypeError):
         return inspect.getsource(owner)
-    codes = [value.__code__ for value in vars(owner).values() if inspect.isfunction(value)]
-    return repr([(code.co_name, code.co_code, code.co_names, [str(each) for each in code.co_consts]) for code in codes])
+    return repr([code_of(value.__code__) for value in vars(owner).values() if inspect.isfunction(value)])
 
 
 def _is_outside(method: Any) -> bool:
@@ -210,6 +247,25 @@ def _choose_method(given: Any) -> Any:
     if not isinstance(given, Method):
         raise TypeError(f"`method` is a name, package.module:NAME or a Method, got {type(given).__name__}")
     return given
+
+
+def _choose_solver(given: Any, keywords: dict[str, Any]) -> Any:
+    """A solver with its knobs, which are taken out of the keywords.
+
+    Raises:
+        ValueError: for a knob that this solver does not have and another one does: it would do nothing.
+    """
+    solver = as_solver(given)
+    own = options_of(solver) if dataclasses.is_dataclass(solver) else []
+    named = {found.keyword: name for name, other in _SOLVERS_WITH_KNOBS.items() for found in options_of(other)}
+    for name in [name for name in keywords if name in named and name not in (found.keyword for found in own)]:
+        having = [word for word, other in _SOLVERS_WITH_KNOBS.items() if name in (each.keyword for each in options_of(other))]
+        raise ValueError(
+            f"solver {solver_name(solver)!r} has no option `{name}`; {', '.join(map(repr, having))} "
+            f"{'has' if len(having) == 1 else 'have'} it"
+        )
+    fields = {found.field: keywords.pop(found.keyword) for found in own if found.keyword in keywords}
+    return dataclasses.replace(solver, **fields) if fields else solver
 
 
 def _choose(given: Any, known: Mapping[str, type], kind: type, name: str, **fields: Any) -> Any:
@@ -242,25 +298,34 @@ def _said(part: Any) -> str:
     return repr(part.name)
 
 
-def _fields(part: Any) -> dict[str, Any]:
-    return {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+def _fields(part: Any, named: Callable[..., str]) -> dict[str, Any]:
+    return {field.name: _plain(getattr(part, field.name), field.name, named) for field in dataclasses.fields(part)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str, named: Callable[..., str]) -> Any:
     if isinstance(value, VPSDE):
-        return {"beta_min": value.beta_min, "beta_max": value.beta_max}
+        chain = {"discrete": True} if isinstance(value, DiscreteVPSDE) else {}
+        return {"beta_min": value.beta_min, "beta_max": value.beta_max, **chain}
     if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
+        return [_plain(part, name, named) for part in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, Callable):  # type: ignore[arg-type]
-        return reference_to(value if hasattr(value, "__qualname__") else type(value))
-    return value
+        return {str(key): _plain(part, name, named) for key, part in value.items()}
+    if dataclasses.is_dataclass(value) and callable(value) and not isinstance(value, type):  # a solver with knobs
+        known = solver_name(value)
+        return {"name": known if known in SOLVERS else named(type(value), option=name), **_fields(value, named)}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else named(value, option=name)
 
 
 def _values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a method as they were before `_plain`."""
     values = dict(fields)
     if isinstance(values.get("sde"), Mapping):
-        values["sde"] = VPSDE(**values["sde"])
+        sde = dict(values["sde"])
+        values["sde"] = (DiscreteVPSDE if sde.pop("discrete", False) else VPSDE)(**sde)
+    if isinstance(values.get("solver"), Mapping):
+        knobs = dict(values["solver"])
+        solver = as_solver(knobs.pop("name"))
+        values["solver"] = dataclasses.replace(solver, **_values(knobs)) if knobs else solver
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

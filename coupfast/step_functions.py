@@ -14,12 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.derivatives import all_finite, first_order_only, on_its_device, outside_transforms, refuse_transforms, unwrapped
+from coupfast import tape
+from coupfast.derivatives import (
+    all_finite,
+    first_order_only,
+    leaves,
+    on_its_device,
+    outside_transforms,
+    pull,
+    refuse_transforms,
+    unwrapped,
+)
 from coupfast.engine import Noise, ReplayedNoise, StepMemory
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.precision import strict_float32
 from coupfast.integrate import Storage
 from coupfast.methods import Networks, StepMethod, StepState
+from coupfast.tape import Track
 
 
 class BoundSteps:
@@ -48,7 +59,7 @@ class BoundSteps:
         return self._measure()[1]
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        """Calls of the networks in step 0, and in the rebuilt one with its back-propagation."""
+        """Calls of the networks and passes back through them in step 0, and in the rebuilt one with its back-propagation."""
         return self._measure()[2]
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
@@ -64,8 +75,15 @@ class BoundSteps:
         noise = ReplayedNoise(torch.zeros((method.num_noises, *x.shape), dtype=x.dtype, device=x.device))
         calls: collections.Counter[str] = collections.Counter()
         networks = [("score", self.networks.score), ("classifier", self.networks.classifier)]
+
+        def count(name: str, output: Any) -> None:
+            calls.update({f"{name} forward": 1})
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                # Once a backward pass: a step that differentiates for itself has its own, and the rebuilt one another.
+                output.register_hook(lambda _: calls.update({f"{name} backward": 1}))
+
         hooks = [
-            network.register_forward_hook(lambda *_, name=name: calls.update({f"{name} forward": 1}))
+            network.register_forward_hook(lambda _module, _inputs, output, name=name: count(name, output))
             for name, network in networks
             if network is not None
         ]
@@ -81,11 +99,11 @@ class BoundSteps:
             step = dict(calls)
             calls.clear()
             with AllocationAccount([x, noise.rows, *weights, *state]) as rebuilding:
-                _pull(lambda *s: method.step(0, s, noise, self.networks), state, [torch.zeros_like(s) for s in following])
+                _pull(lambda s, n: method.step(0, s, n, self.networks), state, [torch.zeros_like(s) for s in following], noise)
         finally:
             for hook in hooks:
                 hook.remove()
-        rebuild = dict(calls) | {name.replace("forward", "backward"): count for name, count in calls.items()}
+        rebuild = dict(calls)
         size = sum(tensor.nbytes for tensor in state)
         memory = StepMemory(forward.peak, forward.peak, rebuilding.peak, rebuilding.peak, 0, 0)
         return memory, size, {"step": step, "rebuild": rebuild, "slopes": rebuild, "activations": rebuild}
@@ -110,6 +128,7 @@ class StepRun:
     progress: Callable[[], object] = lambda: None
     keep_states: bool = False
     check: Callable[[], object] = lambda: None  # before a backward pass: raises where the weights are others by then
+    track: Track | None = None  # steps that outlive the run
     states: list[list[StepState]] = dataclasses.field(default_factory=list)  # [piece][step]
 
     def trajectory(self) -> list[torch.Tensor]:
@@ -125,6 +144,8 @@ def integrate_steps(x_in: torch.Tensor, run: StepRun, *, gradient: bool) -> torc
         run: How to run; `run.states` is filled as far as the run keeps states.
         gradient: Whether a backward pass is to be possible (the run then keeps every state).
     """
+    on = tape.current()
+    run.track = None if on is None else on.track(x_in.detach())
     with strict_float32(x_in.device.type):
         if gradient:
             return _StepGradient.apply(x_in, run.noise.rows if isinstance(run.noise, ReplayedNoise) else None, run)
@@ -138,26 +159,38 @@ def _forward(run: StepRun, x_in: torch.Tensor, *, for_gradient: bool) -> torch.T
     for piece in run.storage.pieces(len(x_in)):
         noise = run.noise.images(piece)
         state = method.start(x_in[piece], noise)
-        states = [state]
+        states, every = [state], for_gradient or run.keep_states
+        taken = [] if run.track is None else run.track.taken(piece, method.num_steps, every=every)
         for k in range(method.num_steps):
-            rows = (noise.rows,) if isinstance(noise, ReplayedNoise) else ()
-            versions = [tensor._version for tensor in (*state, *rows)]
-            following = method.step(k, state, noise, networks)
-            if k == 0:
-                _check_state(state, following, method)
-            if versions != [tensor._version for tensor in (*state, *rows)]:
-                raise ValueError(
-                    f"{type(method).__name__}.step writes into its state or noise in step {k}, which the backward pass needs "
-                    "again: work on a copy"
-                )
-            state = tuple(tensor.detach() for tensor in following)
-            if not (for_gradient or run.keep_states):
+            if k < len(taken):
+                there = taken[k]
+                state = state if there is None else tuple(there)  # type: ignore[arg-type]
+            else:
+                state = _step(method, k, state, noise, networks)
+                if run.track is not None:
+                    run.track.took(piece, k, state, every=every)
+            if not every:
                 states.clear()
             states.append(state)
             run.progress()
         run.states.append(states)
         ends.append(method.finish(state))
     return torch.cat(ends)
+
+
+def _step(method: StepMethod, k: int, state: StepState, noise: Noise, networks: Networks) -> StepState:
+    """The state after step k, which has to leave alone what it starts from."""
+    rows = (noise.rows,) if isinstance(noise, ReplayedNoise) else ()
+    versions = [tensor._version for tensor in (*state, *rows)]
+    following = method.step(k, state, noise, networks)
+    if k == 0:
+        _check_state(state, following, method)
+    if versions != [tensor._version for tensor in (*state, *rows)]:
+        raise ValueError(
+            f"{type(method).__name__}.step writes into its state or noise in step {k}, which the backward pass needs "
+            "again: work on a copy"
+        )
+    return tuple(tensor.detach() for tensor in following)
 
 
 class _StepGradient(torch.autograd.Function):
@@ -190,10 +223,10 @@ class _StepGradient(torch.autograd.Function):
 
 
 class _Leaves:
-    """A piece's replayed noise as leaves, so that what a step does with them can be differentiated."""
+    """A piece's replayed noise as leaves, kept in `taken`, so that what a step does with them can be differentiated."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows, self.taken = rows, {}  # type: ignore[var-annotated]
+    def __init__(self, rows: torch.Tensor, taken: dict[int, torch.Tensor]) -> None:
+        self.rows, self.taken = rows, taken
 
     def z(self, k: int, like: torch.Tensor) -> torch.Tensor:
         if k not in self.taken:
@@ -210,50 +243,50 @@ class _Leaves:
 def _backward(run: StepRun, x_in: torch.Tensor, grad: torch.Tensor, grad_rows: torch.Tensor | None) -> torch.Tensor:
     method, networks = run.bound.method, run.bound.networks
     grad_x = torch.empty_like(x_in)
+    track = run.track if grad_rows is None else None  # whose sums are not kept
+    name = "" if track is None else track.name(grad)
+
+    def step(k: int) -> Callable[[StepState, Noise], StepState]:
+        return lambda state, noise: method.step(k, state, noise, networks)
+
     for states, piece in zip(run.states, run.storage.pieces(len(x_in)), strict=True):
         noise = run.noise.images(piece)
-
-        def pull(function: Callable[..., Any], state: StepState, v: Sequence[torch.Tensor], piece: slice, noise: Noise) -> list:
-            if grad_rows is None:
-                return _pull(lambda *s: function(s, noise), state, v)
-            assert isinstance(noise, ReplayedNoise)
-            leaves = _Leaves(noise.rows)
-            return _pull(lambda *s: function(s, leaves), state, v, leaves.taken, lambda row, g: grad_rows[row, piece].add_(g))
-
-        v = pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], piece, noise)
-        for k in reversed(range(method.num_steps)):
-            v = pull(lambda s, n, k=k: method.step(k, s, n, networks), states[k], v, piece, noise)
+        into = None if grad_rows is None else grad_rows[:, piece]
+        steps, gone = method.num_steps, None if track is None else track.gone(name, piece, method.num_steps)
+        if gone is None:
+            v = _pull(lambda s, _: (method.finish(s),), states[-1], [grad[piece]], noise, into)
+        else:
+            steps, v = gone[0], [tensor for tensor in gone[1] if tensor is not None]  # all of them: zero where nothing flows
+        for k in reversed(range(steps)):
+            v = _pull(step(k), states[k], v, noise, into)
             if not all(all_finite(part) for part in v if part.is_floating_point()):
                 raise FloatingPointError(
                     f"the gradient stopped being finite in step {k} of {type(method).__name__}; look at the state there "
                     f"(`return_trajectory=True` gives its image)"
                 )
-        grad_x[piece] = pull(lambda s, n: method.start(s[0], n), (x_in[piece],), v, piece, noise)[0]
+            if track is not None:
+                track.went(name, piece, k, v)
+        grad_x[piece] = _pull(lambda s, n: method.start(s[0], n), (x_in[piece],), v, noise, into)[0]
     return grad_x
 
 
 def _pull(
-    function: Callable[..., Any],
+    function: Callable[[StepState, Noise], StepState],
     state: StepState,
     v: Sequence[torch.Tensor],
-    leaves: dict[int, torch.Tensor] | None = None,
-    receive: Callable[[int, torch.Tensor], object] | None = None,
+    noise: Noise,
+    grad_rows: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """The cotangents of `state` from those of function(*state), zero where nothing flows; those of `leaves` go to `receive`."""
+    """The cotangents of `state` from those of function(state, noise); those of replayed noise are added to `grad_rows`."""
+    rows: dict[int, torch.Tensor] = {}
+    if grad_rows is not None:
+        assert isinstance(noise, ReplayedNoise)
+        noise = _Leaves(noise.rows, rows)
     with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        inputs = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in state]
-        results = function(*inputs)
-        flowing = [(result, w) for result, w in zip(results, v, strict=True) if result.requires_grad]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad] + list((leaves or {}).values())
-        found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-        if flowing:
-            found = torch.autograd.grad([result for result, _ in flowing], wanted, [w for _, w in flowing], allow_unused=True)
-    remaining = iter(found)
-    cotangents = []
-    for tensor in inputs:
-        gradient = next(remaining) if tensor.requires_grad else None
-        cotangents.append(torch.zeros_like(tensor) if gradient is None else gradient)
-    for row, gradient in zip((leaves or {}), remaining, strict=True):
-        if gradient is not None and receive is not None:
-            receive(row, gradient)
-    return cotangents
+        inputs = leaves(state)
+        results = function(inputs, noise)
+        cotangents = pull(results, v, [*inputs, *rows.values()])
+    if grad_rows is not None:
+        for k, gradient in zip(rows, cotangents[len(inputs) :], strict=True):
+            grad_rows[k] += gradient
+    return cotangents[: len(inputs)]

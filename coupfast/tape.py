@@ -2,8 +2,9 @@
 
 A purification that runs inside of `kept_on` finds on the tape how far it came when it was stopped, forwards or backwards, and
 goes on from there with the same bits: a step is a function of the state that it starts from. Nothing is written where a
-purification takes less than `EVERY` seconds. Only the steps of `coupfast.integrate` are kept: not those of torchsde's adjoint,
-nor of a method that brings its own.
+purification takes less than `EVERY` seconds. Steps of tables and step functions are kept (`coupfast.integrate`,
+`coupfast.step_functions`), not those of torchsde's adjoint: it solves one equation over all steps of a call, and what it was at
+in the middle of one is torchsde's. `keeps_no_steps` says so where it matters.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import abc
 import contextlib
 import contextvars
+import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
-from coupfast.engine import Cotangent, State
+logger = logging.getLogger(__name__)
 
 EVERY = 60.0  # seconds from one write to the next
 
@@ -27,7 +29,7 @@ class Tape(abc.ABC):
     """Where steps are kept; a subclass says how."""
 
     def __init__(self) -> None:
-        self._tracks = 0
+        self._tracks, self._within = 0, ""
         self._written = time.monotonic()
 
     @abc.abstractmethod
@@ -45,7 +47,17 @@ class Tape(abc.ABC):
     def track(self, x_0: torch.Tensor) -> Track:
         """The steps of the next purification, which starts at `x_0`."""
         self._tracks += 1
-        return Track(self, f"{self._tracks}-{self.name(x_0)}")
+        return Track(self, f"{self._within}{self._tracks}-{self.name(x_0)}")
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` makes, the first time; after that what it made. Purifications in it have tracks of their own."""
+        if (kept := self.read(("once", name))) is not None:
+            return kept
+        self._tracks, self._within = 0, f"{name}-"
+        made = make()
+        self._tracks, self._within = 0, ""
+        self.write(("once", name), made)
+        return made
 
     def due(self) -> bool:
         """Whether it is time to write."""
@@ -56,7 +68,7 @@ class Tape(abc.ABC):
 
 
 class Track:
-    """One purification's steps on a tape, piece by piece of its batch."""
+    """One purification's steps on a tape, piece by piece of its batch. What a step leaves is the caller's to say."""
 
     def __init__(self, tape: Tape, name: str) -> None:
         self._tape, self._name = tape, name
@@ -65,40 +77,44 @@ class Track:
     def name(self, x: torch.Tensor) -> str:
         return self._tape.name(x)
 
-    def taken(self, piece: int, steps: int, *, every: bool) -> list[State | None]:
-        """States after the steps that were taken: all of them if `every`, else of the last one only."""
-        states: list[State | None] = []
+    def taken(self, piece: slice, steps: int, *, every: bool) -> list[Kept | None]:
+        """What was left of the steps that were taken: of all of them if `every`, else of the last one only."""
+        left: list[Kept | None] = []
         if not every:
             for k in reversed(range(steps)):
-                if (kept := self._tape.read((self._name, piece, k))) is not None:
-                    return [*states, *[None] * k, State(*kept)]  # type: ignore[arg-type]
-            return states
+                if (kept := self._tape.read(self._key(piece, k))) is not None:
+                    return [*[None] * k, kept]
+            return left
         for k in range(steps):
-            if (kept := self._tape.read((self._name, piece, k))) is None:
+            if (kept := self._tape.read(self._key(piece, k))) is None:
                 break
-            states.append(State(*kept))  # type: ignore[arg-type]
-        return states
+            left.append(kept)
+        return left
 
-    def took(self, piece: int, k: int, state: State, *, every: bool) -> None:
+    def took(self, piece: slice, k: int, kept: Kept, *, every: bool) -> None:
         """A step is taken."""
         if not every:
             self._waiting.clear()
-        self._waiting.append(((self._name, piece, k), state._replace(x_in=None)))  # x_in is there anyhow
+        self._waiting.append((self._key(piece, k), kept))
         if self._tape.due():
             self._write()
 
-    def gone(self, grad: str, piece: int, steps: int) -> tuple[int, Cotangent] | None:
-        """The last step that was taken back, and the cotangent before it."""
+    def gone(self, grad: str, piece: slice, steps: int) -> tuple[int, Kept] | None:
+        """The last step that was taken back, and what was left by it."""
         for k in range(steps):
-            if (kept := self._tape.read((self._name, grad, piece, k))) is not None:
-                return k, Cotangent(*kept)  # type: ignore[arg-type]
+            if (kept := self._tape.read(self._key(piece, k, grad))) is not None:
+                return k, kept
         return None
 
-    def went(self, grad: str, piece: int, k: int, v: Cotangent) -> None:
+    def went(self, grad: str, piece: slice, k: int, kept: Kept) -> None:
         """A step is taken back."""
         if self._tape.due():
-            self._waiting.append(((self._name, grad, piece, k), v))
+            self._waiting.append((self._key(piece, k, grad), kept))
             self._write()
+
+    def _key(self, piece: slice, k: int, grad: str = "") -> tuple[Hashable, ...]:
+        # With both ends: where less memory is free, pieces are smaller, and number 1 has other images.
+        return (self._name, grad, piece.start, piece.stop, k)
 
     def _write(self) -> None:
         for key, kept in self._waiting:
@@ -123,3 +139,22 @@ def kept_on(tape: Tape | None) -> Iterator[None]:
 def current() -> Tape | None:
     """The tape of `kept_on`."""
     return _TAPE.get()
+
+
+@contextlib.contextmanager
+def keeps_no_steps(what: str) -> Iterator[None]:
+    """Say once, for somebody who has a tape, what a stop costs where a call in here takes long: none of its steps are kept."""
+    started = time.monotonic()
+    yield
+    seconds = time.monotonic() - started
+    if current() is not None and seconds >= EVERY / 4 and what not in _SAID:  # the way back takes several times that
+        _SAID.add(what)
+        logger.warning(
+            "%s took %.0f s forwards, and none of its steps are kept: what stops it loses the call that is under way, there "
+            "and back; fewer images at a time (`shard`) make calls shorter",
+            what,
+            seconds,
+        )
+
+
+_SAID: set[str] = set()

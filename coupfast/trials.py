@@ -93,6 +93,8 @@ def try_networks(score: nn.Module, classifier: nn.Module | None, example: torch.
     if not isinstance(eps_hat, torch.Tensor) or eps_hat.shape != example.shape:
         found = tuple(eps_hat.shape) if isinstance(eps_hat, torch.Tensor) else type(eps_hat).__name__
         hint = "; coupfast.load_score wraps a diffusers model" if hasattr(eps_hat, "sample") else ""
+        if isinstance(eps_hat, torch.Tensor) and eps_hat.dim() == 4 and eps_hat.shape[1] == 2 * example.shape[1]:
+            hint = "; of a network that also predicts a variance: load_score(network, learned_variance=True)"
         hint = hint or _swapped(eps_hat)
         raise ValueError(f"the score net must return eps_hat of shape {tuple(example.shape)}, got {found}{hint}")
     if eps_hat.dtype != example.dtype:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from coupfast.data import load_images
 from coupfast.models.checkpoints import write_safetensors
+from coupfast_kernels.files import written_whole
 
 
 def read_images(path: Path, *, train: bool) -> tuple[Tensor, Tensor]:
@@ -167,9 +167,8 @@ def train(
             "step": step,
             "seconds": seconds,
         }
-        partial = state_path.with_name("state.pt.partial")
-        torch.save(state, partial)
-        os.replace(partial, state_path)
+        with written_whole(state_path) as partial:
+            torch.save(state, partial)
         write_safetensors(args.run / "weights.safetensors", average.weights, config)
 
     stop = False

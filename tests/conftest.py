@@ -11,6 +11,7 @@ from torch import nn
 from coupfast import Purifier
 from coupfast.engine import BoundEngine
 from coupfast.models.ddpmpp import DDPMpp
+from coupfast_kernels import native, operations
 
 # Networks of this size lose more to threads than they gain, the more so where another process wants the cores.
 torch.set_num_threads(1)
@@ -85,6 +86,17 @@ class SmallResidual(nn.Module):
         return 4.0 * self.linear(self.activation(h).mean(dim=(2, 3)))
 
 
+class LabelTable(nn.Module):
+    """A score network with an entry for every time step, as of DDPM's discrete ones: it takes whole labels only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Embedding(1000, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return x + self.time(labels)[:, :, None, None]
+
+
 def allows_tf32() -> bool:
     """Whether PyTorch may take TF32 in a float32 operation on CUDA right now."""
     owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
@@ -105,6 +117,15 @@ def _interrupts_arrive():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(params=native.isas())
+def isa(request, monkeypatch):
+    """Each of this machine's instruction sets in turn."""
+    monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
+    operations.compiled.cache_clear()
+    yield request.param
+    operations.compiled.cache_clear()
 
 
 @pytest.fixture

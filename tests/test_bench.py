@@ -38,7 +38,7 @@ def _as_a_script_sees_it(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(BENCH)
     yield
-    for name in ("speed", "gradient", "peers", "layers", "cases", "timing", "attack_gradients", "adjoint_error"):
+    for name in ("speed", "gradient", "peers", "layers", "cases", "timing", "attack_gradients", "adjoint_error", "kept"):
         sys.modules.pop(name, None)
     torch.set_num_threads(threads)
 
@@ -179,6 +179,17 @@ class TestGradient:
         assert rows["back-propagation", "torchsde"]["peak_bytes"] > 10 * exact["peak_bytes"]
         assert published["ratio_to_published"] == 1.0
 
+    def test_memory_budgets_side_by_side(self, tmp_path, capsys):
+        file, gradient = tmp_path / "results.json", __import__("gradient")
+        options = ["--steps-timed", "2", "--truth", "exact", "--modes", "exact", "--engines", "eager"]
+        assert gradient.main([*SMALL, *options, "--memory-budget", "least", "activations", "--json", str(file)]) == 0
+        least, kept = json.loads(file.read_text())["rows"]
+        assert (least["memory_budget"], least["kept_steps"]) == ("least", 0)
+        assert (kept["memory_budget"], kept["kept_steps"]) == ("activations", 2)
+        assert kept["planned_peak_bytes"] > least["planned_peak_bytes"]
+        assert least["ratio_to_eager_engine"] == kept["ratio_to_eager_engine"] == 1.0
+        assert least["rel_error"] == kept["rel_error"] == 0.0
+
     def test_a_wrong_engine_gets_no_time(self, run, monkeypatch):
         monkeypatch.setitem(ENGINES, "wrong", off_by(1e-2))
         code, rows, _, printed = run("gradient", "--steps-timed", 2, "--modes", "exact", "--engines", "eager", "wrong")
@@ -267,11 +278,11 @@ class TestAttackGradients:
         assert pair["worst_of_draws"] == {"only_exact": 1, "only_mode": 3, "p": 0.625}
 
     def test_other_options_are_not_mixed_in(self, tmp_path):
-        attack_gradients = __import__("attack_gradients")
+        kept = __import__("kept")
         file = tmp_path / "results.json"
-        attack_gradients.save(file, {"settings": {"num_steps": 60, "grid": "steps of 1e-3"}, "rows": []})
+        kept.save(file, {"settings": {"num_steps": 60, "grid": "steps of 1e-3"}, "rows": []})
         with pytest.raises(SystemExit, match="grid, num_steps"):
-            attack_gradients.load(file, {"num_steps": 20, "grid": "equal steps"})
+            kept.load(file, {"num_steps": 20, "grid": "equal steps"})
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=native.unavailable() or "")

@@ -15,6 +15,7 @@ from ddpmpp_table import deep_parameters
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from coupfast import cli
 from coupfast.models import registry
 from coupfast.models.checkpoints import (
     CheckpointError,
@@ -25,10 +26,11 @@ from coupfast.models.checkpoints import (
     state_dict_sha256,
     write_safetensors,
 )
-from coupfast.models.ddpmpp import DDPMpp, read_score_checkpoint
+from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.dm_wide_resnet import CIFAR10_MEAN, CIFAR10_STD, DMWideResNet
 from coupfast.models.from_file import classifier_from_file, convert_checkpoint, score_from_file
 from coupfast.models.wide_resnet import WideResNet
+from coupfast.models.zoo import load_score
 
 CONFIG = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "image_size": 8}
 
@@ -99,8 +101,6 @@ def test_conversion_keeps_the_origin(small_score, small_checkpoint, tmp_path):
 
 
 def test_averaged_weights_are_read_not_the_raw_ones(small_score, small_checkpoint):
-    state = read_score_checkpoint(small_checkpoint, config=CONFIG)
-    torch.testing.assert_close(state, dict(small_score.named_parameters()), rtol=0, atol=0, check_device=False)
     assert_same_weights(score_from_file(small_checkpoint, config=CONFIG), small_score)
 
 
@@ -143,7 +143,7 @@ def test_count_is_checked(small_score, tmp_path):
     shadow = [p.detach() for p in small_score.parameters()]
     torch.save(score_sde_checkpoint(shadow[:-1]), tmp_path / "short.pth")
     with pytest.raises(CheckpointError, match=f"has {len(shadow)} tensors, ema.shadow_params has {len(shadow) - 1}"):
-        read_score_checkpoint(tmp_path / "short.pth", config=CONFIG)
+        score_from_file(tmp_path / "short.pth", config=CONFIG)
 
 
 def test_shapes_are_checked(small_score, tmp_path):
@@ -151,7 +151,7 @@ def test_shapes_are_checked(small_score, tmp_path):
     shadow[4] = torch.zeros(8, 5, 3, 3)
     torch.save(score_sde_checkpoint(shadow), tmp_path / "shape.pth")
     with pytest.raises(CheckpointError, match=r"\[4\].*all_modules.2.weight.*\(8, 3, 3, 3\).*\(8, 5, 3, 3\)"):
-        read_score_checkpoint(tmp_path / "shape.pth", config=CONFIG)
+        score_from_file(tmp_path / "shape.pth", config=CONFIG)
 
 
 def test_entries_are_tensors(small_score, tmp_path):
@@ -160,14 +160,14 @@ def test_entries_are_tensors(small_score, tmp_path):
     checkpoint["ema"]["shadow_params"] = ["weights"] * len(shadow)
     torch.save(checkpoint, tmp_path / "text.pth")
     with pytest.raises(CheckpointError, match="all_modules.0.weight.*found str"):
-        read_score_checkpoint(tmp_path / "text.pth", config=CONFIG)
+        score_from_file(tmp_path / "text.pth", config=CONFIG)
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, {"ema": {"decay": 0.999}}, [1, 2]], ids=str)
 def test_other_files_are_no_score_checkpoints(content, tmp_path):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="shadow_params, found"):
-        read_score_checkpoint(tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="other.pth: there is no state dict: expected names of tensors, found"):
+        score_from_file(tmp_path / "other.pth")
 
 
 def test_conversion_is_whole_or_nothing(small_checkpoint, tmp_path, monkeypatch):
@@ -193,9 +193,70 @@ def test_score_safetensors(small_score, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit DDPMpp: missing"):
         score_from_file(path, config=CONFIG | {"num_res_blocks": 2})
     save_file(dict(small_score.state_dict()), path)
-    with pytest.raises(CheckpointError, match="give `config`"):
+    with pytest.raises(CheckpointError, match="do not tell its image_size: give `config`"):
         score_from_file(path)
     assert_same_weights(score_from_file(path, config=CONFIG), small_score)
+
+
+SIZES = [
+    {"nf": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "image_size": 8, "channels": 3},
+    {"nf": 8, "ch_mult": [1], "num_res_blocks": 2, "attn_resolutions": [], "image_size": 8, "channels": 1},
+    {"nf": 4, "ch_mult": [1, 1, 2], "num_res_blocks": 2, "attn_resolutions": [16, 4], "image_size": 16, "channels": 3},
+    {"nf": 8, "ch_mult": [2, 1], "num_res_blocks": 3, "attn_resolutions": [8], "image_size": 8, "channels": 3},
+    {"nf": 4, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 4, "attn_resolutions": [16], "image_size": 32, "channels": 3},
+]
+
+
+@pytest.mark.parametrize("config", SIZES, ids=lambda config: "x".join(map(str, config["ch_mult"])))
+@pytest.mark.parametrize("wrapped", ["weights", "module", "score_sde"])
+def test_all_but_the_size_of_images_follows_from_weights(config, wrapped, tmp_path):
+    path, model = tmp_path / "weights.pth", randomised(DDPMpp(**config))
+    prefixed = {f"module.{name}": value for name, value in model.state_dict().items()}
+    if wrapped == "score_sde":
+        content = score_sde_checkpoint([p.detach() for p in model.parameters()])
+        content["model"] = {name: torch.zeros_like(value) for name, value in prefixed.items()}  # not the averaged ones
+    else:
+        content = {"weights": model.state_dict(), "module": {"state_dict": prefixed, "epoch": 3}}[wrapped]
+    torch.save(content, path)
+    for load in (score_from_file, load_score):
+        with pytest.raises(CheckpointError, match="a DDPMpp do not tell its image_size: give `config`, or `image_size`"):
+            load(path)
+    loaded = load_score(path, image_size=config["image_size"])
+    assert loaded.config == {"arch": "DDPMpp", **config}
+    assert_same_weights(loaded, model)
+    # Where attention is goes with the levels, whatever the images' size.
+    larger = load_score(path, image_size=2 * config["image_size"])
+    assert larger.plan == model.plan and larger.image_size == 2 * config["image_size"]
+
+
+def test_a_size_that_is_told_wrong(small_score, tmp_path, capsys):
+    path, converted = tmp_path / "weights.pth", tmp_path / "score.safetensors"
+    torch.save(small_score.state_dict(), path)
+    for size, message in ((7, "must be a positive multiple of 2"), (0, "an int of at least 1, got 0"), (8.0, "got 8.0")):
+        with pytest.raises(CheckpointError, match=message):
+            load_score(path, image_size=size)
+    assert cli.main(["convert", str(path), str(converted)]) == 2
+    assert "coupfast convert FILE DST.safetensors --image-size 32" in capsys.readouterr().err
+    assert cli.main(["convert", str(path), str(converted), "--image-size", "8"]) == 0
+    assert load_score(converted).config == small_score.config
+    with pytest.raises(CheckpointError, match="the file says image_size=8, the caller 16"):
+        load_score(converted, image_size=16)
+    for source in ("cifar10-tiny", "cifar10-ddpmpp-deep", small_score):
+        with pytest.raises(ValueError, match="`image_size` is for the path of a weight file"):
+            load_score(source, image_size=8)
+
+
+def test_names_that_only_look_like_a_ddpmpp(small_score, tmp_path):
+    path, state = tmp_path / "weights.pth", small_score.state_dict()
+    for change in (
+        {"all_modules.0.weight": torch.zeros(3)},
+        {"all_modules.3.Conv_0.weight": torch.zeros(8, 8, 5, 5)},
+        {"all_modules.99.Conv_0.bias": torch.zeros(8)},
+        {"all_modules.x": torch.zeros(1)},
+    ):
+        torch.save(state | change, path)
+        with pytest.raises(CheckpointError, match="unknown architecture: expected .*DDPMpp"):
+            load_score(path)
 
 
 # --- damaged and hostile files ----------------------------------------------------------------------------------------
@@ -218,7 +279,7 @@ def test_hostile_pickles_are_not_executed(writer, wrap, tmp_path):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "zip")
-    for read in (read_torch, read_score_checkpoint, score_from_file, read_weights, classifier_from_file):
+    for read in (read_torch, score_from_file, read_weights, classifier_from_file):
         with pytest.raises(CheckpointError, match=r"weights.pt.*Nothing in it was executed"):
             read(path)
     assert not canary.exists()

@@ -10,7 +10,7 @@ from cpu_networks import GRAPHS, Net, conv, network
 from torch import nn
 
 from coupfast.engine.cpu.fusion import fuse
-from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, Region
+from coupfast.engine.cpu.parts import Attention, Concatenation, Convolution, FusedNetwork, Region
 from coupfast.tracing import trace
 
 aten = torch.ops.aten
@@ -34,10 +34,9 @@ def left(found: FusedNetwork) -> Counter:
 
 
 def kinds(found: FusedNetwork) -> str:
-    """The parts in order: C(onvolution), R(egion), + for a concatenation."""
-    return "".join(
-        "C" if isinstance(part, Convolution) else "+" if isinstance(part, Concatenation) else "R" for part in found.parts
-    )
+    """The parts in order: C(onvolution), A(ttention), R(egion), + for a concatenation."""
+    names = {Convolution: "C", Attention: "A", Concatenation: "+", Region: "R"}
+    return "".join(names[type(part)] for part in found.parts)
 
 
 def describe(part: Convolution) -> str:
@@ -75,6 +74,7 @@ EXPECTED = {
     "scaled relus": ("CCRC", ["bias scale z", "bias scale y", "bias scale y"], None),
     "group norm before a stride": ("CRCC", ["bias y", "bias y", "norm-silu bias y"], {"native_group_norm.default": 1}),
     "group norm without silu": ("CC", ["bias y", "norm bias y"], {}),
+    "attention": ("CARC", ["bias y", "bias y"], {"add.Tensor": 1}),
     "max-pool": ("CRCR", ["bias z", "bias y"], None),
     "group convolution": ("CRC", ["bias z", "bias y"], {"convolution.default": 1, "relu.default": 1}),
     "dilated convolution": ("CRC", ["bias z", "bias y"], {"convolution.default": 1, "relu.default": 1}),

@@ -30,14 +30,6 @@ SHAPES = [
 WORDS = [(0, 0), (2**64 - 1, 2**32 - 2), (2**63, 1), (0x0123456789ABCDEF, FORWARD_NOISING_STEP)]  # seeds and steps
 
 
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
-    operations.compiled.cache_clear()
-    yield request.param
-    operations.compiled.cache_clear()
-
-
 def formats(shape):
     return [CONTIGUOUS, CHANNELS_LAST] if len(shape) == 4 else [CONTIGUOUS]
 

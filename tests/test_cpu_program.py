@@ -1,6 +1,7 @@
 """Programs of the CPU engine: values, transposes and linear parts of every graph, in memory that held anything."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -244,6 +245,19 @@ def test_threads_change_no_bit(name):
     for result in results[1:]:
         for found, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_memory_of_its_own():
+    workspace = Workspace()
+    workspace.hold(1000, 1000)
+    workspace.arena[:], workspace.scratch[:] = 1.0, 2.0
+    child = os.fork()
+    if child == 0:
+        poison(workspace)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert set(workspace.arena) == {1.0} and set(workspace.scratch) == {2.0}
 
 
 def test_inputs_of_any_layout():

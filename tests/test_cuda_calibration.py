@@ -246,14 +246,13 @@ class TestPrecision:
     )
     def test_candidates_of_a_gpu(self, precision, names):
         assert set(module._candidates(torch.device("cuda"), precision, None)) == names
-        assert set(module._candidates(torch.device("cuda"), precision, torch.compile)) == names | {"compiled"}
+        assert set(module._candidates(torch.device("cuda"), precision, lambda module, inputs: module)) == names | {"compiled"}
         assert set(module._candidates(CPU, precision, None)) == {"library"}
 
     def test_the_library_is_compiled_once_a_shape_as_a_piece_is(self, tmp_path):
-        """Each in a module of its own: a compiler gives a function up that it has compiled eight times."""
         compiled, ran = [], []
 
-        def compiler(graph):
+        def compiler(graph, inputs):
             compiled.append(graph)
             return lambda *inputs: ran.append(1) or graph(*inputs)
 
@@ -261,7 +260,7 @@ class TestPrecision:
         for channels in range(1, 4):
             found = calibration.choose(dataclasses.replace(SHAPE, in_channels=channels))
             assert found.refused == {} and set(found.seconds) == {"library", "compiled"}
-        assert len(compiled) == 3 < len(ran) and len({id(graph.forward.__code__) for graph in compiled}) == 3
+        assert len(compiled) == 3 < len(ran)
         targets = {node.target for node in compiled[0].graph.nodes if node.op == "call_function"}
         assert targets == {torch.ops.aten.convolution.default}
 

@@ -2,14 +2,16 @@
 
 import contextlib
 import gc
+import itertools
 import sys
 import threading
 import types
+import weakref
 
 import pytest
 import torch
 from conftest import allows_tf32, bound_of, relu_classifier, silu_classifier, small_score
-from graph_backend import OutOfMemory, StandIn
+from graph_backend import Graph, OutOfMemory, StandIn
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,12 +22,13 @@ from coupfast.engine.cuda import bound as bound_module
 from coupfast.engine.cuda import pieces as pieces_module
 from coupfast.engine.cuda import support
 from coupfast.engine.cuda.calibration import Choice
-from coupfast.engine.cuda.capture import CudaBackend
+from coupfast.engine.cuda.capture import CudaBackend, Runner
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.convolution.gpu import pack_weight
+from coupfast_kernels.noise import standard_normal_ref
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -183,12 +186,12 @@ class TestGraphs:
             first = run(images, seed=1, ids=[5, 6, 7, 8, 9])
             (backend,) = backends
             assert len(backend.graphs) == 1
-            assert backend.graphs[0].replays == 4
+            assert backend.graphs[0].replays == 1 + 4  # the first is compared with what was captured
             eager = purifier(score, classifier, engine="eager")
             assert_close(first, eager(images, seed=1, ids=[5, 6, 7, 8, 9]), ROUNDINGS)
             again = run(images.flip(0), seed=2, ids=[1, 2, 3, 4, 0], draw=7)
             assert_close(again, eager(images.flip(0), seed=2, ids=[1, 2, 3, 4, 0], draw=7), ROUNDINGS)
-        assert len(backend.graphs) == 1 and backend.graphs[0].replays == 8
+        assert len(backend.graphs) == 1 and backend.graphs[0].replays == 1 + 8
 
     def test_the_host_only_launches_between_replays(self, backends, score, classifier, images, monkeypatch):
         """Two launches a step, the graph and the copy of the state that the caller keeps: nothing is loaded in between."""
@@ -208,7 +211,7 @@ class TestGraphs:
         both_ways(run, images)
         (backend,) = backends
         forward, backward = backend.graphs
-        assert (forward.replays, backward.replays) == (4, 4)
+        assert (forward.replays, backward.replays) == (1 + 4, 1 + 4)
         guided = torch.ops.coupfast.guided_step_out.default
         assert [graph.operations.count(guided) for graph in (forward, backward)] == [1, 1]
         # The score net has softmaxes of its own, as many in either; slopes that are found again come with one more.
@@ -320,6 +323,12 @@ class TestGraphs:
             if ends:
                 raise RuntimeError("not currently recording to this pool")
 
+        graphs = []
+
+        class CudaGraph:
+            def __init__(self):
+                graphs.append(weakref.ref(self))
+
         @contextlib.contextmanager
         def graph(*args, **options):
             yield
@@ -328,20 +337,77 @@ class TestGraphs:
         for name, stand_in in {
             "graph_pool_handle": lambda: (0, 7),
             "Stream": lambda device: None,
-            "CUDAGraph": lambda: None,
+            "CUDAGraph": CudaGraph,
             "device": lambda device: contextlib.nullcontext(),
             "stream": lambda stream: contextlib.nullcontext(),
             "current_stream": lambda: None,
             "graph": graph,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        workspaces = lambda: calls.append("workspaces freed")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", workspaces, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
         release = lambda device, pool: calls.append(("release", device, pool))  # noqa: E731
         monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+        backend = CudaBackend(torch.device("cuda:1"))
         with pytest.raises(RuntimeError, match="previous error"):
-            CudaBackend(torch.device("cuda:1")).capture(lambda: None)
-        # Its own end gives the pool back, if it comes so far.
-        assert calls == [("end", 1, (0, 7))] + ([] if ends else [("release", 1, (0, 7))])
+            backend.capture(lambda: calls.append("captured"))
+        # Its own end gives the pool back, if it comes so far. Workspaces are made inside of the graph's memory.
+        given_back = [("end", 1, (0, 7))] + ([] if ends else [("release", 1, (0, 7))])
+        assert calls == ["workspaces freed", "captured", *given_back, "workspaces freed"]
+        gc.collect()
+        assert graphs[0]() is not None  # PyTorch may still point to it
+
+    @pytest.mark.parametrize("target", ["coupfast.guided_step_out.default", "aten.copy_.default", "aten.add_.Tensor"])
+    def test_a_replay_that_does_something_else_is_not_used(self, backends, score, classifier, images, monkeypatch, target):
+        """Here one that leaves an operation out: the state's own, and the one that keeps slopes for the way back."""
+        replay = Graph.replay
+
+        def forgetful(self):
+            calls = self.calls
+            self.calls = [call for call in calls if str(call[0]) != target]
+            assert len(self.calls) < len(calls)
+            replay(self)
+            self.calls = calls
+
+        monkeypatch.setattr(Graph, "replay", forgetful)
+        run = purifier(score, classifier)
+        state = bound_of(run, images).for_batch(5).runner.state
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"replaying 'step with noise' gives something else"):
+            run(images, seed=1)
+        assert int(state[3]) == 0  # the step's index stands where it stood
+
+    @pytest.mark.parametrize("size, fits", [(1e-6, True), (1e-2, False)])
+    def test_where_bits_do_not_repeat_rounding_is_allowed(self, size, fits, caplog):
+        """As with sums in whatever order a device's atomic additions come."""
+        x, turns = torch.ones(1000), itertools.count()
+
+        class Elsewhere(StandIn):
+            def capture(self, function):
+                return types.SimpleNamespace(replay=lambda: x.add_(1.0 + size * next(turns)))
+
+        runner = Runner([x], Elsewhere(), lambda: "")
+        if fits:
+            runner.run("sum", lambda: x.add_(1.0 + 1e-7 * next(turns)))
+            assert "'sum' gives other bits every time on this device" in caplog.text
+        else:
+            with pytest.raises(RuntimeError, match="gives something else"):
+                runner.run("sum", lambda: x.add_(1.0 + 1e-7 * next(turns)))
+
+    def test_a_dropped_purifier_gives_its_memory_back_at_once(self, backends, score, classifier, images):
+        """Without waiting for a collection of cycles, which running out of a GPU's memory does not start."""
+        run = purifier(score, classifier)
+        gc.collect()
+        gc.disable()
+        try:
+            both_ways(run, images)
+            program = weakref.ref(bound_of(run, images).for_batch(5))
+            recording = weakref.ref(backends[0].graphs.pop())
+            del run
+            backends.clear()
+            assert program() is None and recording() is None
+        finally:
+            gc.enable()
 
     def test_out_of_memory_says_what_was_needed(self, backends, score, classifier, images):
         run = purifier(score, classifier)
@@ -443,7 +509,7 @@ class TestPrecision:
             purifier(score, classifier, options={"graphs": graphs})(images, seed=1)
 
     def test_slopes_that_are_wrong_are_not_used(self, backends, score, classifier, images, monkeypatch):
-        def compiled(module, **options):
+        def compiled(module, inputs):
             def run(*inputs):
                 results = module(*inputs)
                 masks = [result.clone() if result.dtype == torch.bool else result for result in results]
@@ -453,7 +519,7 @@ class TestPrecision:
 
             return run
 
-        monkeypatch.setattr(torch, "compile", compiled)
+        monkeypatch.setattr(bound_module, "Inductor", lambda device: compiled)
         with torch.no_grad(), pytest.raises(RuntimeError, match="'slopes' differs from PyTorch's on this device"):
             purifier(score, classifier, options={"compile": True, "graphs": False})(images, seed=1)
 
@@ -471,12 +537,25 @@ class TestRefuses:
             (dict(driver=(11, 8)), "driver serves CUDA 11.8, and this PyTorch is built with 12.8: update the driver"),
             (dict(triton=None), "needs Triton .*triton.*; PyTorch's builds for CUDA"),
             (dict(triton="3.1.0"), "needs Triton 3.5 or later, found 3.1.0"),
+            (dict(launch="fails"), "cannot be built or launched here .RuntimeError: Failed to find C compiler"),
+            (dict(launch="is wrong"), "gives wrong numbers"),
             (dict(), None),
         ],
         ids=str,
     )
-    def test_what_is_too_old(self, monkeypatch, setup, message):
-        setup = {"cuda": "12.8", "driver": (12, 2), "capability": (9, 0), "triton": "3.8.1+git"} | setup
+    def test_what_is_too_old_or_does_not_run(self, monkeypatch, setup, message):
+        setup = {"cuda": "12.8", "driver": (12, 2), "capability": (9, 0), "triton": "3.8.1+git", "launch": "works"} | setup
+
+        def launched(shape, *, seed, ids, draw, step):
+            if setup["launch"] == "fails":
+                raise RuntimeError("Failed to find C compiler")
+            z = standard_normal_ref(shape, seed=int(seed), ids=ids, draw=draw, step=int(step))
+            return z if setup["launch"] == "works" else z + 1
+
+        # One launch a process and device; here on the CPU.
+        support._kernels_unavailable.cache_clear()
+        monkeypatch.setattr(support, "standard_normal", launched)
+        monkeypatch.setattr(support, "launch_device", lambda index: torch.device("cpu"))
         monkeypatch.setattr(torch.version, "cuda", setup["cuda"])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: setup["capability"])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -626,17 +705,22 @@ def test_what_cannot_be_a_graph_is_named(backends, score, classifier, images, mo
 
 
 def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch):
-    """The strides of its check are those of its use: it would be compiled again for others, and be another piece."""
+    """Formats of its check and of its use: what is compiled serves no others."""
     strides = {}
 
-    def compiled(module, **options):
+    def formats(inputs):
+        return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs)
+
+    def compiled(module, inputs):
+        strides[module] = {formats(inputs)}
+
         def run(*inputs):
-            strides.setdefault(module, set()).add(tuple((tensor.shape, tensor.stride()) for tensor in inputs))
+            strides[module].add(formats(inputs))
             return module(*inputs)
 
         return run
 
-    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(bound_module, "Inductor", lambda device: compiled)
     both_ways(purifier(score, flattening, options={"compile": True}), images)
     assert len(strides) == 5 and all(len(seen) == 1 for seen in strides.values())
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_wide_resnet import images
+from test_wide_resnet import images, trained
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from coupfast.models.dm_wide_resnet import CIFAR10_MEAN, CIFAR10_STD, DMWideResNet
@@ -13,14 +13,7 @@ EPS64 = torch.finfo(torch.float64).eps
 
 def small_network(**options):
     torch.manual_seed(0)
-    model = DMWideResNet(**({"depth": 16, "width": 1, "num_classes": 4} | options)).double().eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.1)
-            torch.nn.init.normal_(module.running_mean, std=0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
+    return trained(DMWideResNet(**({"depth": 16, "width": 1, "num_classes": 4} | options)).double().eval())
 
 
 def dm_parameters(depth, width):

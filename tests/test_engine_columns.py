@@ -56,6 +56,8 @@ def table(columns: str, seed: int = 0) -> CoefficientTable:
     more = {name: column(0.4) for name in columns}
     for name in set(columns) & set("pq"):
         more[name][0] = 0.0
+    if "m" in columns:  # x̂0 that lies inside of [-1, 1] for some pixels, and outside for others
+        more |= {"m": 1.5 + column(0.1), "n": column(1.0)}
     return CoefficientTable(np.linspace(0.3, 0.1, STEPS + 1), column(0.9), column(0.5), column(0.3), column(0.3), **more)
 
 
@@ -68,11 +70,16 @@ def plain_loop(table, score, classifier, x, x_in, z, z2):
     """The definition of a run, for autograd to go through; float64."""
     x_before, eps_before = torch.zeros_like(x), torch.zeros_like(x)
     for k in range(table.num_steps):
-        a, b, c, d, e, f, p, q = table.row(k)
+        a, b, c, d, e, f, p, q = (*table.row(k), 0.0, 0.0, 0.0, 0.0)[:8]
         eps_hat = score(x, torch.full((len(x),), float(table.labels[k]), dtype=x.dtype))
         point = x if x.requires_grad else x.requires_grad_()
         (g,) = torch.autograd.grad(log_confidence(classifier, point)[0].sum(), point, create_graph=True)
+        if table.m is not None:
+            m, n = float(table.m[k]), float(table.n[k])
+            eps_hat = ((m * x + n * eps_hat).clamp(-1.0, 1.0) - m * x) / n
         x_next = a * x + b * eps_hat + c * g + d * z[k] + e * x_in + f * z2[k] + p * x_before + q * eps_before
+        if table.s is not None:
+            eps_hat = eps_hat + table.s[k] * g
         x, x_before, eps_before = x_next, x, eps_hat
     return x
 
@@ -135,6 +142,9 @@ F64, F32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 
 CASES = [(columns, batch, counted, False) for columns in SUBSETS for batch, counted in ((1, False), (3, True))]
 CASES += [(columns, batch, counted, True) for columns in ("e", "fq", "efpq") for batch, counted in ((1, True), (3, False))]
+# A clipped x̂0, and guidance in what the next step reads of this one.
+CASES += [(columns, 1, False, False) for columns in ("m", "qs", "efpqms")]
+CASES += [(columns, 3, True, smooth) for columns in ("m", "pqms") for smooth in (False, True)]
 
 
 @pytest.mark.parametrize(("columns", "batch", "counted", "smooth"), CASES, ids=str)
@@ -162,12 +172,13 @@ def test_cpu(columns, batch, counted, smooth):
 PIECES: dict = {}
 
 
-def bound_cuda(columns: str, smooth: bool) -> BoundCudaEngine:
+def bound_cuda(columns: str | CoefficientTable, smooth: bool) -> BoundCudaEngine:
     """On the CPU, with graphs that a stand-in records; pieces, which depend on no factor, are traced once."""
     score, classifier = networks(smooth, torch.float32)
-    example = torch.zeros(1, 3, 8, 8)
-    made = CudaNetworks(score, Guidance(classifier, example), table(columns), example, True, backend=StandIn)
-    made.pieces = PIECES.setdefault(smooth, made.pieces)
+    example, chosen = torch.zeros(1, 3, 8, 8), table(columns) if isinstance(columns, str) else columns
+    made = CudaNetworks(score, Guidance(classifier, example), chosen, example, True, backend=StandIn)
+    if chosen.m is None:  # its pieces have the table's own numbers
+        made.pieces = PIECES.setdefault(smooth, made.pieces)
     return BoundCudaEngine(made)
 
 
@@ -266,3 +277,23 @@ def test_cuda_loads_nothing_between_steps():
     state.x_before.mul_(0.5)
     x_next, _, _ = program.step(3, state.x, noise, more=state)
     assert len(loads) == 6
+
+
+def test_cuda_multiplies_behind_the_network_where_nothing_else_flows_into_it():
+    """As the eager engine: b Jᵀ v in the last step, Jᵀ(b v + v_eps) before it; and the same in a walk as call by call."""
+    made = table("q")
+    q = made.q.copy()
+    q[2] = 0.0  # nothing flows into step 1 either
+    made = CoefficientTable(made.t, made.a, made.b, made.c, made.d, q=q)
+    plain = bound_cuda(CoefficientTable(made.t, made.a, made.b, made.c, made.d), False).for_batch(2)
+    program, alone = bound_cuda(made, False).for_batch(2), bound_cuda(made, False).for_batch(2)
+    x, v = normal(2, 3, 8, 8, seed=1).float(), Cotangent(normal(2, 3, 8, 8, seed=2).float())
+    for k in reversed(range(STEPS)):
+        before, v = v, program.step_vjp(k, x, None, v.x, more=v)
+        if k in (3, 1):
+            assert before.eps_before is None
+            assert torch.equal(v.x, plain.step_vjp(k, x, None, before.x))
+        else:
+            assert before.eps_before.any()
+        again = alone.step_vjp(k, x, None, before.x.clone(), more=before)
+        assert torch.equal(v.x, again.x)

@@ -14,14 +14,16 @@ import pytest
 import torch
 from conftest import small_score
 
-from coupfast import cli
+from coupfast import Settings, cli
 from coupfast.cli.spec import spec_of
 from coupfast.evaluation import notes
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
+from coupfast.methods import METHODS
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
+from coupfast.solvers import SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,56 @@ def run(*arguments):
     return cli.main(list(map(str, arguments)))
 
 
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """Another classifier than the one that is attacked."""
+    path = tmp_path_factory.mktemp("guide") / "guide.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        classifier = WideResNet(10, 1).eval()
+    write_safetensors(path, classifier.state_dict(), classifier.config)
+    return path
+
+
+def test_a_solver_with_knobs_and_a_guide_of_its_own(networks, guide, tmp_path, capsys):
+    said = ["--solver", "ddim", "--eta", "0.5", "--clip-denoised", "--grid", "log-snr", "--guide", guide]
+    assert run("evaluate", *networks, *SMALL, *said, "--out", tmp_path / "run") == 0
+    first = capsys.readouterr().out
+    assert run("evaluate", "--resume", tmp_path / "run") == 0
+    assert capsys.readouterr().out == first
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        defense = ledger.configuration["defense"]
+    assert defense["method"]["solver"] == {"name": "ddim", "eta": 0.5, "clip_denoised": True}
+    assert defense["method"]["grid"] == "log-snr"
+    assert defense["guidance_sha256"] != defense["classifier_sha256"]
+    for change, message in (
+        (["--eta", "0.25"], "solver.eta was 0.5 and is 0.25"),
+        (["--guide", networks[networks.index("--classifier") + 1]], "guidance_sha256 was"),
+        (["--solver", "exponential"], "solver 'exponential' has no option `clip_denoised`"),
+        (["--method", "diffpure"], "`guide` is for a method that follows a classifier, and 'diffpure' does not"),
+    ):
+        assert run("evaluate", "--resume", tmp_path / "run", *change) == 2
+        assert message in capsys.readouterr().err
+    assert run("plan", *networks, *SMALL, *said) == 0
+
+
+def test_a_certificate_with_a_guide(networks, guide, capsys):
+    options = ["--num-steps", "2", "--t", "0.01", "--images", "1", "--draws", "0", "--directions", "0", "--json", "-"]
+    assert run("check-gradient", *networks, *options, "--guide", guide, "--solver", "sde-dpm-solver++-2m") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["networks"]) == {"score", "guide", "classifier"}
+    assert report["networks"]["guide"]["sha256"] != report["networks"]["classifier"]["sha256"]
+    assert report["certificate"]["verdict"] == "exact"
+    assert run("check-gradient", *networks, *options, "--guide", guide, "--method", "diffpure") == 2
+    assert "`--guide` is for a method that follows a classifier" in capsys.readouterr().err
+
+
+def test_methods_are_listed(capsys):
+    assert run("methods") == 0
+    printed = capsys.readouterr().out
+    assert all(f"| `{name}` |" in printed for name in (*METHODS, *SOLVERS))
+
+
 def test_evaluate_and_resume(networks, tmp_path, capsys):
     assert run("evaluate", *networks, *SMALL, "--no-clamp", "--norm", "L2", "--eps", "1/4", "--out", tmp_path / "run") == 0
     first = capsys.readouterr().out
@@ -67,8 +119,7 @@ def test_evaluate_and_resume(networks, tmp_path, capsys):
     )
     with Ledger(tmp_path / "run", read_only=True) as ledger:
         assert shlex.split(ledger.command)[:2] == ["coupfast", "evaluate"]
-        purifier = ledger.configuration["spec"]["purifier"]
-        purifier.pop("engine_options", None)  # what the engine chose by the memory that was free
+        purifier = ledger.configuration["spec"]["purifier"]  # and nothing that the engine chose by the memory that was free
         assert purifier == {"t": 0.01, "num_steps": 2, "clamp": False}
         assert ledger.configuration["defense"]["method"]["clamp"] is False
         json.dumps(ledger.configuration)
@@ -185,7 +236,8 @@ def test_help_says_what_is_published_and_what_is_assumed(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "(default: 8/255)",
-        "steps of the attack (100 in autoattack-standard, autoattack-rand, apgd-ce; 40 in bpda-eot, pgd-eot; 20 in",
+        "steps of the attack (100 in autoattack-standard, autoattack-rand, apgd-ce, fixed-autoattack, transfer, stadv;",
+        "; 40 in bpda-eot; 20 in",
         "2/255 in Linf and eps/5 in L2",
         "share of pixels that is changed (0.05 in",
         "queries for an image (5000 in autoattack-standard)",
@@ -211,6 +263,88 @@ def test_the_papers_options():
     assert spec_of_words("--seed", "3", "--t", "0.05").seed == 3 and spec_of_words("--t", "0.05").purifier == {"t": 0.05}
     assert spec_of_words("--method", "none").purifier is None
     assert (spec.score, spec.classifier, spec.score_weights) == ("cifar10-ddpmpp-deep", "wrn-28-10", "random")
+
+
+@pytest.fixture(scope="module")
+def begun(networks, tmp_path_factory):
+    """A run with a plan and a certificate, and the paper's radius, time and seed."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    own = [*SMALL, "--t", "0.1", "--seed", "121", "--engine", "cpu", "--plan", "--price", "2"]
+    assert run("evaluate", *networks, *own, "--out", folder) == 0
+    return folder
+
+
+def resumed_spec(folder, *words):
+    argv = ["evaluate", "--resume", str(folder), *words]
+    return spec_of(cli.parser(argv).parse_args(argv))
+
+
+def test_what_the_run_has_may_be_said_again(begun, networks, capsys):
+    own = resumed_spec(begun)
+    for words in (
+        (*networks, *SMALL, "--t", "0.1"),
+        ("--eps", "8/255", "--norm", "Linf", "--seeding", "unit", "--threads", "1", "--attack", "apgd-ce", "--device", "cpu"),
+        ("--method", "coup", "--gradient", "exact", "--guidance-gradient", "exact", "--engine", "cpu"),
+        ("--memory-budget", "least", "--guidance-scale", "1", "--precision", "strict", "--eot-iter", "1", "--loss", "ce"),
+        ("--engine-options", "largest_tile=4"),  # as it was decided
+        ("--paper", *networks),
+    ):
+        assert resumed_spec(begun, *words) == own, words
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--paper"], "--paper asks for images cifar10-512, score cifar10-ddpmpp-deep, classifier wrn-28-10, and the run in .*"
+         " has images .*, score .*, classifier .*, with which it goes on: leave it out, or start another"),
+        (["--engine-options", "largest_tile=2"], "--engine-options is {'largest_tile': 2}, and the run in .* has "
+         "{'largest_tile': 4}, with which it goes on"),
+        (["--defense", "my.py:build"], "--defense is my.py:build, and the run in .* has networks of its own, with which it"),
+        (["--certify", "2"], "--certify is 2, and the run in .* has a certificate of images: 1; a run has one of it"),
+        (["--plan", "--price", "3"], "--price is 3.0, and the run in .* has a plan at a price: 2.0"),
+        (["--iterations", "7"], "another configuration: .*iterations was 2 and is 7"),
+        (["--memory-budget", "auto"], 'another configuration: spec.purifier.memory_budget was null and is "auto"'),
+        (["--seed", "1"], "another configuration: spec.seed was 121 and is 1"),
+        (["--limit", "3"], "another configuration: .*spec.limit was null and is 3"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_the_run_is_refused(begun, words, message, capsys):
+    assert run("evaluate", "--resume", begun, *words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, line)
+
+
+def test_options_of_a_method_that_the_run_has_as_an_object(tmp_path):
+    (tmp_path / "my_method.py").write_text(
+        "import dataclasses\nimport coupfast\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\nclass Mine(coupfast.COUP):\n    strength: float = 0.5\n"
+    )
+    method = f"{tmp_path}/my_method.py:Mine"
+    settings = Settings.of(method=method, strength=0.25, num_steps=1, guidance_scale=rising)
+    said = {"attack": "none", "purifier": {"settings": settings.to_dict()}}
+    Ledger.create(tmp_path / "run", {"spec": said}, command="", started="").close()
+    argv = ["evaluate", "--resume", str(tmp_path / "run"), "--strength", "0.75"]
+    assert cli.parser(argv).parse_args(argv).strength == 0.75
+
+
+def rising(t):
+    return 1.0 + t
+
+
+def test_a_plan_of_a_run_takes_no_other_options(begun, capsys):
+    assert run("plan", "--run", begun, "--eps", "1/255", "--paper", "--probe-steps", "3", "--iterations", "4") == 2
+    said = "--run tells of a run as it was planned and as it went: leave out --eps, --iterations, --paper, --probe-steps"
+    assert said in capsys.readouterr().err
+    assert run("plan", "--run", begun) == 0
+
+
+def test_the_paper_with_another_defense():
+    argv = ["evaluate", "--out", "run", "--paper", "--norm", "L2", "--defense", "my.py:build"]
+    spec = spec_of(cli.parser(argv).parse_args(argv))
+    assert (spec.images, spec.eps, spec.norm, spec.seed, spec.defense) == ("cifar10-512", 0.5, "L2", 121, "my.py:build")
+    argv += ["--t", "0.2"]
+    with pytest.raises(ValueError, match="^`t` is of a defense that is built here, and `defense` gives another one"):
+        spec_of(cli.parser(argv).parse_args(argv))
 
 
 def test_plan_before_and_after(networks, tmp_path, monkeypatch, capsys):

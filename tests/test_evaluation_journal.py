@@ -12,10 +12,13 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import small_score
 from evaluation_cases import SMALL, labelled, pixel_classifier, plain, purified, run
 
-from coupfast import integrate, tape
-from coupfast.evaluation import Spec
+import coupfast
+from coupfast import PurifiedClassifier, Purifier, integrate, step_functions, tape
+from coupfast.definition import Definition
+from coupfast.evaluation import Spec, building, evaluate, notes
 from coupfast.evaluation import journal as journal_module
 from coupfast.evaluation.attacks import PGD, Attack, Cost, Result, Square
 from coupfast.evaluation.journal import Journal, digest, path_of
@@ -168,6 +171,133 @@ def test_a_call_goes_on_inside(tmp_path, monkeypatch):
     assert total <= forward.calls + backward.calls + 2 * (stops + 1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shrinking(coupfast.StepMethod):
+    """A step function with two tensors of state, one of which is no image."""
+
+    num_steps: int = 3
+    guided = True
+
+    def start(self, x_in, noise):
+        return x_in + 0.01 * noise.z(0, x_in), torch.ones_like(x_in[:, :1, :1, :1])
+
+    def step(self, k, state, noise, networks):
+        x, size = state
+        x = x + 0.01 * size * (networks.guidance(x) - networks.eps_hat(x, 0.05) + noise.z(k, x))
+        return x, size * torch.sigmoid(x.mean(dim=(1, 2, 3), keepdim=True))
+
+
+def by_step_functions(device):
+    classifier = pixel_classifier()
+    return PurifiedClassifier(Purifier(small_score(torch.float32), classifier, method=Shrinking()), classifier)
+
+
+def test_a_step_function_goes_on_inside(tmp_path, monkeypatch):
+    monkeypatch.setattr(tape, "EVERY", 0.0)
+    spec = SMALL.but(attack="apgd-ce", iterations=1, eot_iter=1, draws=1, paths=0)
+    ahead, back = (functools.partial(Counted, step_functions, name) for name in ("_step", "_pull"))
+    with ahead() as forward, back() as backward, run(tmp_path / "whole", spec, by_step_functions, count=2) as ledger:
+        whole = found(ledger)
+    total, stops, i = 0, 0, 0
+    while True:
+        i += 1
+        # By turns forwards, where a look at the defense takes three steps, and backwards, where it takes a measurement's.
+        at = (5, None) if i % 2 else (None, 4)
+        try:
+            with ahead(at[0]) as there, back(at[1]) as here:
+                with run(tmp_path / "run", spec, by_step_functions, count=2, resume=stops > 0) as ledger:
+                    check_same(ledger, whole)
+            total += there.calls + here.calls
+            break
+        except Stopped:
+            total += there.calls + here.calls - 1
+            stops += 1
+            assert stops < 40
+    assert stops >= 4
+    # What is done again after each: a look at the defense, a measurement of memory, the start's gradient.
+    assert total <= forward.calls + backward.calls + 6 * (stops + 1)
+
+
+def test_a_piece_of_another_size_is_another_one():
+    class Memory(tape.Tape):
+        def __init__(self):
+            super().__init__()
+            self.content = {}
+
+        def read(self, key):
+            return self.content.get(key)
+
+        def write(self, key, kept):
+            self.content[key] = kept
+
+        def name(self, x):
+            return digest(x)
+
+        def due(self):
+            return True
+
+    x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    classifier, kept = pixel_classifier(), Memory()
+
+    def purify(budget):
+        options = {"t": 0.003, "num_steps": 2, "engine": "eager", "memory_budget": budget}
+        purifier, leaf = Purifier(small_score(torch.float32), classifier, **options), x.clone().requires_grad_()
+        purified = purifier(leaf, seed=0)
+        (gradient,) = torch.autograd.grad(purified.square().sum(), leaf)
+        return purifier.plan(5).storage.piece, purified.detach(), gradient
+
+    least = Purifier(small_score(torch.float32), classifier, t=0.003, num_steps=2, engine="eager").plan(5).least_bytes
+    (large, *_), (small, *expected) = purify("least"), purify(least + 2**10)
+    assert large == 5 > small
+    with tape.kept_on(kept):
+        purify("least")
+        kept._tracks = 0  # as after a stop, now with less memory
+        piece, *found = purify(least + 2**10)
+    assert piece == small and all(map(torch.equal, found, expected))
+
+
+def test_torchsdes_adjoint_says_what_a_stop_costs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tape, "EVERY", 0.0)
+    spec = SMALL.but(attack="apgd-ce", iterations=1, eot_iter=1, draws=1, paths=0)
+    run(tmp_path / "run", spec, functools.partial(purified, gradient="adjoint"), count=2).close()
+    said = "a purification with gradient 'adjoint' took 0 s forwards, and none of its steps are kept: what stops it loses the"
+    assert caplog.text.count(said) == 1
+
+
+def test_the_judges_paths_are_kept(tmp_path, monkeypatch):
+    """They are purifications beside the attack's calls, with every state."""
+    monkeypatch.setattr(tape, "EVERY", 0.0)
+    spec = SMALL.but(attack="none", draws=2, paths=2, shard=5)
+    with Counted(integrate, "_step") as steps, run(tmp_path / "whole", spec, count=2) as ledger:
+        whole = found(ledger)
+    before = steps.calls - 4  # the last four are the paths': with noise and without, two steps each
+    with Counted(integrate, "_step", before + 4), pytest.raises(Stopped):
+        run(tmp_path / "run", spec, count=2)
+    with Counted(integrate, "_step") as rest, run(tmp_path / "run", spec, count=2, resume=True) as ledger:
+        check_same(ledger, whole)
+    assert rest.calls == 2 + 1  # a look at the defense, and the step that was stopped
+
+
+def test_a_certificate_goes_on(tmp_path, monkeypatch):
+    x, y = labelled(2)
+    np.savez(tmp_path / "images.npz", x=x.numpy(), y=y.numpy())
+    spec = Spec.of(images=str(tmp_path / "images.npz"), attack="none", t=0.003, num_steps=2, draws=1, paths=0)
+    monkeypatch.setattr(building, "load_score", lambda *_, **__: small_score(torch.float32))
+    monkeypatch.setattr(building, "load_classifier", lambda *_, **__: pixel_classifier())
+    evaluate(spec, out=tmp_path / "run").close()
+    counted = functools.partial(Counted, Definition, "output")
+    with counted() as passes:
+        whole = notes.certificate(spec, 1)
+    with counted(6), pytest.raises(Stopped):
+        notes.certificate(spec, 1, folder=tmp_path / "run")
+    with counted() as rest, Counted(Definition, "gradient") as gradients:
+        again = notes.certificate(spec, 1, folder=tmp_path / "run")
+    assert rest.calls == passes.calls - 5 and gradients.calls == 0
+    moment = dict.fromkeys(["seconds", "memory_limit", "settings"])
+    assert again | moment == whole | moment
+    assert not list((tmp_path / "run" / "journals").glob("certificate*"))
+
+
 @pytest.mark.parametrize("harm", ["cut", "garbage", "flipped"])
 def test_a_torn_journal(tmp_path, harm):
     with run(tmp_path / "whole", APGD_UNIT) as ledger:
@@ -269,6 +399,61 @@ def test_noise_of_torch_goes_on(tmp_path):
     stopped(tmp_path / "run", 9, spec, build=Smooth().eval())
     assert journals(tmp_path / "run") == ["gradual-00000"]
     with run(tmp_path / "run", spec, Smooth().eval(), resume=True) as ledger:
+        check_same(ledger, whole)
+
+
+class _NoisyBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1.0 + torch.rand(len(gradient), 1))
+
+
+class NoisyBackwards(Smooth):
+    """A defense that draws random numbers in its backward pass, too."""
+
+    def forward(self, x):
+        return _NoisyBackwards.apply(super().forward(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Between(Gradual):
+    """Stopped, if so, between an answer and its gradient; its own numbers are from torch's generator as well."""
+
+    at = None
+
+    def run(self, defense, x, y, *, seed):
+        x_k = x
+        torch.manual_seed(seed)
+        for step in range(4):
+            x_k = x_k.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = defense(x_k).logsumexp(dim=1).sum()
+                torch.rand(7)
+                if step == self.at:
+                    stop()
+                (gradient,) = torch.autograd.grad(loss, x_k)
+            x_k = (x_k + 0.01 * gradient / gradient.abs().amax() + 0.001 * torch.rand(1)).clamp(0, 1)
+        return Result(x_k.detach())
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_stopped_between_an_answer_and_its_gradient(tmp_path, monkeypatch, step):
+    spec = Spec.of(attack=Between(), shard=5, draws=1, paths=0)
+    with run(tmp_path / "whole", spec, NoisyBackwards().eval()) as ledger:
+        whole = found(ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr(Between, "at", step)
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", spec, NoisyBackwards().eval())
+        assert journals(tmp_path / "run") == ["between-00000"]
+        patch.setattr(Between, "at", step + 1)  # what was made up for is recorded as well
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", spec, NoisyBackwards().eval(), resume=True)
+    with run(tmp_path / "run", spec, NoisyBackwards().eval(), resume=True) as ledger:
         check_same(ledger, whole)
 
 

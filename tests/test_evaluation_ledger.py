@@ -62,7 +62,8 @@ def test_units_in_flight_are_forgotten_when_their_process_is_gone(folder):
         ledger.fail("apgd-ce-00005", "no memory")
     with Ledger(folder) as ledger:
         assert list(ledger.done()) == [UNIT.name]
-        assert ledger._database.execute("SELECT count(*) FROM units").fetchone() == (1,)
+    with contextlib.closing(sqlite3.connect(folder / DATABASE)) as database:
+        assert database.execute("SELECT count(*) FROM units").fetchone() == (1,)
 
 
 def test_an_outcome_that_was_not_asked_for_is_not_counted(folder):

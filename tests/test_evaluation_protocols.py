@@ -1,6 +1,8 @@
 """Ways of counting, on verdicts that can be counted by hand; intervals and tests against their definitions."""
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -18,8 +20,11 @@ from coupfast.evaluation.protocols import (
     contradictions,
     describe,
     judged,
+    lower,
     mcnemar,
+    resubmissions,
     scores,
+    survival,
     table,
     wilson_interval,
 )
@@ -155,6 +160,75 @@ def test_pairing_removes_what_is_common():
     assert found.interval[1] - found.interval[0] < (alone.bootstrap[1] - alone.bootstrap[0]) / 2
 
 
+# --- M-resubmission ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_survival_is_the_share_of_subsets_without_a_failure(m):
+    for n in range(6):
+        wrong = [True] * n + [False] * (5 - n)
+        subsets = list(itertools.combinations(wrong, m))
+        expected = sum(not any(subset) for subset in subsets) / len(subsets)
+        assert survival(np.array([n]), 5, m)[0] == pytest.approx(expected, abs=1e-15)
+
+
+def test_survival_is_unbiased_where_the_plug_in_is_not():
+    """Exactly: the expectation over all numbers of failures in ten draws, each failing with probability p."""
+    for p, m in ((0.1, 3), (0.5, 2), (0.3, 10)):
+        chance = np.array([math.comb(10, n) * p**n * (1 - p) ** (10 - n) for n in range(11)])
+        failures = np.arange(11)
+        assert float(chance @ survival(failures, 10, m)) == pytest.approx((1 - p) ** m, rel=1e-12)
+        assert float(chance @ (1 - failures / 10) ** m) > (1 - p) ** m * 1.01
+    with pytest.raises(ValueError, match=r"estimated for M in \[1, 10\], the judge's draws, got 11"):
+        survival(np.array([0]), 10, 11)
+
+
+def test_the_curve_begins_at_the_average_and_ends_at_the_worst():
+    verdicts = of(PREDICTIONS)
+    curve = resubmissions(verdicts)
+    assert len(curve) == 5 and [one.value for one in curve] == sorted((one.value for one in curve), reverse=True)
+    assert curve[0].value == pytest.approx(accuracy(verdicts, "average").value)
+    assert (curve[-1].value, curve[-1].wilson) == (accuracy(verdicts, "worst").value, accuracy(verdicts, "worst").wilson)
+    # Three of five draws fail on images 1 and 2: of 10 pairs one has no failure.
+    assert curve[1].value == pytest.approx((1 + 0.1 + 0.1) / 3)
+
+
+def test_the_interval_of_the_curve_covers():
+    """Of 60 samples of 100 images, whose probabilities differ, at most 9 may miss at 95 % (binomial: 1 in 1000 has more)."""
+    rng = np.random.default_rng(5)
+    truth, missed = 0.5 * sum((1 - p) ** 3 for p in (0.05, 0.6)), 0
+    for _ in range(60):
+        p = np.where(rng.random(100) < 0.5, 0.05, 0.6)
+        low, high = resubmissions(of((rng.random((8, 100)) < p).astype(int)))[2].bootstrap
+        missed += not low <= truth <= high
+    assert missed <= 9
+
+
+# --- the lower of two attacks ------------------------------------------------------------------------------------------------
+
+
+def test_the_lower_of_two_attacks_is_not_what_stands_under_both():
+    first = of([[0, 0, 0, 1]], official=[True, True, True, False])
+    second = of([[1, 0, 1, 0]], official=[False, True, False, True])
+    for protocol in (OFFICIAL, "single", "average"):
+        one, both = lower(first, second, protocol)
+        assert (one.value, both.value) == (0.5, 0.25) and one.wilson == wilson_interval(2, 4)
+        assert one.bootstrap[0] <= one.value <= one.bootstrap[1]
+        swapped = lower(second, first, protocol)
+        assert (swapped[0].value, swapped[1].value) == (0.5, 0.25)
+
+
+def test_verdicts_inside_of_an_attack_are_those_of_its_worst_point():
+    verdicts = dataclasses.replace(of(PREDICTIONS), inside=np.array([0.0, 0.25, 1.0]), inside_draws=4)
+    np.testing.assert_allclose(scores(verdicts, "inside average"), [1, 0.75, 0])
+    np.testing.assert_allclose(scores(verdicts, "inside worst"), [1, 0, 0])
+    lines = table({"clean": of(PREDICTIONS), "attacked": verdicts}).splitlines()
+    (average,) = [line for line in lines if line.startswith("inside the attack, average of 4")]
+    assert average[34:72].strip() == "" and average[72:].split()[:3] == ["58.3", "%", "(1.8/3)"]
+    with pytest.raises(ValueError, match="is a verdict of attacks that look at their own points"):
+        scores(of(PREDICTIONS), "inside worst")
+
+
 def conclusion(sign):
     return Comparison(0.1 * (sign or 1), (0, 1), None, None, 0.01 if sign else 0.5)
 
@@ -176,6 +250,7 @@ def test_columns_hold_averages_and_many_images(monkeypatch):
     for verdicts in (of(PREDICTIONS), of(np.zeros((2, 10000), int))):
         lines = table({"clean": verdicts, "attacked": verdicts}).splitlines()
         assert len({line.rindex("[") for line in lines[1:-1]}) == 1
+        assert "2-resubmission, all 2 right" in lines[7] or len(verdicts.logits) == 2
         assert lines[-1].startswith("official: 1 draws")
     assert "(1.8/3)" in table({"clean": of(PREDICTIONS)}) and "(1/3)" in table({"clean": of(PREDICTIONS)})
 
@@ -200,6 +275,8 @@ def test_the_official_verdict_has_a_baseline_of_as_many_draws():
     assert line.endswith(f"images 33.3 % (1/3) [{100 * low:.1f}, {100 * high:.1f}] are right in 3 of the judge's draws")
     many = dataclasses.replace(attacked, looks=6)
     assert "what 6 draws alone cost, 6 or more of the judge's would tell" in table({"clean": clean, "attacked": many})
+    cut = dataclasses.replace(attacked, left=1)
+    assert "(1 image that stands here had fallen by the test of an attack: fewer draws" in table({"clean": clean, "attacked": cut})
 
 
 def test_an_attack_that_changes_nothing_meets_its_baseline(tmp_path):

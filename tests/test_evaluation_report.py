@@ -18,7 +18,7 @@ from PIL import Image
 from coupfast.data import CIFAR10_CLASSES
 from coupfast.evaluation import Ledger, evaluate, report
 from coupfast.evaluation.protocols import judged
-from coupfast.evaluation.report import pictures, tables
+from coupfast.evaluation.report import pictures, published, tables
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,14 @@ def test_a_page_that_needs_nothing_else(runs, tmp_path):
     found = json.loads(json_page.read_text())
     assert set(found) == {"purified", "plain"} and len(found["plain"]["attacked"]["predictions"]) == 5
     rows = list(csv.DictReader(io.StringIO(csv_page.read_text())))
-    assert [row["run"] for row in rows] == ["purified"] * 12 + ["plain"] * 12
+    # Of two kinds of images six protocols, and of M-resubmission three points.
+    assert [row["run"] for row in rows] == ["purified"] * 18 + ["plain"] * 18
     official = next(row for row in rows if (row["run"], row["kind"], row["protocol"]) == ("plain", "attacked", "official"))
     assert float(official["accuracy"]) == found["plain"]["accuracy"] and int(official["images"]) == 5
     text = page.read_text()
     assert "http" not in text and "<script" not in text and "src=" in text
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
-    assert len(pictures) == 4  # curves, one path, two galleries
+    assert len(pictures) == 5  # resubmission, curves, one path, two galleries
     for picture in pictures:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         assert pixels.shape[1] > 400 and pixels.std() > 10
@@ -98,14 +99,10 @@ def test_what_matters_most_comes_first_a_column_a_run(runs):
             assert rows[f"{kind}: official"][number].startswith(f"{value:.1f} % (")
 
 
-def test_legends_cover_no_curve(runs, monkeypatch):
-    figures = []
-    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+def test_legends_cover_no_curve(runs):
     found = report.read(runs / "purified")
-    pictures.curve_picture([found, dataclasses.replace(found, name="another one")])
-    pictures.path_picture(found)
-    assert len(figures) == 2
-    for figure in figures:
+    curves = pictures.curve_figure([found, dataclasses.replace(found, name="another one")])
+    for figure in (curves, pictures.path_figure(found), pictures.resubmission_figure([found])):
         FigureCanvasAgg(figure).draw()
         axes = [panel for panel in figure.axes if panel.lines]
         legends = [*figure.legends, *(panel.get_legend() for panel in axes if panel.get_legend())]
@@ -143,7 +140,7 @@ def test_a_radius_is_named_where_there_is_one(runs):
     for attack, ending in (
         ("salt-and-pepper", "; salt-and-pepper (salt-and-pepper: amount 0.05)"),
         ("none", "; no attack"),
-        ("pgd-eot", "; pgd-eot Linf 0.5/255 (pgd-eot: iterations 40, eot_iter 15, "),
+        ("pgd-eot", "; pgd-eot Linf 0.5/255 (pgd-eot: iterations 200, eot_iter 20, "),
     ):
         spec = SMALL.but(attack=attack)
         stages = {stage: attack.to_dict() for stage, attack in spec.stages().items()}
@@ -231,3 +228,83 @@ def test_attacks_that_differ_are_pointed_out(runs, tmp_path):
     parts = report.sections([report.read(runs / "plain"), report.read(tmp_path / "weaker")])
     (table,) = [part for part in parts if part.title == "plain against weaker, attacked"]
     assert "Warning: they were not attacked in the same way" in table.note
+
+
+def test_the_protocols_are_explained_and_resubmission_is_a_curve(runs):
+    found = report.read(runs / "purified")
+    parts = {part.title: part for part in report.sections([found])}
+    explained = dict(parts["What the protocols are"].rows)
+    assert {"official", "M-resubmission", "worst of N draws"} <= set(explained) and "inside the attack" not in explained
+    assert "RobustBench" in explained["official"]
+    accuracy = dict((row[0], row[1:]) for row in parts["purified: accuracy"].rows)
+    cell = accuracy["2-resubmission, all 2 right"][1]
+    assert cell.startswith(f"{100 * found.resubmission['attacked'][1].value:.1f} %")
+    rows = [row for row in found.found["accuracies"] if row["protocol"] == "resubmission" and row["kind"] == "attacked"]
+    assert [row["draws"] for row in rows] == [1, 2, 3]
+    assert [row["accuracy"] for row in rows] == [point.value for point in found.resubmission["attacked"]]
+    assert "Accuracy against the number of submissions" in parts
+
+
+def test_what_an_attack_saw_inside_is_told(tmp_path):
+    spec = SMALL.but(attack="pgd-eot", iterations=2, eot_iter=4)
+    run(tmp_path / "run", spec, command="x").close()
+    found = report.read(tmp_path / "run")
+    counts = {}
+    for record in found.records.values():
+        if "looked" in record.result:
+            assert record.result["looks"] == 4
+            counts |= dict(zip(record.unit.images, record.result["looked"], strict=True))
+    assert sorted(counts) == list(range(5)) and 0 < sum(counts.values())
+    assert found.inside["inside average"].value == pytest.approx(1 - sum(counts.values()) / 20)
+    assert found.inside["inside worst"].value == pytest.approx(sum(count == 0 for count in counts.values()) / 5)
+    parts = {part.title: part for part in report.sections([found])}
+    assert any(row[0] == "inside the attack, worst of 4" for row in parts["run: accuracy"].rows)
+    assert "inside the attack" in dict(parts["What the protocols are"].rows)
+
+
+def test_the_lower_of_rand_and_standard(runs, tmp_path):
+    """Of the runs of one defense only."""
+    cuts = {"iterations": 2, "queries": 4, "target_classes": 3, "eot_iter": 1}
+    run(tmp_path / "standard", SMALL.but(attack="autoattack-standard", **cuts), build=plain).close()
+    folders = [runs / "plain", runs / "purified", tmp_path / "standard"]
+    paths = report.write(folders, tmp_path / "report.html")
+    read = [report.read(folder) for folder in folders]
+    (table,) = tables.lower(read)
+    assert table.title == "The lower of plain and standard"
+    verdicts = [one.verdicts["attacked"].official for one in (read[0], read[2])]
+    cells = table.rows[0][1:]
+    assert cells[0].startswith(f"{100 * min(v.mean() for v in verdicts):.1f} %")
+    assert cells[1].startswith(f"{100 * (verdicts[0] & verdicts[1]).mean():.1f} %")
+    kept = json.loads(paths[2].read_text())
+    assert {"lower of plain, standard", "both of plain, standard"} <= set(kept)
+    assert "lower of plain, standard" in paths[3].read_text()
+
+
+def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
+    found = report.read(runs / "purified")
+    assert published.like(found) == []
+    spec = {
+        **found.configuration["spec"],
+        **{"defense": None, "images": "cifar10-512", "attack_options": {}, "score": "cifar10-ddpmpp-deep"},
+        **{"classifier": "wrn-28-10", "norm": "Linf", "eps": 8 / 255, "attack": "pgd-eot"},
+    }
+    defense = {
+        **found.configuration["defense"],
+        **{"method": {"name": "coup", "t": 0.1}, "num_steps": 100, "gradient": {"name": "exact", "guidance": "exact"}},
+    }
+
+    def like(spec=spec, attack=None, **changed):
+        configuration = {**found.configuration, "spec": spec, "defense": {**defense, **changed}}
+        return published.like(dataclasses.replace(found, configuration=configuration), attack)
+
+    (figure,) = like()
+    assert figure.robust == {"single": 41.72}
+    configuration = {**found.configuration, "spec": spec, "defense": defense}
+    rows = tables.accuracies(dataclasses.replace(found, configuration=configuration)).rows
+    assert rows[-1][0].startswith("one fresh draw, published: ") and rows[-1][1:] == ("90.33 %", "41.72 %")
+    for other in ({"num_steps": 50}, {"gradient": {"name": "bpda"}}, {"method": {"name": "coup", "t": 0.06}}):
+        assert like(**other) == []
+    for other in ({"images": "cifar10-20"}, {"classifier": "cifar10-tiny"}, {"attack_options": {"iterations": 10}}):
+        assert like({**spec, **other}) == []
+    (figure,) = like({**spec, "attack": "autoattack-rand"}, published.LOWER, gradient={"name": "adjoint"})
+    assert figure.robust == {"official": 73.05}

@@ -197,7 +197,7 @@ def test_a_trajectory_of_a_step_function(outside, images):
     [
         ("nowhere.at_all:X", "importing nowhere.at_all gives ModuleNotFoundError.*sys.path"),
         ("purifiers_from_outside:Push", "has no 'Push'; it has "),
-        ("purifiers_from_outside:heun_like", "is a function, and a coupfast.methods.Method is wanted"),
+        ("purifiers_from_outside:heun_like", "is a function, and a coupfast.methods.base.Method is wanted"),
         ("purifiers_from_outside:", "`method` is one of 'coup'"),
     ],
 )

@@ -33,8 +33,8 @@ def test_every_folder_has_its_kernels():
     assert folders == known
 
 
-def test_every_gpu_kernel_can_be_interpreted():
-    assert all(kernel.interpret is not None for kernel in KERNELS if kernel.device == "cuda")
+def test_every_gpu_kernel_can_be_interpreted_and_compiled():
+    assert all(kernel.interpret is not None and kernel.launches() for kernel in KERNELS if kernel.device == "cuda")
 
 
 def test_timed_cases_say_what_they_move_or_multiply():

@@ -55,6 +55,14 @@ def test_available_memory_is_some_and_not_more_than_there_is():
     assert 2**20 < available_bytes(torch.device("cpu")) < 2**50
 
 
+def test_memory_that_the_allocator_holds_unused_is_available(monkeypatch):
+    """Otherwise earlier work would change later plans, and with them how a batch is split."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    assert available_bytes(torch.device("cuda", 1)) == 400
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no /proc/self/status")
 @pytest.mark.parametrize("engine", ["eager", "cpu"])
 def test_resident_memory_of_a_large_case(engine):

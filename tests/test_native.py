@@ -392,6 +392,36 @@ def test_a_failing_compiler_is_quoted_and_not_asked_again(gate, sources):
     assert native.load().answer() == 42
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="symbols have versions on Linux")
+@pytest.mark.parametrize("library, version", [("libstdc++.so.6", "GLIBCXX_9.9.99"), ("libm.so.6", "GLIBC_9.99")])
+def test_a_compiler_newer_than_the_libraries_that_are_loaded(tmp_path, monkeypatch, library, version):
+    """As conda's are often, or a module's on a cluster: no folder would help, and no second try."""
+    (tmp_path / "newer.c").write_text("int coupfast_newer(void) { return 1; }")
+    (tmp_path / "newer.map").write_text(f"{version} {{ global: coupfast_newer; }};")
+    (tmp_path / "uses.cpp").write_text('extern "C" int coupfast_newer(); extern "C" int uses() { return coupfast_newer(); }')
+    compiler, script = native._compiler()[0], tmp_path / "newer compiler"
+    soname = f"-Wl,-soname,{library} -Wl,--version-script=newer.map"
+    script.write_text(f"""#!/bin/sh
+case "$*" in *-shared*)
+  echo >> '{tmp_path}/asked'
+  (cd '{tmp_path}' && '{compiler}' -shared -fPIC -x c newer.c {soname} -o newer.so) || exit 1
+  exec '{compiler}' "$@" '{tmp_path}/uses.cpp' '{tmp_path}/newer.so';;
+esac
+exec '{compiler}' "$@"
+""")
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", f"'{script}'")
+    for _ in range(2):
+        with pytest.raises(native.NativeUnavailable) as raised:
+            native.load()
+        said = str(raised.value)
+        assert f"what {script} compiles needs newer run-time libraries than this process has loaded" in said
+        assert f"version `{version}' not found" in said
+        assert "set CXX to the compiler that belongs to them" in said and "'-static-libstdc++ -static-libgcc'" in said
+        assert "XDG_CACHE_HOME" not in said and "TMPDIR" not in said
+    assert len((tmp_path / "asked").read_text()) == 1
+
+
 def test_sources_that_change_while_they_are_compiled_are_compiled_again(gate, sources):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(native.load().answer()))

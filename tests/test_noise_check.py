@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import small_score
+from conftest import LabelTable, small_score
 from torch import nn
 
 from coupfast.models.ddpmpp import DDPMpp
@@ -106,6 +106,22 @@ def test_other_predictors_are_refused(convention, message, trained, photos):
             check_noise_prediction(Other(trained, convention), photos[start:])
 
 
+@pytest.mark.parametrize("kind", ["noise", "two tones", "flat", "black"])
+@pytest.mark.parametrize(
+    ("convention", "message"),
+    [("v", "v_prediction"), ("x0", "'sample'"), ("minus", "other sign"), ("reversed", "time reversed")],
+)
+def test_images_that_tell_nothing_hide_nothing(kind, convention, message, trained):
+    """Of noise and blanks every predictor makes the same: the check then looks at a picture of its own."""
+    with pytest.raises(ValueError, match=message):
+        check_noise_prediction(Other(trained, convention), unusual(kind))
+
+
+def unusual(kind):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {"noise": x, "flat": 0 * x + 0.4, "black": 0 * x, "two tones": (x > 0.5).float()}[kind]
+
+
 def test_a_cosine_schedule_is_mentioned(trained, photos):
     # The shipped network knows few times, and heeds its labels less than a large one: its error hardly doubles.
     for start in (0, 8, 16):
@@ -126,18 +142,10 @@ def test_adapted_networks_are_served(trained, photos):
 
 
 def test_a_table_of_time_steps_is_named():
-    class Table(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time = nn.Embedding(1000, 3)
-
-        def forward(self, x, labels):
-            return x + self.time(labels)[:, :, None, None]
-
     x = torch.rand(2, 3, 8, 8)
     with pytest.raises(TypeError, match=r"whole labels only .*load_score\(network, whole_labels=True\)"):
-        check_noise_prediction(Table(), x)
-    check_in_silence(load_score(Table(), whole_labels=True), x)
+        check_noise_prediction(LabelTable(), x)
+    check_in_silence(load_score(LabelTable(), whole_labels=True), x)
 
 
 class Simple(nn.Module):
@@ -162,14 +170,13 @@ def test_random_networks_are_not_refused(seed, photos):
 
 @pytest.mark.parametrize("scale", [1.0, -1.0, 0.1, -0.1, 0.0])
 def test_what_passes_its_input_on_is_not_refused(scale, photos):
-    check_in_silence(Simple(lambda x: scale * x), photos)
+    for x in (photos, unusual("noise"), unusual("black")):
+        check_in_silence(Simple(lambda x: scale * x), x)
 
 
 @pytest.mark.parametrize("kind", ["noise", "flat", "black", "two tones"])
 def test_images_of_another_kind_are_not_held_against_a_network(kind, trained):
-    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    x = {"noise": x, "flat": 0 * x + 0.4, "black": 0 * x, "two tones": (x > 0.5).float()}[kind]
-    check_in_silence(trained, x)
+    check_in_silence(trained, unusual(kind))
 
 
 def test_float64_and_one_channel():

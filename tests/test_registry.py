@@ -97,7 +97,7 @@ def test_load_by_name_file_and_reference(outside, tmp_path):
     assert not any(parameter.requires_grad for parameter in score.parameters()) and not score.training
     again = coupfast.load_score("outside-small", weights="random", seed=3)  # registered by now
     assert state_dict_sha256(again) == state_dict_sha256(score)
-    assert {"outside-small"} <= set(zoo.score_names()) and {"outside-ten"} <= set(zoo.classifier_names())
+    assert "outside-small" in registry.listed("score") and "outside-ten" in registry.listed("classifier")
     assert zoo.needs_weights("outside-small") and zoo.needs_weights("outside_models:outside-ten")
 
     torch.save({"net": {f"module.{k}": v for k, v in score.state_dict().items()}, "acc": 1.0}, tmp_path / "score.pt")

@@ -1,8 +1,11 @@
 """Keywords, words of the command line and JSON become one object, and what is wrong with them is said."""
 
 import argparse
+import dataclasses
+import functools
 import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,11 +13,12 @@ import torch
 from conftest import relu_classifier, small_score
 
 import coupfast
-from coupfast import BPDA, COUP, VPSDE, DiffPure, Engine, Exact, Purifier, ReverseSDE, Settings, Surrogate
+from coupfast import BPDA, COUP, VPSDE, DiffPure, Engine, Exact, Purifier, ReverseSDE, Settings, Surrogate, evaluation
 from coupfast.gradients import GRADIENTS
-from coupfast.methods import METHODS
+from coupfast.methods import METHODS, DiffusionMethod
 from coupfast.options import options_of
 from coupfast.settings import options
+from coupfast.solvers import SOLVERS
 
 
 def test_keywords_become_objects():
@@ -30,7 +34,12 @@ def test_keywords_become_objects():
     assert Settings.of(Settings(method=COUP(t=0.05)), gradient="bpda") == Settings(method=COUP(t=0.05), gradient=BPDA())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [COUP(t=0.05), DiffPure(solver="reverse-diffusion"), DiffPure(solver="ddim")])
+def test_a_method_that_no_keyword_is_about_stays_the_same_object(method):
+    assert Settings.of(Settings(method=method), memory_budget="least").method is method
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if issubclass(method, DiffusionMethod)])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_json_and_back(method, gradient):
     keywords = {"surrogate_steps": 3} if gradient == "surrogate" else {}
@@ -97,7 +106,7 @@ def test_what_makes_no_sense(keywords, error, message):
 
 
 def test_an_option_of_others_is_said_to_change_nothing():
-    with pytest.warns(UserWarning, match="no option `guidance_scale`: it changes nothing; method 'coup' has it"):
+    with pytest.warns(UserWarning, match="no option `guidance_scale`: it changes nothing; method 'coup'.* ha(s|ve) it"):
         settings = Settings.of(method="reverse-sde", guidance_scale=2.0)
     assert settings.method == ReverseSDE()
 
@@ -127,7 +136,7 @@ def test_options_parse_words():
     }
     assert Settings.of(**found).gradient == Exact(memory_budget=3 * 2**29)
     assert vars(parser.parse_args(["--engine-options", "graphs=false"])) == {"engine_options": {"graphs": False}}
-    assert "lambda" in parser.format_help() and "do not clip the state" in parser.format_help()
+    assert "lambda" in parser.format_help() and "--clamp, --no-clamp" in parser.format_help()
 
 
 def test_text_is_short():
@@ -183,3 +192,90 @@ class Typed(coupfast.StepMethod):
         exec(code.replace("FACTOR", factor), namespace)
         hashes.append(Settings.of(method=namespace["Typed"]).to_dict()["steps_sha256"])
     assert hashes[0] != hashes[1]
+
+
+# --- what no name leads back to ----------------------------------------------------------------------------------------------
+
+
+def rising(t, by=1.0):
+    return 1.0 + by * t
+
+
+class Schedule:
+    def __call__(self, t):
+        return 1.0 + t
+
+    def at(self, t):
+        return 1.0 + t
+
+
+def typed_solver(sde, t, guidance_scale):
+    return SOLVERS["euler-maruyama"](sde, t, guidance_scale)
+
+
+def made_inside():
+    def inside(t):
+        return 1.0 + t
+
+    return inside
+
+
+UNNAMED = [
+    ("guidance_scale", lambda t: 1.0 + t, r"test_settings:lambda \w{16}"),
+    ("guidance_scale", functools.partial(rising, by=2.0), "a partial of test_settings:rising with by=2.0"),
+    ("guidance_scale", Schedule(), "an object of test_settings:Schedule"),
+    ("guidance_scale", Schedule().at, "test_settings:Schedule.at, which is something else there"),
+    ("guidance_scale", made_inside(), r"test_settings:made_inside.locals.inside \w{16}"),
+    ("solver", functools.partial(typed_solver), "a partial of test_settings:typed_solver with "),
+    ("solver", lambda *given: typed_solver(*given), r"test_settings:lambda \w{16}"),
+]
+
+
+@pytest.mark.parametrize("option, value, words", UNNAMED)
+def test_what_no_name_leads_back_to(option, value, words):
+    """It purifies; where a name is needed, one line says that there is none."""
+    settings = Settings.of(t=0.1, num_steps=2, **{option: value})
+    with pytest.raises(ValueError, match=f"^`{option}` is {words}, and no name leads back to that, .* into a module or a file"):
+        settings.to_dict()
+    described = settings.describe()
+    assert json.loads(json.dumps(described)) == Settings.of(t=0.1, num_steps=2, **{option: value}).describe()
+    assert re.fullmatch(f"<{words}>", described["method"][option])
+    with pytest.raises(ValueError, match=f"^`{option}` was {words} when this was written, and no name leads back to that"):
+        Settings.from_dict(described)
+
+
+def test_settings_that_have_no_name_purify_and_are_certified(images):
+    classifier = relu_classifier()
+    purifier = Purifier(small_score(), classifier, num_steps=1, t=0.01, guidance_scale=lambda t: 1.0 + t)
+    assert torch.equal(
+        purifier(images, seed=0),
+        Purifier(small_score(), classifier, num_steps=1, t=0.01, guidance_scale=rising)(images, seed=0),
+    )
+    found = coupfast.check_gradient(purifier, images, images=1, draws=0, directions=0)
+    assert found.holds and "locals.lambda" in found.to_json()
+
+
+def test_a_class_that_was_made_inside_of_a_function_has_no_name():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Inside(coupfast.COUP):
+        pass
+
+    settings = Settings.of(method=Inside(num_steps=1))
+    with pytest.raises(ValueError, match="^`method` is test_settings:test_a_class.*locals.Inside, and no name leads back"):
+        settings.to_dict()
+    with pytest.raises(ValueError, match="^`method` was test_settings:test_a_class.*locals.Inside when this was written"):
+        Settings.from_dict(settings.describe())
+
+
+def test_functions_with_names_come_back():
+    settings = Settings.of(t=0.1, num_steps=2, guidance_scale=rising, solver=typed_solver)
+    assert settings.to_dict() == settings.describe()
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))).to_dict() == settings.to_dict()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_needs_names(tmp_path, workers):
+    spec = evaluation.Spec(purifier={"num_steps": 1, "guidance_scale": lambda t: 1.0}, attack="none", limit=1, draws=1)
+    with pytest.raises(ValueError, match=r"`guidance_scale` is test_settings:.*lambda \w{16}, and no name leads back to that"):
+        evaluation.evaluate(spec, out=tmp_path / "run", workers=workers)
+    assert not (tmp_path / "run").exists()

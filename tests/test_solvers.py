@@ -11,7 +11,7 @@ from coupfast.sde import VPSDE, time_grid
 from coupfast.solvers import SOLVERS, CoefficientTable
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["euler-maruyama", "probability-flow"])
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.7])
 def test_rows_are_one_euler_step(solver, guidance_scale):
     sde, t = VPSDE(), time_grid(0.1, 9)
@@ -47,7 +47,7 @@ def test_variance_of_the_noise_is_the_integral_of_beta():
     assert np.sum(table.d**2) == pytest.approx(0.1095, rel=0.02)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["coup", "reverse-sde", "diffpure"])
 def test_recipes(name):
     made = METHODS[name](t=0.1, **({"guidance_scale": 2.0} if name == "coup" else {})).recipe()
     assert made.table.guided == (name == "coup")

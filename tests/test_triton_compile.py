@@ -15,30 +15,31 @@ import torch
 from test_noise import assert_same_bits, random_words
 
 from coupfast.models.ddpmpp import DDPMpp
+from coupfast_kernels import registry
+from coupfast_kernels.convolution import cases as convolution
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS
+from coupfast_kernels.group_norm import cases as group_norm
+from coupfast_kernels.guided_step import cases as guided_step
 from coupfast_kernels.guided_step import guided_step_ref
 from coupfast_kernels.noise import SECOND_NOISE_STEP, seed_tensor, standard_normal_ref
+from coupfast_kernels.noise import cases as noise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: no kernel was compiled")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton.language as tl  # noqa: E402
+
 from bench.kernel_report import (  # noqa: E402
-    ALL_COLUMNS,
-    GROUP_NORMS,
     TARGETS,
     Compiled,
     cases,
     compile_offline,
     contracted_in_square_roots,
-    conv3x3_launch,
-    group_norm_cases,
-    group_norm_launch,
-    group_norm_vjp_launch,
-    guided_step_launch,
-    standard_normal_launch,
+    record,
 )
 
+ALL_COLUMNS = guided_step.ALL_COLUMNS
 CASES = cases()
 # What the eight kinds of launches become elsewhere says little that these do not.
 ON_ALL_TARGETS = [
@@ -86,7 +87,16 @@ def _fresh_cache(tmp_path_factory):
         yield
 
 
-STEPS = [(name, target) for name in CASES for target in TARGETS if target == 90 or name in ON_ALL_TARGETS]
+def launched(launch, *arguments, **options):
+    return record(functools.partial(launch, *arguments, **options))
+
+
+STEPS = [
+    (name, target)
+    for name in [*guided_step.launches(), "noise alone"]
+    for target in TARGETS
+    if target == 90 or name in ON_ALL_TARGETS
+]
 
 
 @functools.cache
@@ -137,7 +147,7 @@ def assert_no_contraction(built: Compiled, capability: int) -> None:
 
 def test_would_notice_contraction():
     """The same launch with Triton's default options does contract."""
-    launch = guided_step_launch((4, 3, 8, 8))
+    launch = launched(guided_step.launch, (4, 3, 8, 8))
     launch.options["enable_fp_fusion"] = True
     built = compile_offline(launch, 90)
     with pytest.raises(AssertionError, match="unexpected arithmetic"):
@@ -147,7 +157,7 @@ def test_would_notice_contraction():
 
 def test_a_batch_does_not_compile_again():
     """Launches differ in what Triton specialises on, and a captured graph's neighbours should not."""
-    two, many = (guided_step_launch((batch, 3, 32, 32)).arguments for batch in (2, 256))
+    two, many = (launched(guided_step.launch, (batch, 3, 32, 32)).arguments for batch in (2, 256))
     for name, value in two.items():
         if not isinstance(value, torch.Tensor):
             assert value == many[name], name
@@ -177,7 +187,8 @@ every_convolution = pytest.mark.parametrize(
 
 @functools.cache
 def built_convolution(shape, out_channels, precision, number, fused, capability) -> Compiled:
-    return compile_offline(conv3x3_launch(shape, out_channels, precision, CONFIGS[precision][number], fused=fused), capability)
+    config = CONFIGS[precision][number]
+    return compile_offline(launched(convolution.launch, shape, out_channels, precision, config, fused=fused), capability)
 
 
 @every_convolution
@@ -247,7 +258,7 @@ def test_layers_share_their_machine_code(precision):
     """All that a launch's machine code knows of its shape is which channels are multiples of 16."""
 
     def known(shape, out_channels):
-        launch = conv3x3_launch(shape, out_channels, precision, CONFIGS[precision][0])
+        launch = launched(convolution.launch, shape, out_channels, precision, CONFIGS[precision][0])
         special = [parameter.name for parameter in launch.kernel.params if not parameter.do_not_specialize]
         return {name: launch.arguments[name] % 16 == 0 for name in special if isinstance(launch.arguments[name], int)}
 
@@ -278,7 +289,7 @@ def test_the_compiled_step_gives_the_bits_of_the_definition(layout, way, capabil
     words = dict(seed=seed_tensor(seed, "cpu"), ids=ids, draw=draw) if noisy else {}
     given = dict(y=torch.full(shape, float("nan")).contiguous(memory_format=layout), **present)
     given |= dict(coefficients=coefficients, step=torch.tensor(k), **words)
-    launch = guided_step_launch(shape, layout=layout, noisy=noisy, more=more)
+    launch = launched(guided_step.launch, shape, layout=layout, noisy=noisy, more=more)
     launch.arguments["rows"] = steps
     found = run_ptx(launch, capability, given)
 
@@ -295,7 +306,7 @@ def test_the_compiled_noise_gives_the_bits_of_the_definition(capability):
     shape, step = (3, 3, 32, 32), torch.tensor(2**32 - 1)
     seed, ids, draw = seed_tensor(2**63 + 11, "cpu"), random_words(3, 1), random_words(3, 2)
     given = {"z": torch.full(shape, float("nan")), "seed": seed, "ids": ids, "draw": draw, "step": step}
-    found = run_ptx(standard_normal_launch(shape), capability, given)
+    found = run_ptx(launched(noise.launch, shape), capability, given)
     assert_same_bits(found["z"], standard_normal_ref(shape, seed=2**63 + 11, ids=ids, draw=draw, step=2**32 - 1))
 
 
@@ -333,7 +344,6 @@ def run_ptx(launch, capability, given):
 
 
 # The largest tile, whose transpose needs the most registers; twelve channels a group; one warp; groups that are looped over.
-GROUP_NORM_CASES = group_norm_cases()
 GROUP_NORMS_COMPILED = {
     "group norm 128 at 32², residual": TARGETS,
     "group norm 128 at 32², residual: transpose": (90,),
@@ -354,7 +364,7 @@ every_group_norm = pytest.mark.parametrize(
 
 @functools.cache
 def built_group_norm(name: str, capability: int) -> Compiled:
-    return compile_offline(GROUP_NORM_CASES[name], capability)
+    return compile_offline(CASES[name], capability)
 
 
 @every_group_norm
@@ -372,7 +382,7 @@ def test_group_norm_compiles_to_what_is_promised(name, capability):
 @figures
 @every_group_norm
 def test_figures_of_a_group_norm(name, capability):
-    launch, built = GROUP_NORM_CASES[name], built_group_norm(name, capability)
+    launch, built = CASES[name], built_group_norm(name, capability)
     assert built.threads_per_sm >= 512
     # Words of a warp's sums, three at most at a time.
     assert built.shared_bytes <= 4096
@@ -403,12 +413,30 @@ def test_every_group_norm_of_the_score_network_is_listed():
             if isinstance(module, torch.nn.GroupNorm):
                 module.register_forward_pre_hook(record)
         network(torch.empty(1, 3, 32, 32), torch.empty(1))
-    assert found == set(GROUP_NORMS)
+    assert found == set(group_norm.DDPMPP_DEEP)
 
 
 def test_group_norms_of_another_batch_do_not_compile_again():
-    for launch in (group_norm_launch, group_norm_vjp_launch):
-        two, many = (launch(128, 16, 32, batch=batch).arguments for batch in (2, 256))
+    for launch in (group_norm.launch, group_norm.launch_vjp):
+        two, many = (launched(launch, 128, 16, 32, batch=batch).arguments for batch in (2, 256))
         assert {name: value for name, value in two.items() if not isinstance(value, torch.Tensor)} == {
             name: value for name, value in many.items() if not isinstance(value, torch.Tensor)
         }
+
+
+@triton.jit
+def _doubled_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, 2.0 * tl.load(x_ptr + offsets))
+
+
+def test_a_kernel_from_elsewhere_is_compiled_with_the_others(monkeypatch):
+    def launch():
+        _doubled_kernel[(4,)](torch.empty(512), torch.empty(512), BLOCK=128, num_warps=1)
+
+    monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
+    registry.register(registry.Kernel("doubled", "cuda", list, lambda images: [], launches=lambda: {"doubled": launch}))
+    found = cases()
+    assert set(found) == {*CASES, "doubled"}
+    built = compile_offline(found["doubled"], 90)
+    assert (built.threads, built.wide_loads, built.wide_stores) == (32, 1, 1)

@@ -13,7 +13,11 @@ EPS64 = torch.finfo(torch.float64).eps
 def small_network(**options):
     """Every kind of block, batch norm away from the identity."""
     torch.manual_seed(0)
-    model = WideResNet(**({"depth": 16, "widen_factor": 1, "num_classes": 4} | options)).double().eval()
+    return trained(WideResNet(**({"depth": 16, "widen_factor": 1, "num_classes": 4} | options)).double().eval())
+
+
+def trained(model):
+    """The network with batch norms as after training."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

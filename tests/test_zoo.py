@@ -3,6 +3,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from conftest import LabelTable
 from torch import nn
 
 from coupfast.models import registry, robustbench_import, tiny
@@ -441,15 +442,7 @@ def test_networks_of_another_prediction():
 
 
 def test_a_table_of_time_steps_gets_whole_labels():
-    class Table(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time = nn.Embedding(1000, 3)
-
-        def forward(self, x, labels):
-            return x + self.time(labels)[:, :, None, None]
-
-    table, x = Table(), torch.zeros(2, 3, 4, 4)
+    table, x = LabelTable(), torch.zeros(2, 3, 4, 4)
     score = load_score(table, whole_labels=True)
     found = score(x, torch.tensor([99.9, 3.2]))
     torch.testing.assert_close(found, table(x, torch.tensor([100, 3])), rtol=0, atol=0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import coupfast
-from coupfast.cli import check_gradient, convert, doctor, evaluate, plan, purify, report
+from coupfast.cli import certify, check_gradient, convert, doctor, evaluate, methods, plan, purify, report
 from coupfast.evaluation.ledger import Ledger, LedgerError
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.models.zoo import import_references
@@ -64,10 +64,12 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     found.add_argument("--version", action="version", version=f"coupfast {coupfast.__version__}")
     commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
     purify.add(commands, method)
+    certify.add(commands)
     check_gradient.add(commands, method)
     evaluate.add(commands, method, attack)
     plan.add(commands, method, attack)
     report.add(commands)
+    methods.add(commands)
     doctor.add(commands)
     convert.add(commands)
     return found
@@ -85,5 +87,6 @@ def _named(argv: Sequence[str]) -> tuple[str | None, str | None]:
             with Ledger(asked.resume, read_only=True) as ledger:
                 stored = ledger.configuration["spec"]
             attack = attack or stored["attack"]
-            method = method or (stored["purifier"] or {}).get("method")
+            purifier = stored["purifier"] or {}
+            method = method or (purifier["settings"]["method"]["name"] if "settings" in purifier else purifier.get("method"))
     return method, attack

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from coupfast.gradients import GRADIENTS
-from coupfast.methods import METHODS, Method
+from coupfast.methods import METHODS, Method, method_name
 from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.models.registry import Kind
 from coupfast.models.zoo import choices, load_classifier, load_score
@@ -94,10 +94,11 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
     group.add_argument("--steps", dest="num_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if gradient:
         group.add_argument("--memory-gib", dest="memory_budget", type=_gib, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    _add_networks(group)
+    add_networks(group)
 
 
-def _add_networks(group: Any) -> None:
+def add_networks(group: Any) -> None:
+    """Which score network and which classifier."""
     named: tuple[tuple[Kind, str], ...] = (("score", "score network"), ("classifier", "classifier"))
     for kind, name in named:
         group.add_argument(
@@ -112,6 +113,15 @@ def _add_networks(group: Any) -> None:
             metavar="FILE",
             help="weights for a NAME that does not ship with the package",
         )
+    group.add_argument(
+        "--guide",
+        default=argparse.SUPPRESS,
+        metavar="NAME|FILE",
+        help="classifier that a guided method follows, in the place of the one that classifies",
+    )
+    group.add_argument(
+        "--guide-weights", default=argparse.SUPPRESS, metavar="FILE", help="weights for such a NAME that does not ship"
+    )
     group.add_argument(
         "--activation",
         choices=["relu", "silu"],
@@ -145,13 +155,18 @@ def load_purifier(given: argparse.Namespace, **keywords: Any) -> tuple[Purifier,
     networks = {"score": identity(source, weights, score)}
     classifier = None
     if settings.method.guided:
-        classifier, networks["classifier"] = load_given_classifier(given)
+        kind: Literal["guide", "classifier"] = "guide" if hasattr(given, "guide") else "classifier"
+        classifier, networks[kind] = load_given_classifier(given, kind)
+    elif hasattr(given, "guide"):
+        raise ValueError(f"`--guide` is for a method that follows a classifier, and {method_name(settings.method)!r} does not")
     return Purifier(score, classifier, settings=settings), networks
 
 
-def load_given_classifier(given: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier that the options name, and what identifies it."""
-    source, weights = getattr(given, "classifier", DEFAULT_NETWORK), getattr(given, "classifier_weights", None)
+def load_given_classifier(
+    given: argparse.Namespace, kind: Literal["classifier", "guide"] = "classifier"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier that the options name, the one to judge or the one to follow, and what identifies it."""
+    source, weights = getattr(given, kind, DEFAULT_NETWORK), getattr(given, f"{kind}_weights", None)
     activation = getattr(given, "activation", None)
     found = load_classifier(source, weights=weights, device=given.device, activation=activation)
     return found, identity(source, weights, found)

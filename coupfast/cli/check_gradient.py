@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     images = gather([options.input], options.images)
     purifier, networks = load_purifier(options)
     classifier = purifier.classifier
-    if classifier is None:
+    if classifier is None or "classifier" not in networks:
         classifier, networks["classifier"] = load_given_classifier(options)
     certificate = check_gradient(
         PurifiedClassifier(purifier, classifier, seed=options.seed),

@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
         help=f"whose weights they are: {described('score')}, {described('classifier')}, or package.module:NAME",
     )
     parser.add_argument("--activation", choices=["relu", "silu"], help="of a DMWideResNet, whose weights do not tell it")
+    parser.add_argument("--image-size", type=int, metavar="N", help="of a DDPMpp, whose weights do not tell it: N x N pixels")
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
 
 
@@ -41,8 +42,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{target} is written as safetensors: give it that suffix, so that it is read as such")
     refuse_existing([target], options.force)
     config = None if options.config is None else json.loads(Path(options.config).read_text())
-    activation = {"activation": options.activation}
-    written = convert_checkpoint(source, target, config=config, name=options.network, options=activation)
+    untold = {"activation": options.activation, "image_size": options.image_size}
+    written = convert_checkpoint(source, target, config=config, name=options.network, options=untold)
     print(
         f"{file_sha256(target)}  {target}\n"
         f"{target.stat().st_size / 1e6:.0f} MB of weights of a {written['arch']}, of {source.stat().st_size / 1e6:.0f} MB in "

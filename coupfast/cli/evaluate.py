@@ -15,7 +15,7 @@ from coupfast.cli.spec import add_spec, spec_of
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.evaluation import notes, plan
 from coupfast.evaluation.launch import CLUSTERS, evaluate
-from coupfast.evaluation.ledger import DATABASE
+from coupfast.evaluation.ledger import DATABASE, Ledger
 
 
 def add(commands: Any, method: str | None, attack: str | None) -> None:
@@ -57,19 +57,35 @@ def _resume(options: argparse.Namespace, folder: Path) -> str | None:
     return command_line(["evaluate", *words])
 
 
+def _check_kept(options: argparse.Namespace, folder: Path) -> None:
+    """ValueError if a certificate or a plan is asked for that is not the one that the run has: there is one of each."""
+    with Ledger(folder, read_only=True) as ledger:
+        kept, count = ledger.notes(), ledger.configuration["images"]["count"]
+    pairs = []
+    if options.certify and "certificate" in kept:
+        pairs.append(("--certify", min(options.certify, count), "a certificate of images", len(kept["certificate"]["ids"])))
+    if options.price is not None and "plan" in kept:
+        pairs.append(("--price", options.price, "a plan at a price", kept["plan"]["price"]))
+    for flag, asked, what, has in pairs:
+        if asked != has:
+            raise ValueError(f"{flag} is {asked}, and the run in {folder} has {what}: {has}; a run has one of it: leave it out")
+
+
 def run(options: argparse.Namespace) -> int:
     if (options.out is None) == (options.resume is None):
         raise ValueError("say where the run is kept: --out RUN starts one, --resume RUN continues one")
     folder, spec = Path(options.resume or options.out), spec_of(options)
     if options.price is not None and not options.plan:
         raise ValueError("`--price` is for --plan, which says what the run will cost")
+    if options.resume:
+        _check_kept(options, folder)
     certified = notes.certified_by_default(spec) if options.certify is None else options.certify
     notes.check_certified(spec, certified)
 
     def certify() -> dict[str, Any]:
         count = min(certified, len(spec.load()[0]))
         print(f"certifying the gradient that the attack follows, on {count} of the images", file=sys.stderr, flush=True)
-        return notes.certificate(spec, certified, progress=sys.stderr.isatty())
+        return notes.certificate(spec, certified, folder=folder, progress=sys.stderr.isatty())
 
     beside: dict[str, Callable[[], Any]] = {}
     if options.plan:

@@ -14,7 +14,7 @@ from coupfast.batches import image_sha256
 from coupfast.cli.reports import refuse_existing
 from coupfast.data import load_images
 from coupfast.evaluation.configuration import difference
-from coupfast.evaluation.journal import Journal, JournalError
+from coupfast.evaluation.journal import Journal, JournalError, read_about
 
 JOURNAL = "purify.journal"
 
@@ -44,6 +44,11 @@ class Kept:
             rows = [] if self._report is None else self._report["images"]
             own = {row["file"] for row in rows} | ({report, archive} if self._report is not None else set())
             refuse_existing([out / name for name in targets if name not in own], force)
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """How what is there was purified; None where nothing is."""
+        about = self._report if self._report is not None else None if self._force else read_about(self._out / JOURNAL)
+        return None if about is None else about.get("settings")
 
     def open(self, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
         """Go on, or begin.

@@ -6,9 +6,11 @@ import argparse
 from typing import Any
 
 from coupfast.cli.arguments import add_command
-from coupfast.cli.spec import add_spec, spec_of
+from coupfast.cli.spec import add_spec, flag, said, spec_of
 from coupfast.evaluation import plan
 from coupfast.evaluation.ledger import Ledger
+
+DEFAULTS = {"workers": 1, "probe_images": 1, "probe_steps": 2, "price": None, "pilot": None}
 
 
 def add(commands: Any, method: str | None, attack: str | None) -> None:
@@ -20,17 +22,27 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
         "Of networks that do not ship with the package no weights are needed: random ones take as long, and the plan says so.",
     )
     parser.add_argument("--run", dest="run_", metavar="RUN", help="compare this run with the plan that it was started with")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="that share the work")
+    parser.add_argument("--workers", type=int, metavar="N", help="that share the work")
+    parser.add_argument("--probe-images", type=int, metavar="N", help="batch of the probe; a run has --shard of them")
+    parser.add_argument("--probe-steps", type=int, metavar="K", help="steps of the probe's purification")
     parser.add_argument(
-        "--probe-images", type=int, default=1, metavar="N", help="batch of the probe; a run has --shard of them"
+        "--pilot",
+        metavar="RUN",
+        help="a finished run of stages of the same names, on fewer images or of another size: say what to expect if as many "
+        "images survive as there",
     )
-    parser.add_argument("--probe-steps", type=int, default=2, metavar="K", help="steps of the probe's purification")
     parser.add_argument("--price", type=float, metavar="P", help="of a worker and hour, in any currency")
+    parser.set_defaults(**DEFAULTS)
     add_spec(parser, method, attack)
 
 
 def run(options: argparse.Namespace) -> int:
     if options.run_ is not None:
+        given, knobs = said(options)
+        words = [*map(flag, given), *map(flag, knobs), *(["--paper"] if options.paper else [])]
+        words += [flag(name) for name, default in DEFAULTS.items() if getattr(options, name) != default]
+        if words:
+            raise ValueError(f"--run tells of a run as it was planned and as it went: leave out {', '.join(words)}")
         with Ledger(options.run_, read_only=True) as ledger:
             notes, found = ledger.notes(), plan.happened(ledger)
         if "plan" not in notes:
@@ -44,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             probe_images=options.probe_images,
             probe_steps=options.probe_steps,
             price=options.price,
+            pilot=options.pilot,
         )
     )
     return 0

@@ -21,8 +21,8 @@ from coupfast.cli.kept import Kept
 from coupfast.cli.reports import command_line, environment, write_json
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.data import save_images
-from coupfast.evaluation.purification import describe, short
-from coupfast.files import write_whole
+from coupfast.evaluation.purification import describe, settled, short
+from coupfast_kernels.files import write_whole
 
 REPORT = "purify.json"
 ARCHIVE = "purified.npz"
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     kept = Kept(out, REPORT, ARCHIVE, targets, force=options.force)
 
     purifier, networks = load_purifier(options, gradient="none")
+    purifier.settle(settled(purifier, kept.settings()))  # what follows from free memory, as it was when this was begun
     files = [[f"{name}.png" for name in row] for row in names] if png else None
     rows = records(images, ids=ids, draws=options.draw, files=files)
     about = {

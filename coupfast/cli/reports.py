@@ -13,7 +13,7 @@ import torch
 
 import coupfast
 from coupfast.environment import machine, version
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 
 
 def refuse_existing(paths: Sequence[Path], force: bool) -> None:

@@ -11,8 +11,10 @@ from coupfast.cli.arguments import add_noise, add_purification, default_device
 from coupfast.evaluation import suites
 from coupfast.evaluation.attacks.knobs import parse_fraction
 from coupfast.evaluation.ledger import Ledger
-from coupfast.evaluation.spec import GIVEN, SEEDINGS, Spec, paper
-from coupfast.options import Option
+from coupfast.evaluation.purification import NO_DEFENSE
+from coupfast.evaluation.spec import GIVEN, MODES, SEEDINGS, Spec, paper
+from coupfast.methods import method_name
+from coupfast.options import Option, options_of
 
 _KNOB = "knob:"  # how destinations of knobs begin, so that none meets another option
 
@@ -73,6 +75,13 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
     group.add_argument(
         "--seeding", choices=SEEDINGS, default=none, help=f"a seed for each unit, or AutoAttack's one (default: {spec.seeding})"
     )
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=none,
+        help="full: every image through all of an attack; fast: images leave this project's attacks once a test with a stated "
+        f"error says that most draws fail, and others take their place (default: {spec.mode})",
+    )
     add_number("shard", "N", "images of a unit of work, which is a batch")
     add_number("draws", "N", "fresh draws that judge each image")
     group.add_argument(
@@ -90,40 +99,113 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
-    """What the options describe; where they say nothing, what the run to resume or the paper has."""
+    """What the options describe; where they say nothing, what the run to resume or the paper has.
+
+    Raises:
+        ValueError: if they contradict the run to resume where nothing else would notice; the message says what it has.
+    """
+    given, knobs = said(options)
+    if getattr(options, "resume", None):
+        base, given, knobs = _continued(options.resume, given, knobs, paper_too=options.paper)
+    else:
+        base = Spec.of(device=str(default_device()))
+        if options.paper:
+            base = base.but(**_paper(given.get("norm", "Linf"), alone="defense" in given))
+    spec = base.but(**given)
+    return dataclasses.replace(spec, attack_options={**spec.attack_options, **knobs}) if knobs else spec
+
+
+def said(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was typed of a spec, and of the attack's knobs."""
     knobs = {name.removeprefix(_KNOB): value for name, value in vars(options).items() if name.startswith(_KNOB)}
     given = {name: value for name, value in vars(options).items() if name not in _OTHERS and not name.startswith(_KNOB)}
     if "device" in given:
         given["device"] = str(given["device"])
-    if getattr(options, "resume", None):
-        base = _stored(options.resume)
-        if "attack" in given and given["attack"] == base.attack:
-            del given["attack"]
-    else:
-        base = Spec.of(device=str(default_device()))
-        if options.paper:
-            base = base.but(**paper(given.get("norm", "Linf")))
-    spec = base.but(**given)
-    return dataclasses.replace(spec, attack_options={**spec.attack_options, **knobs}) if knobs else spec
+    return given, knobs
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return "IN" if name == "images" else f"--{name.replace('_', '-')}"
+
+
+def _paper(norm: str, *, alone: bool) -> dict[str, Any]:
+    """What the paper has; `alone` without the networks and the purification, where a defense is given in their place."""
+    found = paper(norm)
+    return {name: value for name, value in found.items() if name in ("images", "norm", "eps", "seed")} if alone else found
+
+
+def _continued(
+    folder: str, given: dict[str, Any], knobs: dict[str, Any], *, paper_too: bool
+) -> tuple[Spec, dict[str, Any], dict[str, Any]]:
+    """The spec of the run in a folder, and what is given beside it that it does not have already."""
+    base, decided = _stored(folder)
+    stages = base.stages()
+
+    def has(name: str, value: Any) -> bool:
+        return bool(_of(base, decided, name) == value)
+
+    if paper_too:
+        published = _paper(str(given.get("norm", base.norm)), alone=base.defense is not None)
+        if base.purifier is None:
+            published.pop("t")
+        others = [name for name, value in published.items() if name not in given and not has(name, value)]
+        if others:
+            kept = ", ".join(f"{name} {_of(base, decided, name)}" for name in others)
+            wanted = ", ".join(f"{name} {published[name]}" for name in others)
+            raise ValueError(f"--paper asks for {wanted}, and the run in {folder} has {kept}, with which it goes on: {_LEAVE}")
+    given = {name: value for name, value in given.items() if not has(name, value)}
+    for name in ("defense", "engine_options"):  # of which a configuration would tell in words that nobody typed, or nothing
+        if name in given:
+            kept = _of(base, decided, name)
+            what = "networks of its own" if name == "defense" and kept is None else kept
+            asked = f"{flag(name)} is {given[name]}"
+            raise ValueError(f"{asked}, and the run in {folder} has {what}, with which it goes on: {_LEAVE}")
+    if "attack" not in given:
+        known = {name: {getattr(stage, name) for stage in stages.values() if hasattr(stage, name)} for name in knobs}
+        knobs = {name: value for name, value in knobs.items() if known[name] != {value}}
+    return base, given, knobs
+
+
+_LEAVE = "leave it out, or start another run with --out"
+
+
+def _of(base: Spec, decided: dict[str, Any], name: str) -> Any:
+    """What a run has for an option, said or not."""
+    if name == "engine_options":
+        return decided
+    if name in (field.name for field in dataclasses.fields(Spec)):
+        return getattr(base, name)
+    settings = base.settings()
+    if settings is None:
+        return NO_DEFENSE if name == "method" and base.purifier is None else None
+    if name == "method":
+        return method_name(settings.method)
+    for part in (settings.method, settings.gradient, settings.engine):
+        for option in options_of(part):
+            if option.keyword == name:
+                return getattr(part, option.field)
+    return settings.gradient.name if name == "gradient" else None
 
 
 # What commands have beside the options of a spec.
 _OTHERS = {
     *("command", "run", "run_", "argv", "debug", "out", "resume", "workers", "plan", "price", "certify", "cluster", "paper"),
-    *("probe_images", "probe_steps"),
+    *("probe_images", "probe_steps", "pilot"),
 }
 
 
-def _stored(folder: str) -> Spec:
+def _stored(folder: str) -> tuple[Spec, dict[str, Any]]:
+    """The spec of a run, and the options of its engine as they were decided when it began."""
     with Ledger(folder, read_only=True) as ledger:
-        fields = ledger.configuration["spec"]
+        fields, defense = ledger.configuration["spec"], ledger.configuration["defense"]
     given = [name for name in ("images", "defense") if fields[name] == GIVEN]
     if given:
         raise ValueError(
             f"the run in {folder} was started from Python with {' and '.join(given)} of its own; continue it there, with "
             f"evaluate(..., resume=True)"
         )
-    return Spec.from_dict(fields)
+    return Spec.from_dict(fields), defense.get("engine", {}).get("options", {})
 
 
 def _add_knobs(group: Any, attack: str | None) -> None:
@@ -136,24 +218,14 @@ def _add_knobs(group: Any, attack: str | None) -> None:
             found.setdefault(name, options[0])
             published[name][suite.name] = [option.default for option in options]
     for name, option in found.items():
-        flag = f"--{name.replace('_', '-')}"
-        if flag in group._option_string_actions:  # taken by another option
-            flag = f"--attack-{name.replace('_', '-')}"
-        text = f"{option.help}{_told(published[name])}".replace("%", "%%")
-        if isinstance(option.default, bool):
-            group.add_argument(
-                flag, dest=_KNOB + name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-        else:
-            group.add_argument(
-                flag,
-                dest=_KNOB + name,
-                type=option.parse,
-                default=argparse.SUPPRESS,
-                metavar=None if option.choices else option.metavar or name.upper(),
-                choices=option.choices,
-                help=text,
-            )
+        taken = option.flag in group._option_string_actions  # by another option
+        option.add_to(
+            group,
+            default=argparse.SUPPRESS,
+            note=_told(published[name]),
+            flag=f"--attack-{option.flag.removeprefix('--')}" if taken else None,
+            dest=_KNOB + name,
+        )
 
 
 def _told(published: dict[str, list[Any]]) -> str:

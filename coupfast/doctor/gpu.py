@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from coupfast.doctor.engines import there_and_back, verdict
 from coupfast.doctor.kernels import Row, is_bad, measure_rates
 from coupfast.environment import one_line
 from coupfast.models.zoo import load_classifier, load_score
@@ -87,11 +88,11 @@ def check_engine(
                 raise
             except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
                 raise _Refused(one_line(error)) from error
-            found = _both(purifier, x, direction)
+            found = there_and_back(purifier, x, direction, _SEED)
             if name != "eager":
                 # A program that is run again may write where it wrote before: the first results must survive, and be repeated.
-                _both(purifier, other, direction)
-                found = [result.clone() for result in found] + _both(purifier, x, direction)
+                there_and_back(purifier, other, direction, _SEED)
+                found = [result.clone() for result in found] + there_and_back(purifier, x, direction, _SEED)
             return found
 
         exact, rounded = run("eager", x.double(), {}), run("eager", x, {})
@@ -119,14 +120,6 @@ class _Refused(Exception):
     """The engine says beforehand that it does not run this."""
 
 
-def _both(purifier: Any, x: torch.Tensor, direction: torch.Tensor) -> list[torch.Tensor]:
-    image = x.clone().requires_grad_()
-    with torch.enable_grad():
-        purified = purifier(image, seed=_SEED)
-        (gradient,) = torch.autograd.grad(purified, image, direction.to(x.dtype))
-    return [purified.detach(), gradient]
-
-
 def _judge(run: Callable[[], list[torch.Tensor]], exact: list[torch.Tensor], bounds: list[float]) -> Row:
     try:
         found = run()
@@ -137,15 +130,7 @@ def _judge(run: Callable[[], list[torch.Tensor]], exact: list[torch.Tensor], bou
     errors = [max(relative_error(each, right) for each in found[i::2]) for i, right in enumerate(exact)]
     if not all(map(math.isfinite, errors + bounds)):
         return {"status": "failed", "detail": "values that are not finite"}
-    agrees = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
-    return {
-        "status": "ok" if agrees else "mismatch",
-        "forward_error": errors[0],
-        "forward_bound": bounds[0],
-        "gradient_error": errors[1],
-        "gradient_bound": bounds[1],
-        "detail": f"errors {errors[0]:.2e} forward, {errors[1]:.2e} gradient; bounds {bounds[0]:.2e}, {bounds[1]:.2e}",
-    }
+    return verdict(errors, bounds)
 
 
 def _culprit(trials: list[Row]) -> str:

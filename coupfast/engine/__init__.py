@@ -5,7 +5,8 @@
     cpu         this project's C++ kernels
     cuda        compiled networks, this project's kernels, CUDA graphs
 
-The cpu and cuda engines share `partition` (what of a network its labels alone decide), `precision`, `memory` and `networks`.
+They share `rows` (the columns of a table beside the first four), `memory` and `networks`; the cpu and cuda engines also
+`partition` (what of a network its labels alone decide) and `precision`. `rates` is what this machine can do at best.
 """
 
 from coupfast.engine.protocol import BoundEngine, Cotangent, Keep, Program, State, StepMemory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,20 +11,26 @@ from torch import nn
 
 from coupfast.engine.memory import AllocationAccount
 from coupfast.engine.protocol import Cotangent, Keep, State, StepMemory
-from coupfast.engine.rows import extra_images, reads_eps_hat, step_back
+from coupfast.engine.rows import clipped, extra_images, reads_eps_hat, shifted, step_back
 from coupfast.guidance import Guidance, Linearization
 from coupfast.noise import Noise, ReplayedNoise
 from coupfast.solvers import CoefficientTable
 from coupfast_kernels.guided_step import guided_step_ref
 
 
+class ScoreGraph(NamedTuple):
+    """A score network's output with autograd's graph back to its images."""
+
+    x: torch.Tensor
+    eps_hat: torch.Tensor
+
+
 @dataclasses.dataclass
 class _Saved:
-    """What a step leaves for its transpose; `x`/`eps_hat` carry the score network's graph."""
+    """What a step leaves for its transpose."""
 
     linearization: Linearization | None = None
-    x: torch.Tensor | None = None
-    eps_hat: torch.Tensor | None = None
+    score: ScoreGraph | None = None
 
 
 class EagerProgram:
@@ -58,15 +64,13 @@ class EagerProgram:
         saved, eps_hat = _Saved(), None
         if reads_eps_hat(self.table, k):
             if keep == "activations":
-                with torch.enable_grad():
-                    saved.x = x_k.detach().requires_grad_()
-                    saved.eps_hat = self.eps_hat(k, saved.x)
-                eps_hat = saved.eps_hat.detach()
+                saved.score = self.eps_hat_graph(k, x_k)
+                eps_hat = saved.score.eps_hat.detach()
             else:
                 with torch.no_grad():
                     eps_hat = self.eps_hat(k, x_k)
         g = None
-        if self.guidance is not None and row[2] != 0.0:
+        if self.guidance is not None and self.table.guides(k):
             keep_slopes = keep != "nothing" and self.differentiate_guidance
             g, linearization = self.guidance.gradient(x_k, keep_slopes=keep_slopes)
             saved.linearization = linearization if keep_slopes else None
@@ -74,33 +78,43 @@ class EagerProgram:
         z2 = noise.z2(k, x_k) if self.table.extended and row[5] != 0.0 else None
         with torch.no_grad():
             x_next = guided_step_ref(x_k, eps_hat, g, row, z, z2=z2, **extra_images(self.table, k, more))
+            eps_hat = shifted(self.table, k, eps_hat, g)
         kept = None if keep == "nothing" else saved
         return (x_next, kept, eps_hat) if self.table.two_step else (x_next, kept)
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
         row = self.table.row(k)
         saved = saved or _Saved()
-        w = None
-        if self.guidance is not None and row[2] != 0.0 and self.differentiate_guidance:
-            w = self.guidance.hvp(x_k, v, saved.linearization)
+        guidance, hvp = self.guidance, None
+        if guidance is not None and self.differentiate_guidance:
+
+            def hvp(w: torch.Tensor) -> torch.Tensor:
+                return guidance.hvp(x_k, w, saved.linearization)
+
         with torch.no_grad():
             if more is None:
-                return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved), w, row)
-            return step_back(self.table, k, v, w, lambda u: self.eps_hat_vjp(k, x_k, u, saved), more)
+                w = hvp(v) if hvp is not None and row[2] != 0.0 else None
+                return guided_step_ref(v, self.eps_hat_vjp(k, x_k, v, saved.score), w, row)
+            return step_back(self.table, k, v, hvp, lambda u: self.eps_hat_vjp(k, x_k, u, saved.score), more)
 
     def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
-        """ε̂(x_k) at step k's label, with autograd's graph where gradients are enabled."""
-        return self.score(x_k, self.labels[k].expand(len(x_k)))
+        """ε̂(x_k) at step k's label, clipped where the table says so, with autograd's graph where gradients are enabled."""
+        eps_hat = self.score(x_k, self.labels[k].expand(len(x_k)))
+        if self.table.m is None or self.table.n is None:
+            return eps_hat
+        return clipped(x_k, eps_hat, float(self.table.m[k]), float(self.table.n[k]))[0]
 
-    def eps_hat_vjp(self, k: int, x_k: torch.Tensor, v: torch.Tensor, saved: _Saved | None = None) -> torch.Tensor:
-        """J_ε(x_k)ᵀ v."""
+    def eps_hat_graph(self, k: int, x_k: torch.Tensor) -> ScoreGraph:
+        """ε̂(x_k) with what `eps_hat_vjp` takes of it."""
         with torch.enable_grad():
-            x, eps_hat = (None, None) if saved is None else (saved.x, saved.eps_hat)
-            if x is None or eps_hat is None:
-                x = x_k.detach().requires_grad_()
-                eps_hat = self.eps_hat(k, x)
-            # A score net may be constant in x at some label: its transpose is zero then.
-            return torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
+            x = x_k.detach().requires_grad_()
+            return ScoreGraph(x, self.eps_hat(k, x))
+
+    def eps_hat_vjp(self, k: int, x_k: torch.Tensor, v: torch.Tensor, graph: ScoreGraph | None = None) -> torch.Tensor:
+        """J_ε(x_k)ᵀ v."""
+        x, eps_hat = self.eps_hat_graph(k, x_k) if graph is None else graph
+        # A score net may be constant in x at some label: its transpose is zero then.
+        return torch.autograd.grad(eps_hat, x, v)[0] if eps_hat.requires_grad else torch.zeros_like(v)
 
     def evaluations(self) -> dict[str, dict[str, int]]:
         step = {"score forward": 1}
@@ -128,7 +142,7 @@ class EagerProgram:
         # Some step that guides and asks for ε̂, if any does, and of those one that reads most.
         k = max(
             range(table.num_steps),
-            key=lambda k: (table.c[k] != 0.0, reads_eps_hat(table, k), np.count_nonzero(table.row(k)[4:])),
+            key=lambda k: (table.guides(k), reads_eps_hat(table, k), np.count_nonzero(table.row(k)[4:])),
         )
         with torch.no_grad():
             x = torch.zeros((1, *self.image_shape), dtype=self.dtype, device=self.device)

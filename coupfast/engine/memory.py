@@ -67,5 +67,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a process could still take on `device`: what is free, within all limits that are set for the process."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    """Memory that a process could still take on `device`: what is free, within all limits that are set for the process.
+
+    On a GPU also what PyTorch's allocator holds and nothing uses: a plan must not shrink after earlier work.
+    """
+    if device.type != "cuda":
+        return free_memory()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

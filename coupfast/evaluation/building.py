@@ -27,6 +27,7 @@ class Networks:
 
     Attributes:
         settings: Of the purification; None for the classifier alone.
+        guide, guide_weights: The classifier that the method follows; None: the one that classifies.
     """
 
     score: str
@@ -35,6 +36,8 @@ class Networks:
     classifier_weights: str | None
     activation: str | None
     settings: Settings | None
+    guide: str | None = None
+    guide_weights: str | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """With the method's name, where its class is in a file, which no other process could import."""
@@ -50,7 +53,10 @@ class Networks:
         if self.settings is None:
             return classifier
         score = load_score(self.score, weights=self.score_weights, device=device)
-        return PurifiedClassifier(Purifier(score, classifier, settings=self.settings), classifier)
+        guide = classifier
+        if self.guide is not None:
+            guide = load_classifier(self.guide, weights=self.guide_weights, device=device, activation=self.activation)
+        return PurifiedClassifier(Purifier(score, guide, settings=self.settings), classifier)
 
 
 def _rebuild(fields: dict[str, Any]) -> Networks:

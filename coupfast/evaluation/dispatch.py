@@ -45,7 +45,7 @@ def dispatch(
     """
     ledger.forget_damaged()
     records = ledger.done()
-    standing = {name: record.standing for name, record in records.items()}
+    standing = {name: record.onward for name, record in records.items()}
     in_flight: dict[str, Unit] = {}
     warned: set[str] = set()
     with Progress(schedule, costs, records.values(), show=progress) as bar:
@@ -66,7 +66,7 @@ def dispatch(
             unit = in_flight.pop(outcome.name)
             ledger.finish(outcome, worker)
             records = ledger.done()
-            standing[unit.name] = records[unit.name].standing
+            standing[unit.name] = records[unit.name].onward
             bar.finished(records[unit.name])
             found = gradients.followed(records.values()).get(unit.stage)
             if found is not None and found.useless and unit.stage not in warned:

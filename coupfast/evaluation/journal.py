@@ -53,10 +53,15 @@ def path_of(folder: str | Path, unit: str) -> Path:
     return Path(folder) / FOLDER / f"{unit}{SUFFIX}"
 
 
+def steps_path(folder: str | Path, work: str) -> Path:
+    """Where the steps are of what a unit, or other work, is at."""
+    return path_of(folder, work).with_suffix(".steps")
+
+
 def remove(folder: str | Path, unit: str) -> None:
-    """A unit needs its journal no more."""
-    path = path_of(folder, unit)
-    for each in (path, path.with_suffix(".steps"), *map(_lock_of, (path, path.with_suffix(".steps")))):
+    """A unit, or other work, needs its journal no more."""
+    path, steps = path_of(folder, unit), steps_path(folder, unit)
+    for each in (path, steps, *map(_lock_of, (path, steps))):
         with contextlib.suppress(OSError):  # what is left costs space only
             each.unlink(missing_ok=True)
 
@@ -66,6 +71,20 @@ def remove_of(folder: Path, units: Container[str]) -> None:
     for path in (folder / FOLDER).glob(f"*{SUFFIX}*"):
         if (unit := path.name.partition(".")[0]) in units:
             remove(folder, unit)
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What a journal is about; None where there is none, or nothing whole in it."""
+    try:
+        with path.open("rb") as file:
+            checksum, text_size, _ = _HEAD.unpack(file.read(_HEAD.size))
+            text = file.read(text_size)
+        if zlib.crc32(text) != checksum:
+            return None
+        about: dict[str, Any] = json.loads(text)["said"]["about"]
+        return about
+    except (OSError, struct.error, ValueError, KeyError, TypeError):
+        return None
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.evaluation import building, checks, purification
+from coupfast.evaluation import building, checks
 from coupfast.evaluation.building import Given
 from coupfast.evaluation.configuration import configuration, difference, environment
 from coupfast.evaluation.dispatch import dispatch
@@ -24,7 +24,6 @@ from coupfast.evaluation.pools import InProcess, Pool, Processes
 from coupfast.evaluation.result import Evaluation
 from coupfast.evaluation.spec import GIVEN, Spec
 from coupfast.evaluation.worker import Rules, Worker
-from coupfast.purify import Purifier
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +61,9 @@ def evaluate(
         defense: An `nn.Module` from images in [0, 1] to logits, in eval mode; a function that makes one on a device (`"cpu"`,
             `"cuda:0"`), which has to be of a module or a file where there are several workers; or the name of either,
             "file.py:build" or "package.module:NAME". Its noise comes from torch's generators or from a `PurifiedClassifier`.
+            What purifiers inside of it leave open, to be decided by the memory that is free (`Engine.decided`,
+            `memory_budget="auto"`), is decided once for the run, kept in its configuration, and taken from there by workers and
+            on resuming, with the least memory; an object of yours has its own settings back afterwards.
         out: The run's folder, which keeps ledger, logits and attacked images; None takes a temporary one that goes with the
             result.
         resume: Continue the run that is there; its configuration must be this one.
@@ -100,84 +102,78 @@ def evaluate(
     x, y = checks.checked_images(x, y, paths=spec.paths)
     stages, device = spec.stages(), torch.device(devices[0])
     metered = Metered(build(devices[0]))
-    if defense is None and spec.defense is None and metered.purified is not None:
-        spec = _decided(spec, metered.purified.purifier, Path(out) if resume and out is not None else None)
-        build = spec.builder()
-    checks.check_attacks(stages, x, y, checks.classes_of(metered, x, device))
-    described, randomized = metered.describe(), True
-    if metered.purified is None:
-        seen = checks.look(metered, stages, x, device)
-        randomized = seen.randomized if defense is not None or spec.defense is not None else False
-        if not seen.repeatable:
+    with _borrowed(metered, _recorded(Path(out)) if resume and out is not None else None):
+        checks.check_attacks(stages, x, y, checks.classes_of(metered, x, device))
+        for attack in stages.values():
+            attack.check(metered)
+        described, randomized = metered.describe(), True
+        if metered.purified is None:
+            seen = checks.look(metered, stages, x, device)
+            randomized = seen.randomized if defense is not None or spec.defense is not None else False
+            if not seen.repeatable:
+                logger.warning(
+                    "the defense gives other logits for the same image and seed: it has noise that does not follow "
+                    "torch.manual_seed, or an algorithm that is not deterministic, so no run of it can be repeated bit for bit"
+                )
+        elif (made_for := spec.suite.gradient) != metered.purified.purifier.settings.gradient.name and stages:
             logger.warning(
-                "the defense gives other logits for the same image and seed: it has noise that does not follow "
-                "torch.manual_seed, or an algorithm that is not deterministic, so no run of it can be repeated bit for bit"
+                "%s is made for the purifier's gradient %r, and this one has %r",
+                spec.suite.name,
+                made_for,
+                metered.purified.purifier.settings.gradient.name,
             )
-    elif (made_for := spec.suite.gradient) != metered.purified.purifier.settings.gradient.name and stages:
-        logger.warning(
-            "%s is made for the purifier's gradient %r, and this one has %r",
-            spec.suite.name,
-            made_for,
-            metered.purified.purifier.settings.gradient.name,
+        said = spec.to_dict() | ({"images": GIVEN, "limit": None} if given else {})
+        said |= {} if defense is None else {"defense": GIVEN}
+        found = configuration(said, stages, described, x, y, device=spec.device)
+        temporary = tempfile.TemporaryDirectory(prefix="coupfast-") if out is None else None
+        folder = Path(temporary.name if temporary is not None else str(out))
+        rules = Rules(
+            attacks=stages,
+            seed=spec.seed,
+            attack_seed=spec.seeding == "autoattack",
+            draws=spec.draws,
+            paths=spec.paths,
+            threads=spec.threads,
+            environment=environment(torch.device(spec.device)),
+            defense=described,
+            folder=None if temporary is not None else str(folder.absolute()),  # what goes with this process needs no journals
+            fast=spec.mode == "fast",
         )
-    said = (
-        spec.to_dict() | ({"images": GIVEN, "limit": None} if given else {}) | ({} if defense is None else {"defense": GIVEN})
-    )
-    found = configuration(said, stages, described, x, y, device=spec.device)
-    temporary = tempfile.TemporaryDirectory(prefix="coupfast-") if out is None else None
-    folder = Path(temporary.name if temporary is not None else str(out))
-    rules = Rules(
-        attacks=stages,
-        seed=spec.seed,
-        attack_seed=spec.seeding == "autoattack",
-        draws=spec.draws,
-        paths=spec.paths,
-        threads=spec.threads,
-        environment=environment(torch.device(spec.device)),
-        defense=described,
-        folder=None if temporary is not None else str(folder.absolute()),  # what goes with this process needs no journals
-    )
-    with _noise_left_alone(metered), contextlib.closing(_pool(rules, build, metered, devices, workers, cluster, spec)) as pool:
-        if resume:
-            ledger = Ledger(folder)
-        else:
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            ledger = Ledger.create(folder, found, command=command, started=now)
-        with ledger:
-            if changed := difference(ledger.configuration, found):
-                raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
-            kept = ledger.notes()
-            for name, make_note in (notes or {}).items():
-                if name not in kept:
-                    ledger.note(name, make_note())
-            schedule = spec.schedule(len(x), attack_all=randomized)
-            dispatch(ledger, schedule, x.numpy(), y.numpy(), pool, costs=spec.costs(), progress=progress)
+        with contextlib.closing(_pool(rules, build, metered, devices, workers, cluster, spec)) as pool:
+            if resume:
+                ledger = Ledger(folder)
+            else:
+                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                ledger = Ledger.create(folder, found, command=command, started=now)
+            with ledger:
+                if changed := difference(ledger.configuration, found):
+                    raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+                kept = ledger.notes()
+                for name, make_note in (notes or {}).items():
+                    if name not in kept:
+                        ledger.note(name, make_note())
+                schedule = spec.schedule(len(x), attack_all=randomized)
+                dispatch(ledger, schedule, x.numpy(), y.numpy(), pool, costs=spec.costs(), progress=progress)
     return Evaluation(folder, x=x, temporary=temporary)
 
 
-def _decided(spec: Spec, purifier: Purifier, folder: Path | None) -> Spec:
-    """The spec with what the engine decides by the memory that is free: as the run in a folder has it, else as it is now.
-
-    All workers, and whoever continues the run, get it from there: bits must not follow what else runs on a machine.
-    """
-    if folder is None:
-        options = purification.decisions(purifier)
-    else:
-        with Ledger(folder, read_only=True) as ledger:
-            options = ledger.configuration["defense"].get("engine", {}).get("options", {})
-    if not options:
-        return spec
-    purifier.decide(options)
-    return spec.but(engine_options=options)
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What a run that is there says of its defense."""
+    with Ledger(folder, read_only=True) as ledger:
+        described: dict[str, Any] = ledger.configuration["defense"]
+        return described
 
 
 @contextlib.contextmanager
-def _noise_left_alone(metered: Metered) -> Iterator[None]:
-    """Seeds and counters of the caller's own object are afterwards as they were."""
-    noise = metered.noise()
+def _borrowed(metered: Metered, recorded: Mapping[str, Any] | None) -> Iterator[None]:
+    """The defense as the run has it, with nothing left open that would follow from what memory is free: as the run that goes on
+    began, else as it is now. Settings, seeds and counters of the caller's own object are afterwards as they were.
+    """
+    noise, settle_back = metered.noise(), metered.settle(recorded)
     try:
         yield
     finally:
+        settle_back()
         metered.set_noise(noise)
 
 

@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 
 from coupfast.evaluation import journal
 from coupfast.evaluation.units import Unit
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,11 @@ class Record:
     def standing(self) -> tuple[int, ...]:
         """Those of its images that were not fooled; of the judge none."""
         return tuple(self.result.get("standing", ()))
+
+    @property
+    def onward(self) -> tuple[int, ...]:
+        """Those that the next stage attacks."""
+        return tuple(self.result.get("onward", self.standing))
 
 
 class Ledger:

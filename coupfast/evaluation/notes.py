@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from coupfast.evaluation import journal
+from coupfast.evaluation.configuration import environment, images_sha256
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.plan import Plan, plan
+from coupfast.evaluation.recorder import Steps
 from coupfast.evaluation.spec import Spec
 from coupfast.gradient_check import check_gradient
+from coupfast.tape import kept_on
 
 
 def certified_by_default(spec: Spec) -> int:
@@ -28,19 +33,36 @@ def check_certified(spec: Spec, images: int) -> None:
         raise ValueError("a certificate is of a purification's gradient; with --method none there is none")
 
 
-def certificate(spec: Spec, images: int, *, progress: bool = False) -> dict[str, Any]:
+def certificate(spec: Spec, images: int, *, folder: Path | None = None, progress: bool = False) -> dict[str, Any]:
     """A certificate of a run's gradient, of its first images, as JSON has it.
+
+    Args:
+        folder: The run's. The certificate is then of the purification as the run has it; and where it is stopped, the next one
+            there goes on: what is lost is the pass that was under way (of a couple of dozen, see `check_gradient`), and of one
+            in float32 a step.
 
     Raises:
         ValueError: if the defense is no purification.
     """
-    device = str(torch.device(spec.device))
-    defense = spec.build(device)
+    device = torch.device(spec.device)
+    defense = spec.build(str(device))
     if defense.purified is None:
         raise ValueError("a certificate is of a purification's gradient, and this defense is no coupfast.PurifiedClassifier")
-    x, y = spec.load()
-    found = check_gradient(defense.purified, x[:images].to(device), y[:images], images=images, progress=progress)
-    return found.to_dict()
+    x, y = (tensor[:images] for tensor in spec.load())
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            with Ledger(folder, read_only=True) as ledger:
+                defense.settle(ledger.configuration["defense"])
+            about = {"images": images_sha256(x), "labels": y.tolist(), "seed": defense.purified.seed}
+            about |= {"defense": defense.describe(), "environment": environment(device)}
+            kept = journal.steps_path(folder, "certificate")
+            steps = Steps(kept, about, device)
+            stack.callback(steps.close)
+            stack.enter_context(kept_on(steps))
+        found = check_gradient(defense.purified, x.to(device), y, images=images, progress=progress).to_dict()
+    if folder is not None:
+        journal.remove(folder, "certificate")
+    return found
 
 
 def predict(

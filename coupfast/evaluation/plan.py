@@ -6,11 +6,14 @@ one batch, so they assume that every step takes as long, and that larger batches
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +21,11 @@ from torch import nn
 
 from coupfast.data import CIFAR10_SETS
 from coupfast.evaluation import purification
+from coupfast.evaluation.attacks import Attack
 from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
-from coupfast.evaluation.spec import Spec
+from coupfast.evaluation.spec import GIVEN, Spec
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
@@ -60,6 +64,7 @@ class Stage:
         forward, gradient: Images through the defense.
         seconds: Of work, all workers together.
         peak_bytes: Of what happened, the most that a worker had; see `Outcome`.
+        steps: Of the purification that those with a gradient go through; None: all of the defense's.
     """
 
     name: str
@@ -68,6 +73,12 @@ class Stage:
     gradient: int
     seconds: float
     peak_bytes: int = 0
+    steps: int | None = None
+
+    def timed(self, probe: Probe) -> float:
+        """Seconds at a probe's speed; of fewer steps than the defense's in proportion to their number."""
+        share = 1.0 if self.steps is None else self.steps / probe.of_steps
+        return self.forward * probe.forward + self.gradient * probe.gradient * share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,8 @@ class Plan:
         probe: What the times come from.
         price: Of a worker and hour; None if not given.
         random: Networks that had random weights.
+        pilot: Its name, if a finished run's survival was taken for this one's; "" if not.
+        expected: The stages with that survival.
     """
 
     stages: tuple[Stage, ...]
@@ -87,6 +100,8 @@ class Plan:
     probe: Probe
     price: float | None = None
     random: tuple[str, ...] = ()
+    pilot: str = ""
+    expected: tuple[Stage, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -99,8 +114,10 @@ class Plan:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Plan:
         stages = tuple(Stage(**stage) for stage in fields["stages"])
+        expected = tuple(Stage(**stage) for stage in fields.get("expected", ()))
         probe = Probe(**fields["probe"])
-        return Plan(stages, fields["workers"], probe, fields["price"], tuple(fields["random"]))
+        random, pilot = tuple(fields["random"]), fields.get("pilot", "")
+        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected)
 
     def __str__(self) -> str:
         probe = self.probe
@@ -118,11 +135,21 @@ class Plan:
             lines.append(
                 f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}{memory:>12s}"
                 + ("" if self.price is None else f"{self.price * stage.seconds / 3600:12.2f}")
+                + ("" if stage.steps is None else f"  gradient through {stage.steps} steps")
             )
         forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
         work = sum(stage.seconds for stage in self.stages)
         lines.append(f"{'all purifications':36s}{forward:12d}{gradient:12d}{duration(work):>12s}")
         lines.append(f"{self.workers} worker{'s' * (self.workers > 1)}: {duration(self.seconds)}")
+        if self.expected:
+            lines.append(f"with the survival of {self.pilot}:")
+            for stage in self.expected:
+                lines.append(
+                    f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}"
+                )
+            work = sum(stage.seconds for stage in self.expected)
+            lines.append(f"{'all':60s}{duration(work):>12s}; {duration(work / self.workers)} on all workers")
+            work = sum(stage.seconds for stage in self.stages)
         if probe.memory is not None:
             lines.append(f"memory of a worker: {probe.memory / 2**20:.0f} MiB and what Python and torch take")
         if self.price is not None:
@@ -138,6 +165,7 @@ def plan(
     probe_images: int = 1,
     probe_steps: int = 2,
     price: float | None = None,
+    pilot: str | Path | None = None,
 ) -> Plan:
     """Probe and count.
 
@@ -149,6 +177,11 @@ def plan(
         probe_images: Batch of the probe.
         probe_steps: Steps of the probe's purification, of the steps that a purification has.
         price: Of a worker and hour.
+        pilot: Folder of a finished run of stages of the same names, at whatever size: what share of its most it took is
+            expected here as well.
+
+    Raises:
+        ValueError: if the pilot is not finished, has no stage of a name, or images left one of its attacks by another rule.
     """
     if workers < 1 or probe_images < 1 or probe_steps < 1:
         raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
@@ -160,7 +193,10 @@ def plan(
             for name, weights in ((spec.score, spec.score_weights), (spec.classifier, spec.classifier_weights))
         )
         spec = dataclasses.replace(spec, score_weights=score, classifier_weights=classifier)
+        if spec.guide is not None and spec.guide_weights is None and needs_weights(spec.guide):
+            spec = dataclasses.replace(spec, guide_weights="random")
         networks = [(spec.score, score)] if spec.purifier is not None else []
+        networks += [(spec.guide, spec.guide_weights)] if spec.guide is not None else []
         random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
     elif defense is not None:
         spec.refuse_own_defense()
@@ -171,20 +207,71 @@ def plan(
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
+    shares = {} if pilot is None else _shares(pilot, spec)  # before the probe, which takes a while
     measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
-        stages.append(Stage(name, count, forward, gradient, forward * measured.forward + gradient * measured.gradient))
-    return Plan(tuple(stages), workers, measured, price, random)
+        stage = Stage(name, count, forward, gradient, 0.0, steps=spec.costs()[name].steps)
+        stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
+    expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
+    return Plan(tuple(stages), workers, measured, price, random, "" if pilot is None else str(pilot), expected)
+
+
+def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, float]]:
+    """Of a pilot's images, and of its most forward and gradient cost, the shares that each stage of `spec` took there."""
+    with Ledger(pilot, read_only=True) as ledger:
+        found = {stage.name: stage for stage in happened(ledger)}
+        images = int(ledger.configuration["images"]["count"])
+        asked = _asked(ledger)
+    most = {name: (forward, gradient) for name, forward, gradient in _counts(asked, images)}
+    if missing := [stage for stage in spec.costs() if stage not in found and stage not in most]:
+        raise ValueError(f"the pilot in {pilot} has no stage {', '.join(missing)}; it has {', '.join(most)}")
+    if JUDGE not in found or found[JUDGE].images < images:
+        raise ValueError(f"the pilot in {pilot} is not finished: continue it with coupfast evaluate --resume {pilot}")
+    if changed := [stage for stage, attack in spec.stages().items() if _drop(attack) != _drop(asked.stages()[stage])]:
+        mine, there = (_drop(one.stages()[changed[0]]) for one in (spec, asked))
+        raise ValueError(
+            f"in the pilot in {pilot} images left {changed[0]} otherwise: `drop` was {there!r} there and is {mine!r} here; "
+            f"take a pilot of the same `mode` and `drop`"
+        )
+    shares = {}
+    for stage in spec.costs():
+        took, (forward, gradient) = found.get(stage, Stage(stage, 0, 0, 0, 0.0)), most[stage]
+        shares[stage] = (took.images / images, took.forward / max(forward, 1), took.gradient / max(gradient, 1))
+    return shares
+
+
+def _drop(attack: Attack) -> str | None:
+    """When an image leaves an attack; None where none does."""
+    return getattr(attack, "drop", None)
+
+
+def _surviving(stage: Stage, shares: tuple[float, float, float], measured: Probe) -> Stage:
+    """The stage with so much of its images and of its most forward and gradient cost."""
+    of = (stage.images, stage.forward, stage.gradient)
+    # Shares are rounded: a whole number that is a little more than it was is no other one.
+    images, forward, gradient = (min(all_, math.ceil(all_ * share * (1 - 1e-12))) for all_, share in zip(of, shares, strict=True))
+    fewer = dataclasses.replace(stage, images=images, forward=forward, gradient=gradient)
+    return dataclasses.replace(fewer, seconds=fewer.timed(measured))
+
+
+def _asked(ledger: Ledger) -> Spec:
+    """What a run was asked to do, whatever images and defense were given from Python."""
+    fields = ledger.configuration["spec"]
+    return Spec.from_dict({**fields, **({"defense": None, "purifier": None} if fields["defense"] == GIVEN else {})})
 
 
 def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images: int, steps: int) -> Probe:
     """Time a few steps on random images of a shape, and scale them."""
     device, threads = "cuda:0" if spec.device == "cuda" else "cpu", torch.get_num_threads()
-    torch.set_num_threads(spec.threads)
-    try:
+    with contextlib.ExitStack() as borrowed:
+        borrowed.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(spec.threads)
         x = torch.rand(images, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         metered = Metered((spec.builder() if defense is None else builder(defense))(device))
+        borrowed.callback(metered.settle())
+        for attack in spec.stages().values():
+            attack.check(metered)
         purified = metered.purified
         if purified is None:
             return Probe(_seconds(metered, x, False) / images, _seconds(metered, x, True) / images, images, 1, 1, None)
@@ -204,8 +291,6 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         memory_of = _memory(spec, purifier, classifier, shape)
         memory = max(memory_of.values()) if memory_of else None
         return Probe(seconds[0], seconds[1], images, ran, purifier.num_steps, memory, memory_of)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.Size) -> dict[str, int]:
@@ -224,7 +309,17 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
         predicted = alone.plan(batch, image_shape=image)
         return weights + predicted.weights_bytes + predicted.peak_bytes
 
-    attacks = {name: peak(spec.shard * attack.replicas, attack.cost().gradient > 0) for name, attack in stages.items()}
+    def attacked(attack: Attack) -> int:
+        at_once, cost = attack.at_once(spec.shard), attack.cost()
+        # The verdict that follows is on all of a unit.
+        most = max(peak(at_once * attack.replicas, False), peak(spec.shard, False))
+        if cost.gradient:
+            most = max(most, peak(at_once * attack.gradient_replicas, True))
+        if cost.steps is not None:  # another purifier, with what its engine makes of the weights
+            most += purifier.plan(1, image_shape=image).weights_bytes
+        return most
+
+    attacks = {name: attacked(attack) for name, attack in stages.items()}
     return {CLEAN: peak(spec.shard, False), **attacks, JUDGE: peak(spec.shard, False)}
 
 
@@ -240,6 +335,7 @@ def happened(ledger: Ledger) -> list[Stage]:
             before.gradient + record.gradient_images,
             before.seconds + record.seconds,
             max(before.peak_bytes, record.peak_bytes),
+            ledger.configuration["stages"].get(record.unit.stage, {}).get("coarse_steps"),
         )
     order = [CLEAN, *ledger.configuration["stages"], JUDGE]
     return [stages[name] for name in order if name in stages]
@@ -254,8 +350,7 @@ def beside(predicted: Plan, found: list[Stage]) -> str:
         pair = (stage, by_name.get(stage.name, Stage(stage.name, 0, 0, 0, 0.0)))
         cells = [f"{entry.forward:12d}{entry.gradient:12d}{duration(entry.seconds):>12s}" for entry in pair]
         lines.append(f"{stage.name:28s}{''.join(cells)}")
-    forward, gradient = sum(stage.forward for stage in found), sum(stage.gradient for stage in found)
-    expected = forward * predicted.probe.forward + gradient * predicted.probe.gradient
+    expected = sum(stage.timed(predicted.probe) for stage in found)
     seconds = sum(stage.seconds for stage in found)
     lines.append(f"what happened, at the probe's speed: {duration(expected)}; it took {duration(seconds)}")
     if predicted.price is not None:

@@ -76,7 +76,7 @@ class Progress:
         unit = record.unit
         done = len(unit.images) * self._cost[unit.stage]
         if unit.stage != JUDGE and not (unit.stage == CLEAN and self._all):
-            fallen = len(unit.images) - len(record.standing)
+            fallen = len(unit.images) - len(record.onward)
             self._fooled += fallen
             done += fallen * sum(self._cost[stage] for stage in self._stages[self._stages.index(unit.stage) + 1 :])
         self._units += 1

@@ -49,6 +49,11 @@ class Judged:
         looks: How many draws the official verdict asks for: one, and of attacked images one more for each stage.
         unchanged: Of attacked images, how many are as they came, since no attack got to try anything else.
         sha256: Of each clean image: by these, two runs know which images both have.
+        inside: Of attacked images, the largest share of `looks` fresh draws that was misclassified at one point of the attack,
+            (images,); None where no attack tells.
+        inside_draws: How many fresh draws that were.
+        left: Of attacked images, how many are right at the official verdict that was not asked for after every stage: a test of
+            the attack (`mode` "fast") had them fall before the last one, which then did not attack them.
     """
 
     official: np.ndarray
@@ -57,6 +62,9 @@ class Judged:
     looks: int = 1
     unchanged: int = 0
     sha256: tuple[str, ...] = ()
+    inside: np.ndarray | None = None
+    inside_draws: int = 0
+    left: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +75,8 @@ class Accuracy:
         value: The share.
         images: Of how many.
         wilson: Over images, the draws as they fell. For an average over draws it is wider than it has to be.
-        bootstrap: Percentiles over resampled images and draws ("worst": images only); None for the official verdict, which has
-            one draw.
+        bootstrap: Percentiles over resampled images and draws ("worst" and "resubmission": images only); None for the official
+            verdict, which has one draw.
     """
 
     value: float
@@ -114,12 +122,67 @@ PROTOCOLS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "average": average,
 }
 OFFICIAL = "official"
+#: Verdicts of the attack itself, at its worst point for each image, from the largest share of draws that failed at one point
+#: (DiffHammer's N-evaluation).
+INSIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "inside average": lambda share: 1.0 - share,
+    "inside worst": lambda share: (share == 0).astype(float),
+}
+
+
+#: An attacker may send an image M times, fresh noise each time, and wins if any of them is misclassified.
+RESUBMISSION = "resubmission"
+
+
+def survival(failures: np.ndarray, draws: int, m: int) -> np.ndarray:
+    """Of images that failed in so many of N = `draws` draws, (images,), the estimated chance that none of M = `m` fails.
+
+    C(N − n, M) / C(N, M): of the subsets of M draws the share that has no failure. It is unbiased for (1 − p)^M, where each
+    draw fails with probability p; (1 − n/N)^M would be biased upwards. M = 1 is the average over draws, M = N their worst.
+
+    Raises:
+        ValueError: if not 1 <= m <= draws: of fewer draws than `m` there is no unbiased estimate.
+    """
+    if not 1 <= m <= draws:
+        raise ValueError(f"M-resubmission is estimated for M in [1, {draws}], the judge's draws, got {m}")
+    table = np.array([math.comb(draws - n, m) / math.comb(draws, m) for n in range(draws + 1)])
+    chances: np.ndarray = table[np.asarray(failures)]
+    return chances
+
+
+def resubmissions(verdicts: Judged) -> list[Accuracy]:
+    """Robust accuracy under M-resubmission for M = 1 … N.
+
+    The bootstrap is over images with their draws as they fell. Images are the sample: each one's estimate is unbiased, and how
+    it scatters over images has both parts in it, that images differ and that each had so many draws only, which are its own.
+    (Draws with repetition would show fewer different ones, and so be another quantity.)
+    """
+    draws = len(verdicts.logits)
+    failures = (verdicts.logits.argmax(axis=2) != verdicts.labels).sum(axis=0)
+    each = np.stack([survival(failures, draws, m) for m in range(1, draws + 1)], axis=1)  # [images, M]
+    resampled = np.stack([each[images].mean(axis=0) for images, _ in _resamples(RESUBMISSION, len(each), draws)])
+    return [
+        Accuracy(
+            value=float(column.mean()),
+            images=len(column),
+            wilson=wilson_interval(min(float(column.sum()), len(column)), len(column)),
+            bootstrap=_percentiles(resampled[:, m].tolist()),
+        )
+        for m, column in enumerate(each.T)
+    ]
+
+
+def told(draws: int) -> list[int]:
+    """The M of M-resubmission that a table has; a plot has all."""
+    return [m for m in (2, 3, 5, 10, 20, 50) if m < draws]
 
 
 def describe(protocol: str, draws: int) -> str:
     """A protocol's name with its number of draws."""
     names = {OFFICIAL: "official, one fresh draw a stage", "single": "one fresh draw", "worst": f"worst of {draws} draws"}
     names |= {"majority": f"majority of {draws} draws", "average": f"average over {draws} draws"}
+    names |= {RESUBMISSION: f"{draws}-resubmission, all {draws} right"}
+    names |= {protocol: f"inside the attack, {protocol.split()[1]} of {draws}" for protocol in INSIDE}
     return names.get(protocol, f"{protocol} of {draws} draws")
 
 
@@ -134,6 +197,9 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
     official = {"clean": np.ones(count, dtype=bool), "attacked": np.ones(count, dtype=bool)}
     logits: dict[str, dict[int, np.ndarray]] = {"clean": {}, "attacked": {}}
     as_they_came = {"clean": 0, "attacked": 0}
+    inside, inside_draws = np.full(count, np.nan), 0
+    left = np.zeros(count, dtype=bool)
+    last = [CLEAN, *ledger.configuration["stages"]][-1]
     for record in records:
         if record.unit.stage == JUDGE:
             arrays = ledger.arrays(record)
@@ -143,10 +209,18 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
                     columns = arrays[f"{kind}_logits"].swapaxes(0, 1)
                     logits[kind] |= dict(zip(record.unit.images, columns, strict=True))
         else:
+            if "looked" in record.result:
+                inside_draws = max(inside_draws, record.result["looks"])
+                images = list(record.unit.images)
+                inside[images] = np.fmax(inside[images], np.array(record.result["looked"]) / record.result["looks"])
             fallen = sorted(set(record.unit.images) - set(record.result["standing"]))
             official["attacked"][fallen] = False
+            if record.unit.stage != last and "onward" in record.result:
+                left[sorted(set(record.unit.images) - set(record.onward))] = True
             if record.unit.stage == CLEAN:
                 official["clean"][fallen] = False
+    # Who was not attacked inside of an attack that tells had fallen before.
+    shares = np.where(np.isnan(inside), 1.0, inside) if inside_draws else None
     if len(logits["clean"]) != count:
         raise ValueError(
             f"the run in {ledger.folder} is not finished: {len(logits['clean'])} of {count} images are judged; "
@@ -160,6 +234,9 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
             looks=1 + (len(ledger.configuration["stages"]) if kind == "attacked" else 0),
             unchanged=as_they_came[kind],
             sha256=tuple(ledger.configuration["images"]["sha256"]),
+            inside=shares if kind == "attacked" else None,
+            inside_draws=inside_draws if kind == "attacked" else 0,
+            left=int((left & official["attacked"]).sum()) if kind == "attacked" else 0,
         )
         for kind, rows in logits.items()
         if rows
@@ -171,16 +248,29 @@ def table(verdicts: Mapping[str, Judged]) -> str:
     draws = len(verdicts["clean"].logits)
     lines = [f"{'':34s}" + "".join(f"{kind:38s}" for kind in verdicts)]
     for protocol in (OFFICIAL, *PROTOCOLS):
-        cells = []
-        for found in (accuracy(kind, protocol) for kind in verdicts.values()):
-            low, high = found.wilson
-            cells.append(f"{100 * found.value:5.1f} % {f'({count(found)})':13s} [{100 * low:5.1f}, {100 * high:5.1f}]")
-        lines.append(f"{describe(protocol, draws):34s}" + "".join(f"{cell:38s}" for cell in cells))
+        lines.append(_line(describe(protocol, draws), [accuracy(kind, protocol) for kind in verdicts.values()]))
+    curves = [resubmissions(kind) for kind in verdicts.values()]
+    for m in told(draws):
+        lines.append(_line(describe(RESUBMISSION, m), [curve[m - 1] for curve in curves]))
     if "attacked" in verdicts:
+        for protocol in INSIDE if verdicts["attacked"].inside is not None else ():
+            name = describe(protocol, verdicts["attacked"].inside_draws)
+            lines.append(_line(name, [None, accuracy(verdicts["attacked"], protocol)]))
         lines.append(official_baseline(verdicts))
         if verdicts["attacked"].unchanged:
             lines.append(unchanged(verdicts["attacked"]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(name: str, cells: Sequence[Accuracy | None]) -> str:
+    texts = []
+    for found in cells:
+        if found is None:
+            texts.append("")
+            continue
+        low, high = found.wilson
+        texts.append(f"{100 * found.value:5.1f} % {f'({count(found)})':13s} [{100 * low:5.1f}, {100 * high:5.1f}]")
+    return f"{name:34s}" + "".join(f"{text:38s}" for text in texts)
 
 
 def count(found: Accuracy) -> str:
@@ -193,6 +283,11 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
     """In words, what the official verdict on attacked images would be if the attack changed nothing: it asks more than once."""
     clean, looks = verdicts["clean"], verdicts["attacked"].looks
     said = f"official: {looks} draws must all be right where there was an attack, one where there was none"
+    if left := verdicts["attacked"].left:
+        said += (
+            f" ({left} image{'s' * (left > 1)} that stand{'s' * (left == 1)} here had fallen by the test of an attack: fewer "
+            f"draws, and no later attack)"
+        )
     if len(clean.logits) < looks:
         return f"{said}; what {looks} draws alone cost, {looks} or more of the judge's would tell"
     passed = int(worst(clean.logits[:looks], clean.labels).sum())
@@ -213,6 +308,10 @@ def scores(verdicts: Judged, protocol: str) -> np.ndarray:
     """(images,) numbers in [0, 1]."""
     if protocol == OFFICIAL:
         return verdicts.official.astype(float)
+    if protocol in INSIDE:
+        if verdicts.inside is None:
+            raise ValueError(f"{protocol!r} is a verdict of attacks that look at their own points, and here is none")
+        return INSIDE[protocol](verdicts.inside)
     return PROTOCOLS[protocol](verdicts.logits, verdicts.labels)
 
 
@@ -220,7 +319,9 @@ def accuracy(verdicts: Judged, protocol: str) -> Accuracy:
     """A protocol's accuracy and how sure it is."""
     each = scores(verdicts, protocol)
     bootstrap = None
-    if protocol != OFFICIAL:
+    if protocol in INSIDE:
+        bootstrap = _percentiles([each[images].mean() for images, _ in _resamples(protocol, len(each), 1)])
+    elif protocol != OFFICIAL:
         resampled = [
             PROTOCOLS[protocol](verdicts.logits[draws][:, images], verdicts.labels[images]).mean()
             for images, draws in _resamples(protocol, len(each), len(verdicts.logits))
@@ -232,6 +333,38 @@ def accuracy(verdicts: Judged, protocol: str) -> Accuracy:
         wilson=wilson_interval(min(float(each.sum()), len(each)), len(each)),
         bootstrap=bootstrap,
     )
+
+
+# --- two attacks ---------------------------------------------------------------------------------------------------------
+
+
+def lower(first: Judged, second: Judged, protocol: str) -> tuple[Accuracy, Accuracy]:
+    """One defense under two attacks: the lower of the two accuracies, and the share of images that is right under both.
+
+    DiffPure and COUP report the former, of AutoAttack's `rand` and `standard`; AutoAttack itself counts its attacks in the
+    latter way, which is never higher. For protocols that give shares the latter is the mean of the lower ones.
+    The bootstrap takes the minimum anew in every resample, of the same images and draws under both.
+
+    Raises:
+        ValueError: see `common`.
+    """
+    pair = common(first, second)
+    each = [scores(one, protocol) for one in pair]
+    images = len(each[0])
+    means, boths = [], []
+    for chosen, draws in _resamples(protocol, images, len(pair[0].logits)):
+        if protocol == OFFICIAL:
+            resampled = [one[chosen] for one in each]
+        else:
+            resampled = [PROTOCOLS[protocol](one.logits[draws][:, chosen], one.labels[chosen]) for one in pair]
+        means.append(min(one.mean() for one in resampled))
+        boths.append(np.minimum(*resampled).mean())
+    found = []
+    for value, bootstrap in ((min(one.mean() for one in each), means), (np.minimum(*each).mean(), boths)):
+        value = float(value)
+        interval = wilson_interval(min(value * images, images), images)
+        found.append(Accuracy(value, images, interval, _percentiles(bootstrap)))
+    return found[0], found[1]
 
 
 # --- two defenses -------------------------------------------------------------------------------------------------------
@@ -363,7 +496,8 @@ def _resamples(protocol: str, images: int, draws: int) -> list[tuple[np.ndarray,
     rng = np.random.Generator(np.random.Philox(0))
     chosen = [(rng.integers(images, size=images), rng.integers(draws, size=draws)) for _ in range(RESAMPLES)]
     # The worst of fewer distinct draws is another quantity, and a better one: its N stays as it is.
-    return [(image, np.arange(draws)) for image, _ in chosen] if protocol == "worst" else chosen
+    fixed = protocol in ("worst", RESUBMISSION)
+    return [(image, np.arange(draws)) for image, _ in chosen] if fixed else chosen
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:

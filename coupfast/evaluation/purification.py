@@ -89,16 +89,24 @@ def plans_memory(settings: Settings) -> bool:
     return not isinstance(settings.gradient, Adjoint)
 
 
-def decisions(purifier: Purifier) -> dict[str, Any]:
-    """The engine's options with everything decided that would follow from the machine's state."""
-    engine = purifier.settings.engine.decided(purifier.engine, purifier.score, purifier.classifier)
-    return dict(engine.options)
+def settled(purifier: Purifier, recorded: Mapping[str, Any] | None) -> Settings:
+    """A purifier's settings with everything decided that would follow from the state of the machine.
+
+    Args:
+        recorded: What `describe` said of it when the run began: what is open is taken from there. None decides it now.
+    """
+    settings = _in_least_memory(purifier.settings)
+    engine, before = settings.engine, (recorded or {}).get("engine", {})
+    if before.get("runs") == purifier.engine:  # else what was decided was another engine's, and the run says so
+        said = {name: value for name, value in engine.options.items() if value is not None}
+        engine = dataclasses.replace(engine, options={**before["options"], **said})
+    return dataclasses.replace(settings, engine=engine.decided(purifier.engine, purifier.score, purifier.classifier))
 
 
 def describe(purifier: Purifier) -> dict[str, Any]:
     """What decides a purifier's output and gradient beside its networks and the noise, as JSON has it."""
     settings = purifier.settings
-    fields: dict[str, Any] = settings.to_dict()
+    fields: dict[str, Any] = settings.describe()
     return {
         **fields,
         "engine": {**fields["engine"], "runs": purifier.engine},

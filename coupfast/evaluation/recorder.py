@@ -5,7 +5,7 @@ beginning, whosever code the attack is, and gets the answers that were recorded,
 from there on the networks answer. What comes out is the same to the bit.
 
 Cost: a call's logits and 12 KiB of gradient per CIFAR-10 image are written, once, and removed with the unit; questions are
-hashed. Of a call that is not done yet, `Tape` keeps the steps of a purification.
+hashed. Of a call that is not done yet, `Steps` keeps those of a purification.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import collections
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from coupfast.evaluation.configuration import difference
 from coupfast.evaluation.journal import Journal, JournalError, digest
 from coupfast.evaluation.metered import Draw, Ids, Metered
+from coupfast.evaluation.views import View
 from coupfast.tape import Kept, Tape, kept_on
 
 logger = logging.getLogger(__name__)
@@ -60,12 +62,12 @@ class Recorder:
         self.replayed = 0
         self._defense, self._device = defense, device
         self._calls = 0
-        self._steps: _Steps | None = None  # of the last call that the networks answered
+        self._steps: _CallSteps | None = None  # of the last call that the networks answered
         self._backwards: collections.Counter[int] = collections.Counter()
         if probe is not None:
             self._recognise(journal, probe)
 
-    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, ids: Ids, draw: Draw, view: View | None = None) -> torch.Tensor:
         """The answer to the next call, as `Metered.ask` has it.
 
         Raises:
@@ -74,7 +76,7 @@ class Recorder:
         if self.journal is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
             self._give_up("the attack differentiates by torch.func")
         if self.journal is None:
-            return self._defense.ask(x, ids, draw)
+            return self._defense.ask(x, ids, draw, view)
         number, self._calls = self._calls, self._calls + 1
         following = torch.is_grad_enabled() and x.requires_grad
         question = {
@@ -83,10 +85,11 @@ class Recorder:
             "draw": _named(draw),
             "following": following,
             "noise": [list(noise) for noise in self._defense.noise()],
+            **({} if view is None else {"view": view.to_dict()}),
         }
         entry = self.journal.get(("answer", number))
         if entry is None:
-            return self._record(self.journal, number, question, x, ids, draw)
+            return self._record(self.journal, number, question, x, ids, draw, view)
         if changed := difference(entry.said["question"], question):
             raise self._diverged(self.journal, f"call {number} of the attack is another one: {changed}")
         self.replayed += 1
@@ -96,7 +99,7 @@ class Recorder:
         self._set_state(_State(noise, *self._moved(before, generators)))
         if not following or not entry.said["follows"]:
             return logits
-        return _Recorded.apply(x, _Call(self, number, x.detach().clone(), ids, draw, before, logits.clone()), logits)
+        return _Recorded.apply(x, _Call(self, number, x.detach().clone(), ids, draw, view, before, logits.clone()), logits)
 
     def close(self) -> None:
         if self._steps is not None:
@@ -122,22 +125,47 @@ class Recorder:
         try:
             with torch.enable_grad(), self._kept(call.number):
                 leaf = call.x.clone().requires_grad_()
-                logits = self._defense.ask(leaf, call.ids, call.draw)
+                logits = self._defense.ask(leaf, call.ids, call.draw, call.view)
             if journal is not None and not torch.equal(logits.detach(), call.logits):
                 raise self._diverged(journal, f"the defense answers call {number} otherwise than it did")
-            (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         finally:
             self._set_state(now)
+        # From the generators as they are now, as in a unit that was not stopped: a backward pass may draw numbers, too.
+        (gradient,) = torch.autograd.grad(logits, leaf, cotangent)
         if journal is not None:
-            journal.append(("gradient", number, nth), {"cotangent": digest(cotangent)}, [gradient])
+            said = {"cotangent": digest(cotangent)}
+            journal.append(("gradient", number, nth), said, [gradient, *self._generators(now)])
         return gradient
 
+    def made(self, name: str, make: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """What `make` makes of the unit's own images beside the attack's calls: recorded as answers are."""
+        if self.journal is None:
+            return list(make())
+        entry = self.journal.get(("made", name))
+        if entry is not None:
+            tensors = self.journal.tensors(entry, self._device)
+            generators = tensors[entry.said["count"] :]
+            self._set_state(_State(self._defense.noise(), *self._moved(self._state(), generators)))
+            return tensors[: entry.said["count"]]
+        before = self._state()
+        with self._kept(name):
+            tensors = list(make())
+        self.journal.append(("made", name), {"count": len(tensors)}, [*tensors, *self._generators(before)])
+        return tensors
+
     def _record(
-        self, journal: Journal, number: int, question: dict[str, Any], x: torch.Tensor, ids: Ids, draw: Draw
+        self,
+        journal: Journal,
+        number: int,
+        question: dict[str, Any],
+        x: torch.Tensor,
+        ids: Ids,
+        draw: Draw,
+        view: View | None,
     ) -> torch.Tensor:
         before = self._state()
         with self._kept(number):
-            logits = self._defense.ask(x, ids, draw)
+            logits = self._defense.ask(x, ids, draw, view)
         said = {"question": question, "follows": logits.requires_grad, "noise": self._defense.noise()}
         journal.append(("answer", number), said, [logits, *self._generators(before)])
         if question["following"] and logits.requires_grad:
@@ -166,13 +194,13 @@ class Recorder:
         return logits
 
     @contextlib.contextmanager
-    def _kept(self, number: int) -> Iterator[None]:
+    def _kept(self, call: int | str) -> Iterator[None]:
         """Purifications of this call keep their steps, in the place of those of the call before."""
-        if self._steps is not None and self._steps.number != number:
+        if self._steps is not None and self._steps.call != call:
             self._steps.remove()
             self._steps = None
         if self.journal is not None and self._steps is None:
-            self._steps = _Steps(self.journal, number, self._device)
+            self._steps = _CallSteps(self.journal, call, self._device)
         with kept_on(self._steps):
             yield
 
@@ -247,14 +275,18 @@ class Recorder:
         )
 
 
-class _Steps(Tape):
-    """Steps of one call of a unit, in a file beside its journal that is made when there is something to keep."""
+class Steps(Tape):
+    """Steps in a file that is made when there is something to keep.
 
-    def __init__(self, journal: Journal, number: int, device: torch.device) -> None:
+    Args:
+        path: The file.
+        about: Of which work, as JSON has it; what a file holds of other work is dropped.
+        device: Where tensors go.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], device: torch.device) -> None:
         super().__init__()
-        self.number, self._device = number, device
-        self._path = journal.path.with_suffix(".steps")
-        self._about = {"journal": journal.name, "call": number}
+        self._path, self._about, self._device = path, dict(about), device
         self._closed = False
         self._file: Journal | None = None
         if self._path.exists():
@@ -290,12 +322,20 @@ class _Steps(Tape):
     def _open(self) -> None:
         try:
             self._file = Journal(self._path, self._about)
-        except JournalError:  # of an earlier call
+        except JournalError:  # of other work
             self._path.unlink()
             self._file = Journal(self._path, self._about)
         except OSError as error:
             self._closed = True
             logger.warning("%s cannot be written (%s): a call that is stopped begins again", self._path, error)
+
+
+class _CallSteps(Steps):
+    """Those of one call of a unit, beside its journal."""
+
+    def __init__(self, journal: Journal, call: int | str, device: torch.device) -> None:
+        super().__init__(journal.path.with_suffix(".steps"), {"journal": journal.name, "call": call}, device)
+        self.call = call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +347,7 @@ class _Call:
     x: torch.Tensor
     ids: Ids
     draw: Draw
+    view: View | None
     before: _State
     logits: torch.Tensor
 

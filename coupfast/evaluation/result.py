@@ -19,9 +19,9 @@ from coupfast.evaluation.configuration import images_sha256
 from coupfast.evaluation.dispatch import attacked_images
 from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
-from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Judged
+from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, RESUBMISSION, Accuracy, Judged
 from coupfast.evaluation.spec import GIVEN, Spec
-from coupfast.files import write_whole
+from coupfast_kernels.files import write_whole
 
 _COLUMNS = ("run", "kind", "protocol", "accuracy", "images", "draws", "low", "high", "bootstrap_low", "bootstrap_high")
 
@@ -65,6 +65,21 @@ class Evaluation:
             kind: {protocol: protocols.accuracy(found, protocol) for protocol in (OFFICIAL, *PROTOCOLS)}
             for kind, found in self.verdicts.items()
         }
+
+    @functools.cached_property
+    def resubmission(self) -> dict[str, list[Accuracy]]:
+        """By "clean" and "attacked", robust accuracy where an attacker has M = 1, 2, … of the judge's draws; see
+        `protocols.resubmissions`."""
+        return {kind: protocols.resubmissions(found) for kind, found in self.verdicts.items()}
+
+    @functools.cached_property
+    def inside(self) -> dict[str, Accuracy]:
+        """What attacks saw themselves on fresh draws at each of their points, by the worst one for each image; empty if none
+        tells."""
+        attacked = self.verdicts.get("attacked")
+        if attacked is None or attacked.inside is None:
+            return {}
+        return {protocol: protocols.accuracy(attacked, protocol) for protocol in INSIDE}
 
     @property
     def accuracy(self) -> float:
@@ -151,22 +166,16 @@ class Evaluation:
         return _kept(csv_of({self.folder.resolve().name: self.to_dict()}), path)
 
     def _rows(self) -> list[dict[str, Any]]:
-        draws = len(self.verdicts["clean"].logits)
-        return [
-            {
-                "kind": kind,
-                "protocol": protocol,
-                "accuracy": found.value,
-                "images": found.images,
-                "draws": self.verdicts[kind].looks if protocol == OFFICIAL else 1 if protocol == "single" else draws,
-                "low": found.wilson[0],
-                "high": found.wilson[1],
-                "bootstrap_low": None if found.bootstrap is None else found.bootstrap[0],
-                "bootstrap_high": None if found.bootstrap is None else found.bootstrap[1],
-            }
-            for kind, by_protocol in self.accuracies.items()
-            for protocol, found in by_protocol.items()
-        ]
+        rows = []
+        for kind, by_protocol in self.accuracies.items():
+            used = {OFFICIAL: self.verdicts[kind].looks, "single": 1}
+            for protocol, found in by_protocol.items():
+                rows.append(row(kind, protocol, used.get(protocol, len(self.verdicts[kind].logits)), found))
+        for kind, points in self.resubmission.items():
+            rows += [row(kind, RESUBMISSION, m, found) for m, found in enumerate(points, start=1)]
+        for protocol, found in self.inside.items():
+            rows.append(row("attacked", protocol, self.verdicts["attacked"].inside_draws, found))
+        return rows
 
     def close(self) -> None:
         """Close the ledger; a temporary folder goes."""
@@ -183,6 +192,21 @@ class Evaluation:
     def __repr__(self) -> str:
         attacked = f", attacked {100 * self.accuracy:.1f} %" if "attacked" in self.verdicts else ""
         return f"<Evaluation in {self.folder}: {self.title}; official: clean {100 * self.clean_accuracy:.1f} %{attacked}>"
+
+
+def row(kind: str, protocol: str, draws: int, found: Accuracy) -> dict[str, Any]:
+    """One accuracy as JSON and CSV have it."""
+    return {
+        "kind": kind,
+        "protocol": protocol,
+        "accuracy": found.value,
+        "images": found.images,
+        "draws": draws,
+        "low": found.wilson[0],
+        "high": found.wilson[1],
+        "bootstrap_low": None if found.bootstrap is None else found.bootstrap[0],
+        "bootstrap_high": None if found.bootstrap is None else found.bootstrap[1],
+    }
 
 
 def csv_of(found: Mapping[str, Mapping[str, Any]]) -> str:

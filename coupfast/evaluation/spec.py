@@ -11,21 +11,23 @@ import torch
 
 from coupfast.data import CIFAR10_CLASSES, load_images
 from coupfast.evaluation import purification, suites
-from coupfast.evaluation.attacks import Attack, Cost, knobs
+from coupfast.evaluation.attacks import Attack, Cost, Iterative, knobs
 from coupfast.evaluation.building import Builder, Named, Networks
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule
 from coupfast.evaluation.worker import chosen
 from coupfast.gradients import NoGradient
+from coupfast.methods import method_name
 from coupfast.naming import reference_to
-from coupfast.options import did_you_mean
+from coupfast.options import check_name, did_you_mean
 from coupfast.settings import Settings
 
 SEEDINGS = ("unit", "autoattack")
+MODES = ("full", "fast")
 #: What a ledger says in the place of a name, where images or a defense were objects that Python had.
 GIVEN = "given from Python"
-_NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation")
+_NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Spec:
         classes: Names of the classes in the order of their labels, for images in subfolders; None takes CIFAR-10's.
         purifier: `Settings`, or those keywords of `Settings.of` that are not its defaults (the gradient's is the one that the
             attack is made for, with the least memory, which never splits a batch). None: the classifier alone.
+        guide, guide_weights: The classifier that a guided method follows, in the place of the one that is attacked.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
         attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.
         attack_options: Knobs of the attack to set, in every stage that has them; the others as published.
@@ -44,6 +47,11 @@ class Spec:
         seed: All randomness follows from it.
         seeding: "unit": every unit has randomness of its own. "autoattack": every attack takes the run's seed and the images
             that still stand are batched anew before each stage, as AutoAttack does it.
+        mode: "full": every image goes through all of an attack, and on to the next stage if one fresh draw after it is right.
+            "fast": an image leaves an attack of this project's once a test says that most draws fail (`drop` "majority", with
+            its stated error), another one of its unit takes its place (`batch`, a quarter of a unit unless set), and all others
+            go on to the next stage, whatever one draw says. Attacks whose `drop` is set, those that know the judge's noise
+            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both.
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
@@ -62,6 +70,8 @@ class Spec:
     classifier: str = "cifar10-tiny"
     classifier_weights: str | None = None
     activation: str | None = None
+    guide: str | None = None
+    guide_weights: str | None = None
     purifier: purification.Asked | None = dataclasses.field(default_factory=dict)
     defense: str | None = None
     attack: suites.Asked = "autoattack-rand"
@@ -70,6 +80,7 @@ class Spec:
     eps: float | None = None
     seed: int = 0
     seeding: str = "unit"
+    mode: str = "full"
     shard: int = 16
     draws: int = 10
     paths: int | tuple[int, ...] = 4
@@ -79,6 +90,9 @@ class Spec:
     def __post_init__(self) -> None:
         if self.seeding not in SEEDINGS:
             raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
+        check_name("mode", self.mode, MODES)
+        if self.mode == "fast" and self.seeding == "autoattack":
+            raise ValueError("`seeding` 'autoattack' attacks what AutoAttack would, and `mode` 'fast' does not: choose one")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(
                 f"`device` is cpu or cuda, got {self.device!r}: workers take one GPU each, from the first; which those are, "
@@ -114,6 +128,11 @@ class Spec:
                 raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {own[key]!r}: say it there only")
         stages = self.stages()
         settings = self.settings()
+        if self.guide is not None and not (settings and settings.method.guided):
+            what = "no method does here" if settings is None else f"{method_name(settings.method)!r} does not"
+            raise ValueError(f"`guide` is for a method that follows a classifier, and {what}")
+        if self.guide_weights is not None and self.guide is None:
+            raise ValueError("`guide_weights` belong to a `guide`, and none is named")
         if settings and settings.gradient.name == NoGradient.name and any(attack.cost().gradient for attack in stages.values()):
             raise ValueError(f"{self.suite.name!r} follows a gradient, and `gradient` is 'none'")
 
@@ -194,7 +213,16 @@ class Spec:
     def stages(self) -> dict[str, Attack]:
         """The attack's stages by name."""
         assert self.norm is not None and self.eps is not None  # `__post_init__`
-        return self.suite.stages(self.norm, self.eps, self.attack_options)
+        stages = self.suite.stages(self.norm, self.eps, self.attack_options)
+        if self.mode == "fast":
+            return {stage: self._fast(attack) for stage, attack in stages.items()}
+        return stages
+
+    def _fast(self, attack: Attack) -> Attack:
+        given = isinstance(self.attack, Attack) or "drop" in self.attack_options
+        if not isinstance(attack, Iterative) or given or attack.dw_box:
+            return attack
+        return dataclasses.replace(attack, drop="majority", batch=attack.batch or max(1, self.shard // 4))
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels.

@@ -9,7 +9,20 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from coupfast.evaluation.attacks import APGD, BPDA, PGD, Attack, FABTargeted, SaltAndPepper, Square, TargetedAPGD, knobs
+from coupfast.evaluation.attacks import (
+    APGD,
+    BPDA,
+    PGD,
+    Attack,
+    DiffHammer,
+    FABTargeted,
+    SaltAndPepper,
+    Square,
+    StAdv,
+    TargetedAPGD,
+    Transfer,
+    knobs,
+)
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.naming import is_reference, resolve
 from coupfast.options import Option, did_you_mean
@@ -117,13 +130,36 @@ _ALL = (
         lambda norm, eps: {"bpda-eot-20": BPDA(norm, eps, iterations=20)},
         {"eot_iter": "EOT 15 is an assumption", "step_size": "the step size of 2/255 is an assumption"},
     ),
-    Suite("pgd-eot", lambda norm, eps: {"pgd-eot": PGD(norm, eps, random_start=True)}),
+    # As Lee and Kim (2023), ADBM and MAE-Pure run it, in Linf; they state no common step in L2.
+    Suite("pgd-eot", lambda norm, eps: {"pgd-eot": _pgd_eot(norm, eps)}),
+    # The iterate of least accuracy on 20 fresh copies of the noise is what AutoAttack's attacks return here (ADDT 2024).
+    Suite(
+        "fixed-autoattack",
+        lambda norm, eps: {
+            "apgd-ce": APGD(norm, eps, eot_iter=20, looks=20),
+            "apgd-dlr": APGD(norm, eps, loss="dlr", eot_iter=20, looks=20),
+        },
+    ),
+    Suite("diffhammer", lambda norm, eps: {"diffhammer": DiffHammer(norm, eps)}),
+    Suite("transfer", lambda norm, eps: {"transfer": _transfer(norm, eps, 5)}),
+    # Each stage attacks what the ones before have left on the real defense. Sizes are this project's.
+    Suite(
+        "cascade",
+        lambda norm, eps: {
+            "transfer-3": _transfer(norm, eps, 3),
+            "transfer-5": _transfer(norm, eps, 5),
+            "exact": dataclasses.replace(_pgd_eot(norm, eps), iterations=50, eot_iter=10, keep="accuracy"),
+        },
+    ),
+    Suite("stadv", lambda norm, eps: {"stadv": StAdv()}),
     Suite(
         "salt-and-pepper",
         lambda norm, eps: {"salt-and-pepper": SaltAndPepper()},
         {"amount": "5 % of pixels is an assumption"},
     ),
 )
+
+
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _ALL}
 
 
@@ -143,6 +179,8 @@ def find(asked: Asked) -> Suite:
         raise ValueError(f"`attack` is a suite's name, an attack or a suite, got a {type(asked).__name__}")
     if asked in SUITES:
         return SUITES[asked]
+    if "<locals>" in asked:
+        raise ValueError(f"`attack` was {asked}, made inside of a function: no name leads back to it, give it in Python again")
     if not is_reference(asked):
         hint = did_you_mean(asked, SUITES)
         raise ValueError(f"`attack` is one of {', '.join(SUITES)}, or package.module:NAME, got {asked!r}{hint}")
@@ -172,3 +210,11 @@ def _alone(kind: type[Attack], attack: Attack | None = None) -> Suite:
         return {name: kind(**{field: value for field, value in ball.items() if field in knobs.names(kind)})}
 
     return Suite(name, make)
+
+
+def _transfer(norm: str, eps: float, steps: int) -> Transfer:
+    return Transfer(norm, eps, step_size=0.007 if norm == "Linf" else None, coarse_steps=steps)
+
+
+def _pgd_eot(norm: str, eps: float) -> PGD:
+    return PGD(norm, eps, iterations=200, eot_iter=20, step_size=0.007 if norm == "Linf" else None, keep="last")

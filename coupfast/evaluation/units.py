@@ -55,7 +55,7 @@ class Schedule:
         """Units that are not done and whose images are known.
 
         Args:
-            standing: For every unit that is done, by name, those of its images that were not fooled.
+            standing: For every unit that is done, by name, those of its images that go on: that were not fooled.
         """
         units: list[Unit] = []
         everything = tuple(range(self.images))

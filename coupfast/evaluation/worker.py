@@ -24,6 +24,7 @@ from coupfast.evaluation.ledger import DATABASE, Outcome
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.recorder import Recorder
 from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
+from coupfast.evaluation.views import Known
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Rules:
         environment: Where the run was started; see `configuration.environment`.
         defense: What the run was started with; see `Metered.describe`.
         folder: Of the run, where a unit that is under way keeps a journal; None keeps none.
+        fast: What an attack says of who has fallen decides who goes on to the next stage, and not the official verdict.
     """
 
     attacks: Mapping[str, Attack]
@@ -61,6 +63,7 @@ class Rules:
     environment: Mapping[str, Any]
     defense: Mapping[str, Any]
     folder: str | None = None
+    fast: bool = False
 
 
 def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
@@ -81,6 +84,7 @@ class Worker:
         self.rules, self.device = rules, torch.device(device)
         with self._settings():
             self.defense = Metered(build(device))
+            self.defense.settle(rules.defense)
         wanted = {"environment": dict(rules.environment), "defense": dict(rules.defense)}
         if changed := difference(wanted, {"environment": environment(self.device), "defense": self.defense.describe()}):
             raise ValueError(
@@ -151,6 +155,7 @@ class Worker:
             "attack": None if attack is None else attack.to_dict(),
             "seed": rules.seed,
             "attack_seed": rules.attack_seed,
+            "fast": rules.fast,
             "draws": rules.draws,
             "paths": rules.paths,
             "threads": rules.threads,
@@ -176,11 +181,19 @@ class Worker:
 
     def _attack(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         x, y, seed = inputs["x"], inputs["y"], self.rules.seed
-        found = Result(x)
+        found, fresh = Result(x), True
         if unit.stage != CLEAN:
-            self.defense.reseed(derive_seed(seed, unit.name, "defense"))
+            attack = self.rules.attacks[unit.stage]
+            noise = derive_seed(seed, unit.name, "defense")
+            if attack.knows_noise:
+                noise, fresh = derive_seed(seed, JUDGE), False  # of such draws no verdict inside of the attack is told
+                self.defense.known = Known(noise, unit.images, self.rules.draws)
+            self.defense.reseed(noise)
             attack_seed = seed if self.rules.attack_seed else derive_seed(seed, unit.name, "attack")
-            found = self.rules.attacks[unit.stage].run(self.defense, x, y, seed=attack_seed)
+            try:
+                found = attack.run(self.defense, x, y, seed=attack_seed)
+            finally:
+                self.defense.known = None
         # One draw that the attack has not seen.
         self.defense.reseed(derive_seed(seed, unit.name, "verdict"))
         with torch.no_grad():
@@ -192,6 +205,10 @@ class Worker:
             "standing": [image for image, stands in zip(unit.images, right, strict=True) if stands],
             "curve": list(found.curve),
         }
+        if self.rules.fast and found.left is not None:
+            result["onward"] = [image for image, left in zip(unit.images, found.left.tolist(), strict=True) if not left]
+        if found.looked is not None and fresh:
+            result |= {"looked": found.looked.tolist(), "looks": found.looks}
         tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
         if found.strongest is not None and found.loss is not None and found.failed is not None:
             tensors |= {"x_strongest": found.strongest, "loss": found.loss, "failed": found.failed}
@@ -199,7 +216,7 @@ class Worker:
 
     def _judge(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         # By image and draw and nothing else: two defenses in runs of equal seeds meet the same noise.
-        seed = derive_seed(self.rules.seed, "judge")
+        seed = derive_seed(self.rules.seed, JUDGE)
         ids = torch.tensor(unit.images)
         result: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -221,24 +238,34 @@ class Worker:
             result[kind] = logits.argmax(dim=2).tolist()
             shown = chosen(self.rules.paths, unit.images)
             if shown:
-                tensors |= {
-                    f"{kind}_{name}": tensor for name, tensor in self._path(inputs[name][shown], ids[shown], seed).items()
-                }
+                path = self._path(kind, inputs[name][shown], ids[shown], seed)
+                tensors |= {f"{kind}_{name}": tensor for name, tensor in path.items()}
         return result, tensors
 
-    def _path(self, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    def _path(self, kind: str, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
         """Images through the purification: what comes out at draw 0, and confidences on the way without noise."""
         purified = self.defense.purified
         if purified is None:
             return {"images": x}
         self.defense.forward_images += 2 * len(x)  # past the defense's own count
-        with torch.no_grad():
-            x_pure = purified.purifier(x, seed=seed, ids=ids, draw=0)
+
+        def purify() -> list[torch.Tensor]:
+            return [purified.purifier(x, seed=seed, ids=ids, draw=0)]
+
+        def follow() -> list[torch.Tensor]:
             # As in the paper's Fig. 2a: "to focus on the purification process, we do not consider Brownian motion".
             silence = x.new_zeros(purified.purifier.settings.method.num_noises, *x.shape)
             _, states = purified.purifier(x, noise=silence, return_trajectory=True)
-            on_the_way = [purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]
-        return {"images": x, "purified": x_pure, "confidences": torch.stack(on_the_way)}  # [steps + 1, images, classes]
+            return [torch.stack([purified.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states])]
+
+        with torch.no_grad():
+            (x_pure,) = self._made(f"{kind} purified", purify)
+            (confidences,) = self._made(f"{kind} confidences", follow)  # [steps + 1, images, classes]
+        return {"images": x, "purified": x_pure, "confidences": confidences}
+
+    def _made(self, name: str, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        recorder = self.defense.recorder
+        return make() if recorder is None else recorder.made(name, make)
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:

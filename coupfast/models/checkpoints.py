@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coupfast.models.registry import CheckpointError
+from coupfast_kernels.files import written_whole
 
 __all__ = [
     "CheckpointError",
@@ -118,24 +117,12 @@ def write_safetensors(
     """
     path = Path(path)
     tensors = _apart({key: value.detach().cpu().contiguous() for key, value in state.items()})
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
     try:
-        save_file(tensors, partial, metadata={**(metadata or {}), "config": json.dumps(config)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; give this one what any new file would have had.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            save_file(tensors, partial, metadata={**(metadata or {}), "config": json.dumps(config)})
     except SafetensorError as error:  # the library's own name for what the operating system refused
-        os.unlink(partial)
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(f"{path} could not be written ({size / 1e6:.0f} MB of weights): {error}") from error
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def _apart(tensors: StateDict) -> StateDict:

@@ -7,24 +7,27 @@ configuration is `cifar10_ddpmpp_deep_continuous`: 106,632,579 parameters in 956
 only through one vector per residual block, `Dense_0(SiLU(temb))`; `time_projections` computes them, `denoise` is the
 rest. Engines know nothing of that: they find in a trace of any network what its labels alone decide.
 
-Here are also the names that it is loaded by, how its weight files are recognised (by the names and shapes of its tensors, or as
-a score_sde checkpoint, whose averaged weights are a list without names), and its random weights.
+Here are also the names that it is loaded by, how its weight files are recognised (by the names and shapes of its tensors, from
+which all follows but the size of the images, or as a score_sde checkpoint, whose averaged weights are a list without names),
+and its random weights.
 
 Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential Equations", arXiv:2011.13456.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coupfast.models.checkpoints import CheckpointError, check_tensor, read_torch, some
+from coupfast.models.checkpoints import CheckpointError, check_tensor
 from coupfast.models.registry import Config, Family, build, configurations, register
 
 _SQRT_2 = math.sqrt(2.0)
@@ -360,34 +363,6 @@ class DDPMpp(nn.Module):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def read_score_checkpoint(path: str | Path, *, config: Config | None = None) -> dict[str, Tensor]:
-    """The averaged weights of a score_sde checkpoint, by name.
-
-    Such a file is `{optimizer, model, ema: {decay, num_updates, shadow_params}, step}`. The weights in use everywhere are
-    `shadow_params`, a list without names in the order in which the network registers its parameters.
-
-    Args:
-        path: The checkpoint, e.g. `checkpoint_8.pth` (1.7 GB, of which the 427 MB of averaged weights are read).
-        config: `DDPMpp` arguments; None is `cifar10_ddpmpp_deep_continuous`.
-
-    Returns:
-        A float32 state dict of `DDPMpp(**config)`, in memory of its own.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, is not such a checkpoint, or its list does not fit the network.
-    """
-    checkpoint = read_torch(path)
-    try:
-        extracted = _shadow_weights(checkpoint, config or {})
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if extracted is None:
-        found = f"keys {some(list(checkpoint))}" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
-        raise CheckpointError(f"{path} is no score_sde checkpoint: expected ema → shadow_params, found {found}")
-    return extracted[1]
-
-
 def _shadow_weights(checkpoint: Any, config: Config | None) -> tuple[Config, dict[str, Tensor]] | None:
     """The configuration and the averaged weights of a score_sde checkpoint; None where it is none."""
     ema = checkpoint.get("ema") if isinstance(checkpoint, dict) else None
@@ -397,7 +372,12 @@ def _shadow_weights(checkpoint: Any, config: Config | None) -> tuple[Config, dic
     if config is None:
         shapes = [tuple(found.shape) if isinstance(found, Tensor) else None for found in shadow]
         fits = (named for named in configurations("DDPMpp") if list(_shapes(named).values()) == shapes)
-        config = next(fits, {})
+        if (known := next(fits, None)) is not None:
+            config = _with_size(known)
+        else:  # what is averaged has no names, but what is not has
+            raw = checkpoint.get("model")
+            names = {str(name).removeprefix("module."): value for name, value in raw.items()} if isinstance(raw, dict) else {}
+            config = _recognise({name: value for name, value in names.items() if isinstance(value, Tensor)}) or {}
     expected = _shapes(config)
     if len(shadow) != len(expected):
         raise CheckpointError(
@@ -413,19 +393,76 @@ def _shadow_weights(checkpoint: Any, config: Config | None) -> tuple[Config, dic
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    if "attn_levels" in config:  # shapes are the same at all sizes
+        config = _completed({**config, "image_size": 2 ** (len(config["ch_mult"]) - 1)})
     with torch.device("meta"):
         network = build({"arch": "DDPMpp", **config})
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
 def _recognise(state: Mapping[str, Tensor]) -> Config | None:
-    # The size of the images cannot be read off the weights: what is told is whether they are those of a name.
     if "all_modules.0.weight" not in state:
         return None
     for config in configurations("DDPMpp"):
         if all(key in state and tuple(state[key].shape) == shape for key, shape in _shapes(config).items()):
-            return config
-    return None
+            return _with_size(config)
+    return _inferred(state)
+
+
+def _inferred(state: Mapping[str, Tensor]) -> Config | None:
+    """The one configuration whose tensors have these names and shapes; None if there is none, or several.
+
+    All but the size of the images, which weights do not tell. It is needed to say at which sizes of maps attention is, and of
+    what shape images are; `attn_levels` says in the meantime at which levels.
+    """
+    found = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith("all_modules.")}
+    first, second = found.get("all_modules.0.weight", ()), found.get("all_modules.2.weight", ())
+    numbers = {int(key.split(".")[1]) for key in found if key.split(".")[1].isdecimal()}
+    if len(first) != 2 or len(second) != 4 or first[0] != 4 * first[1] or first[1] == 0:
+        return None
+    nf, count = first[1], max(numbers) + 1
+    attention = {number for number in numbers if f"all_modules.{number}.NIN_0.W" in found}
+    fitting = []
+    for levels, blocks in itertools.product(range(1, 9), range(1, 65)):
+        # Three before, two after, three in the middle; a block more a level on the way up, and what halves and doubles.
+        at = count - 8 - levels * (2 * blocks + 1) - 2 * (levels - 1)
+        if at < 0 or at % (blocks + 1):
+            continue
+        for chosen in itertools.combinations(range(levels), at // (blocks + 1)):
+            starts, where, here = [], set(), 3
+            for level in range(levels):
+                starts.append(here)
+                for _ in range(blocks):
+                    here += 1
+                    if level in chosen:
+                        where.add(here)
+                        here += 1
+                here += level < levels - 1
+            widths = [found.get(f"all_modules.{start}.Conv_0.bias", (0,)) for start in starts]
+            if not where <= attention or any(len(width) != 1 or width[0] % nf or not width[0] for width in widths):
+                continue
+            multiples = [width[0] // nf for width in widths]
+            config = {"nf": nf, "ch_mult": multiples, "num_res_blocks": blocks, "channels": second[1], "attn_levels": [*chosen]}
+            with contextlib.suppress(CheckpointError):  # nothing has such widths
+                if _shapes(config) == found:
+                    fitting.append(config)
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with sizes of maps in the place of levels."""
+    if "attn_levels" not in config:
+        return config
+    size = config["image_size"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise CheckpointError(f"`image_size` is the height and width of images in pixels, an int of at least 1, got {size!r}")
+    others = {name: value for name, value in config.items() if name != "attn_levels"}
+    return {**others, "attn_resolutions": [size // 2**level for level in config["attn_levels"]]}
+
+
+def _with_size(config: Config) -> Config:
+    """A named configuration, which says the size of its images."""
+    return {"image_size": inspect.signature(DDPMpp).parameters["image_size"].default, **config}
 
 
 register(
@@ -437,6 +474,11 @@ register(
         needs="give `weights=` the public checkpoint_8.pth, a converted safetensors file, or 'random'",
         recognise=_recognise,
         extract=_shadow_weights,
+        untold={
+            "image_size": "give `config`, or `image_size` alone, their height and width in pixels, as 32 of CIFAR-10 "
+            "(load_score(FILE, image_size=32); coupfast convert FILE DST.safetensors --image-size 32)"
+        },
+        completed=_completed,
         randomise=DDPMpp.redraw_small_layers,
         ignored=frozenset({"sigmas"}),  # a buffer of score_sde that no VP network uses
         weights_only=True,

@@ -15,6 +15,14 @@ the shipped network, which knows t up to 0.2: ε and x₀ explain 0.87 to 0.96 o
 0.02 to 1.3 times σ/α; turned into a v-network it has −0.24 to −0.87 at t = 0.2 and −0.48 to −0.66 at 0.3, so that the border
 between them is at `V_SHARE`.
 
+On images that are noise themselves a network of either kind takes all of x_t for noise, and b/a is α/σ for both: nothing can be
+told, however good it is. There, and on blank images, the check looks at a picture of its own, smooth shades and a disc, which
+every network of natural images tells from noise: the shipped one has b/a of 0.05 to 0.25 times σ/α there, and as a v-network
+−0.59 to −0.86.
+
+An adapter that was told the wrong prediction (`adapters.NoiseFrom`) says which others there are; the network behind one of them
+is then a good predictor of the noise, and ours is not.
+
 A network that predicts the noise at other labels has its smallest error there: other scales of the labels are tried, and the
 error must fall by the factor `LABEL_WARNING` to be mentioned, by `LABEL_REFUSAL` to be refused, and be small where it falls to.
 """
@@ -23,6 +31,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +47,15 @@ V_SHARE = 0.2
 EXPLAINED = 0.5
 #: Images less contrasted than this (root mean square on [-1, 1], means taken off) tell nothing of b.
 CONTRAST = 0.05
+#: Where b/a is within this share of α/σ at two times, the network takes the images for noise (or passes on what it gets).
+NOISE_SHARE = 0.25
 #: Errors at other labels, as shares of that at 999 t.
 LABEL_WARNING, LABEL_REFUSAL = 0.6, 1 / 3
 #: Mean squared errors of the noise: below the first a network serves, whatever its labels; above the second it tells nothing.
 GOOD_ERROR, WEAK_ERROR = 0.08, 0.25
 
 _IMAGES = 2
+_NOTHING = "nothing"
 _WHAT = {
     "v_prediction": "v = α ε − σ x₀",
     "sample": "the image x₀",
@@ -58,7 +71,8 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
     Args:
         score: (x_t, labels) → eps_hat, in eval mode.
         x: Images in [0, 1], (batch, channels, height, width), in the dtype and on the device of the network, of the kind that
-            it was trained on; the first two are used. On images of noise every predictor is a poor one, and nothing is told.
+            it was trained on; the first two are used. In the place of images of noise, which tell nothing, and of blank ones
+            the check takes a picture of its own.
         sde: The schedule; None is the published one.
 
     Raises:
@@ -69,30 +83,67 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
     Warns:
         UserWarning: if other labels give a smaller error by far (a cosine schedule), or fractions of labels are cut off.
 
-    Cost: three calls of two images and three of one; ten more of two for a network whose error is not small. torch's generators
-    are not used.
+    Cost: three calls of two images and three of one; three more of two for images of noise, ten more for a network whose error
+    is not small. torch's generators are not used.
     """
     sde = sde or VPSDE()
     x0 = 2.0 * x[:_IMAGES].detach() - 1.0
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x0)
     with torch.no_grad():
-        votes: dict[str, int] = {}
-        errors = {}
-        for t in TIMES:
-            output = _call(score, *_noised(sde, t, x0, noise), NUM_LABELS * t)
-            if output.shape != x0.shape or not bool(torch.isfinite(output).all()):
-                return  # the purifier says what is wrong with that
-            errors[t] = _error(output, noise)
-            if (other := _told(output, noise, x0, sde, t)) is not None:
-                votes[other] = votes.get(other, 0) + 1
+        seen = _look(score, x0, noise, sde)
+        if seen is not None and seen.blind:
+            x0 = _picture(x0)
+            seen = _look(score, x0, noise, sde)
+        if seen is None:
+            return  # the purifier says what is wrong with that
+        votes, errors = seen.votes, seen.errors
         for other, count in votes.items():
             if count >= 2:
                 raise ValueError(_message(other))
         small = TIMES[:2]
         if sum(errors[t] for t in small) / len(small) > GOOD_ERROR:
+            _check_adapter(score, x0, noise, sde, sum(errors[t] for t in small) / len(small))
             _check_labels(score, x0, noise, sde, {t: errors[t] for t in small})
         if not getattr(score, "whole_labels", False):
             _check_fractions(score, x0[:1], noise[:1], sde)
+
+
+class _Seen(NamedTuple):
+    """What a network showed: at how many times it predicts something else, its errors, whether the images told nothing."""
+
+    votes: dict[str, int]
+    errors: dict[float, float]
+    blind: bool
+
+
+def _look(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE) -> _Seen | None:
+    votes: dict[str, int] = {}
+    errors, blind = {}, 0
+    for t in TIMES:
+        output = _call(score, *_noised(sde, t, x0, noise), NUM_LABELS * t)
+        if output.shape != x0.shape or not bool(torch.isfinite(output).all()):
+            return None
+        errors[t] = _error(output, noise)
+        other = _told(output, noise, x0, sde, t)
+        if other == _NOTHING:
+            blind += 1
+        elif other is not None:
+            votes[other] = votes.get(other, 0) + 1
+    return _Seen(votes, errors, blind >= 2)
+
+
+def _picture(like: Tensor) -> Tensor:
+    """Smooth shades and a disc, another one for each image, in [-1, 1]: what no network of images takes for noise."""
+    batch, channels, height, width = like.shape
+    rows, columns = ((torch.arange(size, dtype=torch.float64) + 0.5) / size for size in (height, width))
+    rows, columns = rows[:, None], columns[None, :]
+    images = []
+    for i in range(batch):
+        disc = ((rows - 0.45 - 0.1 * i).square() + (columns - 0.5 + 0.1 * i).square() < 0.09).double()
+        for c in range(channels):
+            tint = c / max(channels, 2)
+            images.append(0.1 + (0.6 - 0.2 * tint) * disc + 0.2 * (rows * (1.0 - tint) + columns * tint))
+    return (2.0 * torch.stack(images).view(batch, channels, height, width) - 1.0).to(like)
 
 
 def _noised(sde: VPSDE, t: float, x0: Tensor, noise: Tensor) -> tuple[Tensor]:
@@ -119,11 +170,14 @@ def _error(output: Tensor, noise: Tensor) -> float:
 
 
 def _told(output: Tensor, noise: Tensor, x0: Tensor, sde: VPSDE, t: float) -> str | None:
-    """What the output is plainly a prediction of, if it is not the noise; None for the noise and where nothing is told."""
+    """What the output is plainly a prediction of, if it is not the noise; None for the noise, `_NOTHING` where images tell
+    nothing."""
     columns = torch.stack([_varying(noise), _varying(x0)], dim=1)
     y = _varying(output)
     contrast = float(columns[:, 1].square().mean().sqrt())
-    if contrast < CONTRAST or not bool(y.abs().max() > 0):
+    if contrast < CONTRAST:
+        return _NOTHING
+    if not bool(y.abs().max() > 0):
         return None
     fit = torch.linalg.lstsq(columns, y[:, None]).solution[:, 0]
     left = float((y - columns @ fit).square().sum())
@@ -132,6 +186,8 @@ def _told(output: Tensor, noise: Tensor, x0: Tensor, sde: VPSDE, t: float) -> st
         return None
     a, b = fit.tolist()
     alpha, sigma = math.sqrt(float(sde.alpha_bar(t))), float(sde.sigma(t))
+    if abs(b * sigma - a * alpha) < NOISE_SHARE * abs(a) * alpha:
+        return _NOTHING
     image = abs(b) * contrast  # beside |a|, as ε has unit variance
     if a < 0 and image < 0.5 * -a:
         return "score"
@@ -156,6 +212,28 @@ def _message(other: str) -> str:
         f"the score network does not predict the noise, but {_WHAT[other]}: of noised images of known noise its output has "
         f"those shares; {advice}"
     )
+
+
+def _check_adapter(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, at_ours: float) -> None:
+    """Whether the network behind an adapter predicts the noise well if it is taken for something else."""
+    alternatives: Callable[[], list[tuple[str, nn.Module]]] = getattr(score, "alternatives", list)
+    best, words = math.inf, ""
+    for said, other in alternatives():
+        try:
+            found = [_error(other(*_noised(sde, t, x0, noise), _labels(x0, NUM_LABELS * t)), noise) for t in TIMES[:2]]
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it is not of that kind, then
+            continue
+        if (error := sum(found) / len(found)) < best:
+            best, words = error, said
+    if not best < min(WEAK_ERROR, LABEL_WARNING * at_ours):
+        return
+    text = (
+        f"the score network may be adapted as if it predicted something else than it does: with {words} its mean squared error "
+        f"on noised images is {best:.3g}, and {at_ours:.3g} as it is; load_score(network, {words}) takes it so"
+    )
+    if best < LABEL_REFUSAL * at_ours:
+        raise ValueError(text)
+    warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _check_labels(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, errors: dict[float, float]) -> None:

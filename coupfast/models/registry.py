@@ -60,6 +60,7 @@ class Family:
         rule_text: How the help writes the rule: ``"wrn-D-W"``.
         randomise: Redraws, with a generator, the weights that are initially zero: random ones then serve benches and plans.
         untold: Arguments that weights do not tell, and what to say where neither file nor caller does.
+        completed: The configuration as the constructor takes it, once all that weights do not tell was said.
         fixed: What such an argument of other families is in this one: ``{"activation": "relu"}``.
         ignored: Names of tensors that checkpoints have and the network does not use.
         weights_only: The network has nothing but its state dict: it may be built on the meta device and filled from a file.
@@ -78,6 +79,7 @@ class Family:
     rule_text: str = ""
     randomise: Callable[[Any, torch.Generator], object] | None = None
     untold: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    completed: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     weights_only: bool = False
@@ -111,7 +113,7 @@ class Family:
         missing = [name for name in self.untold if by_weights and name not in config]
         if missing:
             raise CheckpointError(f"weights of a {self.arch} do not tell its {missing[0]}: {self.untold[missing[0]]}")
-        return config
+        return config if self.completed is None else self.completed(config)
 
 
 @dataclasses.dataclass(frozen=True)

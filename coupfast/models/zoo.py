@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from coupfast.models import registry
-from coupfast.models.adapters import NoiseFrom
+from coupfast.models.adapters import NoiseFrom, NoiseFromEDM
 from coupfast.models.checkpoints import existing
 from coupfast.models.defaults import plain_defaults, without_inference_tensors
 from coupfast.models.from_file import fill_named, network_from_file
@@ -29,16 +29,6 @@ _CALLS: dict[Kind, tuple[int, str]] = {
     "classifier": (1, "a classifier has forward(x)"),
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar", ".t7", ".model")
-
-
-def score_names() -> list[str]:
-    """The names that `load_score` knows."""
-    return registry.listed("score")
-
-
-def classifier_names() -> list[str]:
-    """The names that `load_classifier` knows by itself; some follow a rule (wrn-D-W), others are RobustBench's."""
-    return registry.listed("classifier")
 
 
 def choices(kind: Kind) -> str:
@@ -83,6 +73,9 @@ def load_score(
     weights: str | Path | None = None,
     prediction: str | None = None,
     whole_labels: bool = False,
+    labels: str | None = None,
+    learned_variance: bool = False,
+    image_size: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """A score network: (x_k, 999 t) → eps_hat, frozen and in eval mode.
@@ -93,7 +86,7 @@ def load_score(
             * ``"cifar10-tiny"``: 1.3 M parameters, shipped with the package;
             * ``"cifar10-ddpmpp-deep"``: `cifar10_ddpmpp_deep_continuous` of Score SDE, which needs `weights`;
             * the path of a safetensors file of `coupfast convert`, or of a checkpoint that a registered family recognises,
-              such as score_sde's of `cifar10_ddpmpp_deep_continuous`;
+              such as score_sde's of `cifar10_ddpmpp_deep_continuous`, or of a `DDPMpp` of another size (with `image_size`);
             * a `diffusers.UNet2DModel` (wrapped in `DiffusersScore`), a pipeline with one, or the folder of either; where there
               is a scheduler, what it says of prediction and noise schedule is heeded;
             * ``"package.module:NAME"`` or ``"folder/file.py:NAME"``: a name that this module registers (`registry.py`), a
@@ -104,8 +97,12 @@ def load_score(
         dtype: What its weights are cast to; None leaves modules, and makes new networks float32, whatever torch's default is.
         weights: For a name: the path of its weights, or ``"random"``. None takes those that come with the name.
         prediction: What the network predicts, where it is not the noise: ``"v_prediction"`` or ``"sample"`` (x₀), as diffusers'
-            schedulers spell it. `adapters.NoiseFrom` makes the noise of it.
+            schedulers spell it, or ``"edm"``: F of EDM's preconditioning. `NoiseFrom` or `NoiseFromEDM` makes the noise of it.
         whole_labels: The network has a table of time steps: labels are rounded to the nearest integer.
+        labels: How a network of whole steps is told the time: ``"rounded"``, ``"index"`` or ``"floor"`` (`adapters`).
+        learned_variance: The network also predicts a variance, in channels after those of its prediction.
+        image_size: Height and width of its images in pixels, for the path of a file of a `DDPMpp` that does not say: everything
+            else follows from the names and shapes of its weights.
         seed: Fixes random weights. They are drawn at ordinary scale, so that eps_hat is of order one.
 
     Returns:
@@ -119,13 +116,29 @@ def load_score(
         CheckpointError: if a file is damaged or does not fit.
         TypeError: if a module cannot be called as a score network, or is a classifier.
     """
-    model = _loaded("score", source, weights, {}, seed)
-    if prediction is not None or whole_labels:
+    known = isinstance(source, (str, Path)) and registry.find_known("score", str(source)) is not None
+    if image_size is not None and (known or not isinstance(source, (str, Path)) or Path(source).is_dir()):
+        raise ValueError("`image_size` is for the path of a weight file that does not say it; a name, module or folder does")
+    model = _loaded("score", source, weights, {"image_size": image_size}, seed)
+    if prediction is not None or whole_labels or labels is not None or learned_variance:
         if isinstance(model, NoiseFrom):
             raise ValueError(
                 f"the network's own scheduler says {model.prediction!r}, and it is adapted already; leave out `prediction`"
             )
-        model = NoiseFrom(model, prediction=prediction or "epsilon", whole_labels=whole_labels)
+        if getattr(model, "is_adapted", False):
+            raise ValueError(f"a {type(model).__name__} knows what it predicts and how it is told the time; leave that out")
+        if prediction == "edm":
+            if whole_labels or labels is not None or learned_variance:
+                raise ValueError("prediction='edm' says how the network is told the time; leave out what else was said of that")
+            model = NoiseFromEDM(model)
+        else:
+            model = NoiseFrom(
+                model,
+                prediction=prediction or "epsilon",
+                whole_labels=whole_labels,
+                labels=labels,
+                learned_variance=learned_variance,
+            )
     return _frozen(model, device, dtype)
 
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coupfast_kernels.files import put_in_place
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -407,16 +408,8 @@ def _build(recipe: _Recipe, folder: Path) -> tuple[Path, float]:
         if done.stdout.strip():
             logger.debug("the C++ compiler says:\n%s", done.stdout.strip())
         made.chmod(0o700)  # a umask may let the group write
-        with made.open("rb") as file:
-            content = hashlib.sha256(file.read()).hexdigest()
-            os.fsync(file.fileno())
-        path = folder / f"{recipe.key}-{content}.so"
-        made.replace(path)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the name, too
-        finally:
-            os.close(descriptor)
+        path = folder / f"{recipe.key}-{hashlib.sha256(made.read_bytes()).hexdigest()}.so"
+        put_in_place(made, path)
         return path, seconds
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

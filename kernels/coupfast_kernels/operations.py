@@ -59,7 +59,24 @@ GuidedStep = structure(
     f32="a b c d e f p q",
     p="x eps_hat guidance x_in x_before eps_before ids draw y",
 )
-_KINDS: dict[type, int] = {Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4, GuidedStep: 5}
+Attention = structure(
+    "Attention",
+    i32="batch heads size pixels block",
+    f32="scale",
+    i64="q_pixel k_pixel v_pixel y_pixel q_head k_head v_head y_head",
+    p="q k v y largest inverse scratch",
+)
+AttentionVjp = structure(
+    "AttentionVjp",
+    i32="batch heads size pixels block",
+    f32="scale dy_factor pad",
+    i64="q_pixel k_pixel v_pixel dy_pixel dq_pixel dk_pixel dv_pixel q_head k_head v_head dy_head dq_head dk_head dv_head",
+    p="q k v dy largest inverse dq dk dv scratch",
+)
+_KINDS: dict[type, int] = {
+    **{Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4, GuidedStep: 5},
+    **{Attention: 6, AttentionVjp: 7},
+}
 
 _Operation = structure("Operation", i64="kind", p="parameters")
 
@@ -74,6 +91,8 @@ def compiled() -> ctypes.CDLL:
     kernels = native.load()
     kernels.coupfast_conv_scratch.restype = ctypes.c_int64
     kernels.coupfast_packed_floats.restype = ctypes.c_int64
+    kernels.coupfast_attention_scratch.restype = ctypes.c_int64
+    kernels.coupfast_attention_vjp_scratch.restype = ctypes.c_int64
     process = ctypes.CDLL(None)
     try:
         team = [process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads]

@@ -1,8 +1,8 @@
 """Which kernels there are, each with the cases on which it is compared with its definition, and timed.
 
 A kernel is a folder of this package with a `cases.py`, or one file of it, that calls `register`: `kernels` finds both. One from
-elsewhere calls `register` when it is imported. `coupfast doctor`, `bench/kernels` and `tests/test_kernels.py` go through
-`kernels()` and spell none.
+elsewhere calls `register` when it is imported. `coupfast doctor`, `bench/kernels`, `bench/kernel_report.py` and
+`tests/test_kernels.py` go through `kernels()` and spell none.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Kernel:
         timed: (images) → cases for a measurement on a batch of so many; the first is one that fills a device of its kind.
         missing: Why the kernel cannot run on this machine; None if it can.
         interpret: Lets the CPU's operator run the kernel in Triton's interpreter from now on, for a process of its own.
+        launches: What becomes machine code of its own, by name: each launches the kernel once, on CPU tensors of which only
+            shapes and formats count. For who records a launch and compiles it, without a GPU; nothing can run like this.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Kernel:
     timed: Callable[[int], Iterable[Case]]
     missing: Callable[[], str | None] = lambda: None
     interpret: Callable[[], None] | None = None
+    launches: Callable[[], Mapping[str, Callable[[], object]]] = dict
 
 
 _kernels: dict[str, Kernel] = {}

@@ -45,14 +45,19 @@ class BoundCpuEngine:
             return self._programs[key]
 
     def memory(self, batch: int) -> StepMemory:
-        """The programs' own memory, and what PyTorch's operations in between take of it, one image's in proportion."""
-        networks = self.networks
-        if networks.score is None or (networks.guidance is not None and networks.classifier is None):
-            eager = networks.eager.memory(batch)
-            return dataclasses.replace(eager, forward_keeping=eager.forward, activations=eager.slopes)
-        program = self.for_batch(batch)
-        forward, transpose, slopes = program.bytes(gradient=False), program.bytes(gradient=True), program.slopes_bytes()
-        return StepMemory(forward, forward + slopes, transpose, transpose, slopes, slopes)
+        """The programs' own memory, and what PyTorch takes of the networks and operations that it runs, one image's in
+        proportion."""
+        networks, program = self.networks, self.for_batch(batch).memory()
+        if networks.score is not None and (networks.guidance is None or networks.classifier is not None):
+            return program
+        eager = networks.eager.memory(batch)
+        most = StepMemory(*map(max, dataclasses.astuple(eager), dataclasses.astuple(program)))
+        if networks.score is None:
+            return most
+        # PyTorch keeps nothing of the score network.
+        activations = program.activations + most.slopes - program.slopes
+        keeping = max(eager.forward, program.forward_keeping - program.activations) + activations
+        return dataclasses.replace(most, forward_keeping=keeping, activations=activations)
 
     def weights_bytes(self, batch: int, *, gradient: bool) -> int:
         """Packed weights of the algorithms that this batch takes, and aligned copies, beside the networks' own weights."""
@@ -61,8 +66,7 @@ class BoundCpuEngine:
         return self.for_batch(batch).weights_bytes(gradient=gradient) + copied
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        kinds = self.networks.eager.evaluations()
-        return kinds | {"activations": kinds["slopes"]}
+        return self.networks.eager.evaluations()
 
 
 def unavailable(dtype: torch.dtype, device: torch.device) -> str | None:

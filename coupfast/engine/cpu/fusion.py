@@ -1,4 +1,4 @@
-"""Which operations of a trace become one: convolutions with what stands around them, concatenations, and the rest."""
+"""Which operations of a trace become one: convolutions with what stands around them, attention, concatenations, the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, GroupNorm, Part, Region
+from coupfast.engine.cpu.attention import attentions
+from coupfast.engine.cpu.parts import Attention, Concatenation, Convolution, FusedNetwork, GroupNorm, Part, Region
 from coupfast.engine.memory import aligned
 from coupfast.engine.partition import Partition, is_tensor
 from coupfast.tracing import Operation, Trace
@@ -36,7 +37,7 @@ class _Fusion:
         self.partition = Partition(traced, self._given(traced))
         self.active, self.timely = self.partition.of_images, self.partition.of_labels
         self.constants = self.partition.constants
-        self.taken: set[fx.Node] = set()  # nodes that a convolution took in
+        self.taken: set[fx.Node] = set()  # nodes that a convolution or an attention took in
 
     def _given(self, traced: Trace) -> dict[fx.Node, torch.Tensor]:
         """The trace's constants, so that what PyTorch makes of them does not depend on where the caller's weights lie.
@@ -51,6 +52,7 @@ class _Fusion:
         return {node: value if is_read_packed(node) else aligned(value) for node, value in traced.constants.items()}
 
     def network(self) -> FusedNetwork:
+        attention = self._attention()
         convolutions = {node: self._convolution(node) for node in self.nodes if self._is_convolution(node)}
         parts: list[Part] = []
         pending: list[Operation] = []
@@ -59,6 +61,9 @@ class _Fusion:
             if node in convolutions:
                 self._flush(pending, parts)
                 parts.append(convolutions[node])
+            elif node in attention:
+                self._flush(pending, parts)
+                parts.append(attention[node])
             elif node.op != "call_function" or node not in self.active or node in self.taken:
                 continue
             elif self._is_concatenation(node):
@@ -99,6 +104,13 @@ class _Fusion:
             return {used for operation in part.operations for used in operation.node.all_input_nodes}
         extra = [part.image_bias] if isinstance(part, Convolution) and part.image_bias is not None else []
         return {*part.inputs, *extra}
+
+    def _attention(self) -> dict[fx.Node, Attention]:
+        found = {}
+        for attention, operations in attentions(self.nodes, self.active):
+            self.taken |= operations
+            found[attention.y] = attention
+        return found
 
     # --- convolutions ---------------------------------------------------------------------------------------------------
 

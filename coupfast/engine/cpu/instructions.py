@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from coupfast.engine.cpu.algorithms import PackedKey, WeightStore
-from coupfast.engine.cpu.parts import Convolution, GroupNorm
-from coupfast.engine.cpu.placement import Memory, Storage, View, new_view
+from coupfast.engine.cpu.parts import Attention, Convolution, GroupNorm, Heads
+from coupfast.engine.cpu.placement import UNPLACED, Memory, Storage, View, new_view
 from coupfast_kernels import operations
+from coupfast_kernels.attention import cpu as attention_kernels
 from coupfast_kernels.convolution import cpu as kernels
 
 #: What an instruction becomes: a kernel's structure, or a function to call.
@@ -28,6 +29,31 @@ class Instruction:
     make: Callable[[Memory], Step]
     reads: list[Storage]
     writes: list[Storage]
+
+
+class BoundSteps:
+    """Instructions bound to memory.
+
+    Args:
+        calls: Functions to call in order.
+        structures: What the kernels among them read.
+    """
+
+    def __init__(self, calls: list[Callable[[], None]], structures: list[ctypes.Structure]) -> None:
+        self._calls = calls
+        self._kept = [
+            (structure, name, address - UNPLACED)
+            for structure in structures
+            for name, kind, *_ in structure._fields_
+            if kind is ctypes.c_void_p and (address := getattr(structure, name) or 0) >= UNPLACED
+        ]
+
+    def run(self, kept: int = 0) -> None:
+        """All of them; what is kept lies from address `kept` on."""
+        for structure, name, offset in self._kept:
+            setattr(structure, name, kept + offset)
+        for call in self._calls:
+            call()
 
 
 class Instructions:
@@ -179,6 +205,50 @@ class Instructions:
         self.emit(make, [x, dh, affine, before[0] if before is not None else None], [result])
         return result
 
+    def attention(self, part: Attention, reads: dict[Heads, View], y: View) -> View:
+        """softmax(scale q kᵀ) v; returns where the largest score and the inverse sum of every query lie."""
+        statistics = self.new((2 * part.q.count * pixels_of(y),))
+        structure = self._attention(operations.Attention, part, pixels_of(y))
+
+        def make(memory: Memory) -> ctypes.Structure:
+            self._statistics(structure, statistics, memory)
+            for name, heads in (("q", part.q), ("k", part.k), ("v", part.v)):
+                set_heads(structure, name, reads[heads], heads.start, heads.step, memory)
+            set_heads(structure, "y", y, 0, part.q.size, memory)
+            return structure
+
+        self.emit(make, list(reads.values()), [y, statistics])
+        return statistics
+
+    def attention_vjp(
+        self, part: Attention, reads: dict[Heads, View], statistics: View, dy: Scaled, results: dict[Heads, View]
+    ) -> None:
+        """Its transpose applied to `dy`: cotangents of q, k and v into their channels of `results`."""
+        structure = self._attention(operations.AttentionVjp, part, pixels_of(dy[0]))
+        structure.dy_factor = dy[1]
+
+        def make(memory: Memory) -> ctypes.Structure:
+            self._statistics(structure, statistics, memory)
+            for name, heads in (("q", part.q), ("k", part.k), ("v", part.v)):
+                set_heads(structure, name, reads[heads], heads.start, heads.step, memory)
+                set_heads(structure, f"d{name}", results[heads], heads.start, heads.step, memory)
+            set_heads(structure, "dy", dy[0], 0, part.q.size, memory)
+            return structure
+
+        self.emit(make, [*reads.values(), statistics, dy[0]], list(results.values()))
+
+    def _attention(self, kind: type[ctypes.Structure], part: Attention, pixels: int) -> Any:
+        heads, size = part.q.count, part.q.size
+        block = attention_kernels.block_pairs(self.batch, heads, pixels, self.threads)
+        structure = kind(batch=self.batch, heads=heads, size=size, pixels=pixels, block=block, scale=part.scale)
+        self.scratch_floats = max(self.scratch_floats, attention_kernels.scratch_floats(structure, self.threads))
+        return structure
+
+    def _statistics(self, structure: Any, statistics: View, memory: Memory) -> None:
+        structure.largest = memory.address(statistics)
+        structure.inverse = structure.largest + 2 * self.batch * statistics.shape[0]  # half of its floats
+        structure.scratch = memory.scratch.ctypes.data
+
     def masked(self, dz: View, factor: float, multiply: torch.Tensor | None, mask_address: int, before: Scaled | None) -> View:
         """The transpose of relu(y · multiply + add) with respect to y, applied to `dz`, plus `before`."""
         result = self.new(dz.shape)
@@ -203,10 +273,11 @@ class Instructions:
         self.emit(make, [dz, before[0] if before is not None else None], [result])
         return result
 
-    def bind(self, which: slice, memory: Memory) -> list[Callable[[], None]]:
+    def bind(self, which: slice, memory: Memory) -> BoundSteps:
         """Some of them as functions to call in order; kernels that follow each other are one call."""
         steps: list[Callable[[], None]] = []
         structures: list[ctypes.Structure] = []
+        everything: list[ctypes.Structure] = []
 
         def flush() -> None:
             if structures:
@@ -218,11 +289,12 @@ class Instructions:
             made = instruction.make(memory)
             if isinstance(made, ctypes.Structure):
                 structures.append(made)
+                everything.append(made)
             else:
                 flush()
                 steps.append(made)
         flush()
-        return steps
+        return BoundSteps(steps, everything)
 
 
 def add_residual(structure: Any, memory: Memory, residual: Scaled | None, divided_by: float = 1.0) -> None:
@@ -231,3 +303,15 @@ def add_residual(structure: Any, memory: Memory, residual: Scaled | None, divide
         view, factor = residual
         structure.residual, structure.residual_pixel = memory.address(view), view.pixel
         structure.residual_factor = factor / divided_by
+
+
+def pixels_of(view: View) -> int:
+    """Of a map, or how many tokens there are."""
+    return view.shape[1] * view.shape[2] if len(view.shape) == 3 else view.shape[0]
+
+
+def set_heads(structure: Any, name: str, view: View, start: int, step: int, memory: Memory) -> None:
+    """Where a kernel finds the heads of a map or of tokens, from channel `start` on."""
+    setattr(structure, name, memory.address(view) + 4 * start)
+    setattr(structure, f"{name}_pixel", view.pixel or view.shape[1])
+    setattr(structure, f"{name}_head", step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -11,6 +12,7 @@ from coupfast.engine.cpu.options import Options
 from coupfast.engine.cpu.placement import Workspace
 from coupfast.engine.cpu.planned import PlannedNetwork, planned
 from coupfast.engine.eager import EagerProgram
+from coupfast.engine.memory import AllocationAccount
 from coupfast.guidance import Guidance, scaled_logits
 from coupfast.solvers import CoefficientTable
 from coupfast.tracing import Trace, trace
@@ -52,6 +54,17 @@ class CpuNetworks:
             assert self.score is not None
             self._label_values[k] = self.score.network.at_label(self.eager.labels[k].view(1))
         return self._label_values[k]
+
+    @functools.cached_property
+    def hvp_bytes(self) -> int:
+        """What PyTorch takes for one image's Hessian-vector product; 0 where the engine's own programs find it."""
+        if self.guidance is None or self.linear is not None or not self.differentiate_guidance:
+            return 0
+        classifier, x = self.guidance.classifier, self.example
+        self.guidance.route  # noqa: B018  (found out once, and no part of a product)
+        with torch.no_grad(), AllocationAccount([x, *classifier.parameters(), *classifier.buffers()]) as account:
+            self.guidance.hvp(x, x)
+        return account.peak
 
     def _planned_score(self) -> PlannedNetwork | None:
         score, labels = self.eager.score, self.eager.labels

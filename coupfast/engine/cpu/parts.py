@@ -2,6 +2,7 @@
 
     Convolution   activation(GroupNorm(x)) → convolution → + bias + time embedding → + residual → · scale = y;
                   relu(y · multiply + add) = z, all in one pass over the data
+    Attention     softmax(scale q kᵀ) v over the pixels, for every head
     Concatenation along the channels, which costs nothing where the parts are written into place
     Region        whatever else the network does, as PyTorch does it
 
@@ -67,6 +68,43 @@ class Convolution:
         return [self.x] + ([self.residual] if self.residual is not None else [])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Heads:
+    """What an attention reads of a map, or of tokens (pixels, channels): `size` channels a head, the first from `start` on.
+
+    Attributes:
+        step: Channels from one head to the next.
+    """
+
+    node: fx.Node
+    start: int
+    step: int
+    count: int
+    size: int
+
+    def channels(self) -> list[int]:
+        return [self.start + head * self.step + channel for head in range(self.count) for channel in range(self.size)]
+
+
+@dataclasses.dataclass(eq=False)
+class Attention:
+    """Self-attention over pixels; y is a map or tokens, its heads side by side."""
+
+    q: Heads
+    k: Heads
+    v: Heads
+    scale: float
+    y: fx.Node
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return list(dict.fromkeys(heads.node for heads in (self.q, self.k, self.v)))
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        return [self.y]
+
+
 @dataclasses.dataclass(eq=False)
 class Concatenation:
     """Maps side by side in one, by their channels."""
@@ -88,7 +126,7 @@ class Region:
     outputs: list[fx.Node]
 
 
-Part = Convolution | Concatenation | Region
+Part = Convolution | Attention | Concatenation | Region
 
 
 @dataclasses.dataclass

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from coupfast.engine.cpu.instructions import Instructions, Scaled, add_residual
-from coupfast.engine.cpu.parts import Concatenation, Convolution, FusedNetwork, Part, Region
-from coupfast.engine.cpu.placement import Memory, View
+from coupfast.engine.cpu.parts import Attention, Concatenation, Convolution, FusedNetwork, Heads, Part, Region
+from coupfast.engine.cpu.placement import UNPLACED, Memory, View
 from coupfast.engine.cpu.regions import Regions
 from coupfast_kernels import operations
 
@@ -22,11 +22,15 @@ from coupfast_kernels import operations
 class Slopes:
     """Bits of every ReLU that a convolution takes in: on which side of its kink each element is.
 
+    Args:
+        kept: Whether they lie at the beginning of kept memory instead of in `bits`.
+
     Attributes:
         bits: uint8, one axis.
+        kept_floats: What they take of kept memory.
     """
 
-    def __init__(self, network: FusedNetwork, batch: int) -> None:
+    def __init__(self, network: FusedNetwork, batch: int, *, kept: bool) -> None:
         self._offsets: dict[Convolution, int] = {}
         size = 0
         for conv in network.convolutions():
@@ -34,10 +38,12 @@ class Slopes:
                 channels, height, width = network.shapes[conv.z]
                 self._offsets[conv] = size
                 size += batch * height * width * ((channels + 7) // 8)
-        self.bits = torch.zeros(size + 8, dtype=torch.uint8)
+        self.bits = torch.zeros(0 if kept else size + 8, dtype=torch.uint8)
+        self.kept_floats = (size + 8) // 4 + 1 if kept and size else 0
+        self._start = UNPLACED if kept else self.bits.data_ptr()
 
     def address(self, conv: Convolution) -> int:
-        return self.bits.data_ptr() + self._offsets[conv]
+        return self._start + self._offsets[conv]
 
 
 class LabelRow:
@@ -74,6 +80,7 @@ class ForwardPass:
     Attributes:
         views: Where every value lies.
         affines: Where the statistics of a convolution's group norm lie.
+        statistics: Where those of an attention's softmax lie.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class ForwardPass:
         self.linear, self.differentiable = regions.linear is not None, regions.differentiable
         self.views: dict[fx.Node, View] = {}
         self.affines: dict[Convolution, View] = {}
+        self.statistics: dict[Attention, View] = {}
         self._place_concatenations()
         self.image = self.view(network.image)
         for part in network.parts:
@@ -110,10 +118,17 @@ class ForwardPass:
     def _part(self, part: Part) -> None:
         if isinstance(part, Convolution):
             self._convolution(part)
+        elif isinstance(part, Attention):
+            assert not self.linear, "a softmax is not piecewise linear"
+            self.statistics[part] = self.instructions.attention(part, self.heads(part), self.view(part.y))
         elif isinstance(part, Region):
             self._region(part)
         else:
             self._concatenation(part)
+
+    def heads(self, part: Attention) -> dict[Heads, View]:
+        """Where what an attention reads lies."""
+        return {heads: self.view(heads.node) for heads in (part.q, part.k, part.v)}
 
     def _concatenation(self, part: Concatenation) -> None:
         whole, start = self.view(part.y), 0
@@ -166,9 +181,9 @@ class ForwardPass:
         inputs, outputs = [self.view(node) for node in region.inputs], [self.view(node) for node in region.outputs]
 
         def make(memory: Memory) -> Callable[[], None]:
-            bound, targets = list(map(memory.tensor, inputs)), list(map(memory.tensor, outputs))
+            sources, targets = memory.tensors(inputs), memory.tensors(outputs)
             calls = self.regions.calls(region)
-            return lambda: self.regions.run(region, calls, bound, targets)
+            return lambda: self.regions.run(region, calls, sources(), targets())
 
         self.instructions.emit(make, inputs, outputs)
 
@@ -217,6 +232,8 @@ class BackwardPass:
             self._convolution(part)
         elif isinstance(part, Region):
             self._region(part)
+        elif isinstance(part, Attention):
+            self._attention(part)
         elif part.y in self._cotangents:
             (view, factor), start = self._cotangents[part.y], 0
             for node in part.inputs:
@@ -240,6 +257,21 @@ class BackwardPass:
         self.instructions.emit(make, [*inputs, *known], results)
         for node, result in zip(region.inputs, results, strict=True):
             self._add(node, result, 1.0)
+
+    def _attention(self, part: Attention) -> None:
+        if part.y not in self._cotangents:
+            return
+        reads, results = self.forward.heads(part), {}
+        for node in part.inputs:
+            readers = [heads for heads in reads if heads.node is node]
+            channels = [channel for heads in readers for channel in heads.channels()]
+            apart = len(channels) > len(set(channels))  # each reads all of it
+            shared = self.instructions.new(reads[readers[0]].shape)
+            for index, heads in enumerate(readers):
+                results[heads] = self.instructions.new(shared.shape) if apart and index else shared
+        self.instructions.attention_vjp(part, reads, self.forward.statistics[part], self._cotangents[part.y], results)
+        for heads, view in {id(view): (heads, view) for heads, view in results.items()}.values():
+            self._add(heads.node, view, 1.0)
 
     def _convolution(self, conv: Convolution) -> None:
         if conv.z is not None and conv.z in self._cotangents:

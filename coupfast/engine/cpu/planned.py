@@ -71,6 +71,7 @@ def _agrees(
     x = random_images(example)
     value, vjp, cotangent = value_and_vjp(function, x)
     program = NetworkProgram(planned.network, 1, planned.weights, backward=True, threads=torch.get_num_threads())
+    program.activations_bytes()  # what a plan will ask for: an operation that refuses it must not do so then
     program.bind(Workspace())
     program.set_label(planned.network.at_label(label))
     found = program.forward(x).clone()

@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from coupfast.engine.cpu.parts import FusedNetwork, Region
-from coupfast.engine.cpu.placement import dense
+from coupfast.engine.cpu.placement import View, dense
+from coupfast.engine.memory import AllocationAccount
 from coupfast.guidance import PiecewiseLinearGraph, Slope
 from coupfast.tracing import Operation, PerImage
 
 aten = torch.ops.aten
+
+#: For each region the leaves of autograd's graph and the edges that it ends in; None where nothing flows back.
+Graphs = dict[Region, tuple[list[torch.Tensor], list[GradientEdge | None]]]
 
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
@@ -32,6 +37,7 @@ class Regions:
     Attributes:
         label_values: What the labels alone decide, for the whole batch; to be set before a run.
         slopes: What a run of the network finds of kinks, in order; a run of its linear part takes them from here.
+        graphs: What a run left for its transposes.
     """
 
     def __init__(self, network: FusedNetwork, batch: int, *, linear: PiecewiseLinearGraph | None, differentiable: bool) -> None:
@@ -40,7 +46,7 @@ class Regions:
         self.slopes: list[Slope] = []
         self._remaining: Iterator[Slope] = iter(())
         self._constants = network.partition.at_batch(batch)
-        self._graphs: dict[Region, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self.graphs: Graphs = {}
 
     def begin(self) -> None:
         """Before the first region of a run."""
@@ -48,10 +54,11 @@ class Regions:
             self._remaining = iter(self.slopes)
         else:
             self.slopes = []
+        self.graphs = {}
 
     def end(self) -> None:
         """After the last transpose: nothing is kept of the run."""
-        self._graphs.clear()
+        self.graphs = {}
 
     def run(self, region: Region, calls: list[Call], inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """A region's operations on `inputs`, their results into `outputs`."""
@@ -65,8 +72,8 @@ class Regions:
         with torch.no_grad():
             for target, result in zip(outputs, results, strict=True):
                 target.copy_(result)
-        if self.differentiable:
-            self._graphs[region] = (leaves, results)
+        if self.differentiable:  # edges, not results: autograd saved those of their values that it reads
+            self.graphs[region] = (leaves, [get_gradient_edge(r) if r.requires_grad else None for r in results])
 
     def _value(self, call: Call, arguments: tuple, keywords: dict) -> Any:
         if self.linear is not None and not call.reshapes:
@@ -87,11 +94,11 @@ class Regions:
             cotangents: Of each output, with a factor; None where there is none.
             targets: Where the cotangents of the inputs go.
         """
-        leaves, results = self._graphs.pop(region)
+        leaves, edges = self.graphs.pop(region)
         pairs = [
-            (result, pair[0] if pair[1] == 1.0 else pair[0] * pair[1])
-            for result, pair in zip(results, cotangents, strict=True)
-            if pair is not None and result.requires_grad
+            (edge, pair[0] if pair[1] == 1.0 else pair[0] * pair[1])
+            for edge, pair in zip(edges, cotangents, strict=True)
+            if pair is not None and edge is not None
         ]
         gradients: Sequence[torch.Tensor | None] = [None] * len(leaves)
         if pairs:
@@ -116,9 +123,8 @@ class Regions:
             calls.append(Call(node, target, reshapes, args, kwargs))
         return calls
 
-    def bytes(self) -> int:
-        """What the operations hold at once: all results of the largest region, or of all of them where the transposes need
-        those."""
+    def bytes(self, *, all_at_once: bool) -> int:
+        """What the operations hold: all results of the largest region, or of all of them where those of one outlive it."""
         sizes = [
             sum(
                 int(np.prod(self.network.shapes.get(node, (0,))))
@@ -128,7 +134,31 @@ class Regions:
             )
             for region in self.network.regions()
         ]
-        return 4 * self.batch * (sum(sizes) if self.differentiable else max(sizes, default=0))
+        return 4 * self.batch * (sum(sizes) if all_at_once else max(sizes, default=0))
+
+    def graph_bytes(self, view: Callable[[fx.Node], View]) -> int:
+        """What `graphs` hold after a run beside the inputs and what is there anyway: that of one image, in proportion.
+
+        Args:
+            view: Where a value lies.
+        """
+        one = Regions(self.network, 1, linear=None, differentiable=True)
+        nodes = self.network.label_values
+        one.label_values = {node: torch.zeros_like(node.meta["val"][:1]).contiguous() for node in nodes}
+        one.label_values = self.network.partition.for_images(one.label_values, 1)
+        runs = []
+        for region in self.network.regions():
+            inputs = [view(node).zeros() for node in region.inputs]
+            outputs = [view(node).zeros() for node in region.outputs]
+            runs.append((region, one.calls(region), inputs, outputs))
+        there = [*self._constants.values(), *one._constants.values(), *one.label_values.values()]
+        outside = [value for value in there if isinstance(value, torch.Tensor)]
+        outside += [tensor for *_, inputs, outputs in runs for tensor in (*inputs, *outputs)]
+        with AllocationAccount(outside) as account:
+            for run in runs:
+                one.run(*run)
+            one.slopes = []
+        return self.batch * account.live
 
     def slopes_bytes(self) -> int:
         """What a run leaves in `slopes`."""

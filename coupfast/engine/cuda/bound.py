@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import nn
 from coupfast.engine.cuda.calibration import LIBRARY, Calibration, ConvolutionShape
 from coupfast.engine.cuda.capture import CudaBackend
 from coupfast.engine.cuda.columns import ColumnsProgram
+from coupfast.engine.cuda.compiled import Inductor
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.options import Options
 from coupfast.engine.cuda.program import CudaProgram
@@ -111,7 +111,7 @@ def prepare(
         if example.device.type == "cuda" and example.dtype == torch.float32:
             raise RuntimeError(f"{reason}; engine='eager' runs without")
         raise ValueError(f"{reason}; engine='eager' does")
-    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False) if chosen.compile else None
+    compiler = Inductor(example.device) if chosen.compile else None
     choose = None
     if chosen.triton:
         calibration = Calibration(example.device, precision=precision, compiler=compiler)

@@ -11,15 +11,12 @@ candidates may end either way, and different candidates round differently.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,12 +26,14 @@ import torch
 import torch.nn.functional as F
 
 from coupfast.cache import cache_directory
+from coupfast.engine.cuda.compiled import Compiler
 from coupfast.engine.cuda.flat import flatten
 from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
 from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
+from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,6 @@ FORMAT = 1  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
 
 Candidate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Compiler = Callable[[torch.fx.GraphModule], Callable[..., Any]]
 Timer = Callable[[Callable[[], object]], float]
 
 
@@ -253,7 +251,7 @@ class Calibration:
                 choices[shape] = choice
                 rows = [dataclasses.asdict(key) | dataclasses.asdict(value) for key, value in choices.items()]
                 document = {"format": FORMAT, "key": self.key, "choices": rows}
-                _replace(self.file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+                write_whole(self.file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         except OSError as error:
             self._say(
                 "choices of convolutions cannot be kept in %s (%s); this process keeps them in memory, and every other one "
@@ -293,9 +291,8 @@ class _Compiled:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self._made is None or self._made[0] is not weight:
-            # A module of its own for each shape: compilers count how often they compiled one function.
             graph = flatten(lambda *given: (_library(*given),), (x,), (weight, bias))
-            self._made = weight, self.compiler(graph.module)
+            self._made = weight, self.compiler(graph.module, graph.example_inputs())
         return self._made[1](x, weight, bias)[0]
 
 
@@ -362,16 +359,3 @@ def _capturing(device: torch.device) -> bool:
 
 def _shape_of(row: dict[str, Any]) -> ConvolutionShape:
     return ConvolutionShape(*(row[field.name] for field in dataclasses.fields(ConvolutionShape)))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that nobody ever reads half of it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
 
-WARM_UPS = 3  # calls before a capture: compilation, tuning and libraries' workspaces happen there, not in the graph
+from coupfast.agreement import relative_difference
+
+logger = logging.getLogger(__name__)
+
+#: What a replay may differ by from the calls before it where those already differ from each other.
+ROUNDING = 1e-4
 
 
 class Recording(Protocol):
@@ -50,10 +56,12 @@ class CudaBackend:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        # Newer versions of PyTorch leave pointers to a graph whose capture failed: it must outlive them.
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, function: Callable[[], None]) -> Recording:
         graph = torch.cuda.CUDAGraph()
-        with _CAPTURE, torch.cuda.device(self.device), _without_garbage_collection():
+        with _CAPTURE, torch.cuda.device(self.device), _without_garbage_collection(), _own_workspaces():
             try:
                 # The outer stream again at the end, also where the capture's own end raises.
                 with torch.cuda.stream(torch.cuda.current_stream()):
@@ -61,6 +69,7 @@ class CudaBackend:
                     with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                         function()
             except BaseException:
+                self._failed.append(graph)
                 self._end_allocations()
                 raise
         return graph
@@ -100,17 +109,40 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """cuBLAS allocates its workspaces inside of the capture, from the graph's own memory, and nobody else gets them.
+
+    Those of before lie outside of the graph, which would go on writing there after another part of the process (a compiled
+    model with CUDA graphs) had them freed.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class Runner:
     """Named pieces of work on static buffers, each captured when it first runs (or never, without a backend).
+
+    A recording is compared with the calls before it, bit for bit, before it serves anybody.
 
     Args:
         state: The buffers that the work writes and that carry meaning from call to call: a warm-up leaves them as they were.
         backend: None runs every piece call by call.
         needs: What the work is predicted to need, said when memory runs out.
+        results: Further buffers that the work may write, which a call of it need not find as they were; asked after warm-ups.
     """
 
-    def __init__(self, state: Iterable[torch.Tensor], backend: Backend | None, needs: Callable[[], str]) -> None:
-        self.state, self.backend, self.needs = list(state), backend, needs
+    def __init__(
+        self,
+        state: Iterable[torch.Tensor],
+        backend: Backend | None,
+        needs: Callable[[], str],
+        results: Callable[[], Iterable[torch.Tensor]] = tuple,
+    ) -> None:
+        self.state, self.backend, self.needs, self.results = list(state), backend, needs, results
         self._recordings: dict[str, Recording] = {}
         self._lock = threading.RLock()
 
@@ -118,7 +150,8 @@ class Runner:
         """Do `function`, which reads and writes nothing but static buffers and constants, and decides nothing on the host.
 
         Raises:
-            RuntimeError: if it cannot be captured; the buffers then hold what they held, and nothing is kept of the attempt.
+            RuntimeError: if it cannot be captured, or a replay does something else than a call; the buffers then hold what they
+                held, and nothing is kept of the attempt.
         """
         with self._lock:
             if self.backend is None:
@@ -133,14 +166,19 @@ class Runner:
         try:
             try:
                 with self.backend.side_stream():
-                    for _ in range(WARM_UPS):
-                        # Each begins where the first did: a second step after a table's last would read beyond it, which
-                        # ends the process's use of a GPU.
-                        self._restore(before)
-                        function()
+                    # Each begins where the first did: a second step after a table's last would read beyond it, which ends the
+                    # process's use of a GPU. Tuning and libraries' own set-up happen in the first.
+                    function()
+                    ends = [self._from(before, function) for _ in range(2)]
+                    # What a call leaves for another image: a replay that does not write a result would not go unseen.
+                    self._from([-value if value.is_floating_point() else value for value in before], function)
             finally:
                 self._restore(before)
-            return self.backend.capture(function)
+            recording = self.backend.capture(function)
+            try:
+                replayed = self._from(before, recording.replay)
+            finally:
+                self._restore(before)
         except Exception as error:
             if _caused_by(error, self.backend.out_of_memory()):
                 message = f"no memory is left to capture {name!r}: {self.needs()}; use fewer images a call"
@@ -149,10 +187,41 @@ class Runner:
                 f"{name!r} cannot be captured as a graph ({type(error).__name__}: {error}); "
                 f"engine_options={{'graphs': False}} runs the same work without"
             ) from error
+        _compare(name, replayed, *ends)
+        return recording
+
+    def _from(self, state: list[torch.Tensor], function: Callable[[], None]) -> list[torch.Tensor]:
+        """What a call leaves that begins at a state."""
+        self._restore(state)
+        function()
+        return [buffer.clone() for buffer in (*self.state, *self.results())]
 
     def _restore(self, before: list[torch.Tensor]) -> None:
         for buffer, value in zip(self.state, before, strict=True):
             buffer.copy_(value)
+
+
+def _compare(name: str, replayed: list[torch.Tensor], *called: list[torch.Tensor]) -> None:
+    """RuntimeError if a replay leaves other bits than a call; where calls differ from each other, more than rounding does."""
+    first, second = called
+    repeats = all(map(_same_bits, first, second))
+    if not repeats:
+        logger.warning("%r gives other bits every time on this device: what a run returns cannot be repeated to the bit", name)
+    for found, wanted in zip(replayed, second, strict=True):
+        difference = 0.0 if _same_bits(found, wanted) else relative_difference(found.double(), wanted.double())
+        if not difference <= (0.0 if repeats or not wanted.is_floating_point() else ROUNDING):
+            raise RuntimeError(
+                f"replaying {name!r} gives something else than the call that was captured (relative difference "
+                f"{difference:.3g} in {wanted.dtype} {tuple(wanted.shape)}): engine_options={{'graphs': False}} runs the same "
+                f"work without graphs. Please report it with the output of `coupfast doctor`"
+            )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kinds = {4: torch.int32, 8: torch.int64}
+    if a.is_floating_point():
+        a, b = a.view(kinds[a.element_size()]), b.view(kinds[b.element_size()])  # NaN equals NaN
+    return torch.equal(a, b)
 
 
 def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:

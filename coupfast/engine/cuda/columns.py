@@ -30,12 +30,17 @@ class ColumnsProgram(CudaProgram):
         self.v_in = None if table.e is None else image()
         self.v_before = None if table.p is None else image()
         self.v_eps = None if table.q is None else image()
-        # (a, b, c, …) of a row → (a, b or 1, c, 0, 0, 0, 1, 0), which the way back takes.
+        # (a, b, c, …) of a row → (a, b, c or 1, 0, 0, 0, 1, 0), which the way back takes.
         keeps, adds = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 6 + [1.0, 0.0]
-        if self.v_eps is not None:
-            keeps[1], adds[1] = 0.0, 1.0
-        self._row_keeps, self._row_adds = (torch.tensor(row, device=self.networks.example.device) for row in (keeps, adds))
-        written = [self.x_before, self.eps_before, self.v_in, self.v_before, self.v_eps]
+        device = self.networks.example.device
+        self._shifts: torch.Tensor | None = None
+        if table.s is not None:
+            self._shifts = torch.tensor([table.shift(k) for k in range(table.num_steps)], dtype=torch.float32, device=device)
+            keeps[2], adds[2] = 0.0, 1.0
+        self._row_keeps, self._row_adds = (torch.tensor(row, device=device) for row in (keeps, adds))
+        # Whether anything is in v_eps: then b is on the way into ε̂, else behind it, as `step_back` has it. (1,)
+        self.eps_flows = torch.zeros(1, dtype=torch.bool, device=device)
+        written = [self.x_before, self.eps_before, self.v_in, self.v_before, self.v_eps, self.eps_flows]
         return [buffer for buffer in written if buffer is not None]
 
     def step(
@@ -77,9 +82,12 @@ class ColumnsProgram(CudaProgram):
                 self.step_back.fill_(k)
                 for buffer, values in zip(buffers, given, strict=True):
                     self._fill(buffer, values)
+                self.eps_flows.fill_(given[2] is not None)
             self._run_back(x_k, saved)
             v_k = self.v[:batch].clone(memory_format=torch.contiguous_format)
             left = [None if b is None else b[:batch].clone(memory_format=torch.contiguous_format) for b in buffers]
+            if self.table.q is not None and self.table.q[k] == 0.0:
+                left[2] = None
             self._backward = Continuation(k - 1, None, v_k, *left)
         return Cotangent(v_k, *left)
 
@@ -99,13 +107,15 @@ class ColumnsProgram(CudaProgram):
             x_before=self.x_before,
             eps_before=None if self.table.q is None else self.eps_before,
         )
-        self._move_on(eps_hat, y)
+        self._move_on(eps_hat, g, y)
 
-    def _move_on(self, eps_hat: torch.Tensor, y: torch.Tensor) -> None:
+    def _move_on(self, eps_hat: torch.Tensor, g: torch.Tensor | None, y: torch.Tensor) -> None:
         """The state that was is the one before, and `y` is the state."""
         if self.x_before is not None:
             self.x_before.copy_(self.x)
         if self.eps_before is not None:
+            if self._shifts is not None and g is not None:
+                eps_hat = eps_hat + self._shift(self.step_index) * g
             self.eps_before.copy_(eps_hat)
         self.x.copy_(y)
         self.step_index.add_(1)
@@ -124,15 +134,27 @@ class ColumnsProgram(CudaProgram):
             z2=noise.z2(k, like) if row[5] != 0.0 else None,
             **{name: getattr(self, name)[:batch] for name in names},
         )
-        self._move_on(eps_hat, y)
+        self._move_on(eps_hat, g, y)
+
+    def _shift(self, step: torch.Tensor) -> torch.Tensor:
+        """s of a step, 0 where nobody reads it."""
+        assert self._shifts is not None
+        return self._shifts.index_select(0, step.view(1))[0]
 
     def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
         if rebuilds:
             self._evaluate(self.x_back)
         row = self.networks.coefficients.index_select(0, self.step_back.view(1))[0]  # [8]
-        u = self.v if self.v_eps is None else row[1] * self.v + self.v_eps
-        back = row * self._row_keeps + self._row_adds
-        u, w = self._score_vjp(u), self._hvp(curved)
+        back, u = row * self._row_keeps + self._row_adds, self.v
+        if self.v_eps is not None:
+            b, one = row[1:2], torch.ones_like(row[1:2])
+            u = torch.where(self.eps_flows, b, one) * self.v + self.v_eps
+            back[1:2] = torch.where(self.eps_flows, one, b)
+        tangent = self.v
+        if self._shifts is not None:
+            assert self.v_eps is not None  # there is a column q
+            tangent = row[2] * self.v + self._shift(self.step_back) * self.v_eps
+        u, w = self._score_vjp(u), self._hvp(curved, tangent)
         v_x = guided_step(self.v, u, w, back, self.step_back, x_before=self.v_before)
         if self.v_in is not None:
             self.v_in.add_(row[4] * self.v)
@@ -140,6 +162,7 @@ class ColumnsProgram(CudaProgram):
             self.v_before.copy_(row[6] * self.v)
         if self.v_eps is not None:
             self.v_eps.copy_(row[7] * self.v)
+            self.eps_flows.copy_(row[7:8] != 0.0)
         self.v.copy_(v_x)
         self.step_back.sub_(1)
 

@@ -42,6 +42,14 @@ class FlatGraph:
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.module(*inputs, *self.constants)
 
+    def example_inputs(self) -> list[torch.Tensor]:
+        """Zeros in the formats of the varying inputs, and the constants."""
+        found = []
+        for node in self.placeholders()[: self.varying]:
+            value = node.meta["val"]
+            found.append(torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_())
+        return [*found, *self.constants]
+
     def operations(self) -> list[fx.Node]:
         """The operations that launch something."""
         return [
@@ -82,7 +90,8 @@ def flatten(
     from torch.fx.experimental.proxy_tensor import make_fx  # takes a second, which only this engine should
 
     varying = [tensor.clone() for tensor in varying]  # one tensor given twice would be one input
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has other operations on every device, and no second derivative
+    # Fused attention has other operations on every device, and no second derivative. Autograd's own threads see no trace.
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         # Tensors of elsewhere are let in, so that they can be named.
         module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*varying, *constants)
     for node in module.graph.nodes:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from coupfast.engine.cuda.capture import Backend
+from coupfast.engine.cuda.compiled import Compiler
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.substitution import Conv3x3Choice
 from coupfast.engine.eager import EagerProgram
@@ -40,7 +41,7 @@ class CudaNetworks:
         *,
         precision: Precision = "strict",
         backend: Callable[[], Backend] | None = None,
-        compiler: Callable[[torch.fx.GraphModule], Callable] | None = None,
+        compiler: Compiler | None = None,
         choose: Conv3x3Choice | None = None,
         fuse_norms: bool = False,
     ) -> None:
@@ -50,7 +51,14 @@ class CudaNetworks:
         self.example = torch.zeros_like(example[:1])
         self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
         self.pieces = Pieces(
-            score, guidance, self.eager.labels, example, differentiate_guidance, choose=choose, fuse_norms=fuse_norms
+            score,
+            guidance,
+            self.eager.labels,
+            example,
+            differentiate_guidance,
+            clip=_clip_columns(table, example),
+            choose=choose,
+            fuse_norms=fuse_norms,
         )
         self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
         self.noisy = bool((table.d != 0.0).any() or (table.f is not None and (table.f != 0.0).any()))
@@ -59,3 +67,11 @@ class CudaNetworks:
         """As PyTorch would need it operation by operation, which is more than compiled pieces take."""
         eager = self.eager.memory(bucket)
         return StepMemory(eager.forward, eager.forward, eager.transpose, eager.transpose, eager.slopes, eager.slopes)
+
+
+def _clip_columns(table: CoefficientTable, example: torch.Tensor) -> torch.Tensor | None:
+    """Columns m and n side by side, shape (steps, 2)."""
+    if table.m is None or table.n is None:
+        return None
+    columns = torch.stack([torch.from_numpy(column) for column in (table.m, table.n)], dim=1)
+    return columns.to(device=example.device, dtype=torch.float32)

@@ -12,7 +12,7 @@ class Options:
     """Parts of the engine that can be switched off, to find out which one is at fault.
 
     Attributes:
-        compile: Compile every piece with torch.compile.
+        compile: Compile every piece with PyTorch's compiler.
         graphs: Capture a step as a CUDA graph and replay it.
         triton: Use this project's convolutions and group norms where calibration chooses them.
     """

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from coupfast.engine.cuda.flat import FlatGraph, flatten
 from coupfast.engine.cuda.substitution import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.cuda.traced import TracedClassifier, TracedLogits, TracedScore
+from coupfast.engine.rows import clipped
 from coupfast.guidance import Guidance, log_confidence
 from coupfast.tracing import Trace, trace
 
@@ -34,6 +35,7 @@ class Pieces:
         labels: 999 t of every step, shape (steps,).
         example: A state.
         differentiate_guidance: Whether Hessians are wanted.
+        clip: Factors m and n of every step, shape (steps, 2): ε̂ is that of clip(m x + n ε̂, ±1); None: it is the network's.
         choose: Which algorithm a convolution takes; None leaves all to the library.
         fuse_norms: Whether this project's group norms replace the library's.
 
@@ -50,9 +52,11 @@ class Pieces:
         example: torch.Tensor,
         differentiate_guidance: bool,
         *,
+        clip: torch.Tensor | None = None,
         choose: Conv3x3Choice | None = None,
         fuse_norms: bool = False,
     ) -> None:
+        self.clip = clip
         self.score, self.guidance, self.labels = score, guidance, labels
         self.example = torch.zeros_like(example[:1])
         self.differentiate_guidance = differentiate_guidance
@@ -95,8 +99,15 @@ class Pieces:
         return flat
 
     def _score_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
-        score = self._score_trace()
+        traced = self._score_trace()
+        own = traced.constants if self.clip is None else [self.clip, *traced.constants]
         step = torch.zeros((), dtype=torch.int64, device=x.device)
+
+        def score(x: torch.Tensor, step: torch.Tensor, *constants: torch.Tensor) -> torch.Tensor:
+            if self.clip is None:
+                return traced(x, step, *constants)
+            m, n = constants[0].index_select(0, step.view(1))[0].unbind()
+            return clipped(x, traced(x, step, *constants[1:]), m, n)[0]
 
         def evaluate(x: torch.Tensor, step: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.no_grad():
@@ -111,8 +122,8 @@ class Pieces:
                 return torch.autograd.grad(eps_hat, leaf, v)
 
         if name == "score":
-            return flatten(evaluate, (x, step), score.constants)
-        return flatten(vjp, (x, step, x), score.constants)
+            return flatten(evaluate, (x, step), own)
+        return flatten(vjp, (x, step, x), own)
 
     def _piecewise_linear_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
         assert self.guidance is not None and self.guidance.graph is not None

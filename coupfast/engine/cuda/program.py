@@ -51,7 +51,9 @@ class CudaProgram:
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
         state += self._more_buffers(image)
         backend = None if networks.backend is None else networks.backend()
-        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket))
+        results: list[torch.Tensor] = []  # slopes and p, when they are made
+        self._results = results
+        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket), lambda: results)
         self._pieces: dict[str, Piece] = {}
         self._turn = threading.RLock()
         self._order = _Order(example.device)
@@ -152,6 +154,7 @@ class CudaProgram:
         p = torch.softmax(logits, dim=1)
         if self._p is None:
             self._p, self._slopes = torch.zeros_like(p), [torch.zeros_like(slope) for slope in slopes]
+            self._results += [self._p, *self._slopes]
         self._p.copy_(p)
         torch._foreach_copy_(self._slopes, slopes)
         return self._p
@@ -159,7 +162,7 @@ class CudaProgram:
     def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
         if rebuilds:
             self._evaluate(self.x_back)
-        u, w = self._score_vjp(self.v), self._hvp(curved)
+        u, w = self._score_vjp(self.v), self._hvp(curved, self.v)
         guided_step(self.v, u, w, self.networks.coefficients, self.step_back, out=self.v)
         self.step_back.sub_(1)
 
@@ -167,15 +170,15 @@ class CudaProgram:
         """J_ε(x_back)ᵀ u."""
         return _aligned(self._piece("score vjp")(self.x_back, self.step_back, u)[0])
 
-    def _hvp(self, curved: bool) -> torch.Tensor | None:
+    def _hvp(self, curved: bool, v: torch.Tensor) -> torch.Tensor | None:
         """H(x_back) v."""
         networks, w = self.networks, None
         if curved and networks.pieces.piecewise_linear:
             assert self._p is not None
-            (q,) = self._piece("tangent")(self.v, *self._slopes)
+            (q,) = self._piece("tangent")(v, *self._slopes)
             (w,) = self._piece("cotangent")(hessian_cotangent(self._p, q), *self._slopes)
         elif curved:
-            (w,) = self._piece("hvp")(self.x_back, self.v)
+            (w,) = self._piece("hvp")(self.x_back, v)
         return None if w is None else _aligned(w)
 
     # --- buffers ----------------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ class CudaProgram:
         if name not in self._pieces:
             networks = self.networks
             graph, compiler = networks.pieces.make(name, self.bucket), networks.compiler
-            run = graph.module if compiler is None else compiler(graph.module)
+            run = graph.module if compiler is None else compiler(graph.module, graph.example_inputs())
             piece = lambda *inputs: run(*inputs, *graph.constants)  # noqa: E731
             check_piece(name, piece, networks.eager, self.bucket, self._slopes, tf32=networks.precision == "tf32")
             self._pieces[name] = piece

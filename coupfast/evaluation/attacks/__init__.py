@@ -3,8 +3,12 @@
 from coupfast.evaluation.attacks.autoattack import APGD, FABTargeted, Square, TargetedAPGD
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.attacks.corruption import SaltAndPepper
+from coupfast.evaluation.attacks.diffhammer import DiffHammer
+from coupfast.evaluation.attacks.iterative import Iterative
 from coupfast.evaluation.attacks.knobs import count, knob
 from coupfast.evaluation.attacks.pgd import BPDA, PGD
+from coupfast.evaluation.attacks.stadv import StAdv
+from coupfast.evaluation.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
@@ -12,11 +16,15 @@ __all__ = [
     "PGD",
     "Attack",
     "Cost",
+    "DiffHammer",
     "FABTargeted",
+    "Iterative",
     "Result",
     "SaltAndPepper",
     "Square",
+    "StAdv",
     "TargetedAPGD",
+    "Transfer",
     "count",
     "knob",
 ]

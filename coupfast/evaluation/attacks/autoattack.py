@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional
 
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
-from coupfast.evaluation.attacks.knobs import count, knob
+from coupfast.evaluation.attacks.iterative import LOOKS
+from coupfast.evaluation.attacks.knobs import count, dw_box_knob, knob, looks_knob
 from coupfast.evaluation.metered import Metered
 
 #: How often an image is offered to an attack that does not begin because its first look at it finds it misclassified already.
@@ -27,16 +28,26 @@ _LOGGER = logging.getLogger("auto-attack")  # pyautoattack's own
 
 @dataclasses.dataclass(frozen=True)
 class APGD(Attack):
-    """APGD on the cross-entropy or the DLR loss, one restart."""
+    """APGD on the cross-entropy or the DLR loss, one restart.
+
+    Attributes:
+        looks: N-evaluation inside of the attack (see `Iterative`). Of the points, that of the least accuracy on its looks is
+            returned then, as in Fixed-AutoAttack (20 looks), in the place of what APGD returns.
+        dw_box: See `Iterative`.
+    """
 
     norm: str = "Linf"
     eps: float = 8 / 255
     loss: Literal["ce", "dlr"] = knob("ce", "cross-entropy, or the difference of logits ratio")
     iterations: int = count(100, "steps of the attack")
     eot_iter: int = count(1, "draws of the noise that a gradient is averaged over")
+    looks: int = looks_knob()
+    dw_box: bool = dw_box_knob()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter)
+        seen = _Seen(
+            defense, x, y, self.norm, self.eps, draws=self.eot_iter, looks=self.looks, named=self.dw_box
+        )
         settings = {
             "norm": self.norm,
             "eps": self.eps,
@@ -64,18 +75,33 @@ class APGD(Attack):
         return 3 if self.loss == "dlr" else 2
 
     def cost(self) -> Cost:
-        return Cost(1, (self.iterations + 1) * self.eot_iter, again=OFFERS - 1)
+        points = self.iterations + 1
+        return Cost(1 + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
+
+    @property
+    def knows_noise(self) -> bool:
+        return self.dw_box
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetedAPGD(Attack):
-    """APGD on the targeted DLR loss, against the most likely other classes in turn."""
+    """APGD on the targeted DLR loss, against the most likely other classes in turn. `looks` and `dw_box` as `APGD` has them."""
 
     norm: str = "Linf"
     eps: float = 8 / 255
     iterations: int = count(100, "steps of the attack")
     eot_iter: int = count(1, "draws of the noise that a gradient is averaged over")
     target_classes: int = count(9, "the most likely other classes, attacked in turn")
+    looks: int = looks_knob()
+    dw_box: bool = dw_box_knob()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {
@@ -87,7 +113,9 @@ class TargetedAPGD(Attack):
             "n_target_classes": self.target_classes,
             "logger": _LOGGER,
         }
-        seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter)
+        seen = _Seen(
+            defense, x, y, self.norm, self.eps, draws=self.eot_iter, looks=self.looks, named=self.dw_box
+        )
         return seen.result(_perturb("autopgd_base.APGDAttack_targeted", settings, seen, seed=seed))
 
     @property
@@ -95,7 +123,20 @@ class TargetedAPGD(Attack):
         return 4
 
     def cost(self) -> Cost:
-        return Cost(1 + self.target_classes, self.target_classes * (self.iterations + 1) * self.eot_iter, again=OFFERS - 1)
+        points = self.target_classes * (self.iterations + 1)
+        return Cost(1 + self.target_classes + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
+
+    @property
+    def knows_noise(self) -> bool:
+        return self.dw_box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +209,8 @@ class _Seen:
         y: Their labels.
         norm, eps: The ball around each.
         draws: How often the attack asks at one point, one time after the other.
+        looks: Fresh draws at every point that it asks about with a gradient.
+        named: Whether the noise of every call is to be named, since it is somebody else's.
     """
 
     def __init__(
@@ -179,7 +222,11 @@ class _Seen:
         eps: float,
         *,
         draws: int = 1,
+        looks: int = 0,
+        named: bool = False,
     ) -> None:
+        self.looks, self.named, self._calls, self._looks = looks, named, 0, 0
+        self.looked = torch.zeros_like(y)  # how many of the looks were wrong where most were
         self.defense, self.x, self.y, self.norm, self.eps, self.draws = defense, x, y, norm, eps, draws
         self.plain: list[torch.Tensor] = []
         self.with_gradient: list[torch.Tensor] = []
@@ -187,27 +234,37 @@ class _Seen:
         self.begun = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self._strongest, self._loss = x.clone(), torch.full((len(x),), -float("inf"), device=x.device)
         self._point, self._sum, self._count = x.clone(), torch.zeros_like(self._loss), torch.zeros_like(y)
-        self._failed = torch.zeros_like(self.begun)  # at the strongest point
-        self._failing = torch.zeros_like(self.begun)  # at the last one
+        self._failed = torch.zeros(len(x), device=x.device)  # at the strongest point: whether, or the share of the looks
+        self._failing = torch.zeros_like(self._failed)  # at the last one
         # Equal images, which differ by their noise only, under the first of them.
         equal = [torch.nonzero((x == image).flatten(1).all(dim=1)).flatten() for image in x]
         self._equal = {int(images[0]): images for images in equal if len(images) > 1}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.defense(x)
+        logits = self.defense(x) if not self.named else self._ask(x, self._images(x.detach()), self._calls)
+        self._calls += 1
         if self.offers == 1:
             (self.with_gradient if x.requires_grad else self.plain).append(logits.detach().argmax(dim=1))
-        self._keep(x.detach(), logits.detach())
+        self._keep(x.detach(), logits.detach(), looking=self.looks > 0 and x.requires_grad)
+        return logits
+
+    def _ask(self, x: torch.Tensor, ids: torch.Tensor, draw: int | torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.defense, Metered)  # whatever else has no noise that could be named
+        logits: torch.Tensor = self.defense(x, ids=ids, draw=draw)
         return logits
 
     def result(self, x_adv: torch.Tensor, curve: tuple[int, ...] = ()) -> Result:
         for images in self._equal.values():
-            best = max(images.tolist(), key=lambda image: (bool(self._failed[image]), float(self._loss[image])))
+            best = max(images.tolist(), key=lambda image: (float(self._failed[image]), float(self._loss[image])))
             for kept in (self._strongest, self._loss, self._failed):
                 kept[images] = kept[best].clone()
-        return Result(x_adv, curve, self._strongest, self._loss, self._failed)
+        if self.looks:
+            # Who was misclassified at every first look was not attacked, and has fallen all the same.
+            looked = torch.where(self.begun, self.looked, self.looks)
+            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, looked, self.looks)
+        return Result(x_adv, curve, self._strongest, self._loss, self._failed > 0)
 
-    def _keep(self, x: torch.Tensor, logits: torch.Tensor) -> None:
+    def _keep(self, x: torch.Tensor, logits: torch.Tensor, *, looking: bool) -> None:
         images = self._images(x)
         change = (x - self.x[images]).flatten(1)
         size = change.abs().amax(dim=1) if self.norm == "Linf" else change.norm(dim=1)
@@ -222,12 +279,28 @@ class _Seen:
         self._point[images] = x
         self._sum[images] = torch.where(again, self._sum[images], 0.0) + loss
         self._count[images] = torch.where(again, self._count[images], 0) + 1
-        self._failing[images] = (again & self._failing[images]) | (logits[inside].argmax(dim=1) != self.y[images])
+        wrong = (logits[inside].argmax(dim=1) != self.y[images]).float()
+        self._failing[images] = torch.maximum(torch.where(again, self._failing[images], 0.0), wrong)
+        whole = self._count[images] == self.draws
+        if self.looks:
+            whole &= looking
+            self._failing[images[whole]] = self._look(x[whole], images[whole])
         mean, failing, failed = self._sum[images] / self.draws, self._failing[images], self._failed[images]
-        better = (failing & ~failed) | ((failing == failed) & (mean > self._loss[images]))
-        better &= self._count[images] == self.draws
+        better = whole & ((failing > failed) | ((failing == failed) & (mean > self._loss[images])))
         images = images[better]
         self._strongest[images], self._loss[images], self._failed[images] = x[better], mean[better], failing[better]
+
+    def _look(self, x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """The share of fresh draws that are misclassified, of each of these points."""
+        if len(x) == 0:
+            return x.new_zeros(0)
+        numbers = torch.arange(self._looks, self._looks + self.looks, device=x.device).repeat_interleave(len(x))
+        self._looks += self.looks
+        with torch.no_grad():
+            logits = self._ask(x.repeat(self.looks, 1, 1, 1), images.repeat(self.looks), LOOKS + numbers)
+        wrong = (logits.view(self.looks, len(x), -1).argmax(dim=2) != self.y[images]).sum(dim=0)
+        self.looked[images] = torch.maximum(self.looked[images], wrong)
+        return wrong / self.looks
 
     def _images(self, x: torch.Tensor) -> torch.Tensor:
         """Which images the attack asks about: it asks about some at a time, in order, and does not say which."""

@@ -12,7 +12,7 @@ import torch
 
 from coupfast.evaluation.attacks import knobs
 from coupfast.evaluation.metered import Metered
-from coupfast.naming import is_from_file, reference_to, resolve
+from coupfast.naming import is_from_file, name_of, reference_to, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,15 @@ class Cost:
     """Images through the defense that one takes which survives everything: without a gradient, and with one.
 
     Attributes:
-        again: Without a gradient, at most, besides: looks at an image that does not begin because it is seen misclassified.
+        again: Without a gradient, at most, besides: looks at an image that does not begin because it is seen misclassified, or
+            that seems to have fallen.
+        steps: Steps of the purification that those with a gradient go through; None: the defense's own.
     """
 
     forward: int
     gradient: int
     again: int = 0
+    steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Result:
             attack saw a failure, or of all if it saw none, the one of the highest loss. An attack that returns an image as it
             came wherever it saw no failure (AutoAttack's do) would be judged by clean images there.
         loss: The mean cross-entropy that it saw at them, −inf where it has tried no point but the image itself.
-        failed: Whether it saw them misclassified.
+        failed: Whether it saw them misclassified, or the share of draws in which it did.
+        left: Images that it gave up before its last iteration since they have fallen; None if it does not tell.
+        looked: Of the fresh draws of each iterate, how many were misclassified where most were; None if it does not tell.
+        looks: How many fresh draws those were.
     """
 
     x_adv: torch.Tensor
@@ -48,6 +54,9 @@ class Result:
     strongest: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     failed: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+    looked: torch.Tensor | None = None
+    looks: int = 0
 
 
 class Attack(abc.ABC):
@@ -85,10 +94,32 @@ class Attack(abc.ABC):
         """Classes that its loss is defined for."""
         return 2
 
+    def check(self, defense: Metered) -> None:
+        """ValueError if the attack cannot ask this defense what it has to, in one line. Before any work."""
+        if self.knows_noise and defense.purified is None:
+            raise ValueError(
+                f"`dw_box` is knowledge of a purification's noise, and {type(defense.model).__name__} is no "
+                f"coupfast.PurifiedClassifier"
+            )
+
     @property
     def replicas(self) -> int:
         """Copies of an image that go through the defense in one batch."""
         return 1
+
+    @property
+    def gradient_replicas(self) -> int:
+        """The same of those with a gradient."""
+        return self.replicas
+
+    @property
+    def knows_noise(self) -> bool:
+        """Whether it attacks the very draws that the judge will use."""
+        return False
+
+    def at_once(self, images: int) -> int:
+        """Of so many images, how many it attacks at a time."""
+        return images
 
     @abc.abstractmethod
     def cost(self) -> Cost:
@@ -117,7 +148,7 @@ class Attack(abc.ABC):
         """Of a class in a file, which no other process could import: its name and its fields."""
         if not is_from_file(type(self)):
             return super().__reduce_ex__(protocol)
-        return _rebuild, (reference_to(type(self)), {name: getattr(self, name) for name in knobs.names(self)})
+        return _rebuild, (name_of(type(self), option="attack"), {name: getattr(self, name) for name in knobs.names(self)})
 
 
 def _rebuild(name: str, fields: Mapping[str, Any]) -> Attack:

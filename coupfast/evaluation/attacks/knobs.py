@@ -57,6 +57,17 @@ def count(default: int, help: str) -> Any:
     return knob(default, help, metavar="N", words="at least 1", valid=lambda value: value >= 1)
 
 
+def looks_knob() -> Any:
+    """Fresh draws at every point of an attack."""
+    help = "fresh draws at every point, without a gradient: its N-evaluation"
+    return knob(0, help, metavar="N", words="at least 0", valid=lambda value: value >= 0)
+
+
+def dw_box_knob() -> Any:
+    """Whether the attacker knows the judge's noise."""
+    return knob(False, "the attacker knows the noise that the judge will use")
+
+
 def names(attack: Any) -> list[str]:
     """The fields of an attack, a class or an object."""
     return [field.name for field in dataclasses.fields(attack)]

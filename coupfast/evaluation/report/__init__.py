@@ -2,7 +2,8 @@
 
 parts     what a report is made of
 read      a finished run
-tables, pictures
+tables, pictures, words
+published figures of others
 render    as HTML and as Markdown
 """
 
@@ -13,13 +14,14 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from coupfast.evaluation.report import pictures, tables
+from coupfast.evaluation.report import pictures, tables, words
 from coupfast.evaluation.report.parts import Picture, Section, Table, Text
 from coupfast.evaluation.report.read import Run, read, told_apart
 from coupfast.evaluation.report.render import to_html, to_markdown
-from coupfast.evaluation.result import csv_of
-from coupfast.files import write_whole
+from coupfast.evaluation.result import csv_of, row
+from coupfast_kernels.files import write_whole
 
 __all__ = ["Picture", "Run", "Section", "Table", "Text", "read", "sections", "to_html", "to_markdown", "write"]
 
@@ -40,12 +42,26 @@ def write(folders: Sequence[str | Path], target: str | Path) -> list[Path]:
     parts = sections(runs)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     about = f"{len(folders)} run{'s' * (len(folders) > 1)}; reported on {today}."
-    found = {run.name: run.found for run in runs}
+    found = {run.name: run.found for run in runs} | _lower(runs)
     texts = (to_html(parts, about), to_markdown(parts, about), json.dumps(found, indent=1) + "\n", csv_of(found))
     paths = [Path(target).with_suffix(suffix) for suffix in SUFFIXES]
     for path, text in zip(paths, texts, strict=True):
         write_whole(path, text.encode())
     return paths
+
+
+def _lower(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """What `tables.lower` says, as JSON has it."""
+    found = {}
+    for rand, standard in tables.pairs(runs):
+        try:
+            accuracies = tables.lower_of(rand, standard)
+        except ValueError:  # the report says it
+            continue
+        draws = min(len(run.verdicts["attacked"].logits) for run in (rand, standard))
+        for number, name in enumerate((f"lower of {rand.name}, {standard.name}", f"both of {rand.name}, {standard.name}")):
+            found[name] = {"accuracies": [row("attacked", p, draws, pair[number]) for p, pair in accuracies.items()]}
+    return found
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -56,6 +72,9 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     """
     runs = told_apart(runs)
     parts: list[Section] = [tables.summary(runs), *(tables.accuracies(run) for run in runs)]
+    parts += [*tables.lower(runs), words.protocols(runs)]
+    if max(len(run.verdicts["clean"].logits) for run in runs) > 1:
+        parts.append(pictures.resubmission_picture(runs))
     for pair in itertools.combinations(runs, 2):
         parts += tables.comparison(*pair)
     parts += tables.classes(runs)

@@ -30,7 +30,8 @@ def curves(run: Run) -> dict[str, np.ndarray]:
     return curves
 
 
-def curve_picture(runs: Sequence[Run]) -> Picture:
+def curve_figure(runs: Sequence[Run]) -> Any:
+    """What `curve_picture` shows, as Matplotlib's."""
     figure = _figure(7.0, 3.9)
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
@@ -42,11 +43,45 @@ def curve_picture(runs: Sequence[Run]) -> Picture:
     axes.set_ylim(0, 102)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
+    return figure
+
+
+def curve_picture(runs: Sequence[Run]) -> Picture:
     return Picture(
         "Accuracy against iterations",
-        _png(figure),
+        _png(curve_figure(runs)),
         "As the attack sees it while it runs, on the draws that it uses: an image counts from the first iteration that "
         "misclassified it. The verdicts above are on fresh draws. Stages begin with the images that the one before left.",
+    )
+
+
+def resubmission_figure(runs: Sequence[Run]) -> Any:
+    """What `resubmission_picture` shows, as Matplotlib's."""
+    figure = _figure(7.0, 3.9)
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        colour = _COLOURS[number % len(_COLOURS)]
+        for kind, style in (("clean", ":"), ("attacked", "-")):
+            points = run.resubmission.get(kind, [])
+            m, values = np.arange(1, len(points) + 1), [100 * point.value for point in points]
+            axes.plot(m, values, style, color=colour, label=f"{run.name}, {kind}", linewidth=1.8)
+            if kind == "attacked":
+                ends = np.array([point.bootstrap for point in points]).reshape(-1, 2)
+                axes.fill_between(m, 100 * ends[:, 0], 100 * ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("M, how often the attacker may send an image")
+    axes.set_ylabel("right every time, % of images")
+    axes.set_ylim(0, 102)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
+    return figure
+
+
+def resubmission_picture(runs: Sequence[Run]) -> Picture:
+    return Picture(
+        "Accuracy against the number of submissions",
+        _png(resubmission_figure(runs)),
+        "M-resubmission, estimated without bias from all of the judge's draws; M = 1 is their average, the largest M their "
+        "worst. Bands: 95 %, a bootstrap over attacked images.",
     )
 
 
@@ -58,7 +93,8 @@ def competitor(run: Run, number: int) -> int:
     return int(last.argmax())
 
 
-def path_picture(run: Run) -> Picture:
+def path_figure(run: Run) -> Any:
+    """What `path_picture` shows, as Matplotlib's."""
     images, labels = run.shown["images"], run.verdicts["clean"].labels
     columns = min(len(images), 2)
     rows = -(-len(images) // columns)
@@ -80,12 +116,16 @@ def path_picture(run: Run) -> Picture:
         panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below, where no curve is
     figure.supxlabel("step of the purification", fontsize=9)
     figure.supylabel("confidence", fontsize=9)
+    return figure
+
+
+def path_picture(run: Run) -> Picture:
     noiseless = "Without noise, as in the paper's Fig. 2a"
     if run.configuration["defense"]["noises_first"]:
         noiseless += " (nor any before the first step, which this method has otherwise)"
     return Picture(
         f"{run.name}: confidence along the purification",
-        _png(figure),
+        _png(path_figure(run)),
         f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
         "state as it is.",
     )

@@ -41,6 +41,8 @@ class Run:
     happened: list[plan.Stage]
     fingerprint: str
     accuracies: dict[str, dict[str, Accuracy]]
+    resubmission: dict[str, list[Accuracy]]
+    inside: dict[str, Accuracy]
     found: dict[str, Any]
 
     @property
@@ -82,6 +84,8 @@ def read(folder: str | Path) -> Run:
             happened=plan.happened(ledger),
             fingerprint=evaluation.fingerprint,
             accuracies=evaluation.accuracies,
+            resubmission=evaluation.resubmission,
+            inside=evaluation.inside,
             found=evaluation.to_dict(),
         )
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coupfast.evaluation import gradients, plan, protocols, purification
-from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, Accuracy, Comparison, Judged
+from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, RESUBMISSION, Accuracy, Comparison, Judged
+from coupfast.evaluation.report import published
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
 from coupfast.evaluation.spec import GIVEN
@@ -65,6 +66,12 @@ def accuracies(run: Run) -> Table:
         (protocols.describe(protocol, draws), *(_cell(found[protocol]) for found in run.accuracies.values()))
         for protocol in (OFFICIAL, *PROTOCOLS)
     ]
+    for m in protocols.told(draws):
+        rows.append((protocols.describe(RESUBMISSION, m), *(_cell(curve[m - 1]) for curve in run.resubmission.values())))
+    for protocol, found in run.inside.items():
+        rows.append((protocols.describe(protocol, run.verdicts["attacked"].inside_draws), "", _cell(found)))
+    for figure in published.like(run):
+        rows += _published(figure, draws)
     return Table(
         f"{run.name}: accuracy",
         ("protocol", *run.verdicts),
@@ -73,6 +80,64 @@ def accuracies(run: Run) -> Table:
         f"The clean accuracy by a protocol is what its attacked accuracy is to be compared with, but for the official one."
         f"{_official(run)}{_unchanged(run)}{_gradients(run)}{_assumed(run)}",
     )
+
+
+def _published(figure: published.Published, draws: int) -> list[tuple[str, ...]]:
+    return [
+        (f"{protocols.describe(protocol, draws)}, published: {figure.source}", f"{figure.clean:.2f} %", f"{value:.2f} %")
+        for protocol, value in figure.robust.items()
+    ]
+
+
+def lower(runs: Sequence[Run]) -> list[Section]:
+    """Of every defense that was evaluated under AutoAttack's `rand` and under its `standard`: the lower of both."""
+    parts: list[Section] = []
+    for rand, standard in pairs(runs):
+        names = f"{rand.name} and {standard.name}"
+        try:
+            found = lower_of(rand, standard)
+        except ValueError as error:
+            parts.append(Text(f"The lower of {names}", str(error)))
+            continue
+        draws = min(len(run.verdicts["attacked"].logits) for run in (rand, standard))
+        rows = [(protocols.describe(protocol, draws), _cell(one), _cell(both)) for protocol, (one, both) in found.items()]
+        for figure in published.like(rand, published.LOWER):
+            rows += [
+                (f"{protocols.describe(protocol, draws)}, published: {figure.source}", f"{value:.2f} %", "")
+                for protocol, value in figure.robust.items()
+            ]
+        parts.append(
+            Table(
+                f"The lower of {names}",
+                ("protocol", "the lower accuracy of the two", "right under both, image by image"),
+                rows,
+                "AutoAttack's rand, for defenses with noise, and its standard, for those without: DiffPure and COUP publish "
+                "the lower of the two robust accuracies. AutoAttack would count an image as robust only if it is right under "
+                "both, which is never more. Attacked images; intervals of 95 %, Wilson's and a bootstrap's that takes the "
+                "lower one anew in every resample.",
+            )
+        )
+    return parts
+
+
+def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of one defense and ball under AutoAttack's rand and standard."""
+
+    def setting(run: Run) -> tuple[Any, ...]:
+        spec = run.configuration["spec"]
+        return run.configuration["defense"], spec["norm"], spec["eps"]
+
+    rand, standard = (
+        [run for run in runs if run.configuration["spec"]["attack"] == f"autoattack-{version}"]
+        for version in ("rand", "standard")
+    )
+    return [(one, other) for one in rand for other in standard if setting(one) == setting(other)]
+
+
+def lower_of(rand: Run, standard: Run) -> dict[str, tuple[Accuracy, Accuracy]]:
+    """By protocol; see `protocols.lower`."""
+    verdicts = (rand.verdicts["attacked"], standard.verdicts["attacked"])
+    return {protocol: protocols.lower(*verdicts, protocol) for protocol in (OFFICIAL, *PROTOCOLS)}
 
 
 def _official(run: Run) -> str:
@@ -108,10 +173,15 @@ def _described(run: Run) -> str:
     name = _defense(run)
     stages = run.configuration["stages"]
     sizes = "; ".join(
-        f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if key not in ("class", "norm", "eps"))
+        f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if _says(key, value))
         for stage, fields in stages.items()
     )
     return f"{run.count} images, {name}; {_attack(run)}" + (f" ({sizes})" if sizes else "")
+
+
+def _says(knob: str, value: Any) -> bool:
+    """Whether a stage's field tells a reader something: a ball is told of the run, and what is off need not be."""
+    return knob not in ("class", "norm", "eps") and value is not None and value is not False
 
 
 def _defense(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from coupfast_kernels import native
 from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
 from coupfast_kernels.convolution.gpu import _launch, _new, conv3x3, conv3x3_op, pack_weight
-from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, trying
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, Config, trying
 from coupfast_kernels.inputs import by, normals
 from coupfast_kernels.parity import Agreement
 from coupfast_kernels.registry import Case, Kernel, Trial, register
@@ -106,6 +106,31 @@ def _interpret() -> None:
     conv3x3_op.register_kernel("cpu")(with_the_first_config)
 
 
+def launch(shape: tuple[int, ...], out_channels: int, precision: str, config: Config, *, fused: bool = True) -> None:
+    """Launch the kernel for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones."""
+    x, packed = torch.empty(shape, memory_format=LAST), torch.empty(9 * shape[1], out_channels)
+    y = _new(x, out_channels)
+    added: tuple[Any, Any, Any] = (None, None, None)
+    if fused:
+        added = (torch.empty(out_channels), torch.empty(shape[0], out_channels), y)
+    _launch(y, x, packed, *added, 0.5, precision, config)
+
+
+def _launches(precision: str) -> Mapping[str, Callable[[], object]]:
+    """Every config. Of its shape a launch's machine code knows which channels are multiples of 16: all but 3."""
+    configs, shape = CONFIGS[precision], (8, 128, 32, 32)
+    found = {
+        f"{precision} {config.block_m} × {config.block_n} × {config.block_k}": functools.partial(
+            launch, shape, 128, precision, config
+        )
+        for config in configs
+    }
+    return found | {
+        f"{precision}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, precision, configs[0]),
+        f"{precision}, 3 channels out": functools.partial(launch, shape, 3, precision, configs[-3]),
+    }
+
+
 for each in PRECISIONS:
     register(
         Kernel(
@@ -114,6 +139,7 @@ for each in PRECISIONS:
             functools.partial(_checks, each),
             functools.partial(_timed, precision=each),
             interpret=_interpret,
+            launches=functools.partial(_launches, each),
         )
     )
 

@@ -190,7 +190,7 @@ def packed_conv2d(
 
 
 def packed_conv2d_vjp(
-    dy: torch.Tensor, packed: torch.Tensor, x_shape: tuple[int, int, int], kernel: int, stride: int, tile: int
+    dy: torch.Tensor, packed: torch.Tensor, x_shape: Sequence[int], kernel: int, stride: int, tile: int
 ) -> torch.Tensor:
     """The gradient of `conv2d_ref`'s input, with weights from `pack_weights(…, transposed=True, stride=stride)`.
 
@@ -209,8 +209,8 @@ def packed_conv2d_vjp(
     dy = _checked(dy, kernel, stride, tile)
     size = tuple((axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in x_shape[1:])
     if tuple(dy.shape[2:]) != size:
-        raise ValueError(f"a convolution of {x_shape} maps gives {size} of stride {stride}, `dy` has {tuple(dy.shape[2:])}")
-    return _convolved(dy, packed, None, x_shape, kernel, 1, stride, kernel - 1 - kernel // 2, tile)
+        raise ValueError(f"a convolution of {tuple(x_shape)} maps gives {size} of stride {stride}, `dy` has {tuple(dy.shape[2:])}")
+    return _convolved(dy, packed, None, tuple(x_shape), kernel, 1, stride, kernel - 1 - kernel // 2, tile)
 
 
 def _checked(x: torch.Tensor, kernel: int, stride: int, tile: int) -> torch.Tensor:

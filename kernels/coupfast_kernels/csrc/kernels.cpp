@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "attention.h"
 #include "conv.h"
 #include "guided_step.h"
 #include "norm.h"
@@ -44,7 +45,16 @@ struct Operation {
   int64_t kind;
   const void* parameters;
 };
-enum Kind : int64_t { kConv = 0, kGroupNormAffine = 1, kGroupNormVjp = 2, kSum = 3, kMasked = 4, kGuidedStep = 5 };
+enum Kind : int64_t {
+  kConv = 0,
+  kGroupNormAffine = 1,
+  kGroupNormVjp = 2,
+  kSum = 3,
+  kMasked = 4,
+  kGuidedStep = 5,
+  kAttention = 6,
+  kAttentionVjp = 7,
+};
 
 void run(const Operation& operation, Team& team) {
   switch (operation.kind) {
@@ -54,6 +64,8 @@ void run(const Operation& operation, Team& team) {
     case kSum: return run_sum(*static_cast<const Sum*>(operation.parameters), team);
     case kMasked: return run_masked(*static_cast<const Masked*>(operation.parameters), team);
     case kGuidedStep: return run_guided_step(*static_cast<const GuidedStep*>(operation.parameters), team);
+    case kAttention: return run_attention(*static_cast<const Attention*>(operation.parameters), team);
+    case kAttentionVjp: return run_attention_vjp(*static_cast<const AttentionVjp*>(operation.parameters), team);
   }
 }
 
@@ -70,6 +82,16 @@ void coupfast_threads(Parallel parallel, int (*thread)(), int (*threads)()) {
 int coupfast_lanes() { return kLanes; }
 
 int64_t coupfast_conv_scratch(const Conv* conv, int threads) { return conv_scratch(*conv, threads); }
+
+int64_t coupfast_attention_scratch(const Attention* p, int threads) {
+  const AttentionShape shape(p->size, p->pixels);
+  return p->block * shape.pair_floats() + threads * shape.thread_floats();
+}
+
+int64_t coupfast_attention_vjp_scratch(const AttentionVjp* p, int threads) {
+  const AttentionShape shape(p->size, p->pixels);
+  return p->block * shape.pair_floats_vjp() + threads * shape.thread_floats_vjp();
+}
 
 int64_t coupfast_packed_floats(const Pack* pack) { return packed_floats(*pack); }
 

@@ -121,6 +121,22 @@ inline Vector broadcast(float value) {
 #endif
 }
 
+// low = a0 b0 a1 b1 ... and high, of the lanes from the middle on.
+inline void interleave(Vector a, Vector b, Vector* low, Vector* high) {
+#if defined(__clang__) && defined(__AVX512F__)
+  *low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__clang__)
+  *low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  *high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  Integers lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i / 2 + (i % 2) * kLanes;
+  *low = __builtin_shuffle(a, b, lane);
+  *high = __builtin_shuffle(a, b, lane + kLanes / 2);
+#endif
+}
+
 // a * b + c, rounded once where the machine can (the portable build rounds twice).
 inline Vector fma(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)

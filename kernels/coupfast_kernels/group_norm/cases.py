@@ -1,14 +1,18 @@
-"""GroupNorm with SiLU and its transpose: groups that registers hold and groups that they do not, odd maps, both formats."""
+"""GroupNorm with SiLU and its transpose: on the GPU groups that registers hold and groups that they do not, odd maps, both
+formats; on the CPU groups and maps that fill vectors and that do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from coupfast_kernels.group_norm.definition import group_norm_silu_ref, group_norm_silu_vjp_ref
+from coupfast_kernels import native
+from coupfast_kernels.group_norm.cpu import group_norm_affine_cpu, group_norm_vjp_cpu
+from coupfast_kernels.group_norm.definition import group_norm_affine_ref, group_norm_silu_ref, group_norm_silu_vjp_ref
 from coupfast_kernels.group_norm.gpu import _group_norm_silu, _group_norm_silu_vjp, _launch, _launch_vjp, group_norm_silu
 from coupfast_kernels.inputs import LAYOUTS, by, normals
 from coupfast_kernels.parity import BITS, Agreement
@@ -91,11 +95,177 @@ def _interpret_vjp() -> None:
     _group_norm_silu_vjp.register_kernel("cpu")(_launch_vjp)
 
 
+#: (channels, height = width, groups) of every GroupNorm in DDPM++ deep.
+DDPMPP_DEEP = (
+    (128, 32, 32),
+    (256, 32, 32),
+    (384, 32, 32),
+    (128, 16, 32),
+    (256, 16, 32),
+    (384, 16, 32),
+    (512, 16, 32),
+    (256, 8, 32),
+    (512, 8, 32),
+    (256, 4, 32),
+    (512, 4, 32),
+)
+
+
+def launch(
+    channels: int,
+    size: int,
+    groups: int,
+    *,
+    batch: int = 256,
+    image_bias: bool = False,
+    residual: bool = False,
+    silu: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> None:
+    """Launch the kernel for square maps; 1/√2 behind a residual."""
+    x, word = torch.empty((batch, channels, size, size), memory_format=layout), torch.empty(channels)
+    added = (torch.empty(batch, channels) if image_bias else None, x if residual else None)
+    _launch(x, word, word, *added, groups, EPS, 2**-0.5 if residual else 1.0, silu)
+
+
+def launch_vjp(
+    channels: int,
+    size: int,
+    groups: int,
+    *,
+    batch: int = 256,
+    gh: bool = False,
+    silu: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> None:
+    """Launch its transpose."""
+    h, word = torch.empty((batch, channels, size, size), memory_format=layout), torch.empty(channels)
+    _launch_vjp(h, h, h if gh else None, word, word, groups, EPS, 2**-0.5 if gh else 1.0, silu)
+
+
+def _launches() -> Mapping[str, Callable[[], object]]:
+    """What stands between the convolutions of DDPM++ deep, and the attention's norms; groups beyond the registers; NCHW."""
+    found = {}
+    for shape in DDPMPP_DEEP:
+        name = f"group norm {shape[0]} at {shape[1]}²"
+        found[name] = functools.partial(launch, *shape)
+        found[f"{name}, time"] = functools.partial(launch, *shape, image_bias=True)
+        found[f"{name}, residual"] = functools.partial(launch, *shape, residual=True)
+    return found | {
+        "group norm 256 at 16², no silu": functools.partial(launch, 256, 16, 32, silu=False),
+        "group norm 128 at 32², NCHW, residual": functools.partial(
+            launch, 128, 32, 32, residual=True, layout=torch.contiguous_format
+        ),
+        "group norm 256 at 64², loop, residual": functools.partial(launch, 256, 64, 32, residual=True),
+    }
+
+
+def _launches_vjp() -> Mapping[str, Callable[[], object]]:
+    """The transposes of the same."""
+    found = {}
+    for shape in DDPMPP_DEEP:
+        name = f"group norm {shape[0]} at {shape[1]}²"
+        found[f"{name}: transpose"] = functools.partial(launch_vjp, *shape)
+        found[f"{name}, residual: transpose"] = functools.partial(launch_vjp, *shape, gh=True)
+    return found | {
+        "group norm 256 at 16², no silu: transpose": functools.partial(launch_vjp, 256, 16, 32, silu=False),
+        "group norm 128 at 32², NCHW: transpose": functools.partial(
+            launch_vjp, 128, 32, 32, gh=True, layout=torch.contiguous_format
+        ),
+        "group norm 256 at 64², loop, residual: transpose": functools.partial(launch_vjp, 256, 64, 32, gh=True),
+    }
+
+
 register(
-    Kernel("group_norm_silu", "cuda", lambda: _checks(False), lambda images: _timed(images, False), interpret=_interpret)
+    Kernel(
+        "group_norm_silu",
+        "cuda",
+        lambda: _checks(False),
+        lambda images: _timed(images, False),
+        interpret=_interpret,
+        launches=_launches,
+    )
 )
 register(
     Kernel(
-        "group_norm_silu_vjp", "cuda", lambda: _checks(True), lambda images: _timed(images, True), interpret=_interpret_vjp
+        "group_norm_silu_vjp",
+        "cuda",
+        lambda: _checks(True),
+        lambda images: _timed(images, True),
+        interpret=_interpret_vjp,
+        launches=_launches_vjp,
     )
 )
+
+
+# --- the CPU's --------------------------------------------------------------------------------------------------------
+
+
+def _case_on_cpu(shape: tuple[int, ...], groups: int, *, vjp: bool, full: bool = False) -> Case:
+    """`full`: with another cotangent of x."""
+
+    def make(device: torch.device) -> Trial:
+        x, gy, gx = normals(device, shape, 3, torch.channels_last)
+        x += 0.5  # a mean that is small beside the deviation has a large relative error
+        spread, shift = normals(device, shape[1:2], 2)
+        weight, bias = 1.0 + 0.3 * torch.tanh(spread), 0.3 * torch.tanh(shift)
+        options: Any = dict(groups=groups, eps=EPS)
+        affine = group_norm_affine_cpu(x, weight, bias, **options)
+
+        def definition(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+            in_x, in_gy, in_gx, in_weight, in_bias = (tensor.to(dtype) for tensor in (x, gy, gx, weight, bias))
+            if not vjp:
+                return group_norm_affine_ref(in_x, in_weight, in_bias, **options)
+            gradient = group_norm_silu_vjp_ref(in_x, in_gy, None, in_weight, in_bias, **options)
+            return (gradient + ROOT_HALF * in_gx if full else gradient,)
+
+        if not vjp:
+            others = {"pytorch": lambda: F.group_norm(x, groups, weight, bias, EPS)}
+            agreements = (Agreement(ROUNDINGS),) * 2 + (BITS,) + (Agreement(ROUNDINGS),)
+            run = functools.partial(group_norm_affine_cpu, x, weight, bias, **options)
+            return Trial(run, definition, agreements, bytes_moved=x.nbytes, others=others)
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            y = F.silu(F.group_norm(leaf, groups, weight, bias, EPS))
+        return Trial(
+            lambda: (
+                group_norm_vjp_cpu(x, gy, gx if full else None, weight, affine, groups=groups, factor=ROOT_HALF),
+            ),
+            definition,
+            (Agreement(VJP_ROUNDINGS),),
+            bytes_moved=(4 if full else 3) * x.nbytes,
+            others={"pytorch": lambda: torch.autograd.grad(y, leaf, gy, retain_graph=True)},
+        )
+
+    return Case(f"{by(shape)}, {groups} groups{', with residual' if full else ''}", make, ("pytorch",))
+
+
+def _checks_on_cpu(vjp: bool) -> Iterator[Case]:
+    # Groups of 4, of 12 (48 channels are whole vectors), of 10, of one ragged channel each, of more than a share; one pixel.
+    for shape, groups in (
+        ((2, 128, 9, 7), 32),
+        ((1, 384, 8, 8), 32),
+        ((3, 30, 5, 7), 3),
+        ((2, 21, 4, 4), 21),
+        ((1, 300, 6, 6), 2),
+        ((2, 16, 1, 1), 4),
+    ):
+        yield _case_on_cpu(shape, groups, vjp=vjp, full=shape[0] > 1)
+
+
+def _timed_on_cpu(images: int, vjp: bool) -> Iterator[Case]:
+    """Maps of DDPM++ deep."""
+    for channels, size in ((256, 16), (128, 32), (384, 32), (512, 4)):
+        yield _case_on_cpu((images, channels, size, size), 32, vjp=vjp)
+
+
+for name, transposed in (("group_norm_cpu affine", False), ("group_norm_cpu silu vjp", True)):
+    register(
+        Kernel(
+            name,
+            "cpu",
+            functools.partial(_checks_on_cpu, transposed),
+            functools.partial(_timed_on_cpu, vjp=transposed),
+            missing=native.unavailable,
+        )
+    )

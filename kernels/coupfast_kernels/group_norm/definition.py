@@ -93,6 +93,24 @@ def group_norm_silu_vjp_ref(
     return g * scale
 
 
+def group_norm_affine_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, groups: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """GroupNorm(x) = (x − subtract) · multiply + add, channel by channel: the definition of what a convolution takes in.
+
+    Args:
+        x, weight, bias, groups, eps: As in `group_norm_silu_ref`.
+
+    Returns:
+        subtract, multiply, add and 1 / sqrt(var + eps), each (batch, channels), in the dtype of `x`.
+    """
+    grouped = x.reshape(len(x), groups, -1)
+    mean, (_, deviation) = grouped.mean(2, keepdim=True), _normalised(x, groups, eps)
+    size = x.shape[1] // groups
+    subtract, inverse = (t.expand(-1, -1, size).reshape(len(x), -1) for t in (mean, 1.0 / deviation))
+    return subtract, inverse * weight, bias.expand(len(x), -1), inverse
+
+
 def _normalised(h: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """n, like `h`, and sqrt(var + eps), [batch, groups, 1]."""
     grouped = h.reshape(len(h), groups, math.prod(h.shape[1:]) // groups)

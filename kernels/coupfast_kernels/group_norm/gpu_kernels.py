@@ -77,6 +77,48 @@ if triton is not None:
         return tl.where(squares < float("inf"), inverse, float("nan"))
 
     @triton.jit
+    def _statistics_kernel(h, exists, inverse_count: tl.constexpr, eps):
+        """d = h less nearly its group's mean, 0 where nothing exists; the mean of d; 1 / sqrt(var + eps)."""
+        d = tl.where(exists, h - _sum_kernel(h) * inverse_count, 0.0)
+        # The mean's own rounding, which a large mean makes large, is seen in d, whose mean would be 0 without it.
+        shift = _sum_kernel(d) * inverse_count
+        return d, shift, _inverse_deviation_kernel(_sum_kernel(d * d) * inverse_count, shift, eps)
+
+    @triton.jit
+    def _loop_statistics_kernel(
+        x_ptr,
+        image_bias_ptr,
+        residual_ptr,
+        scale,
+        group,
+        eps,
+        PIXELS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        GROUP_CHANNELS: tl.constexpr,
+        CHANNELS_LAST: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Nearly the mean of a group's h, what it is off by, and 1 / sqrt(var + eps): twice over the group."""
+        count: tl.constexpr = PIXELS * GROUP_CHANNELS
+        inverse_count: tl.constexpr = 1.0 / count
+
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, count, BLOCK):
+            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
+            total += _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
+        mean = tl.sum(total) * inverse_count
+
+        total, squares = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, count, BLOCK):
+            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
+            h = _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
+            d = tl.where(exists, h - mean, 0.0)
+            total += d
+            squares += d * d
+        shift = tl.sum(total) * inverse_count
+        return mean, shift, _inverse_deviation_kernel(tl.sum(squares) * inverse_count, shift, eps)
+
+    @triton.jit
     def _sigmoid_kernel(a):
         return 1.0 / (1.0 + tl.exp(-a))
 
@@ -130,10 +172,7 @@ if triton is not None:
         h = _h_kernel(x_ptr + start, image_bias_ptr, residual_ptr, scale, offset, exists, channel, known)
         if h_ptr is not None:
             tl.store(h_ptr + start + offset, h, mask=exists)
-        d = tl.where(exists, h - _sum_kernel(h) * inverse_count, 0.0)
-        # The mean's own rounding, which a large mean makes large, is seen in d, whose mean would be 0 without it.
-        shift = _sum_kernel(d) * inverse_count
-        inverse = _inverse_deviation_kernel(_sum_kernel(d * d) * inverse_count, shift, eps)
+        d, shift, inverse = _statistics_kernel(h, exists, inverse_count, eps)
         weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
         y = (d - shift) * inverse * weight + bias
@@ -173,9 +212,7 @@ if triton is not None:
         inverse_count: tl.constexpr = 1.0 / (PIXELS * GROUP_CHANNELS)
 
         h = tl.load(h_ptr + start + offset, mask=exists, other=0.0)
-        d = tl.where(exists, h - _sum_kernel(h) * inverse_count, 0.0)
-        shift = _sum_kernel(d) * inverse_count
-        inverse = _inverse_deviation_kernel(_sum_kernel(d * d) * inverse_count, shift, eps)
+        d, shift, inverse = _statistics_kernel(h, exists, inverse_count, eps)
         n = (d - shift) * inverse
         weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
@@ -218,24 +255,9 @@ if triton is not None:
             residual_ptr += start
         x_ptr += start
         count: tl.constexpr = PIXELS * GROUP_CHANNELS
-        inverse_count: tl.constexpr = 1.0 / count
-
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for first in range(0, count, BLOCK):
-            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
-            total += _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
-        mean = tl.sum(total) * inverse_count
-
-        total, squares = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-        for first in range(0, count, BLOCK):
-            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
-            h = _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
-            d = tl.where(exists, h - mean, 0.0)
-            total += d
-            squares += d * d
-        shift = tl.sum(total) * inverse_count
-        inverse = _inverse_deviation_kernel(tl.sum(squares) * inverse_count, shift, eps)
-
+        mean, shift, inverse = _loop_statistics_kernel(
+            x_ptr, image_bias_ptr, residual_ptr, scale, group, eps, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK
+        )
         for first in range(0, count, BLOCK):
             offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
             h = _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
@@ -276,22 +298,9 @@ if triton is not None:
         gy_ptr += start
         count: tl.constexpr = PIXELS * GROUP_CHANNELS
         inverse_count: tl.constexpr = 1.0 / count
-
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for first in range(0, count, BLOCK):
-            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
-            total += tl.load(h_ptr + offset, mask=exists, other=0.0)
-        mean_h = tl.sum(total) * inverse_count
-
-        total, squares = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-        for first in range(0, count, BLOCK):
-            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
-            d = tl.where(exists, tl.load(h_ptr + offset, mask=exists, other=0.0) - mean_h, 0.0)
-            total += d
-            squares += d * d
-        shift = tl.sum(total) * inverse_count
-        inverse = _inverse_deviation_kernel(tl.sum(squares) * inverse_count, shift, eps)
-
+        mean_h, shift, inverse = _loop_statistics_kernel(
+            h_ptr, None, None, 1.0, group, eps, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK
+        )
         total, products = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
         for first in range(0, count, BLOCK):
             offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)

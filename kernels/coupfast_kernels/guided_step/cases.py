@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -109,5 +110,63 @@ def _interpret() -> None:
     guided_step_out.register_kernel("cpu")(_launch)
 
 
-register(Kernel("guided_step", "cuda", lambda: _checks(_on_cuda), _timed_on_cuda, interpret=_interpret))
+#: What rows of eight columns add.
+TWO_STEP = ("x_before", "eps_before")
+ALL_COLUMNS = ("x_in", "second_noise", *TWO_STEP)
+
+
+def launch(
+    shape: tuple[int, ...],
+    *,
+    layout: torch.memory_format = torch.contiguous_format,
+    predicted: bool = True,
+    guided: bool = True,
+    noisy: bool = True,
+    more: tuple[str, ...] = (),
+) -> None:
+    """Launch the kernel for states of a shape, whatever is in them; `more` are of `ALL_COLUMNS`."""
+    x = torch.empty(shape, memory_format=layout)
+    words, scalar = torch.zeros(shape[0], dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    _launch(
+        x,
+        x,
+        x if predicted else None,
+        x if guided else None,
+        torch.empty(100, 8 if more else 4),
+        scalar,
+        *((scalar, words, words) if noisy else (None, None, None)),
+        x if "x_in" in more else None,
+        "second_noise" in more,
+        *(x if name in more else None for name in TWO_STEP),
+    )
+
+
+def launches() -> Mapping[str, Callable[[], object]]:
+    """Every shape class that the engines use, the ragged ones too."""
+    cifar, small, ragged, last = (256, 3, 32, 32), (64, 4, 64, 64), (5, 3, 17, 19), torch.channels_last
+    options: dict[str, dict[str, Any]] = {
+        "forward": dict(shape=cifar),
+        "forward, unguided": dict(shape=cifar, guided=False),
+        "adjoint": dict(shape=cifar, noisy=False),
+        "adjoint, no hvp": dict(shape=cifar, noisy=False, guided=False),
+        "channels-last: forward": dict(shape=cifar, layout=last),
+        "channels-last: adjoint": dict(shape=cifar, layout=last, noisy=False),
+        "channels-last, 4 channels: forward": dict(shape=small, layout=last),
+        "ragged: forward": dict(shape=ragged),
+        "ragged channels-last: forward": dict(shape=ragged, layout=last),
+        "x_in: forward": dict(shape=cifar, more=("x_in",)),
+        "two noises: forward": dict(shape=cifar, more=("second_noise",)),
+        "two steps: forward, unguided": dict(shape=cifar, guided=False, noisy=False, more=TWO_STEP),
+        "no network: forward": dict(shape=cifar, predicted=False, guided=False),
+        "eight columns: forward": dict(shape=cifar, more=ALL_COLUMNS),
+        "channels-last, eight columns: forward": dict(shape=cifar, layout=last, more=ALL_COLUMNS),
+        "channels-last, 4 channels, eight columns: forward": dict(shape=small, layout=last, more=ALL_COLUMNS),
+        "ragged, eight columns: forward": dict(shape=ragged, more=ALL_COLUMNS),
+    }
+    return {name: functools.partial(launch, **each) for name, each in options.items()}
+
+
+register(
+    Kernel("guided_step", "cuda", lambda: _checks(_on_cuda), _timed_on_cuda, interpret=_interpret, launches=launches)
+)
 register(Kernel("guided_step_cpu", "cpu", lambda: _checks(_on_cpu), _timed_on_cpu, missing=native.unavailable))

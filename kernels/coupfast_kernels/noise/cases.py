@@ -50,6 +50,12 @@ def _interpret() -> None:
     _standard_normal.register_kernel("cpu")(_launch)
 
 
+def launch(shape: tuple[int, ...]) -> None:
+    """Launch the kernel for a shape."""
+    words, scalar = torch.zeros(shape[0], dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    _launch(list(shape), scalar, words, words, scalar)
+
+
 register(
     Kernel(
         "standard_normal",
@@ -57,6 +63,7 @@ register(
         lambda: _checks(_on_cuda),
         lambda images: [_case((64 * images, 3, 32, 32), 7, _on_cuda), _case((images, 3, 32, 32), 7, _on_cuda)],
         interpret=_interpret,
+        launches=lambda: {"noise alone": lambda: launch((256, 3, 32, 32))},
     )
 )
 register(

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # What file systems answer that cannot sync a folder: CIFS, some of FUSE, and systems that cannot open one.
@@ -19,25 +20,42 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: if it cannot be written; then nothing is left of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".partial")
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` to write to, which becomes `path` at the end; what is raised meanwhile leaves nothing.
+
+    Raises:
+        OSError: if it cannot be made there, or cannot become `path`.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".partial")
+    partial = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(descriptor)
+        yield partial
         # mkstemp makes private files; this one gets what any new file would have had.
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)
-        os.replace(partial, path)
+        partial.chmod(0o666 & ~mask)
+        put_in_place(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(partial)
+            partial.unlink()
         raise
-    sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
+def put_in_place(made: Path, path: Path) -> None:
+    """Give a file that is complete its name in the same file system, and see that both are on the disk."""
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    made.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
     """See that the names in a folder are on the disk, where its file system can do that."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

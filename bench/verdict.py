@@ -1,0 +1,291 @@
+"""Robust accuracy found against what it took: every attack and mode a curve, on several defenses.
+
+    python bench/verdict.py --out verdict-runs --json bench/results/verdict.json --plot bench/results/verdict.png
+
+A point of a curve is a whole run of `coupfast evaluate` (its folder is in `--out`), so anything that is stopped goes on where
+it was, and a rerun with the same options makes no finished run again. Every run has the same images, judge and noise of the
+judge.
+
+What an attack took is counted in image-steps: steps of a purification that an image goes through, forwards one, and with its
+gradient two (there and back), a coarser purification's by its own number; and in seconds of work of all workers. The draws that
+clean and attacked images are judged on are the same for all and not counted.
+
+The goal that is stated with the figure: the cheapest point of any curve that by every protocol finds no more robust accuracy
+than the upper end of the 95 % interval of AutoAttack's `rand` with the exact gradient at its full size, and its share of that
+one's image-steps. Points are compared on the same images; they are not corrected for choosing the cheapest of many.
+
+Without options it is the shipped networks on the 20 images that ship, `--sizes 0.1` a tenth of all iterations; the study is
+`--images FILE.npz --limit 100`. `coupfast plan` says what one run would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timing import environment
+
+from coupfast.evaluation import Evaluation, Spec, evaluate
+from coupfast.evaluation import plan as planning
+from coupfast.evaluation.attacks import Iterative
+from coupfast.evaluation.ledger import DATABASE
+from coupfast.evaluation.protocols import PROTOCOLS
+from coupfast.evaluation.units import CLEAN, JUDGE
+
+DEFENSES = ("coup", "reverse-sde", "diffpure")
+SHARES = (0.1, 0.25, 0.5, 1.0)  # of an attack's full number of iterations: the points of its curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """An attack in a mode, at several sizes.
+
+    Attributes:
+        attack: The suite.
+        mode: See `Spec`.
+        knobs: That are not the suite's own.
+    """
+
+    attack: str
+    mode: str = "full"
+    knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def at(self, share: float, eps: float) -> dict[str, Any]:
+        """Keywords of `Spec.of` for a share of the iterations; all stages of a suite get those of its longest one.
+
+        Steps that are too short to cross the ball in fewer iterations grow to 2.5 eps / iterations, as is usual for PGD.
+        """
+        stages = Spec.of(attack=self.attack, **self.knobs).stages().values()
+        iterations = max(1, round(share * max(getattr(attack, "iterations", 1) for attack in stages)))
+        keywords = {"attack": self.attack, "mode": self.mode, **self.knobs, "iterations": iterations}
+        if any(isinstance(attack, Iterative) for attack in stages):
+            keywords["step_size"] = max(0.007, 2.5 * eps / iterations)
+        return keywords
+
+
+CURVES = {
+    "rand": Curve("autoattack-rand"),
+    "pgd-eot": Curve("pgd-eot"),
+    "pgd-eot, fast": Curve("pgd-eot", "fast"),
+    "diffhammer": Curve("diffhammer"),
+    "diffhammer, fast": Curve("diffhammer", "fast"),
+    "transfer through 5": Curve("transfer"),
+    "transfer through 3": Curve("transfer", knobs={"coarse_steps": 3}),
+    "cascade": Curve("cascade"),
+    "cascade, fast": Curve("cascade", "fast"),
+}
+REFERENCE = "rand"
+WORK = {"image_steps": "image-steps", "seconds": "seconds of work"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    rows: list[dict[str, Any]] = []
+    settings = {name: getattr(options, name) for name in ("images", "limit", "t", "num_steps", "norm", "eps", "seed", "draws")}
+    settings |= {"shard": options.shard, "threads": options.threads, "eot_iter": options.eot_iter, "sizes": options.sizes}
+    for defense in options.defenses:
+        for name in options.curves:
+            for share in options.points:
+                rows.append(point(defense, name, share, options))
+                print(line(rows[-1]), flush=True)
+                document = {
+                    "settings": settings,
+                    "environment": environment(torch.device(options.device)),
+                    "rows": rows,
+                    "goal": [goal(rows, each) for each in options.defenses],
+                }
+                if options.json is not None:
+                    save(options.json, (json.dumps(document, indent=1) + "\n").encode())
+    for found in document["goal"]:
+        print(told(found))
+    if options.plot is not None:
+        save(options.plot, picture(rows, options.protocol))
+    return 0
+
+
+def save(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def point(defense: str, name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One run, begun, continued or read."""
+    keywords = CURVES[name].at(share * options.sizes, options.eps)
+    if options.eot_iter is not None:
+        keywords["eot_iter"] = options.eot_iter
+    spec = Spec.of(
+        images=options.images,
+        limit=options.limit,
+        method=defense,
+        t=options.t,
+        num_steps=options.num_steps,
+        memory_budget=options.memory_budget,
+        norm=options.norm,
+        eps=options.eps,
+        seed=options.seed,
+        shard=options.shard,
+        draws=options.draws,
+        threads=options.threads,
+        device=options.device,
+        paths=0,
+        **keywords,
+    )
+    folder = options.out / defense / f"{name.replace(', ', '-').replace(' ', '-')}-{keywords['iterations']}"
+    begun = (folder / DATABASE).is_file()
+    with evaluate(spec, out=folder, resume=begun, workers=options.workers, progress=options.progress) as found:
+        return row(found, defense, name, share, keywords)
+
+
+def row(found: Evaluation, defense: str, name: str, share: float, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    steps = found.ledger.configuration["defense"]["num_steps"]
+    stages = [stage for stage in planning.happened(found.ledger) if stage.name not in (CLEAN, JUDGE)]
+    attacked = found.verdicts["attacked"]
+    accuracies = {**found.accuracies["attacked"], **found.inside}
+    return {
+        "defense": defense,
+        "curve": name,
+        "share": share,
+        "attack": dict(keywords),
+        "images": len(attacked.labels),
+        "image_steps": sum(image_steps(stage, steps) for stage in stages),
+        "seconds": sum(stage.seconds for stage in stages),
+        "stages": [{**dataclasses.asdict(stage), "image_steps": image_steps(stage, steps)} for stage in stages],
+        "robust": {
+            protocol: {"value": one.value, "wilson": one.wilson, "bootstrap": one.bootstrap}
+            for protocol, one in accuracies.items()
+        },
+        "resubmission": [{"value": one.value, "bootstrap": one.bootstrap} for one in found.resubmission["attacked"]],
+        "fingerprint": found.fingerprint,
+    }
+
+
+def image_steps(stage: planning.Stage, steps: int) -> int:
+    """Of a stage of an attack on a purification of so many steps."""
+    return steps * stage.forward + 2 * (stage.steps or steps) * stage.gradient
+
+
+def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | None:
+    """The cheapest point that is as low as the reference at its largest size, by every protocol; None without a reference."""
+    here = [row for row in rows if row["defense"] == defense]
+    references = [row for row in here if row["curve"] == REFERENCE]
+    if not references:
+        return None
+    reference = max(references, key=lambda row: row["share"])
+    ends = {protocol: reference["robust"][protocol]["bootstrap"][1] for protocol in PROTOCOLS}
+    enough = [row for row in here if all(row["robust"][protocol]["value"] <= end for protocol, end in ends.items())]
+    cheapest = min(enough, key=lambda row: row["image_steps"])
+    return {
+        "defense": defense,
+        "reference_share": reference["share"],
+        "reference_image_steps": reference["image_steps"],
+        "curve": cheapest["curve"],
+        "attack": cheapest["attack"],
+        "image_steps": cheapest["image_steps"],
+        "ratio": cheapest["image_steps"] / reference["image_steps"],
+        "seconds_ratio": cheapest["seconds"] / reference["seconds"],
+        "lower_or_equal_in_value": [p for p in PROTOCOLS if cheapest["robust"][p]["value"] <= reference["robust"][p]["value"]],
+    }
+
+
+def told(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return f"no curve {REFERENCE!r} to compare with"
+    return (
+        f"{found['defense']}: {found['curve']} {found['attack']} is as low as {REFERENCE} at {found['reference_share']:g} of "
+        f"its size by every protocol, within its intervals, in {found['ratio']:.3g} of its image-steps and "
+        f"{found['seconds_ratio']:.3g} of its time"
+    )
+
+
+def line(row: Mapping[str, Any]) -> str:
+    robust = "  ".join(f"{name} {100 * one['value']:5.1f}" for name, one in row["robust"].items() if name in PROTOCOLS)
+    return (
+        f"{row['defense']:12s} {row['curve']:20s} {row['share']:5g}  {row['image_steps']:12d} image-steps "
+        f"{row['seconds']:9.1f} s  {robust}"
+    )
+
+
+def picture(rows: Sequence[Mapping[str, Any]], protocol: str) -> bytes:
+    """A panel for each defense and measure of work."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    defenses = list(dict.fromkeys(row["defense"] for row in rows))
+    figure = Figure(figsize=(9.0, 3.4 * len(defenses) + 0.6), layout="constrained")
+    panels = figure.subplots(len(defenses), 2, sharey=True, squeeze=False)
+    names = list(dict.fromkeys(row["curve"] for row in rows))
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#44aa99")
+    for line_of_panels, defense in zip(panels, defenses, strict=True):
+        for panel, (work, label) in zip(line_of_panels, WORK.items(), strict=True):
+            for number, name in enumerate(names):
+                points = [row for row in rows if (row["defense"], row["curve"]) == (defense, name)]
+                points.sort(key=lambda row: row[work])
+                values = np.array([100 * row["robust"][protocol]["value"] for row in points])
+                ends = np.array([row["robust"][protocol]["bootstrap"] or row["robust"][protocol]["wilson"] for row in points])
+                below, above = values - 100 * ends[:, 0], 100 * ends[:, 1] - values
+                panel.errorbar(
+                    [row[work] for row in points],
+                    values,
+                    yerr=np.stack([below, above]).clip(min=0),
+                    label=name if work == "seconds" and defense == defenses[0] else None,
+                    color=colours[number % len(colours)],
+                    marker="os^Dvp*Xh"[number % 9],
+                    markersize=4,
+                    linewidth=1.3,
+                    capsize=2,
+                    elinewidth=0.6,
+                )
+            panel.set_xscale("log")
+            panel.set_xlabel(label)
+            panel.set_title(defense, fontsize=9)
+        line_of_panels[0].set_ylabel(f"robust accuracy found, {protocol}, %")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the runs; those that are there are continued")
+    add("--json", type=Path, help="what was found, written after every run")
+    add("--plot", type=Path, help="the figure, a PNG")
+    add("--protocol", choices=list(PROTOCOLS), default="average", help="that the figure shows (default: %(default)s)")
+    add("--defenses", nargs="+", choices=DEFENSES, default=list(DEFENSES), help="(default: all)")
+    add("--curves", nargs="+", choices=list(CURVES), default=list(CURVES), help="(default: all)")
+    add("--points", nargs="+", type=float, default=list(SHARES), help="shares of the full iterations (default: %(default)s)")
+    add("--sizes", type=float, default=1.0, help="of all iterations, so much: 0.1 for a tenth (default: %(default)s)")
+    add("--eot-iter", type=int, help="draws of every gradient (default: each attack's own)")
+    add("--images", default="cifar10-20", help="as for `coupfast evaluate` (default: %(default)s)")
+    add("--limit", type=int, help="the first N images (default: all)")
+    add("--t", type=float, default=0.06, help="purification time (default: %(default)s)")
+    add("--num-steps", type=int, default=20, help="steps of the defense (default: %(default)s)")
+    add("--norm", choices=("Linf", "L2"), default="Linf", help="(default: %(default)s)")
+    add("--eps", type=float, default=8 / 255, help="for images in [0, 1] (default: 8/255)")
+    add("--draws", type=int, default=10, help="fresh draws of the judge (default: %(default)s)")
+    add("--shard", type=int, default=20, help="images of a unit (default: %(default)s)")
+    add("--seed", type=int, default=121, help="(default: %(default)s)")
+    add("--memory-budget", type=int, default=2**31, help="bytes of a backward pass; decides no bit (default: %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads of a worker (default: %(default)s)")
+    add("--workers", type=int, default=1, help="units at a time (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add("--progress", action="store_true", help="a bar for each run")
+    options = parser.parse_args(arguments)
+    if not all(0 < share <= 1 for share in options.points) or options.sizes <= 0:
+        parser.error("--points are shares in (0, 1] and --sizes is above 0")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Pieces compiled by Inductor, each once for a device and a version, and kept.
+
+Not by `torch.compile`: its guards watch the whole process (the number of threads, a deterministic flag, the default dtype), and
+compile a piece anew after it was checked when anything of that changes. What is compiled here is one function of its inputs. It
+is kept in the user's cache, beside the choices of convolutions, since another compilation may choose other kernels and so give
+other bits: the compiler's own cache, which is wiped more easily, then decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from coupfast.cache import cache_directory
+from coupfast.environment import machine_key, one_line
+from coupfast_kernels.files import write_whole
+from coupfast_kernels.locks import locked
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+#: Deterministic: which kernels there are is decided without timing any. Graphs are captured by the engine itself.
+OPTIONS = {"config_patches": {"deterministic": True, "triton.cudagraphs": False}}
+PATIENCE_SECONDS = 1200.0  # wait so long for another process that compiles the same piece, then compile it, too
+
+#: (module, inputs like those to come) → what computes the module's results on such inputs.
+Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
+
+
+class Inductor:
+    """Compiles modules of ATen operations for one device.
+
+    Args:
+        device: Where they run.
+        folder: Where they are kept; None takes `compiled` in the user's cache (`coupfast.cache`).
+
+    Processes may compile at once: the first one's result is everyone's.
+    """
+
+    def __init__(self, device: torch.device | str, folder: str | Path | None = None) -> None:
+        self.device = torch.device(device)
+        self.folder = Path(folder) if folder is not None else cache_directory("compiled")
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        """The compiled module; a minute for a large one that is not there yet.
+
+        Raises:
+            Exception: whatever the compiler raises.
+        """
+        file = self.folder / f"{self._digest(module, inputs)}.bin"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(file.with_suffix(".lock"), work="compiles a piece of a network", patience=PATIENCE_SECONDS):
+                found = _load(file)
+                if found is None:
+                    found = _compile(module, inputs)
+                    _save(found, file)
+                return found
+        except OSError as error:
+            logger.warning(
+                "compiled pieces cannot be kept in %s (%s); every process compiles them anew, and bits may differ between two; "
+                "set XDG_CACHE_HOME to a folder that can be written",
+                self.folder,
+                error,
+            )
+        return _compile(module, inputs)
+
+    def _digest(self, module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> str:
+        """Of all that the result depends on: the operations, the inputs' formats, device, versions and options."""
+        formats = [[str(t.dtype), list(t.shape), list(t.stride()), t.device.type] for t in inputs]
+        operations = [
+            [node.name, node.op, str(node.target), repr(node.args), repr(sorted(node.kwargs.items()))]
+            for node in module.graph.nodes
+        ]
+        key = [FORMAT, machine_key(self.device), OPTIONS, formats, operations]
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
+    with torch.no_grad():
+        return torch._inductor.standalone_compile(
+            module, list(inputs), dynamic_shapes="from_example_inputs", options=OPTIONS
+        )
+
+
+def _load(file: Path) -> Any:
+    """A kept piece; None where there is none, or one that cannot be used."""
+    if not file.exists():
+        return None
+    try:
+        return torch._inductor.CompiledArtifact.load(path=str(file), format="binary")
+    except Exception as error:  # half a file, or one of another build of the same version
+        logger.warning("%s cannot be used (%s); the piece is compiled anew", file, one_line(error))
+        return None
+
+
+def _save(compiled: Any, file: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / file.name
+        try:
+            compiled.save(path=str(made), format="binary")
+        except OSError:
+            raise
+        except Exception as error:  # what the compiler cannot write down
+            logger.warning("a compiled piece cannot be kept (%s); every process compiles it anew", one_line(error))
+        else:
+            write_whole(file, made.read_bytes())

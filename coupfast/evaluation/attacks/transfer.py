@@ -1,0 +1,61 @@
+"""Transfer through a coarser purification: its exact gradient costs K'/K of the defense's (Lee and Kim's surrogate, 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+from coupfast.evaluation.attacks.base import Cost
+from coupfast.evaluation.attacks.iterative import Asked
+from coupfast.evaluation.attacks.knobs import count, knob
+from coupfast.evaluation.attacks.pgd import PGD
+from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.views import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer(PGD):
+    """PGD with EOT on the same defense in few steps, with fresh noise; its last point is judged on the defense itself.
+
+    While it climbs it sees the coarse defense only, and so does its curve. Who leaves is decided on the real one.
+
+    Attributes:
+        coarse_steps: Of the coarser purification, fewer than the defense has.
+    """
+
+    coarse_steps: int = count(5, "steps of the purification that the attack goes through, fewer than the defense's")
+    iterations: int = count(100, "steps of the attack")
+    eot_iter: int = count(10, "draws of the noise that a gradient is averaged over")
+    keep: Literal["last", "accuracy"] = knob(
+        "last", "which point is returned: the last, or that of the least accuracy on its looks"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep == "accuracy" and not self.looks:
+            raise ValueError("`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0")
+
+    def check(self, defense: Metered) -> None:
+        super().check(defense)
+        defense.coarser(self.coarse_steps)
+
+    def logits(self, defense: Metered, x: torch.Tensor, asked: Asked) -> torch.Tensor:
+        view = View(steps=self.coarse_steps) if asked.follow else None
+        copies, ids = x.repeat(self.eot_iter, 1, 1, 1), asked.images.repeat(self.eot_iter)
+        return defense(copies, ids=ids, draw=self.draws(asked), view=view).view(self.eot_iter, len(x), -1)
+
+    def real(self, asked: Asked) -> bool:
+        return not asked.follow
+
+    @property
+    def tests(self) -> int:
+        return self.points.bit_length()
+
+    @property
+    def more(self) -> int:
+        return {"never": 0, "majority": self.needed}.get(self.drop, 1)
+
+    def cost(self) -> Cost:
+        return dataclasses.replace(super().cost(), steps=self.coarse_steps)

@@ -1,0 +1,74 @@
+"""Published figures, to print beside measured ones where the setting is the same, and marked as published."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from coupfast.evaluation.report.read import Run
+
+LOWER = "lower of rand and standard"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One published evaluation on CIFAR-10's test images.
+
+    Attributes:
+        source: Where it is published.
+        method, t, steps: Of the purification, with the score network of Score SDE (`cifar10-ddpmpp-deep`).
+        classifier: Its name here.
+        norm, eps: Of the attack.
+        attack: The suite, at its published size; `LOWER` where two are combined.
+        gradient: That the attack followed.
+        clean: In per cent.
+        robust: In per cent, by protocol as the tables here name it.
+    """
+
+    source: str
+    method: str
+    t: float
+    steps: int
+    classifier: str
+    norm: str
+    eps: float
+    attack: str
+    gradient: str
+    clean: float
+    robust: dict[str, float]
+
+
+_COUP = "Zhang et al. 2024 (COUP)"
+_MAE = "MAE-Pure's re-measurement of COUP"
+_BREAK = "DiffBreak"
+PUBLISHED = (
+    Published(_COUP, "coup", 0.1, 100, "wrn-28-10", "Linf", 8 / 255, LOWER, "adjoint", 90.04, {"official": 73.05}),
+    Published(_COUP, "diffpure", 0.1, 100, "wrn-28-10", "Linf", 8 / 255, LOWER, "adjoint", 89.02, {"official": 70.64}),
+    Published(_COUP, "coup", 0.075, 75, "wrn-28-10", "L2", 0.5, LOWER, "adjoint", 92.58, {"official": 83.13}),
+    Published(_COUP, "diffpure", 0.075, 75, "wrn-28-10", "L2", 0.5, LOWER, "adjoint", 91.03, {"official": 78.58}),
+    Published(_MAE, "coup", 0.1, 100, "wrn-28-10", "Linf", 8 / 255, "pgd-eot", "exact", 90.33, {"single": 41.72}),
+)
+
+
+def like(run: Run, attack: str | None = None) -> list[Published]:
+    """Published evaluations of the setting of a run: defense, networks, time and steps, ball, attack and gradient.
+
+    Args:
+        attack: In the place of the run's own.
+    """
+    spec, defense = run.configuration["spec"], run.configuration["defense"]
+    if spec["defense"] is not None or spec["images"] not in ("cifar10", "cifar10-512") or "method" not in defense:
+        return []
+    if spec["attack_options"] or spec["score"] != "cifar10-ddpmpp-deep":
+        return []
+    here: dict[str, Any] = {
+        "method": defense["method"]["name"],
+        "t": defense["method"].get("t"),
+        "steps": defense["num_steps"],
+        "classifier": spec["classifier"],
+        "norm": spec["norm"],
+        "eps": spec["eps"],
+        "attack": attack or spec["attack"],
+        "gradient": defense["gradient"]["name"],
+    }
+    return [figure for figure in PUBLISHED if all(getattr(figure, name) == value for name, value in here.items())]

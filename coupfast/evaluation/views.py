@@ -1,0 +1,55 @@
+"""What of a purified classifier an attack may ask for beside its logits: the purified images, or a coarser purification."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from coupfast.evaluation import purification
+from coupfast.purify import PurifiedClassifier, Purifier
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One way to look at a defense.
+
+    Attributes:
+        steps: Of the purification, in the place of its own number; see `coarser`.
+        classified: Logits; or else the purified images, of the images' shape.
+    """
+
+    steps: int | None = None
+    classified: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The noise that a judge will use: an attack that knows it asks for no other.
+
+    Attributes:
+        seed: The judge's.
+        images: Ids of the attacked images there, in order.
+        draws: How many it uses, from 0.
+    """
+
+    seed: int
+    images: tuple[int, ...]
+    draws: int
+
+
+def coarser(defense: PurifiedClassifier, steps: int) -> PurifiedClassifier:
+    """The same defense in fewer steps of the same time, with the gradient of those.
+
+    Raises:
+        ValueError: if its method cannot be told a number of steps, or has no more than so many.
+    """
+    purifier = defense.purifier
+    settings = purification.shortened(purifier.settings, steps)
+    if settings is None:
+        raise ValueError(f"the method {purifier.settings.method.name!r} has no `num_steps` by which it could be made coarser")
+    if steps >= purifier.num_steps:
+        raise ValueError(f"a coarser purification takes fewer than the defense's {purifier.num_steps} steps, got {steps}")
+    return PurifiedClassifier(Purifier(purifier.score, purifier.classifier, settings=settings), defense.classifier)

@@ -1,0 +1,32 @@
+"""Euler's steps on the reverse SDE and on its probability-flow ODE."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coupfast.sde import VPSDE
+from coupfast.solvers.table import CoefficientTable
+
+
+def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
+    """Euler-Maruyama on the reverse SDE of COUP (Zhang et al. 2024, eq. 5), coefficients at the start of each step."""
+    h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
+    return CoefficientTable(
+        t=t,
+        a=1.0 + 0.5 * beta * h,
+        b=-beta * h / sigma,
+        c=guidance_scale * beta * h,
+        d=np.sqrt(beta * h),
+    )
+
+
+def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
+    """Euler on the probability-flow ODE (Song et al. 2021, eq. 13) with the same guided score; no noise."""
+    h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
+    return CoefficientTable(
+        t=t,
+        a=1.0 + 0.5 * beta * h,
+        b=-0.5 * beta * h / sigma,
+        c=0.5 * guidance_scale * beta * h,
+        d=np.zeros_like(h),
+    )

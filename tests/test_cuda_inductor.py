@@ -1,0 +1,83 @@
+"""What PyTorch's compiler makes of the cuda engine's pieces for a GPU that is not there.
+
+Its code is generated for an H100; every kernel in it is compiled to machine code, and all of it runs on the CPU, kernels in
+Triton's interpreter, with every buffer full of NaN before it is written.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relu_classifier, silu_classifier
+from test_cuda_fake_device import bound
+from test_noise import run_interpreted
+
+pytest.importorskip("triton", reason="Triton is not installed: what it would compile is NOT tested here")
+from absent_gpu import H100, Interpreted, compiled, generated, kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EPS = torch.finfo(torch.float32).eps
+
+#: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions.
+PIECES = [(relu_classifier, True, name) for name in ("score", "score vjp", "evaluate", "cotangent", "tangent")]
+PIECES += [(silu_classifier, True, "hvp"), (relu_classifier, False, "cotangent")]
+IDS = [f"{name}{'' if ours else ', library'}" for _, ours, name in PIECES]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Generated source of every piece, in files; made once for the tests here and those in the interpreter."""
+    if "GENERATED" in os.environ:
+        return Path(os.environ["GENERATED"])
+    folder = tmp_path_factory.mktemp("generated")
+    for (make_classifier, ours, name), id in zip(PIECES, IDS, strict=True):
+        graph = bound(make_classifier, ours, 2)[1][name]
+        (folder / id).write_text(generated(graph.module, graph.example_inputs(), H100))
+    return folder
+
+
+if not INTERPRETED:
+
+    def test_every_kernel_compiles_without_spills_or_tf32(sources, tmp_path):
+        from kernel_report import _tool
+
+        found = [(name, text) for id in IDS for name, text in kernels((sources / id).read_text()).items()]
+        distinct = {text.replace(name, "").partition("@triton.jit")[2]: (name, text) for name, text in found}
+        assert len(distinct) > 20
+        for number, (name, text) in enumerate(distinct.values()):
+            for capability in (80, 90, 100) if number % 4 == 0 else (90,):
+                built = compiled(name, text, tmp_path, capability)
+                assert "tf32" not in built.asm["ptx"], name
+                usage = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
+                assert sum(map(int, re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))) == 0, (name, capability, usage)
+
+    def test_generated_code_in_the_interpreter(sources, monkeypatch):
+        monkeypatch.setenv("GENERATED", str(sources))
+        run_interpreted("tests/test_cuda_inductor.py")
+
+else:
+
+    @pytest.mark.parametrize(("make_classifier", "ours", "name"), PIECES, ids=IDS)
+    def test_interpreted(sources, tmp_path, make_classifier, ours, name):
+        id = IDS[PIECES.index((make_classifier, ours, name))]
+        graph = bound(make_classifier, ours, 2)[1][name]
+        generator = torch.Generator().manual_seed(0)
+        inputs = graph.example_inputs()
+        for tensor in inputs[: graph.varying]:
+            if tensor.is_floating_point():
+                tensor.normal_(generator=generator)
+            elif tensor.dtype == torch.bool:
+                tensor.random_(0, 2, generator=generator)
+        run = Interpreted((sources / id).read_text(), tmp_path)
+        with torch.no_grad():
+            expected = graph.module(*inputs)
+        for found, wanted in zip(run(*inputs), expected, strict=True):
+            assert found.stride() == wanted.stride() and found.dtype == wanted.dtype
+            if wanted.is_floating_point():
+                # Sums of a few hundred terms in another order, thirty layers of them.
+                torch.testing.assert_close(found, wanted, rtol=0, atol=300 * EPS * float(wanted.abs().max()))
+            else:
+                assert torch.equal(found, wanted)
+        assert run.launches

@@ -1,0 +1,817 @@
+"""Attacks that climb, on defenses where what they can reach is known: each fails here if it is made weaker."""
+
+import dataclasses
+import json
+import math
+
+import evaluation_cases
+import pytest
+import torch
+from evaluation_cases import labelled, run
+from test_evaluation_journal import asked, check_same, found, journals, stopped
+from torch import nn
+from torch.nn import functional
+
+from coupfast import PurifiedClassifier, Purifier, StepMethod
+from coupfast.evaluation import Ledger, Spec, evaluate
+from coupfast.evaluation import plan as planning
+from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, StAdv, Transfer, ball
+from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall
+from coupfast.evaluation.attacks.losses import LOSSES
+from coupfast.evaluation.attacks.stadv import moved, unevenness
+from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.plan import Plan, Probe, plan
+from coupfast.evaluation.suites import SUITES, Suite, find
+from coupfast.evaluation.units import derive_seed
+from coupfast.evaluation.views import Known, View
+from coupfast.options import option
+
+SHAPE = (3, 4, 4)
+EPS = 8 / 255
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sides(StepMethod):
+    """Shows a side, 1 or −1, which the noise decides, in the first channel, and lets the others pass."""
+
+    t: float = option(0.1, help="time", parse=float)
+    num_steps: int = option(4, help="steps", parse=int)
+    guided = False
+
+    def start(self, x_in, noise):
+        side = noise.z(0, x_in).sum(dim=(1, 2, 3), keepdim=True).sign()
+        return (torch.cat([(side * 0.5).expand_as(x_in[:, :1]), x_in[:, 1:]], dim=1),)
+
+    def step(self, k, state, noise, networks):
+        return state
+
+    def finish(self, state):
+        return state[0]
+
+
+class BySide(nn.Module):
+    """Two classes, the margin of the wrong one being −threshold + slope · side · u, u the mean of the second channel − ½.
+
+    The draws of either side pull u to opposite ends, and the mean of their margins does not move at all.
+    """
+
+    def __init__(self, slope, threshold):
+        super().__init__()
+        self.slope, self.threshold = slope, threshold
+
+    def forward(self, x):
+        side = (x[:, 0].mean(dim=(1, 2)) - 0.5).sign()
+        margin = self.slope * side * (x[:, 1].mean(dim=(1, 2)) - 0.5) - self.threshold
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+
+class NoScore(nn.Module):
+    def forward(self, x, labels):
+        return torch.zeros_like(x)
+
+
+def clusters(device="cpu", slope=100.0, threshold=2.0):
+    classifier = BySide(slope, threshold).eval()
+    return PurifiedClassifier(Purifier(NoScore().eval(), None, method=Sides(), engine="eager"), classifier)
+
+
+class Linear(nn.Module):
+    """Two classes with the margin ⟨w, x − ½⟩ − threshold, plus noise of torch's generator."""
+
+    def __init__(self, threshold=0.0, noise=0.0):
+        super().__init__()
+        self.register_buffer("w", torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)))
+        self.threshold, self.noise = threshold, noise
+
+    def forward(self, x):
+        margin = ((x - 0.5) * self.w).flatten(1).sum(dim=1) - self.threshold + self.noise * torch.randn(len(x))
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+
+def grey(count=3):
+    return torch.full((count, *SHAPE), 0.5), torch.zeros(count, dtype=torch.int64)
+
+
+def attacked(attack, defense, count=3, seed=0):
+    metered = Metered(defense)
+    with torch.random.fork_rng():
+        metered.reseed(5)
+        result = attack.run(metered, *grey(count), seed=seed)
+    return result, metered
+
+
+# --- losses ------------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_their_formulas():
+    logits = torch.tensor([[1.0, 4.0, 2.0, -1.0], [3.0, 0.5, 2.0, 1.0]])
+    y = torch.tensor([2, 0])
+    expected = {
+        "ce": [math.log(math.exp(-1) + math.exp(2) + 1 + math.exp(-3)), math.log(1 + sum(map(math.exp, (-2.5, -1, -2))))],
+        "margin": [2.0, -1.0],
+        "cw": [0.0, -1.0],
+        "dlr": [2 / 3, -1 / 2],
+    }
+    assert set(LOSSES) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(LOSSES[name](logits, y), torch.tensor(values), rtol=1e-6, atol=0)
+
+
+def test_a_draw_that_fails_pulls_no_more_by_cw_and_a_scale_means_nothing_to_dlr():
+    logits, y = torch.tensor([[0.0, 2.0, 1.0]], requires_grad=True), torch.tensor([0])
+    pull = {name: torch.autograd.grad(loss(logits, y).sum(), logits)[0].abs().sum() for name, loss in LOSSES.items()}
+    assert pull["cw"] == 0 < min(pull["ce"], pull["margin"])
+    torch.testing.assert_close(LOSSES["dlr"](1e4 * logits, y), LOSSES["dlr"](logits, y))
+
+
+# --- what is known -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("losses", ["ce", "margin", "cw"])
+@pytest.mark.parametrize("norm, eps", [("Linf", EPS), ("L2", 0.5)])
+def test_a_linear_classifier_is_taken_to_its_optimum(losses, norm, eps):
+    """The margin can rise by eps times the dual norm of w, and no further."""
+    model = Linear(threshold=5.0).eval()  # nobody falls: hinges do not bind
+    result, _ = attacked(PGD(norm, eps, iterations=12, eot_iter=1, losses=losses), model)
+    rise = ((result.x_adv - 0.5) * model.w).flatten(1).sum(dim=1)
+    best = eps * (model.w.abs().sum() if norm == "Linf" else model.w.norm())
+    torch.testing.assert_close(rise, best.expand(3), rtol=1e-5, atol=0)
+
+
+def test_eot_finds_the_direction_that_one_draw_does_not():
+    """The gradient of one draw is w + 4 times noise of its own: of 64 the mean points along w."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Linear()
+
+        def forward(self, x):
+            noise = 4 * torch.randn(len(x), *SHAPE)
+            return self.inner(x) + torch.stack([torch.zeros(len(x)), ((x - 0.5) * noise).flatten(1).sum(dim=1)], dim=1)
+
+    model = Noisy().eval()
+    rises = {}
+    for draws in (1, 64):
+        result, _ = attacked(PGD("L2", 0.5, iterations=10, eot_iter=draws, step_size=0.05, losses="margin", keep="last"), model)
+        rises[draws] = float(((result.x_adv - 0.5) * model.inner.w).flatten(1).sum(dim=1).mean())
+    best = 0.5 * float(model.inner.w.norm())
+    assert rises[64] > 0.82 * best > 0.6 * best > rises[1]
+
+
+CLUSTERED = {"iterations": 20, "eot_iter": 10, "step_size": EPS / 15, "keep": "last"}
+
+
+def failing(x, draws=60):
+    """The share of draws that fail at images, of the two clusters."""
+    with torch.no_grad():
+        logits = torch.stack([clusters()(x, ids=range(len(x)), draw=1000 + draw) for draw in range(draws)])
+    return (logits.argmax(dim=2) == 1).double().mean(dim=0)
+
+
+def test_diffhammer_takes_one_side_where_the_mean_gradient_vanishes():
+    """slope · eps = 3.1 against a threshold of 2: at an end of u one half of the draws fails, and none near its middle."""
+    hammered, _ = attacked(DiffHammer(losses="margin", **CLUSTERED), clusters(), count=16)
+    stalled, _ = attacked(PGD(losses="margin", **CLUSTERED), clusters(), count=16)
+    # With the mean gradient in the place of r it is 0.56, with the gradient of any one draw 0.25.
+    assert float((failing(hammered.x_adv) > 0.35).double().mean()) > 0.8
+    assert float((failing(stalled.x_adv) > 0.35).double().mean()) < 0.2
+
+
+@pytest.mark.parametrize("fault", ["r is never updated", "no eps in the weights"])
+def test_the_faults_of_the_published_e_m_would_be_seen(fault):
+    """Three draws of four pull one way, of which one is out of reach; the fourth, near to failing, pulls the other way."""
+    attack = DiffHammer(eps=0.1, sharpness=5.0)
+    g = torch.tensor([[4.0, 1.0], [4.0, -1.0], [3.0, 0.5], [-2.0, 6.0]]).view(4, 1, 1, 1, 2)
+    losses = torch.tensor([[-0.2], [-0.3], [-3.0], [0.4]])
+    chosen, r = attack.grafted(losses, g)
+    flat, direction = g.flatten(1), r.sign().flatten()
+    weights = torch.sigmoid(5.0 * (losses[:, 0] + 0.1 * flat @ direction))
+    # A fixed point of E and M, to what settled means.
+    torch.testing.assert_close(r.flatten(), (weights[:, None] * flat).sum(dim=0) / weights.sum(), rtol=1e-2, atol=1e-2)
+    assert weights[2] < 0.1 < 0.4 < weights[0]
+    if fault == "r is never updated":
+        first = flat[chosen[0]]
+        assert not torch.allclose(r.flatten(), first, rtol=0.05)
+    else:
+        blind = torch.sigmoid(5.0 * (losses[:, 0] + flat @ direction))
+        assert float((blind - weights).abs().max()) > 0.3
+
+
+def test_the_purification_that_is_pulled_back_is_the_one_that_was_selected(monkeypatch):
+    seen = []
+    ask = Metered.ask
+
+    def spy(self, x, ids, draw, view=None):
+        seen.append((x.requires_grad, view, torch.as_tensor(ids).tolist(), torch.as_tensor(draw).tolist()))
+        return ask(self, x, ids, draw, view)
+
+    monkeypatch.setattr(Metered, "ask", spy)
+    picked = []
+    grafted = DiffHammer.grafted
+
+    def spied(self, losses, g):
+        picked.append(grafted(self, losses, g))
+        return picked[-1]
+
+    monkeypatch.setattr(DiffHammer, "grafted", spied)
+    metered = Metered(evaluation_cases.purified("cpu"))
+    metered.reseed(5)
+    DiffHammer(losses="margin,ce", iterations=3, eot_iter=4).run(metered, *labelled(2), seed=0)
+    back = [call for call in seen if call[0]]
+    assert len(back) == len(picked) and all(view == View(classified=False) for _, view, *_ in seen)
+    for (_, _, ids, draws), (chosen, _) in zip(back, picked, strict=True):
+        assert [draw % 4 for draw in draws] == chosen.tolist() and len(ids) == len(draws)
+
+
+def test_a_classifier_that_gives_no_number_is_not_taken_for_a_failure():
+    metered = Metered(clusters(slope=math.nan))
+    metered.reseed(5)
+    with pytest.raises(FloatingPointError, match="of 8 images 8 have a logit that is no number"):
+        DiffHammer(iterations=1, eot_iter=4, losses="ce").run(metered, *grey(2), seed=0)
+
+
+def test_momentum_is_the_papers():
+    attack = DiffHammer(norm="L2", eps=5.0, step_size=1.0, iterations=9)
+    x = torch.full((1, 1, 1, 2), 0.5)
+    memory, g = attack.memory(x), torch.zeros(1, 1, 1, 2)
+    for i, new in enumerate(([1.0, 0.0], [0.0, 1.0], [0.0, 2.0]), start=1):
+        new = torch.tensor(new).view(1, 1, 1, 2)
+        zero = torch.zeros(1, dtype=torch.int64)
+        attack.step(memory, Asked(zero, x, zero, zero + i - 1, zero, True), new, x)
+        g = i**-0.5 * new + (1 - i**-0.5) * g
+        torch.testing.assert_close(memory["momentum"], g)
+
+
+def test_restarts_take_the_next_loss_and_only_where_half_the_draws_stand():
+    """Image 0 falls in all draws at once; image 1 never does."""
+
+    class One(nn.Module):
+        def forward(self, x):
+            margin = torch.where(x[:, 2, 0, 0] > 0.5, 5.0, -5.0) + 0 * x.flatten(1).sum(dim=1)
+            return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    used = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spied(PGD):
+        def ask(self, defense, asked):
+            used.append((asked.restart.tolist(), asked.images.tolist(), asked.number.tolist()))
+            return super().ask(defense, asked)
+
+    x, y = grey(2)
+    x[0, 2, 0, 0], x[1, 2, 0, 0] = 0.9, 0.1
+    Spied(iterations=2, eot_iter=2, losses="ce,margin").run(Metered(One().eval()), x, y, seed=0)
+    assert used == [([0, 0], [0, 1], [i, i]) for i in range(3)] + [([1], [1], [i]) for i in range(3, 6)]
+
+
+# --- transfer ----------------------------------------------------------------------------------------------------------------
+
+
+def test_transfer_climbs_the_coarse_defense_and_is_judged_by_the_real_one(monkeypatch):
+    defense = evaluation_cases.purified("cpu")
+    calls = []
+    forward = Metered.forward
+
+    def spy(self, x, *, ids=None, draw=None, view=None):
+        calls.append((x.requires_grad, view))
+        return forward(self, x, ids=ids, draw=draw, view=view)
+
+    monkeypatch.setattr(Metered, "forward", spy)
+    x, y = labelled(3)
+    metered = Metered(defense)
+    metered.reseed(5)
+    attack = Transfer(eps=4 / 255, coarse_steps=1, iterations=6, eot_iter=4)
+    result = attack.run(metered, x, y, seed=0)
+    assert calls == [(True, View(steps=1))] * 6 + [(False, None)]
+
+    def losses(images):
+        with torch.no_grad():
+            draws = [defense(images, ids=range(3), draw=draw) for draw in range(900, 910)]
+        return torch.stack([functional.cross_entropy(logits, y, reduction="none") for logits in draws]).mean(dim=0)
+
+    metered.reseed(6)
+    exact = PGD(eps=4 / 255, iterations=6, eot_iter=4, keep="last").run(metered, x, y, seed=0)
+    assert bool((losses(result.x_adv) - losses(x) > 0.8 * (losses(exact.x_adv) - losses(x))).all())
+    metered.reseed(5)
+    again = [defense(result.x_adv, ids=range(3), draw=torch.full((3,), 6 * 4 + draw)) for draw in range(4)]
+    torch.testing.assert_close(result.failed, (torch.stack(again).argmax(dim=2) != y).float().mean(dim=0))
+
+
+@pytest.mark.parametrize("drop", ["majority", "any", "mean"])
+def test_who_leaves_a_coarse_attack_has_fallen_by_the_attacks_own_verdict(drop):
+    x, y = labelled(3)
+    metered = Metered(evaluation_cases.purified("cpu"))
+    metered.reseed(5)
+    attack = Transfer(eps=4 / 255, coarse_steps=1, iterations=2, eot_iter=4, drop=drop)
+    result = attack.run(metered, x, (y + 1) % 10, seed=0)
+    assert result.left.tolist() == [True] * 3 and result.failed.tolist() == [1.0] * 3
+    assert result.looked.tolist() == [result.looks] * 3
+
+
+def test_a_coarser_defense_is_the_same_in_fewer_steps():
+    defense, (x, _) = evaluation_cases.purified("cpu"), labelled(2)
+    metered = Metered(defense)
+    metered.reseed(11)
+    got = metered(x, ids=[3, 4], draw=7, view=View(steps=1))
+    purifier = Purifier(defense.purifier.score, defense.classifier, t=0.003, num_steps=1, engine="eager")
+    torch.testing.assert_close(got, PurifiedClassifier(purifier, defense.classifier, seed=11)(x, ids=[3, 4], draw=7))
+    assert not torch.equal(got, metered(x, ids=[3, 4], draw=7))
+    pure = metered(x, ids=[3, 4], draw=7, view=View(classified=False))
+    torch.testing.assert_close(metered.classify(pure), metered(x, ids=[3, 4], draw=7), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="`ids` and `draw` are to be given"):
+        metered(x, view=View(steps=1))
+
+
+# --- stadv -------------------------------------------------------------------------------------------------------------------
+
+
+def ramp():
+    """Brightness rises from left to right: half a pixel to the right is 0.05 brighter."""
+    return torch.linspace(0.2, 0.8, 7).expand(1, 3, 6, 7).clone()
+
+
+class Brightness(nn.Module):
+    """The margin is the brightness of the image, or of one half minus the other's, without the borders."""
+
+    def __init__(self, halves=False):
+        super().__init__()
+        self.halves = halves
+
+    def forward(self, x):
+        inner = x[:, :, 1:-1, 1:-1]
+        up, down = inner[:, :, :2].mean(dim=(1, 2, 3)), inner[:, :, 2:].mean(dim=(1, 2, 3))
+        margin = (up - down if self.halves else up + down) - 5
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+
+def flowed(attack, model):
+    with torch.random.fork_rng():
+        return attack.run(Metered(model.eval()), ramp(), torch.zeros(1, dtype=torch.int64), seed=0).x_adv
+
+
+def test_stadv_moves_a_ramp_as_far_as_it_reaches():
+    result = flowed(StAdv(iterations=20, eot_iter=1, losses="margin", smoothness=0.0, reach=0.5), Brightness())
+    torch.testing.assert_close(result[:, :, 1:-1, 1:-1], ramp()[:, :, 1:-1, 1:-1] + 0.05)
+    assert float(result.max()) <= 0.8 + 1e-6  # there is nothing brighter to be moved
+
+
+def test_stadv_is_held_back_by_the_unevenness_of_its_flow_and_not_by_its_length():
+    def rise(smoothness, halves):
+        before = float(ramp()[:, :, 1:3, 1:-1].mean())
+        attack = StAdv(iterations=60, eot_iter=1, losses="margin", smoothness=smoothness, keep="last")
+        result = flowed(attack, Brightness(halves))
+        return float(result[:, :, 1:3, 1:-1].mean()) - before
+
+    assert rise(1.0, halves=True) < 0.2 * rise(0.0, halves=True)  # the halves would go apart
+    assert rise(1e-4, halves=False) > 0.1
+
+
+def test_a_flow_moves_pixels_by_whole_and_by_half_places():
+    x = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    flow = torch.zeros(2, 2, 5, 6)
+    torch.testing.assert_close(moved(x, flow), x)
+    flow[:, 0] = 1.0
+    torch.testing.assert_close(moved(x, flow)[..., :-1], x[..., 1:])
+    flow[:, 0], flow[:, 1] = 0.0, -0.5
+    torch.testing.assert_close(moved(x, flow)[:, :, 1:], (x[:, :, 1:] + x[:, :, :-1]) / 2)
+    # One pixel displaced by (3, 4) differs by 5 from each of its four neighbours, and each of them from it.
+    flow = torch.zeros(1, 2, 5, 6)
+    flow[0, :, 2, 2] = torch.tensor([3.0, 4.0])
+    torch.testing.assert_close(unevenness(flow), torch.tensor([40.0]), rtol=1e-3, atol=0)
+
+
+# --- who leaves, who comes ---------------------------------------------------------------------------------------------------
+
+
+def test_draws_of_an_image_do_not_depend_on_who_is_attacked_with_it():
+    """With room for two of six images the same draws are asked of each as with room for all; only batches differ."""
+    seen = {}
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            return Linear(threshold=0.15)(x)
+
+    for batch in (None, 2):
+        seen[batch] = {}
+
+        @dataclasses.dataclass(frozen=True)
+        class Spied(PGD):
+            into = seen[batch]
+
+            def ask(self, defense, asked):
+                for image, draws in zip(asked.images.tolist(), self.draws(asked).view(3, -1).T.tolist(), strict=True):
+                    self.into.setdefault(image, []).append(draws)
+                return super().ask(defense, asked)
+
+        x, y = grey(6)
+        x += torch.linspace(-0.02, 0.02, 6).view(6, 1, 1, 1)
+        attack = Spied(iterations=4, eot_iter=3, drop="any", batch=batch, eps=0.01, step_size=0.002)
+        result = attack.run(Metered(Spy().eval()), x, y, seed=0)
+        seen[batch]["result"] = [result.x_adv.tolist(), result.curve, result.left.tolist()]
+    assert seen[None] == seen[2]
+    assert 0 < sum(seen[2]["result"][2]) < 6  # somebody left, and not everybody
+
+
+def test_room_is_taken_by_who_waits():
+    sizes = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spied(PGD):
+        def ask(self, defense, asked):
+            sizes.append(len(asked.images))
+            return super().ask(defense, asked)
+
+    x, y = grey(7)
+    attack = Spied(iterations=3, eot_iter=1, drop="any", batch=3)
+    attack.run(Metered(Linear(threshold=-5.0).eval()), x, y, seed=0)  # all fall at the first look
+    assert sizes == [3, 3, 1]
+    assert attack.at_once(7) == 3 and attack.at_once(2) == 2
+
+
+class Coins(nn.Module):
+    """Wrong with a probability, whatever the image."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        wrong = (torch.rand(len(x)) < self.p).float() + 0 * x.flatten(1).sum(dim=1)
+        return torch.stack([0.5 - wrong, wrong - 0.5], dim=1)
+
+
+def test_the_test_of_a_majority_keeps_to_its_error():
+    x, y = grey(400)
+    attack = PGD(iterations=20, eot_iter=2, drop="majority", error=0.2)
+    assert attack.needed == math.ceil(math.log2(21 / 0.2)) == 7
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        left = attack.run(Metered(Coins(0.5).eval()), x, y, seed=0).left
+        # Of 400 at most 80 are expected; five standard deviations more would be a fault.
+        assert 0 < int(left.sum()) < 0.2 * 400 + 5 * (400 * 0.2 * 0.8) ** 0.5
+        strict = PGD(iterations=20, eot_iter=2, drop="majority")
+        assert not bool(strict.run(Metered(Coins(0.3).eval()), x, y, seed=0).left.any())
+        assert bool(attack.run(Metered(Coins(1.1).eval()), x, y, seed=0).left.all())
+
+
+def test_a_test_that_fails_is_not_repeated_at_every_point():
+    """All draws of the gradient fail, and the look after them never does."""
+    calls = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Fooled(InBall):
+        def ask(self, defense, asked):
+            n = len(asked.images)
+            bad = torch.ones(self.eot_iter, n, dtype=torch.bool)
+            return Answer(bad, bad[0], torch.zeros(n), torch.ones_like(asked.x))
+
+        def cost(self):
+            return Cost(0, 0)
+
+    class Right(nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            return torch.tensor([[1.0, 0.0]]).repeat(len(x), 1)
+
+    x, y = grey(2)
+    attack = Fooled(iterations=63, eot_iter=2, drop="majority")
+    assert not bool(attack.run(Metered(Right().eval()), x, y, seed=0).left.any())
+    assert calls == [2] * 7  # of 64 points at 0, 1, 3, 7, ... 63
+    assert attack.points.bit_length() == 7
+
+
+def test_looks_decide_what_is_kept_and_are_told():
+    """The loss is highest where draws agree least: by accuracy another point is kept."""
+
+    class Trap(nn.Module):
+        def forward(self, x):
+            u = x[:, 0].mean(dim=(1, 2)) - 0.5  # rises step by step
+            late = (u > 0.02).float()
+            # Near the middle all draws fail by a little; at the end one in ten does, by far.
+            some = (torch.rand(len(x)) < 0.1).float()
+            margin = (1 - late) * 0.1 * (u > 0.008) + late * (200 * some - 0.1 * (1 - some)) - 0.01 + u
+            return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    common = {"iterations": 8, "eot_iter": 20, "step_size": EPS / 8}
+    by_loss, _ = attacked(PGD(keep="loss", **common), Trap().eval())
+    by_looks, metered = attacked(PGD(keep="accuracy", looks=20, **common), Trap().eval())
+    assert bool((by_loss.failed < 0.5).all()) and bool((by_looks.failed == 1).all())
+    assert by_looks.looks == 20 and by_looks.looked.tolist() == [20] * 3
+    assert metered.forward_images == 3 * PGD(keep="accuracy", looks=20, **common).cost().forward == 3 * (20 + 20 * 9)
+    fixed, _ = attacked(APGD(iterations=8, eot_iter=1, looks=20), Trap().eval())
+    assert bool((fixed.failed == 1).all()) and torch.equal(fixed.x_adv, fixed.strongest)
+
+
+def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
+    x, y = grey()
+    model = Linear(threshold=2.0).eval()
+    for attack in (APGD(iterations=2, looks=4), PGD(iterations=2, looks=4, eot_iter=1)):
+        result = attack.run(Metered(model), x, torch.tensor([0, 1, 0]), seed=0)
+        assert result.looks == 4 and result.looked.tolist() == [0, 4, 0]
+
+
+def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
+    seen = []
+
+    class Spy(PurifiedClassifier):
+        def forward(self, x, *, ids=None, draw=None):
+            if len(x) > 1 and ids is not None:
+                seen.append((self.seed, set(torch.as_tensor(ids).tolist()), set(torch.as_tensor(draw).flatten().tolist())))
+            return super().forward(x, ids=ids, draw=draw)
+
+    inner = evaluation_cases.purified("cpu")
+    defense = Spy(inner.purifier, inner.classifier)
+    x, y = labelled(4)
+    for attack in (PGD(iterations=2, eot_iter=3, dw_box=True), APGD(iterations=2, eot_iter=2, dw_box=True)):
+        seen.clear()
+        with evaluate(defense, x, y, attack=attack, shard=2, draws=3, seed=9, paths=0, out=tmp_path / type(attack).__name__):
+            pass
+        judge = derive_seed(9, "judge")
+        assert {seed for seed, *_ in seen} == {judge}
+        assert set.union(*(ids for _, ids, _ in seen)) == {0, 1, 2, 3}
+        assert all(ids <= {0, 1} or ids <= {2, 3} for _, ids, _ in seen)
+        assert set.union(*(draws for *_, draws in seen)) == {0, 1, 2}
+
+
+def test_known_noise_is_the_judges():
+    defense, (x, _) = evaluation_cases.purified("cpu"), labelled(2)
+    metered = Metered(defense)
+    metered.reseed(77)
+    metered.known = Known(77, (40, 41), 5)
+    got = metered(x, ids=torch.tensor([1, 0]), draw=torch.tensor([7, 2]))
+    torch.testing.assert_close(got, defense(x, ids=[41, 40], draw=2), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="names its draws"):
+        metered(x)
+
+
+def test_known_noise_is_not_tested_as_if_it_were_fresh(tmp_path):
+    with pytest.raises(ValueError, match="`drop` = 'majority' is a test on fresh draws, and with `dw_box` there are none"):
+        PGD(dw_box=True, drop="majority")
+    stages = Spec.of(attack="cascade", mode="fast", dw_box=True).stages()
+    assert {(attack.drop, attack.batch) for attack in stages.values()} == {("never", None)}
+    options = {"iterations": 1, "eot_iter": 2, "looks": 2, "draws": 1, "paths": 0}
+    for known in (False, True):
+        with evaluate(
+            evaluation_cases.purified("cpu"), *labelled(2), attack="pgd-eot", dw_box=known, out=tmp_path / str(known), **options
+        ) as result:
+            assert bool(result.inside) != known
+
+
+# --- cost --------------------------------------------------------------------------------------------------------------------
+
+OWN = [
+    PGD(iterations=3, eot_iter=2, losses="ce,margin", looks=2),
+    BPDA(iterations=3, eot_iter=2),
+    Transfer(iterations=3, eot_iter=2, coarse_steps=1, looks=2),
+    DiffHammer(iterations=3, eot_iter=4),
+    StAdv(iterations=3, eot_iter=2, losses="ce"),
+    DiffHammer(iterations=3, eot_iter=4, looks=3, losses="ce"),
+    APGD(iterations=3, eot_iter=2, looks=3),
+]
+
+
+@pytest.mark.parametrize("attack", OWN, ids=lambda attack: f"{type(attack).__name__}-{getattr(attack, 'looks', '')}")
+def test_cost_is_what_an_image_that_survives_takes(attack):
+    class Sure(nn.Module):
+        def forward(self, x):
+            slopes = 1e-3 * x.mean(dim=(1, 2, 3))[:, None] * torch.arange(10)
+            return 9 * torch.eye(10)[:1] + slopes
+
+    inner = evaluation_cases.purified("cpu", "bpda" if isinstance(attack, BPDA) else "exact")
+    defense = PurifiedClassifier(inner.purifier, Sure().eval())
+    metered = Metered(defense)
+    x, _ = labelled(2)
+    with torch.random.fork_rng():
+        attack.run(metered, x, torch.zeros(2, dtype=torch.int64), seed=0)
+    cost = attack.cost()
+    assert (metered.forward_images, metered.gradient_images) == (2 * cost.forward, 2 * cost.gradient)
+    assert cost.again == (7 if isinstance(attack, APGD) else 0)
+
+
+def test_looks_at_who_seems_to_have_fallen_are_at_most_what_is_said():
+    """Every second draw of a call fails: no test lets anybody go, and each costs."""
+    x, y = grey(4)
+    for attack in (
+        PGD(iterations=30, eot_iter=1, drop="majority"),
+        dataclasses.replace(PGD(iterations=7, eot_iter=1, drop="majority", losses="ce,margin"), error=0.5),
+    ):
+        metered = Metered(Coins(0.7).eval())
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            attack.run(metered, x, y, seed=0)
+        cost = attack.cost()
+        assert 4 * cost.forward < metered.forward_images <= 4 * (cost.forward + cost.again)
+
+
+def test_published_sizes():
+    pgd = find("pgd-eot").stages()["pgd-eot"]
+    assert (pgd.iterations, pgd.eot_iter, pgd.step_size, pgd.random_start, pgd.keep) == (200, 20, 0.007, False, "last")
+    assert pgd.cost().gradient == 4000
+    hammer = find("diffhammer").stages()["diffhammer"]
+    assert (hammer.iterations, hammer.eot_iter, hammer.losses, hammer.sharpness) == (50, 10, "margin,ce,dlr", 5.0)
+    assert hammer.cost() == Cost(10 * 3 * 51, 3 * 50)
+    fixed = find("fixed-autoattack").stages()
+    assert [(a.loss, a.eot_iter, a.looks) for a in fixed.values()] == [("ce", 20, 20), ("dlr", 20, 20)]
+    cascade = find("cascade").stages()
+    assert [getattr(a, "coarse_steps", None) for a in cascade.values()] == [3, 5, None]
+
+
+# --- stopped and continued ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        DiffHammer(eps=1 / 255, iterations=3, eot_iter=2, losses="margin,ce"),
+        Transfer(eps=1 / 255, coarse_steps=1, iterations=4, eot_iter=2, drop="majority", error=0.5),
+        PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
+        APGD(eps=1 / 255, iterations=2, eot_iter=1, looks=2, dw_box=True),
+        StAdv(iterations=4, eot_iter=2, batch=2),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_stopped_inside_it_goes_on_with_the_same_bits(tmp_path, attack):
+    """Also in the middle of a batch that is refilled, of a test, and between the two calls of one step."""
+    spec = Spec.of(attack=attack, shard=3, draws=1, paths=0)
+    with asked() as count, run(tmp_path / "whole", spec, count=3) as ledger:
+        whole = found(ledger)
+    (stage,) = spec.stages()
+    folder, done = tmp_path / "run", 0
+    for at in (count.calls // 3, count.calls // 3):
+        stopped(folder, at, spec, count=3, resume=done > 0)
+        done += at - 1
+        assert journals(folder) == [f"{stage}-00000"]
+    with asked() as rest, run(folder, spec, count=3, resume=True) as ledger:
+        check_same(ledger, whole)
+    assert rest.calls <= count.calls - done + 6  # looks at whether it is the same defense, and a gradient's call again
+
+
+# --- the fast mode -----------------------------------------------------------------------------------------------------------
+
+SMALL_CASCADE = {"iterations": 3, "eot_iter": 2, "coarse_steps": 1, "eps": 1 / 255, "shard": 5, "draws": 1, "paths": 0}
+
+
+def test_the_fast_mode_sets_what_is_not_set():
+    stages = Spec.of(attack="cascade", mode="fast", shard=16).stages()
+    assert {(attack.drop, attack.batch) for attack in stages.values()} == {("majority", 4)}
+    assert Spec.of(attack="cascade", mode="fast", batch=7).stages()["exact"].batch == 7
+    assert Spec.of(attack="cascade", mode="fast", drop="any").stages()["exact"].drop == "any"
+    assert Spec.of(attack=PGD(), mode="fast").stages()["pgd"] == PGD()
+    assert Spec.of(attack="autoattack-rand", mode="fast").stages() == Spec.of(attack="autoattack-rand").stages()
+    assert Spec.of(attack="cascade").stages()["exact"].drop == "never"
+    with pytest.raises(ValueError, match="`mode` is one of 'full', 'fast', got 'quick'"):
+        Spec.of(mode="quick")
+    with pytest.raises(ValueError, match="`seeding` 'autoattack' attacks what AutoAttack would, and `mode` 'fast' does not"):
+        Spec.of(mode="fast", seeding="autoattack")
+
+
+def test_in_the_fast_mode_those_go_on_that_have_not_fallen(tmp_path):
+    """Whatever one fresh draw says; and killed anywhere in the cascade it goes on with the same bits."""
+    spec = Spec.of(attack="cascade", mode="fast", error=0.5, **SMALL_CASCADE)
+    with asked() as count, run(tmp_path / "whole", spec) as ledger:
+        whole, records = found(ledger), ledger.done()
+    entered = {record.unit.stage: set(record.unit.images) for record in records.values()}
+    first = records["transfer-3-00000"]
+    assert entered["transfer-3"] == {0, 1, 2, 3, 4}
+    assert set(first.result["onward"]) == set(first.onward) == entered.get("transfer-5", set())
+    assert set(first.onward) < entered["transfer-3"]  # somebody left
+    assert entered.get("exact", set()) <= entered["transfer-5"]
+    folder, stops = tmp_path / "run", 0
+    for at in (count.calls // 3, count.calls // 4):
+        stopped(folder, at, spec, resume=stops > 0)
+        stops += 1
+    with run(folder, spec, resume=True) as ledger:
+        check_same(ledger, whole)
+
+
+def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
+    """Two draws in three fail: most leave at the first stage, and one draw afterwards may be right all the same."""
+    stage = PGD(iterations=1, eot_iter=2, error=0.5)
+    for mode, names in (("fast", "ab"), ("fast", "a"), ("full", "ab")):
+        suite = Suite("noisy", lambda norm, eps, names=names: dict.fromkeys(names, stage))
+        options = {"mode": mode, "shard": 24, "draws": 3, "paths": 0, "drop": None, "seed": 2}
+        with evaluate(Linear(threshold=-0.5, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
+            left, official, text = result.verdicts["attacked"].left, result.verdicts["attacked"].official, result.table()
+            if (mode, names) != ("fast", "ab"):
+                assert left == 0 and "had fallen by the test" not in text
+                continue
+            done = result.ledger.done()
+            first, second = (next(record for record in done.values() if record.unit.stage == name) for name in names)
+        cut = set(first.unit.images) - set(second.unit.images)
+        assert cut == set(first.unit.images) - set(first.onward) and left == sum(official[image] for image in cut) > 0
+        assert f"({left} image" in text
+
+
+def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None))
+    spec = Spec.of(attack="cascade", t=0.06, num_steps=20, limit=10, draws=2, paths=0)
+    found = plan(spec)
+    stages = {stage.name: stage for stage in found.stages}
+    assert [stages[name].steps for name in ("transfer-3", "transfer-5", "exact")] == [3, 5, None]
+    gradients = 10 * 100 * 10
+    assert stages["transfer-3"].seconds == pytest.approx(stages["transfer-3"].forward + gradients * 3.0 * 3 / 20)
+    assert stages["exact"].seconds == pytest.approx(stages["exact"].forward + stages["exact"].gradient * 3.0)
+    assert "gradient through 3 steps" in str(found) and not found.expected
+    pilot = Spec.of(attack="cascade", mode="fast", error=0.5, **SMALL_CASCADE)
+    run(tmp_path / "pilot", pilot).close()
+    small = plan(spec.but(mode="fast"), pilot=tmp_path / "pilot")
+    assert Plan.from_dict(json.loads(json.dumps(small.to_dict()))) == small
+    with Ledger(tmp_path / "pilot", read_only=True) as ledger:
+        took = {stage.name: stage for stage in planning.happened(ledger)}
+    for stage, most in zip(small.expected, small.stages, strict=True):
+        assert stage.images == 2 * took[stage.name].images if stage.name in took else stage.images == 0
+        assert stage.seconds <= most.seconds and stage.gradient <= most.gradient
+    assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'}" in str(small)
+    with pytest.raises(ValueError, match="has no stage diffhammer; it has clean, transfer-3, transfer-5, exact, judge"):
+        plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: pytest.fail("probed for a pilot that is no pilot of this"))
+    with pytest.raises(ValueError, match="images left transfer-3 otherwise: `drop` was 'majority' there and is 'never' here"):
+        plan(spec, pilot=tmp_path / "pilot")
+    with pytest.raises(ValueError, match="has no stage"):
+        plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
+
+
+# --- refused before any work -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("pgd-eot", {"losses": "ce,hinge"}, "`losses` is one or several of ce, margin, cw, dlr, with commas between, got"),
+        ("pgd-eot", {"losses": ""}, "`losses` is one or several of"),
+        ("pgd-eot", {"looks": -1}, "`looks` is at least 0, got -1"),
+        ("pgd-eot", {"keep": "best"}, "`keep` is one of loss, last, accuracy, got 'best'"),
+        ("pgd-eot", {"error": 1.0}, r"`error` is a probability in \(0, 1\), got 1.0"),
+        ("pgd-eot", {"batch": 0}, "`batch` is at least 1, got 0"),
+        ("pgd-eot", {"iterations": 10**8}, "take more draws than there are"),
+        ("diffhammer", {"sharpness": 0.0}, "`sharpness` is a finite number above 0, got 0.0"),
+        ("diffhammer", {"rounds": 0}, "`rounds` is at least 1, got 0"),
+        ("transfer", {"keep": "accuracy"}, "`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0"),
+        ("transfer", {"keep": "loss"}, "`keep` is one of last, accuracy, got 'loss'"),
+        ("transfer", {"coarse_steps": 0}, "`coarse_steps` is at least 1, got 0"),
+        ("stadv", {"smoothness": -1.0}, "`smoothness` is a finite number from 0, got -1.0"),
+        ("stadv", {"reach": 0.0}, "`reach` is a finite number above 0, got 0.0"),
+    ],
+)
+def test_bad_knobs_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        find(name).stages("Linf", EPS, settings)
+
+
+@pytest.mark.parametrize(
+    "attack, build, message",
+    [
+        (DiffHammer(), evaluation_cases.plain, "diffhammer needs gradients at purified images, and Sequential is no coupf"),
+        (Transfer(coarse_steps=2), evaluation_cases.purified, "takes fewer than the defense's 2 steps, got 2"),
+        (Transfer(), evaluation_cases.plain, "a Sequential is no coupfast.PurifiedClassifier"),
+        (PGD(dw_box=True), evaluation_cases.plain, "`dw_box` is knowledge of a purification's noise, and Sequential is no"),
+        (APGD(dw_box=True), evaluation_cases.plain, "`dw_box` is knowledge"),
+    ],
+    ids=["diffhammer", "transfer-steps", "transfer", "dw-box", "dw-box-apgd"],
+)
+def test_a_defense_that_an_attack_cannot_ask_is_refused_before_any_work(attack, build, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as refused:
+        evaluate(build("cpu"), *labelled(2), attack=attack, out=tmp_path / "run")
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_plan_refuses_what_a_run_would(tmp_path):
+    with pytest.raises(ValueError, match="fewer than the defense's 4 steps, got 5"):
+        plan(Spec.of(attack="transfer", t=0.06, num_steps=4, limit=1), probe_steps=1)
+
+
+def test_copies_in_one_batch_are_those_of_looks_too():
+    looking = PGD(eot_iter=3, looks=8)
+    assert (PGD(eot_iter=3).replicas, looking.replicas, looking.gradient_replicas) == (3, 8, 3)
+    assert (DiffHammer().replicas, DiffHammer().gradient_replicas) == (10, 1)
+    assert (APGD(eot_iter=20, looks=20).replicas, APGD(eot_iter=20, looks=20).gradient_replicas) == (20, 1)
+    tested = Transfer(eot_iter=2, drop="majority", error=0.01)
+    assert tested.replicas == tested.more == tested.needed == math.ceil(math.log2(7 / 0.01))  # 101 points, 7 tests at most
+
+
+def test_a_method_without_steps_has_no_coarser_form():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Fixed(StepMethod):
+        guided = False
+        num_steps = 3
+
+        def step(self, k, state, noise, networks):
+            return state
+
+    inner = evaluation_cases.purified("cpu")
+    purifier = Purifier(inner.purifier.score, None, method=Fixed(), engine="eager")
+    metered = Metered(PurifiedClassifier(purifier, inner.classifier))
+    with pytest.raises(ValueError, match="has no `num_steps` by which it could be made coarser"):
+        Transfer(coarse_steps=1).check(metered)
+
+
+def test_every_suite_stays_in_its_ball_from_anywhere():
+    for norm, eps in (("Linf", 0.1), ("L2", 1.0)):
+        x = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(3))
+        far = ball.project(x + torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(4)), x, norm, eps)
+        delta = (far - x).flatten(1)
+        assert float((delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)).max()) <= eps + 1e-6
+        assert float(far.min()) >= 0 and float(far.max()) <= 1
+    assert {"diffhammer", "transfer", "cascade", "fixed-autoattack", "pgd-eot"} <= set(SUITES)
+    assert Spec.of(attack="cascade", coarse_steps=2).stages()["transfer-3"].coarse_steps == 2

@@ -1,0 +1,64 @@
+"""`bench/verdict.py`: runs that are continued, work that is counted, and a goal that is stated as it was found."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
+
+
+@pytest.fixture
+def verdict(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    yield __import__("verdict")
+    for name in ("verdict", "timing"):
+        sys.modules.pop(name, None)
+
+
+def test_a_tiny_study(verdict, tmp_path, capsys):
+    options = ["--out", tmp_path / "runs", "--json", tmp_path / "v.json", "--plot", tmp_path / "v.png", "--t", 0.01]
+    options += ["--limit", 1, "--defenses", "coup", "--curves", "rand", "transfer through 3", "--points", 1, "--sizes", 0.01]
+    options += ["--eot-iter", 1, "--num-steps", 4, "--draws", 2, "--shard", 1]
+    assert verdict.main(list(map(str, options))) == 0
+    document, printed = json.loads((tmp_path / "v.json").read_text()), capsys.readouterr().out
+    rand, transfer = document["rows"]
+    assert (rand["curve"], transfer["curve"]) == ("rand", "transfer through 3")
+    (stage,) = transfer["stages"]
+    # One iteration through 3 steps, there and back, then a look and the verdict through all 4.
+    assert (stage["gradient"], stage["forward"], stage["steps"]) == (1, 2, 3)
+    assert transfer["image_steps"] == 2 * 3 * 1 + 4 * 2
+    assert rand["image_steps"] == sum(4 * s["forward"] + 8 * s["gradient"] for s in rand["stages"])
+    assert {"single", "worst", "average", "official"} <= set(rand["robust"]) and len(rand["resubmission"]) == 2
+    (goal,) = document["goal"]
+    assert goal["ratio"] <= 1 and "as low as rand" in printed and (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+    # Again: nothing is run, and all is the same.
+    assert verdict.main(list(map(str, options))) == 0
+    assert json.loads((tmp_path / "v.json").read_text())["rows"] == document["rows"]
+
+
+def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol(verdict):
+    def row(curve, share, work, value):
+        robust = {protocol: {"value": value, "bootstrap": (value - 0.1, value + 0.1)} for protocol in verdict.PROTOCOLS}
+        return {
+            **{"defense": "coup", "curve": curve, "share": share, "attack": {}, "image_steps": work, "seconds": 2.0 * work},
+            "robust": robust,
+        }
+
+    rows = [row("rand", 0.5, 500, 0.4), row("rand", 1.0, 1000, 0.3), row("cheap", 1.0, 10, 0.5), row("good", 1.0, 100, 0.38)]
+    found = verdict.goal(rows, "coup")
+    assert (found["curve"], found["ratio"], found["seconds_ratio"]) == ("good", 0.1, 0.1)
+    assert found["lower_or_equal_in_value"] == []
+    rows[3]["robust"]["worst"]["value"] = 0.41  # by one protocol it is not as low
+    rows[0]["robust"]["worst"]["value"] = 0.45
+    assert (verdict.goal(rows, "coup")["curve"], verdict.goal(rows, "coup")["ratio"]) == ("rand", 1.0)
+    assert verdict.goal(rows, "diffpure") is None
+
+
+def test_sizes_keep_the_proportion_of_nothing_below_one(verdict):
+    half = verdict.CURVES["pgd-eot"].at(0.25, 8 / 255)
+    assert half == {"attack": "pgd-eot", "mode": "full", "iterations": 50, "step_size": 0.007}
+    cut = verdict.CURVES["cascade, fast"].at(1e-6, 0.02)
+    assert cut == {"attack": "cascade", "mode": "fast", "iterations": 1, "step_size": 2.5 * 0.02}
+    assert verdict.CURVES["rand"].at(0.5, 0.02) == {"attack": "autoattack-rand", "mode": "full", "iterations": 50}
