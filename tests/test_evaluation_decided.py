@@ -131,7 +131,7 @@ def test_a_plan_is_of_what_the_run_will_decide(tmp_path, monkeypatch):
     defense, spec = fast(), Spec.of(images=str(tmp_path / "images.npz"), attack="apgd-ce", iterations=1, shard=4)
     predicted = []
     least = fast(memory_budget="least")
-    for free in (2**21, 2**40):  # of which half would be too little for a batch, and enough to keep everything
+    for free in (2**12, 2**40):  # of which half would be too little for a batch, and enough to keep everything
         monkeypatch.setattr(prepared, "available_bytes", lambda device, free=free: free)
         predicted.append([plan(spec, defense=one).probe.memory for one in (defense, least)])
     # Never in pieces of a batch, and with more memory than the least only where it is there.

@@ -250,7 +250,8 @@ def _surviving(stage: Stage, shares: tuple[float, float, float], measured: Probe
     """The stage with so much of its images and of its most forward and gradient cost."""
     of = (stage.images, stage.forward, stage.gradient)
     # Shares are rounded: a whole number that is a little more than it was is no other one.
-    images, forward, gradient = (min(all_, math.ceil(all_ * share * (1 - 1e-12))) for all_, share in zip(of, shares, strict=True))
+    down = 1 - 1e-12
+    images, forward, gradient = (min(all_, math.ceil(all_ * share * down)) for all_, share in zip(of, shares, strict=True))
     fewer = dataclasses.replace(stage, images=images, forward=forward, gradient=gradient)
     return dataclasses.replace(fewer, seconds=fewer.timed(measured))
 
