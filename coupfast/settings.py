@@ -96,7 +96,10 @@ class Settings:
                     if name in kept:
                         keywords.setdefault(name, kept[name])
         if "solver" in (found.keyword for found in options_of(method)):
-            keywords["solver"] = _choose_solver(keywords.pop("solver", getattr(method, "solver", None)), keywords)
+            had = getattr(method, "solver", None)
+            solver = _choose_solver(keywords.pop("solver", had), keywords)
+            if solver is not had:  # else the method would be another object, and no other
+                keywords["solver"] = solver
         engine = keywords.pop("engine", base.engine)
         if isinstance(engine, str):
             keywords["engine"], engine = engine, base.engine

@@ -172,6 +172,38 @@ class TestCertify:
         with pytest.raises(OSError, match="is of another configuration"):
             certify(defense(sigma=0.4), x, [1, 1], journal=journal, **arguments)
 
+    def test_images_that_share_their_noise_keep_their_own_votes(self, tmp_path):
+        x, arguments = flat(0.4, 0.6), {"draws": 200, "selection_draws": 20, "ids": [7, 7]}
+        found = certify(defense(), x, [0, 1], journal=tmp_path / "votes", **arguments)
+        assert found == certify(defense(), x, [0, 1], **arguments)
+        assert [image.predicted for image in found.images] == [0, 1]
+
+    def test_it_goes_on_with_what_was_decided_when_it_began(self, tmp_path, monkeypatch):
+        engines, journal, call = [], tmp_path / "votes", {"draws": 20, "selection_draws": 5}
+
+        class Seen(type(defense().purifier)):
+            def settle(self, settings):
+                engines.append(settings.engine.options)
+                return super().settle(settings)
+
+        def smoothed():
+            small = Purifier(small_score(torch.float32), method="denoised-smoothing", sigma=0.5, gradient="none", engine="cpu")
+            small.__class__ = Seen
+            return PurifiedClassifier(small, relu_classifier(torch.float32), seed=3)
+
+        x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for free in (2**40, 2**10):
+            monkeypatch.setattr("coupfast.engine.cpu.options.available_bytes", lambda device, free=free: free)
+            certify(smoothed(), x, [0], journal=journal, **call)
+        assert [options["largest_tile"] for options in engines] == [4, 4]
+
+    def test_it_does_not_go_on_where_bits_may_be_others(self, tmp_path, monkeypatch):
+        call = {"draws": 20, "selection_draws": 5, "journal": tmp_path / "votes"}
+        certify(defense(), flat(0.5), [1], **call)
+        monkeypatch.setenv("COUPFAST_CPU_ISA", "another")
+        with pytest.raises(OSError, match="is of another configuration: about.environment.kernels_isa"):
+            certify(defense(), flat(0.5), [1], **call)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -753,6 +753,19 @@ def test_packed_conv2d_says_that_it_has_no_gradient_and_which_call_is_the_transp
         kernels.packed_conv2d(x.clone().requires_grad_(), kernels.pack_weights(weight, F2), None, 6, 3, 1, F2)
 
 
+@pytest.mark.parametrize("case", [Case(DIRECT, 1, 16, 48, 104, 104), Case(DIRECT, 3, 3, 40, 113, 120)], ids=str)
+def test_results_larger_than_caches(case, isa):
+    """Whose stores may go past them; above 2 MiB, aligned and not."""
+    x, weight = case.tensors()
+    shape = (case.batch, case.out_channels, *case.out_size)
+    exact = case.exact(x, weight)
+    for pixel in (case.out_channels, case.out_channels + 1):
+        y = place(shape, pixel=pixel)
+        run(case, placed(x), weight, y=y, threads=2, bias=torch.zeros(case.out_channels))
+        assert untouched(y)
+        assert_within(y, exact, case.roundings() * EPS * case.magnitude(x, weight))
+
+
 @pytest.mark.parametrize("case", [Case(DIRECT, 3, 16, 16, 8, 8), Case(F4, 3, 16, 32, 16, 16)], ids=str)
 def test_more_threads_than_cores_give_the_same_bits(case):
     x, weight = case.tensors()

@@ -31,7 +31,8 @@ def test_everything_agrees_here(report):
     for method in ("coup", "reverse-sde", "diffpure"):
         for solver in ("euler-maruyama", "probability-flow"):
             assert f"{method}, {solver}" in cases
-    assert {"coup, ReLU classifier", "coup, detached guidance"} <= cases
+    assert {"coup, ReLU classifier", "coup, detached guidance", "coup, two steps, clipped image"} <= cases
+    assert {"gdmp", "ld-sde", "one-step"} <= cases
     assert [row["problem"] for row in report["weights"]] == [None, None]
 
 

@@ -21,7 +21,7 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.plan import Plan, Probe, plan
-from coupfast.evaluation.suites import SUITES, find
+from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
 from coupfast.options import option
@@ -224,6 +224,13 @@ def test_the_purification_that_is_pulled_back_is_the_one_that_was_selected(monke
         assert [draw % 4 for draw in draws] == chosen.tolist() and len(ids) == len(draws)
 
 
+def test_a_classifier_that_gives_no_number_is_not_taken_for_a_failure():
+    metered = Metered(clusters(slope=math.nan))
+    metered.reseed(5)
+    with pytest.raises(FloatingPointError, match="of 8 images 8 have a logit that is no number"):
+        DiffHammer(iterations=1, eot_iter=4, losses="ce").run(metered, *grey(2), seed=0)
+
+
 def test_momentum_is_the_papers():
     attack = DiffHammer(norm="L2", eps=5.0, step_size=1.0, iterations=9)
     x = torch.full((1, 1, 1, 2), 0.5)
@@ -289,6 +296,17 @@ def test_transfer_climbs_the_coarse_defense_and_is_judged_by_the_real_one(monkey
     metered.reseed(5)
     again = [defense(result.x_adv, ids=range(3), draw=torch.full((3,), 6 * 4 + draw)) for draw in range(4)]
     torch.testing.assert_close(result.failed, (torch.stack(again).argmax(dim=2) != y).float().mean(dim=0))
+
+
+@pytest.mark.parametrize("drop", ["majority", "any", "mean"])
+def test_who_leaves_a_coarse_attack_has_fallen_by_the_attacks_own_verdict(drop):
+    x, y = labelled(3)
+    metered = Metered(evaluation_cases.purified("cpu"))
+    metered.reseed(5)
+    attack = Transfer(eps=4 / 255, coarse_steps=1, iterations=2, eot_iter=4, drop=drop)
+    result = attack.run(metered, x, (y + 1) % 10, seed=0)
+    assert result.left.tolist() == [True] * 3 and result.failed.tolist() == [1.0] * 3
+    assert result.looked.tolist() == [result.looks] * 3
 
 
 def test_a_coarser_defense_is_the_same_in_fewer_steps():
@@ -485,6 +503,14 @@ def test_looks_decide_what_is_kept_and_are_told():
     assert bool((fixed.failed == 1).all()) and torch.equal(fixed.x_adv, fixed.strongest)
 
 
+def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
+    x, y = grey()
+    model = Linear(threshold=2.0).eval()
+    for attack in (APGD(iterations=2, looks=4), PGD(iterations=2, looks=4, eot_iter=1)):
+        result = attack.run(Metered(model), x, torch.tensor([0, 1, 0]), seed=0)
+        assert result.looks == 4 and result.looked.tolist() == [0, 4, 0]
+
+
 def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
     seen = []
 
@@ -517,6 +543,19 @@ def test_known_noise_is_the_judges():
     torch.testing.assert_close(got, defense(x, ids=[41, 40], draw=2), rtol=0, atol=0)
     with pytest.raises(ValueError, match="names its draws"):
         metered(x)
+
+
+def test_known_noise_is_not_tested_as_if_it_were_fresh(tmp_path):
+    with pytest.raises(ValueError, match="`drop` = 'majority' is a test on fresh draws, and with `dw_box` there are none"):
+        PGD(dw_box=True, drop="majority")
+    stages = Spec.of(attack="cascade", mode="fast", dw_box=True).stages()
+    assert {(attack.drop, attack.batch) for attack in stages.values()} == {("never", None)}
+    options = {"iterations": 1, "eot_iter": 2, "looks": 2, "draws": 1, "paths": 0}
+    for known in (False, True):
+        with evaluate(
+            evaluation_cases.purified("cpu"), *labelled(2), attack="pgd-eot", dw_box=known, out=tmp_path / str(known), **options
+        ) as result:
+            assert bool(result.inside) != known
 
 
 # --- cost --------------------------------------------------------------------------------------------------------------------
@@ -646,6 +685,24 @@ def test_in_the_fast_mode_those_go_on_that_have_not_fallen(tmp_path):
         check_same(ledger, whole)
 
 
+def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
+    """Two draws in three fail: most leave at the first stage, and one draw afterwards may be right all the same."""
+    stage = PGD(iterations=1, eot_iter=2, error=0.5)
+    for mode, names in (("fast", "ab"), ("fast", "a"), ("full", "ab")):
+        suite = Suite("noisy", lambda norm, eps, names=names: dict.fromkeys(names, stage))
+        options = {"mode": mode, "shard": 24, "draws": 3, "paths": 0, "drop": None, "seed": 2}
+        with evaluate(Linear(threshold=-0.5, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
+            left, official, text = result.verdicts["attacked"].left, result.verdicts["attacked"].official, result.table()
+            if (mode, names) != ("fast", "ab"):
+                assert left == 0 and "had fallen by the test" not in text
+                continue
+            done = result.ledger.done()
+            first, second = (next(record for record in done.values() if record.unit.stage == name) for name in names)
+        cut = set(first.unit.images) - set(second.unit.images)
+        assert cut == set(first.unit.images) - set(first.onward) and left == sum(official[image] for image in cut) > 0
+        assert f"({left} image" in text
+
+
 def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None))
     spec = Spec.of(attack="cascade", t=0.06, num_steps=20, limit=10, draws=2, paths=0)
@@ -667,6 +724,11 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
         assert stage.seconds <= most.seconds and stage.gradient <= most.gradient
     assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'}" in str(small)
     with pytest.raises(ValueError, match="has no stage diffhammer; it has clean, transfer-3, transfer-5, exact, judge"):
+        plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: pytest.fail("probed for a pilot that is no pilot of this"))
+    with pytest.raises(ValueError, match="images left transfer-3 otherwise: `drop` was 'majority' there and is 'never' here"):
+        plan(spec, pilot=tmp_path / "pilot")
+    with pytest.raises(ValueError, match="has no stage"):
         plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
 
 
@@ -712,6 +774,20 @@ def test_a_defense_that_an_attack_cannot_ask_is_refused_before_any_work(attack, 
     with pytest.raises(ValueError, match=message) as refused:
         evaluate(build("cpu"), *labelled(2), attack=attack, out=tmp_path / "run")
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_plan_refuses_what_a_run_would(tmp_path):
+    with pytest.raises(ValueError, match="fewer than the defense's 4 steps, got 5"):
+        plan(Spec.of(attack="transfer", t=0.06, num_steps=4, limit=1), probe_steps=1)
+
+
+def test_copies_in_one_batch_are_those_of_looks_too():
+    looking = PGD(eot_iter=3, looks=8)
+    assert (PGD(eot_iter=3).replicas, looking.replicas, looking.gradient_replicas) == (3, 8, 3)
+    assert (DiffHammer().replicas, DiffHammer().gradient_replicas) == (10, 1)
+    assert (APGD(eot_iter=20, looks=20).replicas, APGD(eot_iter=20, looks=20).gradient_replicas) == (20, 1)
+    tested = Transfer(eot_iter=2, drop="majority", error=0.01)
+    assert tested.replicas == tested.more == tested.needed == math.ceil(math.log2(7 / 0.01))  # 101 points, 7 tests at most
 
 
 def test_a_method_without_steps_has_no_coarser_form():

@@ -45,6 +45,12 @@ def test_an_attack_that_batches_draws_needs_their_memory():
     assert peak(6, 2) == peak(1, 12) > one
 
 
+def test_the_verdict_of_a_stage_is_on_a_whole_unit():
+    spec = TINY.but(attack="pgd-eot", eot_iter=1, batch=1, limit=1, shard=32)
+    memory = plan(spec, probe_steps=1).probe.memory_of
+    assert memory["pgd-eot"] >= memory["clean"]
+
+
 def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):
     monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 100, None))
     found = plan(Spec.of(**paper("Linf"), score_weights="random", classifier_weights="random"), workers=8)

@@ -275,6 +275,9 @@ def test_the_official_verdict_has_a_baseline_of_as_many_draws():
     assert line.endswith(f"images 33.3 % (1/3) [{100 * low:.1f}, {100 * high:.1f}] are right in 3 of the judge's draws")
     many = dataclasses.replace(attacked, looks=6)
     assert "what 6 draws alone cost, 6 or more of the judge's would tell" in table({"clean": clean, "attacked": many})
+    cut = dataclasses.replace(attacked, left=1)
+    found = table({"clean": clean, "attacked": cut})
+    assert "(1 image that stands here had fallen by the test of an attack: fewer draws" in found
 
 
 def test_an_attack_that_changes_nothing_meets_its_baseline(tmp_path):

@@ -34,6 +34,11 @@ def test_keywords_become_objects():
     assert Settings.of(Settings(method=COUP(t=0.05)), gradient="bpda") == Settings(method=COUP(t=0.05), gradient=BPDA())
 
 
+@pytest.mark.parametrize("method", [COUP(t=0.05), DiffPure(solver="reverse-diffusion"), DiffPure(solver="ddim")])
+def test_a_method_that_no_keyword_is_about_stays_the_same_object(method):
+    assert Settings.of(Settings(method=method), memory_budget="least").method is method
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if issubclass(method, DiffusionMethod)])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_json_and_back(method, gradient):

@@ -13,7 +13,8 @@ from coupfast.cli.arguments import add_command, add_networks, add_noise, add_opt
 from coupfast.cli.reports import command_line, environment, refuse_existing, write_json
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.evaluation.certify import certify
-from coupfast.evaluation.purification import describe
+from coupfast.evaluation.journal import read_about
+from coupfast.evaluation.purification import describe, settled
 from coupfast.methods import DenoisedSmoothing
 from coupfast.options import options_of
 from coupfast.purify import PurifiedClassifier
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     journal = out / JOURNAL
     if options.force:
         journal.unlink(missing_ok=True)
+    # As it was when the counting began, and as the report says it.
+    purifier.settle(settled(purifier, (read_about(journal) or {}).get("settings")))
     with said_how_to_go_on(lambda: command_line([word for word in options.argv if word != "--force"])):
         found = certify(
             PurifiedClassifier(purifier, classifier, seed=options.seed),

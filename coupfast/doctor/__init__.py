@@ -38,7 +38,7 @@ def run(
 
     Args:
         device: Where engines and kernels are tried; None tries the CPU and every CUDA device.
-        cases: On what engines are tried; None takes `engines.cases()`, every method with every solver.
+        cases: On what engines are tried; None takes `engines.cases()`.
         progress: Show a progress bar.
 
     Returns:

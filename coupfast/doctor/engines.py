@@ -14,22 +14,21 @@ from coupfast import environment
 from coupfast.definition import Definition
 from coupfast.engine.precision import strict_float32
 from coupfast.engines import ENGINES
-from coupfast.methods import METHODS, DiffusionMethod, TableMethod
+from coupfast.methods import METHODS, DiffusionMethod, Method
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
 from coupfast.purify import Purifier
-from coupfast.solvers import SOLVERS
 from coupfast_kernels.noise import standard_normal_ref
 from coupfast_kernels.parity import FLOAT32_FACTOR, relative_error
 
 SEED, BATCH, STEPS, SIZE = 0, 2, 4, 8
 
-#: What makes a method that has no `num_steps` a small case.
+#: Methods whose rows have other columns (x_in, a second noise) or ask no network, made short.
 _SHORT: dict[str, dict[str, Any]] = {
-    "multi-stage": {"levels": (0.03, 0.05), "repeats": (1, 1), "num_steps": 2},
     "ld-sde": {"t": 0.04},
     "gdmp": {"rounds": 2, "noise_steps": 3, "guide_batch": 1, "image_elements": 3 * SIZE * SIZE},
+    "one-step": {"t": (0.3, 0.1), "clip_denoised": True},
 }
 
 #: Name, options of the purifier, activation of its classifier.
@@ -37,26 +36,23 @@ EngineCase = tuple[str, dict[str, Any], str]
 
 
 def cases() -> Iterator[EngineCase]:
-    """Every method with every solver, and what else takes a route of its own."""
+    """Methods and solvers that differ in what a step reads, and what else takes a route of its own.
+
+    Solvers that fill the same columns with other numbers are the same to an engine.
+    """
     for method, recipe in METHODS.items():
         if issubclass(recipe, DiffusionMethod):
-            for solver in SOLVERS if recipe.guided else ("euler-maruyama", "probability-flow"):
-                yield f"{method}, {solver}", {"method": method, "solver": solver, "num_steps": STEPS}, "silu"
-        elif issubclass(recipe, TableMethod):
-            yield method, {"method": method, **_SHORT.get(method, {})}, "silu"
+            for solver in ("euler-maruyama", "probability-flow"):
+                yield f"{method}, {solver}", {"method": method, "solver": solver}, "silu"
+        elif method in _SHORT:
+            yield method, {"method": method, **_SHORT[method]}, "silu"
         if issubclass(recipe, DiffusionMethod) and recipe.guided:
             # Piecewise-linear classifiers have a route of their own to the Hessian-vector product.
-            yield f"{method}, ReLU classifier", {"method": method, "num_steps": STEPS}, "relu"
-            yield (
-                f"{method}, detached guidance",
-                {"method": method, "num_steps": STEPS, "guidance_gradient": "detached"},
-                "silu",
-            )
-            yield (
-                f"{method}, clipped image",
-                {"method": method, "num_steps": STEPS, "solver": "sde-dpm-solver++-2m", "clip_denoised": True},
-                "silu",
-            )
+            yield f"{method}, ReLU classifier", {"method": method}, "relu"
+            yield f"{method}, detached guidance", {"method": method, "guidance_gradient": "detached"}, "silu"
+            # All columns of a step that remembers the one before, and what lies between the networks and the row.
+            clipped = {"method": method, "solver": "sde-dpm-solver++-2m", "clip_denoised": True}
+            yield f"{method}, two steps, clipped image", clipped, "silu"
 
 
 def _small_networks(activation: str, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -120,12 +116,18 @@ def _example(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.sigmoid(x), direction.double()
 
 
+def _short(options: dict[str, Any]) -> dict[str, Any]:
+    """The same in few steps, where nothing is said of that and the method has such an option."""
+    method = options.get("method", "coup")
+    return options if isinstance(method, Method) or method in _SHORT else {"num_steps": STEPS, **options}
+
+
 def _definition(
     networks: tuple[torch.nn.Module, torch.nn.Module], options: dict[str, Any], x: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Purified images and their gradient along `direction`, by the definition in the dtype of `x`."""
     detached = options.get("guidance_gradient") == "detached"
-    purifier = Purifier(*networks, **options)
+    purifier = Purifier(*networks, **_short(options))
     definition = Definition(purifier, dtype=x.dtype, detached=detached)
     noise = definition.noise(x, SEED, torch.arange(len(x)), 0)
     return definition.gradient(x, noise, lambda purified: purified * direction.to(x.dtype))
@@ -141,7 +143,7 @@ def _compare(
 ) -> dict[str, Any]:
     score, classifier = (copy.deepcopy(network).to(x.dtype) for network in networks)
     try:
-        purifier = Purifier(score, classifier, **options)
+        purifier = Purifier(score, classifier, **_short(options))
         purifier.plan(len(x), image_shape=tuple(x.shape[1:]))  # type: ignore[arg-type]
     except torch.AcceleratorError as error:  # a device that fails has refused nothing
         return {"status": "failed", "detail": environment.one_line(error)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,9 @@ import torch
 from scipy import special
 from tqdm import tqdm
 
-from coupfast.evaluation.journal import Journal, digest
-from coupfast.evaluation.purification import describe
+from coupfast.evaluation.configuration import environment
+from coupfast.evaluation.journal import Journal, digest, read_about
+from coupfast.evaluation.purification import describe, settled
 from coupfast.methods import DenoisedSmoothing, method_name
 from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.options import check_integer
@@ -214,12 +216,15 @@ def certify(
         bar = stack.enter_context(tqdm(total=len(x) * (selection_draws + draws), unit="draw", disable=not progress))
         kept = None
         if journal is not None:
+            # What is left open, to be decided by the memory that is free, stays as it was decided when the counting began.
+            before = (read_about(Path(journal)) or {}).get("settings")
+            stack.callback(defense.purifier.settle(settled(defense.purifier, before)))
             kept = Journal(Path(journal), _about(defense, x, numbers, draws, selection_draws, batch))
             stack.callback(kept.close)
-        for image, number, label in zip(x, numbers, labels.tolist(), strict=True):
-            first = _counted(votes, kept, image, number, 0, selection_draws, bar)
-            chosen = int(first.argmax())
-            k = int(_counted(votes, kept, image, number, selection_draws, draws, bar)[chosen])
+        for index, (image, number, label) in enumerate(zip(x, numbers, labels.tolist(), strict=True)):
+            count = functools.partial(_counted, votes, kept, index, image, number, bar=bar)
+            chosen = int(count(0, selection_draws).argmax())
+            k = int(count(selection_draws, draws)[chosen])
             p_low = lower_bound(k, draws, alpha)
             sure = p_low > 0.5
             certified.append(
@@ -257,13 +262,13 @@ class _Votes:
 
 
 def _counted(
-    votes: _Votes, kept: Journal | None, image: torch.Tensor, number: int, first: int, count: int, bar: tqdm
+    votes: _Votes, kept: Journal | None, index: int, image: torch.Tensor, number: int, first: int, count: int, *, bar: tqdm
 ) -> torch.Tensor:
-    """Votes of draws first … first + count − 1, those that are known from the journal."""
+    """Votes of draws first … first + count − 1 of the image at `index`, those that are known from the journal."""
     total: torch.Tensor | None = None
     for start in range(first, first + count, DRAWS_AT_ONCE):
         draws = range(start, min(start + DRAWS_AT_ONCE, first + count))
-        entry = None if kept is None else kept.get(("votes", number, start))
+        entry = None if kept is None else kept.get(("votes", index, start))
         if entry is not None:
             part = torch.tensor(entry.said["votes"])
             bar.update(len(draws))
@@ -273,7 +278,7 @@ def _counted(
                 part = part + each
                 bar.update(int(each.sum()))
             if kept is not None:
-                kept.append(("votes", number, start), {"votes": part.tolist()})
+                kept.append(("votes", index, start), {"votes": part.tolist()})
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -287,6 +292,7 @@ def _about(
         "settings": describe(defense.purifier) | {"seed": defense.seed},
         "score": state_dict_sha256(defense.purifier.score),
         "classifier": state_dict_sha256(defense.classifier),
+        "environment": environment(x.device),
         "images": digest(x),
         "ids": ids,
         "draws": draws,

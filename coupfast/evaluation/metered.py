@@ -156,8 +156,12 @@ class Metered(nn.Module):
         return logits
 
     def classify(self, x_pure: torch.Tensor) -> torch.Tensor:
-        """Logits of purified images. It costs next to nothing beside a purification, and is not counted."""
-        return self._purified().classify(x_pure)
+        """Logits of purified images. It costs next to nothing beside a purification, and is not counted.
+
+        Raises:
+            FloatingPointError: if a logit is NaN.
+        """
+        return self._checked(self._purified().classify(x_pure))
 
     def coarser(self, steps: int) -> PurifiedClassifier:
         """The defense in fewer steps; see `views.coarser`."""

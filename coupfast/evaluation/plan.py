@@ -12,7 +12,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def plan(
             expected here as well.
 
     Raises:
-        ValueError: if the pilot is not finished or has no stage of a name.
+        ValueError: if the pilot is not finished, has no stage of a name, or images left one of its attacks by another rule.
     """
     if workers < 1 or probe_images < 1 or probe_steps < 1:
         raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
@@ -207,36 +207,53 @@ def plan(
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
+    shares = {} if pilot is None else _shares(pilot, spec)  # before the probe, which takes a while
     measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
         stage = Stage(name, count, forward, gradient, 0.0, steps=spec.costs()[name].steps)
         stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
-    expected = () if pilot is None else _surviving(stages, pilot, measured)
+    expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
     return Plan(tuple(stages), workers, measured, price, random, "" if pilot is None else str(pilot), expected)
 
 
-def _surviving(stages: Sequence[Stage], pilot: str | Path, measured: Probe) -> tuple[Stage, ...]:
-    """Stages with the shares of images and of their cost that a pilot took of its own most."""
+def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, float]]:
+    """Of a pilot's images, and of its most forward and gradient cost, the shares that each stage of `spec` took there."""
     with Ledger(pilot, read_only=True) as ledger:
         found = {stage.name: stage for stage in happened(ledger)}
         images = int(ledger.configuration["images"]["count"])
-        most = {name: (forward, gradient) for name, forward, gradient in _counts(_asked(ledger), images)}
-    if missing := [stage.name for stage in stages if stage.name not in found and stage.name not in most]:
+        asked = _asked(ledger)
+    most = {name: (forward, gradient) for name, forward, gradient in _counts(asked, images)}
+    if missing := [stage for stage in spec.costs() if stage not in found and stage not in most]:
         raise ValueError(f"the pilot in {pilot} has no stage {', '.join(missing)}; it has {', '.join(most)}")
     if JUDGE not in found or found[JUDGE].images < images:
         raise ValueError(f"the pilot in {pilot} is not finished: continue it with coupfast evaluate --resume {pilot}")
-    expected = []
-    for stage in stages:
-        took, (forward, gradient) = found.get(stage.name, Stage(stage.name, 0, 0, 0, 0.0)), most[stage.name]
-        fewer = dataclasses.replace(
-            stage,
-            images=math.ceil(stage.images * took.images / images),
-            forward=min(stage.forward, math.ceil(stage.forward * took.forward / max(forward, 1))),
-            gradient=min(stage.gradient, math.ceil(stage.gradient * took.gradient / max(gradient, 1))),
+    if changed := [stage for stage, attack in spec.stages().items() if _drop(attack) != _drop(asked.stages()[stage])]:
+        mine, there = (_drop(one.stages()[changed[0]]) for one in (spec, asked))
+        raise ValueError(
+            f"in the pilot in {pilot} images left {changed[0]} otherwise: `drop` was {there!r} there and is {mine!r} here; "
+            f"take a pilot of the same `mode` and `drop`"
         )
-        expected.append(dataclasses.replace(fewer, seconds=fewer.timed(measured)))
-    return tuple(expected)
+    shares = {}
+    for stage in spec.costs():
+        took, (forward, gradient) = found.get(stage, Stage(stage, 0, 0, 0, 0.0)), most[stage]
+        shares[stage] = (took.images / images, took.forward / max(forward, 1), took.gradient / max(gradient, 1))
+    return shares
+
+
+def _drop(attack: Attack) -> str | None:
+    """When an image leaves an attack; None where none does."""
+    return getattr(attack, "drop", None)
+
+
+def _surviving(stage: Stage, shares: tuple[float, float, float], measured: Probe) -> Stage:
+    """The stage with so much of its images and of its most forward and gradient cost."""
+    of = (stage.images, stage.forward, stage.gradient)
+    # Shares are rounded: a whole number that is a little more than it was is no other one.
+    down = 1 - 1e-12
+    images, forward, gradient = (min(all_, math.ceil(all_ * share * down)) for all_, share in zip(of, shares, strict=True))
+    fewer = dataclasses.replace(stage, images=images, forward=forward, gradient=gradient)
+    return dataclasses.replace(fewer, seconds=fewer.timed(measured))
 
 
 def _asked(ledger: Ledger) -> Spec:
@@ -254,6 +271,8 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         x = torch.rand(images, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         metered = Metered((spec.builder() if defense is None else builder(defense))(device))
         borrowed.callback(metered.settle())
+        for attack in spec.stages().values():
+            attack.check(metered)
         purified = metered.purified
         if purified is None:
             return Probe(_seconds(metered, x, False) / images, _seconds(metered, x, True) / images, images, 1, 1, None)
@@ -293,8 +312,13 @@ def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.
 
     def attacked(attack: Attack) -> int:
         at_once, cost = attack.at_once(spec.shard), attack.cost()
-        without = peak(at_once * attack.replicas, False)
-        return max(without, peak(at_once * attack.gradient_replicas, True)) if cost.gradient else without
+        # The verdict that follows is on all of a unit.
+        most = max(peak(at_once * attack.replicas, False), peak(spec.shard, False))
+        if cost.gradient:
+            most = max(most, peak(at_once * attack.gradient_replicas, True))
+        if cost.steps is not None:  # another purifier, with what its engine makes of the weights
+            most += purifier.plan(1, image_shape=image).weights_bytes
+        return most
 
     attacks = {name: attacked(attack) for name, attack in stages.items()}
     return {CLEAN: peak(spec.shard, False), **attacks, JUDGE: peak(spec.shard, False)}

@@ -52,6 +52,8 @@ class Judged:
         inside: Of attacked images, the largest share of `looks` fresh draws that was misclassified at one point of the attack,
             (images,); None where no attack tells.
         inside_draws: How many fresh draws that were.
+        left: Of attacked images, how many are right at the official verdict that was not asked for after every stage: a test of
+            the attack (`mode` "fast") had them fall before the last one, which then did not attack them.
     """
 
     official: np.ndarray
@@ -62,6 +64,7 @@ class Judged:
     sha256: tuple[str, ...] = ()
     inside: np.ndarray | None = None
     inside_draws: int = 0
+    left: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +198,8 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
     logits: dict[str, dict[int, np.ndarray]] = {"clean": {}, "attacked": {}}
     as_they_came = {"clean": 0, "attacked": 0}
     inside, inside_draws = np.full(count, np.nan), 0
+    left = np.zeros(count, dtype=bool)
+    last = [CLEAN, *ledger.configuration["stages"]][-1]
     for record in records:
         if record.unit.stage == JUDGE:
             arrays = ledger.arrays(record)
@@ -210,6 +215,8 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
                 inside[images] = np.fmax(inside[images], np.array(record.result["looked"]) / record.result["looks"])
             fallen = sorted(set(record.unit.images) - set(record.result["standing"]))
             official["attacked"][fallen] = False
+            if record.unit.stage != last and "onward" in record.result:
+                left[sorted(set(record.unit.images) - set(record.onward))] = True
             if record.unit.stage == CLEAN:
                 official["clean"][fallen] = False
     # Who was not attacked inside of an attack that tells had fallen before.
@@ -229,6 +236,7 @@ def judged(ledger: Ledger) -> dict[str, Judged]:
             sha256=tuple(ledger.configuration["images"]["sha256"]),
             inside=shares if kind == "attacked" else None,
             inside_draws=inside_draws if kind == "attacked" else 0,
+            left=int((left & official["attacked"]).sum()) if kind == "attacked" else 0,
         )
         for kind, rows in logits.items()
         if rows
@@ -275,6 +283,11 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
     """In words, what the official verdict on attacked images would be if the attack changed nothing: it asks more than once."""
     clean, looks = verdicts["clean"], verdicts["attacked"].looks
     said = f"official: {looks} draws must all be right where there was an attack, one where there was none"
+    if left := verdicts["attacked"].left:
+        said += (
+            f" ({left} image{'s' * (left > 1)} that stand{'s' * (left == 1)} here had fallen by the test of an attack: fewer "
+            f"draws, and no later attack)"
+        )
     if len(clean.logits) < looks:
         return f"{said}; what {looks} draws alone cost, {looks} or more of the judge's would tell"
     passed = int(worst(clean.logits[:looks], clean.labels).sum())

@@ -37,7 +37,7 @@ class Spec:
     Attributes:
         classes: Names of the classes in the order of their labels, for images in subfolders; None takes CIFAR-10's.
         purifier: `Settings`, or those keywords of `Settings.of` that are not its defaults (the gradient's is the one that the
-            attack is made for, with the least memory, which never splits a batch). None: the classifier alone.
+            attack is made for, in as much memory as half of what is free, no batch split). None: the classifier alone.
         guide, guide_weights: The classifier that a guided method follows, in the place of the one that is attacked.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
         attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.
@@ -50,8 +50,8 @@ class Spec:
         mode: "full": every image goes through all of an attack, and on to the next stage if one fresh draw after it is right.
             "fast": an image leaves an attack of this project's once a test says that most draws fail (`drop` "majority", with
             its stated error), another one of its unit takes its place (`batch`, a quarter of a unit unless set), and all others
-            go on to the next stage, whatever one draw says. Attacks whose `drop` is set, and those that are given as objects,
-            keep to their knobs; AutoAttack's are the same in both.
+            go on to the next stage, whatever one draw says. Attacks whose `drop` is set, those that know the judge's noise
+            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both.
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
@@ -219,7 +219,8 @@ class Spec:
         return stages
 
     def _fast(self, attack: Attack) -> Attack:
-        if not isinstance(attack, Iterative) or isinstance(self.attack, Attack) or "drop" in self.attack_options:
+        given = isinstance(self.attack, Attack) or "drop" in self.attack_options
+        if not isinstance(attack, Iterative) or given or attack.dw_box:
             return attack
         return dataclasses.replace(attack, drop="majority", batch=attack.batch or max(1, self.shard // 4))
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from coupfast.engine.memory import share_memory
 from coupfast.evaluation.attacks import Attack, Result
 from coupfast.evaluation.building import Builder
 from coupfast.evaluation.configuration import difference, environment
@@ -52,6 +53,7 @@ class Rules:
         defense: What the run was started with; see `Metered.describe`.
         folder: Of the run, where a unit that is under way keeps a journal; None keeps none.
         fast: What an attack says of who has fallen decides who goes on to the next stage, and not the official verdict.
+        sharers: Workers of one machine, which share its memory.
     """
 
     attacks: Mapping[str, Attack]
@@ -64,6 +66,7 @@ class Rules:
     defense: Mapping[str, Any]
     folder: str | None = None
     fast: bool = False
+    sharers: int = 1
 
 
 def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
@@ -82,6 +85,7 @@ class Worker:
 
     def __init__(self, rules: Rules, build: Builder, device: str) -> None:
         self.rules, self.device = rules, torch.device(device)
+        share_memory(rules.sharers)
         with self._settings():
             self.defense = Metered(build(device))
             self.defense.settle(rules.defense)
@@ -181,12 +185,12 @@ class Worker:
 
     def _attack(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         x, y, seed = inputs["x"], inputs["y"], self.rules.seed
-        found = Result(x)
+        found, fresh = Result(x), True
         if unit.stage != CLEAN:
             attack = self.rules.attacks[unit.stage]
             noise = derive_seed(seed, unit.name, "defense")
             if attack.knows_noise:
-                noise = derive_seed(seed, JUDGE)
+                noise, fresh = derive_seed(seed, JUDGE), False  # of such draws no verdict inside of the attack is told
                 self.defense.known = Known(noise, unit.images, self.rules.draws)
             self.defense.reseed(noise)
             attack_seed = seed if self.rules.attack_seed else derive_seed(seed, unit.name, "attack")
@@ -207,7 +211,7 @@ class Worker:
         }
         if self.rules.fast and found.left is not None:
             result["onward"] = [image for image, left in zip(unit.images, found.left.tolist(), strict=True) if not left]
-        if found.looked is not None:
+        if found.looked is not None and fresh:
             result |= {"looked": found.looked.tolist(), "looks": found.looks}
         tensors = {"logits": logits} | ({} if unit.stage == CLEAN else {"x_adv": found.x_adv})
         if found.strongest is not None and found.loss is not None and found.failed is not None:

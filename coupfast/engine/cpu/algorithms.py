@@ -34,8 +34,7 @@ _EFFORT = {kernels.F2: _Effort(1.27, 0.55, 2.6), kernels.F4: _Effort(1.44, 8.1, 
 _FEW = 6.2  # adding up the parts of a sum to one of few outputs
 _BYTE, _RESIDENT = 0.163, 1.8e6  # a byte of packed weights beyond those that a core's cache holds
 _LEAST_ROWS = 4  # of a matrix product: fewer take as long
-# The error of F(4x4) hardly depends on the number of channels, and that of a direct sum falls with it. From so many on, F(4x4)
-# was within 3.7 times the error of PyTorch's float32, of which four are allowed (kernels/README.md).
+# From so many on, the error of F(4x4) is within four times that of PyTorch's float32 (tests/test_cpu_convolution.py).
 _LEAST_CHANNELS = 16
 
 

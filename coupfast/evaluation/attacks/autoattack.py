@@ -79,6 +79,14 @@ class APGD(Attack):
         return Cost(1 + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
 
     @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
+
+    @property
     def knows_noise(self) -> bool:
         return self.dw_box
 
@@ -117,6 +125,14 @@ class TargetedAPGD(Attack):
     def cost(self) -> Cost:
         points = self.target_classes * (self.iterations + 1)
         return Cost(1 + self.target_classes + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
 
     @property
     def knows_noise(self) -> bool:
@@ -243,7 +259,9 @@ class _Seen:
             for kept in (self._strongest, self._loss, self._failed):
                 kept[images] = kept[best].clone()
         if self.looks:
-            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, self.looked, self.looks)
+            # Who was misclassified at every first look was not attacked, and has fallen all the same.
+            looked = torch.where(self.begun, self.looked, self.looks)
+            return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, looked, self.looks)
         return Result(x_adv, curve, self._strongest, self._loss, self._failed > 0)
 
     def _keep(self, x: torch.Tensor, logits: torch.Tensor, *, looking: bool) -> None:

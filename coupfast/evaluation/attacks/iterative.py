@@ -88,7 +88,8 @@ class Iterative(Attack):
             which are fresh as well, since no point depends on the draws that are made at it. What a run says of the worst
             point is a harsher verdict than the judge's, who sees one.
         batch: How many images are attacked at a time; of the others one begins as one leaves. None: all of a unit.
-        dw_box: The attacker knows the noise that the judge will use, and asks for no other.
+        dw_box: The attacker knows the noise that the judge will use, and asks for no other: no draw of it is fresh, so that
+            there is neither a test for the majority nor an N-evaluation to be told.
     """
 
     iterations: int = count(40, "steps of the attack")
@@ -119,6 +120,8 @@ class Iterative(Attack):
             raise ValueError(
                 f"`iterations` = {self.iterations} with {self.eot_iter} draws each take more draws than there are, {LOOKS}"
             )
+        if self.dw_box and self.drop == "majority":
+            raise ValueError("`drop` = 'majority' is a test on fresh draws, and with `dw_box` there are none")
 
     @abc.abstractmethod
     def ask(self, defense: Metered, asked: Asked) -> Answer:
@@ -170,6 +173,8 @@ class Iterative(Attack):
                 leaving = self._leaving(defense, asked, answer, tests)
                 if not answer.real:  # then it was the looks that failed, all of them
                     share = torch.where(leaving, 1.0, share)
+                    if not self.looks:
+                        looked[here[leaving]] = self.eot_iter
                 best.take(here[leaving], asked.x[leaving], answer.loss[leaving], share[leaving])
                 left[here[leaving]] = True
                 failed = answer.failed | leaving
@@ -277,6 +282,10 @@ class Iterative(Attack):
 
     @property
     def replicas(self) -> int:
+        return max(self.eot_iter, self.looks, self.more)
+
+    @property
+    def gradient_replicas(self) -> int:
         return self.eot_iter
 
     @property

@@ -173,10 +173,15 @@ def _described(run: Run) -> str:
     name = _defense(run)
     stages = run.configuration["stages"]
     sizes = "; ".join(
-        f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if key not in ("class", "norm", "eps"))
+        f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if _says(key, value))
         for stage, fields in stages.items()
     )
     return f"{run.count} images, {name}; {_attack(run)}" + (f" ({sizes})" if sizes else "")
+
+
+def _says(knob: str, value: Any) -> bool:
+    """Whether a stage's field tells a reader something: a ball is told of the run, and what is off need not be."""
+    return knob not in ("class", "norm", "eps") and value is not None and value is not False
 
 
 def _defense(run: Run) -> str:

@@ -161,7 +161,7 @@ def _conv2d(shape: tuple[int, ...], out_channels: int, kernel: int, stride: int,
 
         def run() -> tuple[torch.Tensor]:
             if vjp:
-                return (packed_conv2d_vjp(x, packed, (shape[1], *shape[2:]), kernel, stride, tile),)
+                return (packed_conv2d_vjp(x, packed, (shape[1], shape[2], shape[3]), kernel, stride, tile),)
             return (packed_conv2d(x, *arguments),)
 
         def definition(dtype: torch.dtype) -> tuple[torch.Tensor]:

@@ -119,10 +119,11 @@ FillRow choose_fill(const Conv& c) {
 template <bool kMasked, bool kResidual, bool kZ>
 class Epilogue {
  public:
-  // For `count` channels from `channel` of one image.
-  Epilogue(const Conv& c, int64_t image, int channel, int count)
+  // For `count` channels from `channel` of one image. Where `streams` says so, whole vectors of y go past the caches.
+  Epilogue(const Conv& c, int64_t image, int channel, int count, bool streams = false)
       : count_(count),
         whole_(count == kLanes),
+        streams_(streams && whole_),
         mask_bytes_((c.out_channels + 7) / 8),
         y_pixel_(c.y_pixel),
         y_(c.y ? c.y + channel : nullptr),
@@ -154,7 +155,12 @@ class Epilogue {
     if (kMasked) v = where(get_bits(mask_, pixel), v * factor_);
     if (kResidual) v = fma(residual_factor_, get(residual_ + pixel * residual_pixel_), v);
     v *= scale_;
-    if (!kZ || y_) put(y_ + pixel * y_pixel_, v);
+    if (!kZ || y_) {
+      if (streams_)
+        stream(y_ + pixel * y_pixel_, v);
+      else
+        put(y_ + pixel * y_pixel_, v);
+    }
     if (!kZ) return;
     v = v * z_multiply_ + z_add_;
     float* const z = z_ + pixel * z_pixel_;
@@ -186,7 +192,7 @@ class Epilogue {
   }
 
   const int count_;
-  const bool whole_;
+  const bool whole_, streams_;
   const int64_t mask_bytes_, y_pixel_;
   float* const y_;
   const Vector scale_;

@@ -88,6 +88,9 @@ struct DirectShape {
   // A group reads its pixels side by side; where those are so many floats apart, the hardware does not foresee it. What is to be
   // multiplied so many pixels later is fetched beforehand.
   static constexpr int64_t kStrided = 64, kAhead = 24;
+  // A larger result does not stay in the caches of a core or two until it is read: a map that the product is done with quickly
+  // then costs as much to be read before it is overwritten as to be computed.
+  static constexpr int64_t kCachedBytes = 1 << 21;
   // Packed weights that stay in a core's cache while all panels are taken for some pixels.
   static constexpr int64_t kResidentFloats = 1 << 16;
 
@@ -100,6 +103,7 @@ struct DirectShape {
   int64_t pixel, row;   // floats from one output pixel's terms to its right and lower neighbour's, in what is read
   Terms terms;
   int64_t panel_count;
+  bool streams;  // y goes past the caches
 
   DirectShape(const Conv& c, const Target& to) : target(to) {
     in_place = c.kernel_height == 1 && c.kernel_width == 1 && c.pad_top == 0 && c.pad_left == 0 && c.activation == kIdentity &&
@@ -113,6 +117,9 @@ struct DirectShape {
     row = c.stride * input_row;
     terms = {c.kernel_width == 0 ? 0 : c.kernel_height, static_cast<int64_t>(c.kernel_width) * c.channels, input_row, kDirectRun};
     panel_count = few ? 1 : panels(c.out_channels);
+    const int64_t y_bytes = sizeof(float) * target.height * target.width * c.batch * c.out_channels;
+    streams = kStreams && c.y != nullptr && y_bytes > kCachedBytes && c.y_pixel % kLanes == 0 &&
+              reinterpret_cast<uintptr_t>(c.y) % sizeof(Vector) == 0;
   }
 
   bool fills() const { return !in_place && terms.segments > 0; }
@@ -201,7 +208,7 @@ class DirectBlock {
       const int64_t count = std::min(end - begin, c_.out_width - column);
       const int64_t image = line / c_.out_height, pixel = s_.target.pixel(image, line % c_.out_height, column);
       for (int k = channel; k < last_channel; k += kLanes) {
-        const Epilogue<kMasked, kResidual, kZ> finish(c_, image, k, std::min(kLanes, last_channel - k));
+        const Epilogue<kMasked, kResidual, kZ> finish(c_, image, k, std::min(kLanes, last_channel - k), s_.streams);
         const float* from = m + k - channel;
         const int64_t step = s_.target.step;
         for (int64_t j = 0; j < count; ++j) finish(load(from + j * kPanel), pixel + j * step);
@@ -209,6 +216,7 @@ class DirectBlock {
       m += count * kPanel;
       begin += count;
     }
+    if (s_.streams) end_streams();
   }
 
  private:

@@ -72,6 +72,18 @@ inline void store_some(float* to, Vector v, int count) {
 #endif
 }
 
+// A store that leaves the caches alone: what it overwrites need not be read first. `to` is aligned to the vector, whose lines are
+// whole with AVX-512 alone. Others see it after `end_streams`.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+inline void stream(float* to, Vector v) { _mm512_stream_ps(to, (__m512)v); }
+inline void end_streams() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+inline void stream(float* to, Vector v) { store(to, v); }
+inline void end_streams() {}
+#endif
+
 // v without all lanes but the first `count`, which become zero.
 inline Vector keep_some(Vector v, int count) {
   Vector kept = {};
