@@ -144,7 +144,10 @@ class Regions:
         """
         one = Regions(self.network, 1, linear=None, differentiable=True)
         nodes = self.network.label_values
-        one.label_values = {node: torch.zeros_like(node.meta["val"][:1]).contiguous() for node in nodes}
+        # What a trace keeps has no data; a region's maps have.
+        one.label_values = {
+            node: torch.zeros_like(node.meta["val"][:1], device="cpu", memory_format=torch.contiguous_format) for node in nodes
+        }
         one.label_values = self.network.partition.for_images(one.label_values, 1)
         runs = []
         for region in self.network.regions():
