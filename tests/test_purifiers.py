@@ -215,6 +215,7 @@ def test_tables_one_after_the_other():
         ({"method": "gdmp", "gradient": "surrogate"}, ValueError, "GDMP has no coarser grid"),
         ({"method": "one-step", "gradient": "surrogate"}, ValueError, "OneStep has no coarser grid"),
         ({"method": "ld-sde", "score_time": 2}, ValueError, r"`score_time` is continuous time in \(1e-5, 1\], got 2"),
+        ({"method": "ld-sde", "pull_variance": 1e-5}, ValueError, "goes 5 times the way .*take a smaller `step_size`"),
         ({"method": "lm-coup"}, ValueError, "needs `classifier`; without one use 'lm'"),
         ({"method": "coup"}, ValueError, "needs `classifier`; without one use 'reverse-sde'"),
         ({"method": "one-step", "c_skip": 1.0}, ValueError, "`c_skip` and `c_out` belong together"),

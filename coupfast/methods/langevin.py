@@ -26,7 +26,8 @@ class LangevinSDE(TableMethod):
 
     Attributes:
         t: How long it runs, in (1e-5, 1].
-        step_size: Euler's steps; the last one is shorter where t is no multiple.
+        step_size: Euler's steps; the last one is shorter where t is no multiple. λ step_size/(2 σ²) is at most 2: beyond, they
+            diverge.
         score_time: t_s.
         pull_variance: σ².
         rate: λ.
@@ -53,6 +54,12 @@ class LangevinSDE(TableMethod):
         object.__setattr__(self, "score_time", check_t(self.score_time, "score_time"))
         for name in ("step_size", "pull_variance", "rate", "noise_scale"):
             object.__setattr__(self, name, check_number(name, getattr(self, name), zero=name == "noise_scale"))
+        pull = 0.5 * self.rate * min(self.step_size, self.t) / self.pull_variance
+        if pull > 2.0:
+            raise ValueError(
+                f"a step of `step_size` {self.step_size:g} goes {pull:.4g} times the way to the image (`rate` x `step_size` / "
+                f"2 `pull_variance`), and above 2 steps diverge: take a smaller `step_size`"
+            )
 
     @property
     def times(self) -> np.ndarray:
