@@ -239,10 +239,10 @@ def test_nothing_is_computed_again(monkeypatch):
         for direction in ("forward", "backward"):
             original = getattr(NetworkProgram, direction)
 
-            def counting(program, *args, original=original, direction=direction, counts=counts):
+            def counting(program, *args, original=original, direction=direction, counts=counts, **keywords):
                 of_score = len(program.network.shapes[program.network.output]) == 3
                 counts[f"{'score' if of_score else 'classifier'} {direction}"] += 1
-                return original(program, *args)
+                return original(program, *args, **keywords)
 
             monkeypatch.setattr(NetworkProgram, direction, counting)
         counts.update(dict.fromkeys(counts, 0))
