@@ -101,7 +101,8 @@ def lower(runs: Sequence[Run]) -> list[Section]:
             continue
         draws = min(len(run.verdicts["attacked"].logits) for run in (rand, standard))
         rows = [(protocols.describe(protocol, draws), _cell(one), _cell(both)) for protocol, (one, both) in found.items()]
-        for figure in published.like(rand, published.LOWER):
+        alike = published.like(standard, published.LOWER)
+        for figure in [figure for figure in published.like(rand, published.LOWER) if figure in alike]:
             rows += [
                 (f"{protocols.describe(protocol, draws)}, published: {figure.source}", f"{value:.2f} %", "")
                 for protocol, value in figure.robust.items()
