@@ -11,12 +11,16 @@ from coupfast.gradients import BPDA, Adjoint, AdjointParameters, Exact, NoGradie
 from coupfast.methods import (
     ADP,
     COUP,
+    GDMP,
     GDMPSSIM,
     LM,
     DenoisedSmoothing,
     DiffPure,
     GuidedLM,
+    LangevinSDE,
     Method,
+    MultiStage,
+    OneStep,
     ReverseSDE,
     StepMethod,
     TableMethod,
@@ -25,7 +29,7 @@ from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import PurifiedClassifier, Purifier, purify
 from coupfast.sde import VPSDE
 from coupfast.settings import Settings
-from coupfast.solvers import CoefficientTable
+from coupfast.solvers import DDIM, Ancestral, CoefficientTable, DPMSolverPP2M, SDEDPMSolver1, SDEDPMSolverPP2M
 
 __version__ = "0.1.0"
 
@@ -33,25 +37,34 @@ __all__ = [
     "ADP",
     "Adjoint",
     "AdjointParameters",
+    "Ancestral",
     "BPDA",
     "COUP",
     "Certification",
     "CoefficientTable",
+    "DDIM",
+    "DPMSolverPP2M",
     "DenoisedSmoothing",
     "DiffPure",
     "Engine",
     "Evaluation",
     "Exact",
     "GradientCertificate",
+    "GDMP",
     "GDMPSSIM",
     "GuidedLM",
     "LM",
+    "LangevinSDE",
     "Method",
+    "MultiStage",
     "NoGradient",
+    "OneStep",
     "Plan",
     "PurifiedClassifier",
     "Purifier",
     "ReverseSDE",
+    "SDEDPMSolver1",
+    "SDEDPMSolverPP2M",
     "Settings",
     "Spec",
     "StepMethod",

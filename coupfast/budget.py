@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from coupfast.engine import StepMemory
 from coupfast.integrate import Storage
 
 logger = logging.getLogger(__name__)
+
+#: Bytes, or what to take: as much as half of what is free allows; as much, and the batch never split; states alone, neither.
+Budget: TypeAlias = int | Literal["auto", "whole", "least"]
 
 # States, masks and images that a run holds besides x_0 … x_K: the caller's image, its scaling and clip, the result's clip
 # and scaling, and v before and after a step.
@@ -136,13 +139,15 @@ class Need:
         return pieces * self.memory(whole).slopes + (self.memory(rest).slopes if rest else 0)
 
 
-def allowed_bytes(need: Need, budget: int | Literal["auto", "least"], free: int) -> int:
+def allowed_bytes(need: Need, budget: Budget, free: int) -> int:
     """The bytes that a budget allows, of so many that are free."""
     least = need.peak(1, False, 0)
     if budget == "auto":
         return free // 2
-    if budget == "least":
-        return need.peak(need.batch if need.largest_batch is None else min(need.batch, need.largest_batch), False, 0)
+    if budget in ("least", "whole"):
+        unsplit = need.peak(need.batch if need.largest_batch is None else min(need.batch, need.largest_batch), False, 0)
+        return unsplit if budget == "least" else max(unsplit, free // 2)
+    assert isinstance(budget, int)
     if budget < least:
         raise ValueError(
             f"`memory_budget` is {budget} bytes; {need.batch} images of shape {need.shape} in {need.num_steps} steps "
@@ -151,7 +156,7 @@ def allowed_bytes(need: Need, budget: int | Literal["auto", "least"], free: int)
     return budget
 
 
-def choose_storage(need: Need, budget: int | Literal["auto", "least"], allowed: int) -> Storage:
+def choose_storage(need: Need, budget: Budget, allowed: int) -> Storage:
     """How many images at a time, and what is kept; the batch is split only where one step of it does not fit."""
     piece = min(need.batch, need.largest_batch or need.batch)
     while piece > 1 and need.peak(piece, False, 0) > allowed:
@@ -168,7 +173,7 @@ def choose_storage(need: Need, budget: int | Literal["auto", "least"], allowed: 
 
 def make_plan(
     need: Need,
-    budget: int | Literal["auto", "least"],
+    budget: Budget,
     *,
     free: int,
     engine: str,

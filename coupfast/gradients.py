@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from coupfast import reference
+from coupfast.budget import Budget
 from coupfast.derivatives import identity_gradient, strictly
 from coupfast.engine import Noise, ReplayedNoise
 from coupfast.engine.networks import frozen
@@ -26,11 +27,11 @@ GUIDANCE_GRADIENTS = ("exact", "detached")
 
 
 def _budget(word: str) -> int | str:
-    """auto, least, 2GiB, 500MiB or a number of bytes."""
+    """auto, whole, least, 2GiB, 500MiB or a number of bytes."""
     for suffix, size in (("GiB", 2**30), ("MiB", 2**20)):
         if word.endswith(suffix):
             return int(float(word[: -len(suffix)]) * size)
-    return word if word in ("auto", "least") else int(word)
+    return word if word in ("auto", "whole", "least") else int(word)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,9 @@ def _check_guidance(value: Any) -> None:
 
 def _check_budget(value: Any) -> None:
     if isinstance(value, str):
-        check_name("memory_budget", value, ["auto", "least"])
+        check_name("memory_budget", value, ["auto", "whole", "least"])
     elif isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"`memory_budget` is 'auto', 'least' or a number of bytes, got {value!r}")
+        raise ValueError(f"`memory_budget` is 'auto', 'whole', 'least' or a number of bytes, got {value!r}")
 
 
 def _guidance_option() -> Any:
@@ -97,8 +98,8 @@ def _guidance_option() -> Any:
 def _budget_option() -> Any:
     return option(
         "auto",
-        help="memory above the weights that a run with gradient may use: auto is up to half of what is free, least keeps "
-        "nothing but states, else bytes (2GiB, 500MiB)",
+        help="memory above the weights that a run with gradient may use: auto is up to half of what is free, whole the same "
+        "with the batch never split, least keeps nothing but states, else bytes (2GiB, 500MiB)",
         parse=_budget,
         metavar="SIZE",
     )
@@ -111,7 +112,8 @@ class Exact(Gradient):
     Attributes:
         guidance: `"exact"` differentiates the guidance, too; `"detached"` takes it as a constant, as COUP's code does.
         memory_budget: Bytes above the weights that a run with gradient may use; `"auto"` takes up to half of what is free,
-            `"least"` keeps nothing but states. Splits the batch only where one step of it does not fit.
+            `"least"` keeps nothing but states. Splits the batch only where one step of it does not fit, which changes its
+            rounding (what is kept does not): `"whole"` takes as much as `"auto"`, and `"least"` as little as it can, without.
     """
 
     name: ClassVar[str] = "exact"
@@ -120,7 +122,7 @@ class Exact(Gradient):
     keeps: ClassVar[bool] = True
 
     guidance: Literal["exact", "detached"] = _guidance_option()
-    memory_budget: int | Literal["auto", "least"] = _budget_option()
+    memory_budget: Budget = _budget_option()
 
     def __post_init__(self) -> None:
         _check_guidance(self.guidance)

@@ -520,6 +520,19 @@ def test_memory_of_a_split_batch():
     assert account.peak == pytest.approx(plan.peak_bytes, rel=0.15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_a_whole_batch_keeps_what_fits_and_is_never_split(free, dtype, monkeypatch):
+    """What is kept changes no bit: results do not follow from the memory that was free."""
+    monkeypatch.setattr("coupfast.prepared.available_bytes", lambda device: free)
+    score, classifier, x = small_score(dtype), relu_classifier(dtype), torch.rand(4, 3, 8, 8, dtype=dtype)
+    least, whole = (Purifier(score, classifier, num_steps=3, memory_budget=budget) for budget in ("least", "whole"))
+    assert whole.plan(4).storage.piece == 4
+    assert whole.plan(4).storage.kept_steps == (3 if free else 0)
+    noise = torch.randn(3, *x.shape, dtype=dtype)
+    torch.testing.assert_close(*(gradient(purifier, x, noise) for purifier in (least, whole)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "forward", "backward"),
     [({"gradient": "surrogate", "surrogate_steps": 2}, 6 + 2, 2), ({"gradient": "bpda"}, 6, 0), ({"gradient": "none"}, 6, 0)],

@@ -65,7 +65,7 @@ def test_a_given_object_is_decided_once(tmp_path, little, make, purifiers):
     with run(tmp_path / "little", SPEC, make("cpu"), count=3) as ledger:
         found = ledger.fingerprint()
     for one in described(tmp_path / "little"):
-        assert one["engine"]["options"] == {"largest_tile": 1} and one["gradient"]["memory_budget"] == "least"
+        assert one["engine"]["options"] == {"largest_tile": 1} and one["gradient"]["memory_budget"] == "whole"
     assert len(described(tmp_path / "little")) == purifiers
     little(2**40)
     defense = make("cpu")
@@ -130,8 +130,10 @@ def test_a_plan_is_of_what_the_run_will_decide(tmp_path, monkeypatch):
     np.savez(tmp_path / "images.npz", x=x.numpy(), y=y.numpy())
     defense, spec = fast(), Spec.of(images=str(tmp_path / "images.npz"), attack="apgd-ce", iterations=1, shard=4)
     predicted = []
-    for free in (2**21, 2**40):  # of which half would be too little for a batch, and enough to keep everything
+    least = fast(memory_budget="least")
+    for free in (2**12, 2**40):  # of which half would be too little for a batch, and enough to keep everything
         monkeypatch.setattr(prepared, "available_bytes", lambda device, free=free: free)
-        predicted.append(plan(spec, defense=defense).probe.memory)
-    assert predicted[0] == predicted[1] is not None
+        predicted.append([plan(spec, defense=one).probe.memory for one in (defense, least)])
+    # Never in pieces of a batch, and with more memory than the least only where it is there.
+    assert predicted[0][0] == predicted[0][1] == predicted[1][1] < predicted[1][0]
     assert defense.purifier.settings.gradient.memory_budget == "auto"

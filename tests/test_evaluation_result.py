@@ -84,7 +84,7 @@ def test_flat_keywords_go_where_they_belong():
     assert spec.but(t=0.07).purifier == {"t": 0.07, "method": "coup"}
     assert spec.but(attack="pgd-eot", eot_iter=2).attack_options == {"eot_iter": 2}  # the knobs were another attack's
     assert spec.but(method="none").purifier is None
-    assert spec.settings().method.t == 0.05 and spec.settings().gradient.memory_budget == "least"
+    assert spec.settings().method.t == 0.05 and spec.settings().gradient.memory_budget == "whole"
     assert spec.but(attack="bpda-eot").settings().gradient.name == "bpda"
     assert spec.but(gradient="surrogate", num_steps=20).settings().gradient.name == "surrogate"
     for wrong, message in (
@@ -101,7 +101,7 @@ def test_settings_may_be_an_object():
     import coupfast
 
     settings = coupfast.Settings.of(
-        t=0.003, num_steps=2, engine="eager", gradient="surrogate", surrogate_steps=1, memory_budget="least"
+        t=0.003, num_steps=2, engine="eager", gradient="surrogate", surrogate_steps=1, memory_budget="whole"
     )
     spec = Spec(purifier=settings, attack="none")
     assert spec.settings() == settings

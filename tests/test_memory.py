@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from coupfast.engine import memory
 from coupfast.engine.memory import AllocationAccount, available_bytes
 
 KIB = 1024
@@ -55,6 +56,14 @@ def test_available_memory_is_some_and_not_more_than_there_is():
     assert 2**20 < available_bytes(torch.device("cpu")) < 2**50
 
 
+def test_processes_share_the_hosts_memory(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 1200)
+    monkeypatch.setattr(memory, "_sharers", 1)
+    assert available_bytes(torch.device("cpu")) == 1200
+    memory.share_memory(3)
+    assert available_bytes(torch.device("cpu")) == 400
+
+
 def test_memory_that_the_allocator_holds_unused_is_available(monkeypatch):
     """Otherwise earlier work would change later plans, and with them how a batch is split."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
@@ -80,10 +89,10 @@ def peak():  # not getrusage: a program's ru_maxrss begins with that of the proc
 before = peak()
 purifier(x.requires_grad_(), noise=noise).sum().backward()
 plan = purifier.plan(12)
-print(plan.peak_bytes + plan.weights_bytes, peak() - before)
+print(plan.peak_bytes + plan.weights_bytes - purifier.plan(1).weights_bytes, peak() - before)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code, engine], env=environment, capture_output=True, text=True, check=True)
     predicted, measured = map(int, done.stdout.split())
-    # The first image's memory (and, on the cpu engine, weights) is used again; the libraries' own buffers come on top.
+    # The first image's memory is used again, as are its weights on the cpu engine; the libraries' own buffers come on top.
     assert measured == pytest.approx(predicted, rel=0.2)

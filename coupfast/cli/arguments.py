@@ -87,8 +87,8 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
     seen = set()
     for option in [*chosen, *known["engine"]]:
         if option.keyword not in seen:
-            # An evaluation's memory is the least, so that no machine splits its batches otherwise.
-            add_option(group, option, note=" (default: least)" if none and option.keyword == "memory_budget" else None)
+            # No machine may split an evaluation's batches otherwise than another.
+            add_option(group, option, note=" (default: whole)" if none and option.keyword == "memory_budget" else None)
         seen.add(option.keyword)
     # Older spellings.
     group.add_argument("--steps", dest="num_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

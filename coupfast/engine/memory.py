@@ -55,6 +55,16 @@ class AllocationAccount(_Counting, TorchDispatchMode):  # in two classes for the
     """
 
 
+#: Processes that share the host's memory, this one among them.
+_sharers = 1
+
+
+def share_memory(processes: int) -> None:
+    """Tell that so many processes of this machine plan with its memory: `available_bytes` is a part of it from now on."""
+    global _sharers  # noqa: PLW0603
+    _sharers = processes
+
+
 CACHE_LINE = 64  # bytes, which PyTorch's own allocations begin at
 
 
@@ -72,6 +82,6 @@ def available_bytes(device: torch.device) -> int:
     On a GPU also what PyTorch's allocator holds and nothing uses: a plan must not shrink after earlier work.
     """
     if device.type != "cuda":
-        return free_memory()
+        return free_memory() // _sharers
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached

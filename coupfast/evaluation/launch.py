@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coupfast.environment import machine
 from coupfast.evaluation import building, checks
 from coupfast.evaluation.building import Given
 from coupfast.evaluation.configuration import configuration, difference, environment
@@ -63,7 +64,7 @@ def evaluate(
             "file.py:build" or "package.module:NAME". Its noise comes from torch's generators or from a `PurifiedClassifier`.
             What purifiers inside of it leave open, to be decided by the memory that is free (`Engine.decided`,
             `memory_budget="auto"`), is decided once for the run, kept in its configuration, and taken from there by workers and
-            on resuming, with the least memory; an object of yours has its own settings back afterwards.
+            on resuming, and batches are never split; an object of yours has its own settings back afterwards.
         out: The run's folder, which keeps ledger, logits and attacked images; None takes a temporary one that goes with the
             result.
         resume: Continue the run that is there; its configuration must be this one.
@@ -138,6 +139,7 @@ def evaluate(
             defense=described,
             folder=None if temporary is not None else str(folder.absolute()),  # what goes with this process needs no journals
             fast=spec.mode == "fast",
+            sharers=min(workers, max(1, machine()["cores"] // spec.threads)),
         )
         with contextlib.closing(_pool(rules, build, metered, devices, workers, cluster, spec)) as pool:
             if resume:

@@ -32,24 +32,24 @@ def keywords(method: Any = None) -> list[str]:
 
 def settings_of(asked: Asked, *, made_for: str) -> Settings:
     """All settings. Where keywords do not name a gradient it is the one that the attack is made for, and where nothing is said
-    of its memory that is "least", which never splits a batch, whatever the machine has left.
+    of its memory that is "whole", which never splits a batch, whatever the machine has left.
 
     Raises:
         ValueError, TypeError: see `Settings.of`.
     """
     if isinstance(asked, Settings):
-        return _in_least_memory(asked)
+        return _unsplit(asked)
     gradient = asked.get("gradient") or made_for
     kind = GRADIENTS.get(gradient) if isinstance(gradient, str) else None
-    least = {"memory_budget": "least"} if kind and "memory_budget" in (o.keyword for o in options_of(kind)) else {}
-    return _in_least_memory(Settings.of(**{**least, **asked, "gradient": gradient}))
+    whole = {"memory_budget": "whole"} if kind and "memory_budget" in (o.keyword for o in options_of(kind)) else {}
+    return _unsplit(Settings.of(**{**whole, **asked, "gradient": gradient}))
 
 
-def _in_least_memory(settings: Settings) -> Settings:
+def _unsplit(settings: Settings) -> Settings:
     """The same without "auto", by which a batch may be split as memory is free: a run's bits must not follow that."""
     if getattr(settings.gradient, "memory_budget", None) != "auto":
         return settings
-    return Settings.of(settings, memory_budget="least")
+    return Settings.of(settings, memory_budget="whole")
 
 
 def to_json(asked: Asked | None, *, made_for: str) -> dict[str, Any] | None:
@@ -95,7 +95,7 @@ def settled(purifier: Purifier, recorded: Mapping[str, Any] | None) -> Settings:
     Args:
         recorded: What `describe` said of it when the run began: what is open is taken from there. None decides it now.
     """
-    settings = _in_least_memory(purifier.settings)
+    settings = _unsplit(purifier.settings)
     engine, before = settings.engine, (recorded or {}).get("engine", {})
     if before.get("runs") == purifier.engine:  # else what was decided was another engine's, and the run says so
         said = {name: value for name, value in engine.options.items() if value is not None}

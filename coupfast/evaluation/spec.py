@@ -37,7 +37,7 @@ class Spec:
     Attributes:
         classes: Names of the classes in the order of their labels, for images in subfolders; None takes CIFAR-10's.
         purifier: `Settings`, or those keywords of `Settings.of` that are not its defaults (the gradient's is the one that the
-            attack is made for, with the least memory, which never splits a batch). None: the classifier alone.
+            attack is made for, in as much memory as half of what is free, no batch split). None: the classifier alone.
         guide, guide_weights: The classifier that a guided method follows, in the place of the one that is attacked.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
         attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.

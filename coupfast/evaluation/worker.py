@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from coupfast.engine.memory import share_memory
 from coupfast.evaluation.attacks import Attack, Result
 from coupfast.evaluation.building import Builder
 from coupfast.evaluation.configuration import difference, environment
@@ -52,6 +53,7 @@ class Rules:
         defense: What the run was started with; see `Metered.describe`.
         folder: Of the run, where a unit that is under way keeps a journal; None keeps none.
         fast: What an attack says of who has fallen decides who goes on to the next stage, and not the official verdict.
+        sharers: Workers of one machine, which share its memory.
     """
 
     attacks: Mapping[str, Attack]
@@ -64,6 +66,7 @@ class Rules:
     defense: Mapping[str, Any]
     folder: str | None = None
     fast: bool = False
+    sharers: int = 1
 
 
 def chosen(paths: int | Sequence[int], images: Sequence[int]) -> list[int]:
@@ -82,6 +85,7 @@ class Worker:
 
     def __init__(self, rules: Rules, build: Builder, device: str) -> None:
         self.rules, self.device = rules, torch.device(device)
+        share_memory(rules.sharers)
         with self._settings():
             self.defense = Metered(build(device))
             self.defense.settle(rules.defense)

@@ -209,7 +209,8 @@ def packed_conv2d_vjp(
     dy = _checked(dy, kernel, stride, tile)
     size = tuple((axis + 2 * (kernel // 2) - kernel) // stride + 1 for axis in x_shape[1:])
     if tuple(dy.shape[2:]) != size:
-        raise ValueError(f"a convolution of {tuple(x_shape)} maps gives {size} of stride {stride}, `dy` has {tuple(dy.shape[2:])}")
+        found = tuple(dy.shape[2:])
+        raise ValueError(f"a convolution of {tuple(x_shape)} maps gives {size} of stride {stride}, `dy` has {found}")
     return _convolved(dy, packed, None, tuple(x_shape), kernel, 1, stride, kernel - 1 - kernel // 2, tile)
 
 
