@@ -114,8 +114,9 @@ def lower(runs: Sequence[Run]) -> list[Section]:
                 rows,
                 "AutoAttack's rand, for defenses with noise, and its standard, for those without: DiffPure and COUP publish "
                 "the lower of the two robust accuracies. AutoAttack would count an image as robust only if it is right under "
-                "both, which is never more. Attacked images; intervals of 95 %, Wilson's and a bootstrap's that takes the "
-                "lower one anew in every resample.",
+                "both, which is never more. The lower of two estimates is, on average, a little below the lower of what they "
+                "estimate. Attacked images; intervals of 95 %, Wilson's and a bootstrap's that takes the lower one anew in "
+                "every resample.",
             )
         )
     return parts
