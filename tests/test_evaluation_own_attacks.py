@@ -265,6 +265,19 @@ def test_restarts_take_the_next_loss_and_only_where_half_the_draws_stand():
     assert used == [([0, 0], [0, 1], [i, i]) for i in range(3)] + [([1], [1], [i]) for i in range(3, 6)]
 
 
+@pytest.mark.parametrize("worse", [0, 1])
+def test_of_the_last_points_of_restarts_the_better_one_is_kept(worse):
+    @dataclasses.dataclass(frozen=True)
+    class BackOnce(PGD):
+        def step(self, memory, asked, gradient, x):
+            return super().step(memory, asked, torch.where(asked.restart == worse, -1, 1).view(-1, 1, 1, 1) * gradient, x)
+
+    model = Linear(threshold=5.0).eval()  # nobody falls
+    result, _ = attacked(BackOnce(iterations=8, eot_iter=1, losses="margin,margin", keep="last"), model)
+    rise = ((result.x_adv - 0.5) * model.w).flatten(1).sum(dim=1)
+    torch.testing.assert_close(rise, (EPS * model.w.abs().sum()).expand(3), rtol=1e-5, atol=0)
+
+
 # --- transfer ----------------------------------------------------------------------------------------------------------------
 
 

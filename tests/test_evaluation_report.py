@@ -304,7 +304,19 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
     assert rows[-1][0].startswith("one fresh draw, published: ") and rows[-1][1:] == ("90.33 %", "41.72 %")
     for other in ({"num_steps": 50}, {"gradient": {"name": "bpda"}}, {"method": {"name": "coup", "t": 0.06}}):
         assert like(**other) == []
-    for other in ({"images": "cifar10-20"}, {"classifier": "cifar10-tiny"}, {"attack_options": {"iterations": 10}}):
+    others = [{"images": "cifar10-20"}, {"classifier": "cifar10-tiny"}, {"attack_options": {"iterations": 9}}, {"mode": "fast"}]
+    for other in others:
         assert like({**spec, **other}) == []
     (figure,) = like({**spec, "attack": "autoattack-rand"}, published.LOWER, gradient={"name": "adjoint"})
     assert figure.robust == {"official": 73.05}
+
+    def lower(**of_standard):
+        configurations = [
+            {**found.configuration, "defense": {**defense, "gradient": {"name": "adjoint"}}, "spec": {**spec, **more}}
+            for more in ({"attack": "autoattack-rand"}, {"attack": "autoattack-standard", **of_standard})
+        ]
+        (table,) = tables.lower([dataclasses.replace(found, configuration=each) for each in configurations])
+        return [row[0] for row in table.rows if "published" in row[0]]
+
+    assert len(lower()) == 1
+    assert lower(attack_options={"iterations": 10}) == []  # cut short, as the other run was not

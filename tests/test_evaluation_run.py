@@ -469,7 +469,9 @@ def test_other_weights_images_or_software_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_worker_with_other_software_or_weights_refuses():
-    described, here = Metered(purified("cpu")).describe(), configuration_module.environment(torch.device("cpu"))
+    metered, here = Metered(purified("cpu")), configuration_module.environment(torch.device("cpu"))
+    metered.settle()  # as a run does before it describes its defense
+    described = metered.describe()
     rules = Rules(SMALL.stages(), 1, False, 3, 1, 1, environment=here, defense=described)
     Worker(rules, purified, "cpu")
     older = dataclasses.replace(rules, environment={**rules.environment, "torch": "0.4"})
@@ -566,7 +568,7 @@ def test_a_logit_that_is_no_number_is_no_verdict(tmp_path):
         ({"shard": 0}, "`shard` is at least 1"),
         ({"limit": 0}, "`limit` is at least 1 and a whole number, got 0"),
         ({"gradient": "none"}, "'autoattack-rand' follows a gradient, and `gradient` is 'none'"),
-        ({"attack": "pgd-eot", "drop": "sometimes"}, "`drop` is one of never, any, mean, got 'sometimes'"),
+        ({"attack": "pgd-eot", "drop": "sometimes"}, "`drop` is one of never, any, mean, majority, got 'sometimes'"),
         ({"seed": -1}, "`seed` is an integer"),
         ({"paths": -1}, "`paths` is a number of images or their numbers from 0, got -1"),
         ({"paths": (3, -2)}, "`paths` is a number of images or their numbers"),

@@ -248,10 +248,10 @@ def _drop(attack: Attack) -> str | None:
 
 def _surviving(stage: Stage, shares: tuple[float, float, float], measured: Probe) -> Stage:
     """The stage with so much of its images and of its most forward and gradient cost."""
-    of = (stage.images, stage.forward, stage.gradient)
+    most = (stage.images, stage.forward, stage.gradient)
     # Shares are rounded: a whole number that is a little more than it was is no other one.
-    down = 1 - 1e-12
-    images, forward, gradient = (min(all_, math.ceil(all_ * share * down)) for all_, share in zip(of, shares, strict=True))
+    whole = [math.ceil(count * (1 - 1e-12)) for count in map(math.prod, zip(most, shares, strict=True))]
+    images, forward, gradient = map(min, most, whole)
     fewer = dataclasses.replace(stage, images=images, forward=forward, gradient=gradient)
     return dataclasses.replace(fewer, seconds=fewer.timed(measured))
 

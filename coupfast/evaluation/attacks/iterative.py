@@ -77,9 +77,9 @@ class Iterative(Attack):
     Attributes:
         losses: See `losses`; every restart has a loss of its own, and an image whose kept point failed more than half of its
             draws does not restart.
-        keep: Which point is returned: that of the highest expected cross-entropy; the "last"; or that of the least "accuracy",
-            the cross-entropy deciding among equals: on its looks (Fixed-AutoAttack, 20 of them), or without such on the draws
-            of its gradient.
+        keep: Which point is returned: that of the highest expected cross-entropy; the "last", of several restarts' last ones
+            that of the least accuracy; or of all that of the least "accuracy", the cross-entropy deciding among equals: on its
+            looks (Fixed-AutoAttack, 20 of them), or without such on the draws of its gradient.
         drop: When an image leaves, its present form kept. "never"; once "any" of its draws is misclassified, which decides it
             where the worst of several draws counts; once the "mean" logits are; or by a test for the "majority": once so many
             fresh draws at one point are misclassified, and none is not, that an image which most draws classify correctly
@@ -169,7 +169,7 @@ class Iterative(Attack):
                 if self.looks or answer.real:
                     looked[here] = torch.maximum(looked[here], wrong.sum(dim=0))
                 share = wrong.float().mean(dim=0)
-                best.see(here, asked.x, answer.loss, share, keep=self.keep)
+                best.see(here, asked.x, answer.loss, share, keep=self.keep, last=not follow)
                 leaving = self._leaving(defense, asked, answer, tests)
                 if not answer.real:  # then it was the looks that failed, all of them
                     share = torch.where(leaving, 1.0, share)
@@ -329,12 +329,15 @@ class _Best:
         self.loss = torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device)
         self.share = torch.zeros(len(x), device=x.device)
 
-    def see(self, images: torch.Tensor, x: torch.Tensor, loss: torch.Tensor, share: torch.Tensor, *, keep: str) -> None:
+    def see(
+        self, images: torch.Tensor, x: torch.Tensor, loss: torch.Tensor, share: torch.Tensor, *, keep: str, last: bool
+    ) -> None:
         higher, more = loss > self.loss[images], share > self.share[images]
+        even = higher & (share == self.share[images])
         better = {
             "loss": higher,
-            "last": torch.ones_like(higher),
-            "accuracy": more | (higher & (share == self.share[images])),
+            "last": (more | even) if last else torch.zeros_like(higher),
+            "accuracy": more | even,
         }[keep]
         self.take(images[better], x[better], loss[better], share[better])
 
