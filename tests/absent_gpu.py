@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils._triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 #: What the compiler asks of an H100 (its data sheet, and the CUDA programming guide's table of capabilities).
@@ -79,6 +80,11 @@ def absent(gpu: types.SimpleNamespace) -> Iterator[None]:
         "synchronize": lambda device=None: None,
     }
     with contextlib.ExitStack() as stack:
+        # Whether there is Triton, and for which device, is remembered from the first time that anybody asks.
+        for forget in (getattr(found, "cache_clear", None) for found in vars(torch.utils._triton).values()):
+            if forget is not None:
+                forget()
+                stack.callback(forget)
         for name, value in device.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
             if hasattr(interfaces.CudaInterface, name):

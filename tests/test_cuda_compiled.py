@@ -51,6 +51,7 @@ from coupfast.engine.cuda import compiled
 x = torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
 def refuse(*args): raise AssertionError("compiled anew")
 compiled._compile = refuse
+torch.set_num_threads(1)  # as in the tests: what the library multiplies depends on it on a CPU
 torch.use_deterministic_algorithms(True)
 found = run(compiled.Inductor("cpu", {folder!r}), piece(), x)
 assert torch.equal(found, torch.load({folder!r} + "/found.pt")), "other bits"

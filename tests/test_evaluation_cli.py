@@ -244,7 +244,7 @@ def test_help_says_what_is_published_and_what_is_assumed(capsys):
         "in [0, 2**63) (default: 0)",
         "5 % of pixels is an assumption",
         "EOT 15 is an assumption",
-        "least keeps nothing but states, else bytes (2GiB, 500MiB) (default: least)",
+        "least keeps nothing but states, else bytes (2GiB, 500MiB) (default: whole)",
     ):
         assert words in text
 
@@ -285,7 +285,7 @@ def test_what_the_run_has_may_be_said_again(begun, networks, capsys):
         (*networks, *SMALL, "--t", "0.1"),
         ("--eps", "8/255", "--norm", "Linf", "--seeding", "unit", "--threads", "1", "--attack", "apgd-ce", "--device", "cpu"),
         ("--method", "coup", "--gradient", "exact", "--guidance-gradient", "exact", "--engine", "cpu"),
-        ("--memory-budget", "least", "--guidance-scale", "1", "--precision", "strict", "--eot-iter", "1", "--loss", "ce"),
+        ("--memory-budget", "whole", "--guidance-scale", "1", "--precision", "strict", "--eot-iter", "1", "--loss", "ce"),
         ("--engine-options", "largest_tile=4"),  # as it was decided
         ("--paper", *networks),
     ):
