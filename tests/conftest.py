@@ -1,7 +1,10 @@
 """Small random networks that every test can afford."""
 
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -106,6 +109,22 @@ def allows_tf32() -> bool:
 def bound_of(purifier: Purifier, x: torch.Tensor) -> BoundEngine:
     """What an engine made of a purifier's networks for images like `x`: for tests of engines that look inside."""
     return purifier._prepare(x).bound
+
+
+def under_sanitizers(code: str) -> subprocess.CompletedProcess[str]:
+    """A process that runs `code` beside the tests, its kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    compiler = native.describe()["compiler"].split()[0]
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip("this compiler has no libasan")
+    environment = os.environ | {
+        "COUPFAST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1",
+        "LD_PRELOAD": os.path.realpath(found),
+        "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0",
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(autouse=True)

@@ -2,16 +2,13 @@
 
 import copy
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import under_sanitizers
 from cpu_networks import Net, conv
-from test_cpu_convolution import EPS, assert_within, isa, normal, place, placed, untouched  # noqa: F401  (a fixture)
+from test_cpu_convolution import EPS, assert_within, normal, place, placed, untouched
 from test_cpu_program import assert_as_good_as, bound, images, like, value_and_vjp
 from torch import nn
 
@@ -87,7 +84,7 @@ def backward(shape, q, k, v, dy, found, **options) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, isa):  # noqa: F811
+def test_matches_float64(shape, isa):
     _, heads, size, *_ = shape
     q, k, v = maps(shape, 3)
     y, found = forward(shape, q, k, v)
@@ -112,7 +109,7 @@ def split_signed(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)  # of one query dq and dk are zero
-def test_transposes_match_float64(shape, isa):  # noqa: F811
+def test_transposes_match_float64(shape, isa):
     q, k, v, dy = maps(shape, 4)
     options: dict = dict(heads=shape[1], scale=shape[2] ** -0.5)
     _, found = forward(shape, q, k, v)
@@ -123,7 +120,7 @@ def test_transposes_match_float64(shape, isa):  # noqa: F811
     assert_as_good_as(results, single, exact)
 
 
-def test_one_query_gets_its_value_back(isa):  # noqa: F811
+def test_one_query_gets_its_value_back(isa):
     shape = SHAPES[0]
     q, k, v, dy = maps(shape, 4)
     y, found = forward(shape, q, k, v)
@@ -141,7 +138,7 @@ def test_definition_of_the_transpose_is_autograds():
         torch.testing.assert_close(found.detach(), wanted, rtol=1e-12, atol=1e-13)
 
 
-def test_heads_lie_anywhere_in_a_map(isa):  # noqa: F811
+def test_heads_lie_anywhere_in_a_map(isa):
     """q, k and v of a head side by side in one map, as some networks have them; cotangents in the same places."""
     shape = (2, 3, 10, 4, 5)
     q, k, v, dy = maps(shape, 4)
@@ -160,7 +157,7 @@ def test_heads_lie_anywhere_in_a_map(isa):  # noqa: F811
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 16, 8, 8), (3, 1, 37, 4, 4), (2, 1, 20, 17, 16)], ids=str)
-def test_threads_blocks_and_neighbours_change_no_bit(shape, isa):  # noqa: F811
+def test_threads_blocks_and_neighbours_change_no_bit(shape, isa):
     q, k, v, dy = maps(shape, 4)
     y, found = forward(shape, q, k, v)
     gradients = backward(shape, q, k, v, dy, found)
@@ -177,7 +174,7 @@ def test_threads_blocks_and_neighbours_change_no_bit(shape, isa):  # noqa: F811
             torch.testing.assert_close(other[0].contiguous(), one[image].contiguous(), rtol=0, atol=0)
 
 
-def test_scores_far_apart_and_nan_stay_where_they_are(isa):  # noqa: F811
+def test_scores_far_apart_and_nan_stay_where_they_are(isa):
     shape = (2, 2, 8, 4, 5)
     q, k, v = maps(shape, 3)
     far, _ = forward(shape, 300.0 * q, k, v)
@@ -396,19 +393,7 @@ def test_is_left_to_pytorch(name):
 
 def test_under_sanitizers():
     """Kernels on maps that end with their memory, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    compiler = native.describe()["compiler"].split()[0]
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(found):
-        pytest.skip("this compiler has no libasan")
-    environment = os.environ | {
-        "COUPFAST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1",
-        "LD_PRELOAD": os.path.realpath(found),
-        "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    code = "import test_cpu_attention; test_cpu_attention.for_sanitizers()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = under_sanitizers("import test_cpu_attention; test_cpu_attention.for_sanitizers()")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all kernels ran" in done.stdout
 

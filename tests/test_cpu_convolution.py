@@ -2,14 +2,12 @@
 
 import math
 import os
-import pathlib
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import under_sanitizers
 
 from coupfast_kernels import native, operations
 from coupfast_kernels.convolution import cpu as kernels
@@ -20,15 +18,6 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 EPS = torch.finfo(torch.float32).eps
 DIRECT, F2, F4 = kernels.DIRECT, kernels.F2, kernels.F4
-
-
-@pytest.fixture(params=native.isas())
-def isa(request, monkeypatch):
-    """Each of this machine's instruction sets in turn."""
-    monkeypatch.setenv("COUPFAST_CPU_ISA", request.param)
-    operations.compiled.cache_clear()
-    yield request.param
-    operations.compiled.cache_clear()
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -780,27 +769,11 @@ def test_more_threads_than_cores_give_the_same_bits(case):
 
 def test_under_sanitizers():
     """Kernels on maps that end with their memory, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    compiler = native.describe()["compiler"].split()[0]
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(found):
-        pytest.skip("this compiler has no libasan")
-    environment = os.environ | {
-        "COUPFAST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1",
-        "LD_PRELOAD": os.path.realpath(found),
-        "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-    }
-    code = "import test_cpu_convolution; test_cpu_convolution.for_sanitizers()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = under_sanitizers("import test_cpu_convolution; test_cpu_convolution.for_sanitizers()")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all kernels ran" in done.stdout
-    overrun = subprocess.run(
-        [sys.executable, "-c", "import test_cpu_convolution; test_cpu_convolution.overrun()"],
-        env=environment,
-        capture_output=True,
-    )
-    assert overrun.returncode != 0 and b"heap-buffer-overflow" in overrun.stderr, "the sanitizer does not look"
+    overrun = under_sanitizers("import test_cpu_convolution; test_cpu_convolution.overrun()")
+    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr, "the sanitizer does not look"
 
 
 def for_sanitizers() -> None:

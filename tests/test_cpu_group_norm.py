@@ -6,7 +6,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cpu_convolution import isa, normal  # noqa: F401  (a fixture)
+from test_cpu_convolution import normal
 from test_cpu_program import assert_as_good_as
 
 from coupfast_kernels import native
@@ -45,7 +45,7 @@ def test_the_affine_map_is_group_norm():
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("channels", "groups", "size"), [(128, 32, 16), (96, 8, 9), (21, 21, 8), (300, 2, 6)])
-def test_error_is_within_four_times_that_of_pytorch(channels, groups, size, silu, isa):  # noqa: F811
+def test_error_is_within_four_times_that_of_pytorch(channels, groups, size, silu, isa):
     x, gy, gx, weight, bias = inputs(2, channels, size, size)
 
     def autograd(dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_error_is_within_four_times_that_of_pytorch(channels, groups, size, silu
     assert_as_good_as([found], [autograd(torch.float32)], [autograd(torch.float64)])
 
 
-def test_formats_threads_and_neighbours_change_no_bit(isa, monkeypatch):  # noqa: F811
+def test_formats_threads_and_neighbours_change_no_bit(isa, monkeypatch):
     x, gy, gx, weight, bias = inputs(channels=100)
     expected = gradient(x, gy, gx, weight, bias)
     affine = torch.stack(group_norm_affine_cpu(x, weight, bias, **OPTIONS))
