@@ -8,6 +8,7 @@ import torch
 from conftest import relu_classifier, silu_classifier, small_score
 from cpu_networks import GRAPHS, network
 from test_cpu_engine import AsDiffusers, Reading
+from test_cpu_program import fused, poison
 from test_engine_columns import noises, normal, table
 from torch import nn
 
@@ -15,11 +16,9 @@ from coupfast import Purifier
 from coupfast.engine import cpu
 from coupfast.engine.cpu.algorithms import WeightStore, tile
 from coupfast.engine.cpu.bound import BoundCpuEngine
-from coupfast.engine.cpu.fusion import fuse
 from coupfast.engine.cpu.network_program import Activations, NetworkProgram
 from coupfast.engine.cpu.placement import Workspace
 from coupfast.integrate import Run, Storage, integrate
-from coupfast.tracing import trace
 from coupfast_kernels import native
 
 REASON = native.unavailable()
@@ -36,18 +35,13 @@ def assert_equal(found, expected) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def poison(workspace: Workspace) -> None:
-    workspace.arena.fill(float("nan"))
-    workspace.scratch.fill(float("nan"))
-
-
 # --- programs ---------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def program_and_twin(name: str, threads: int) -> tuple[NetworkProgram, NetworkProgram, Workspace]:
     """One that keeps and one that does not, of three images, in one workspace."""
-    graph = fuse(trace(network(name), lambda batch: (torch.zeros(batch, 3, 8, 8),)))
+    graph = fused(network(name))
     weights, workspace = WeightStore(tile), Workspace()
     made = [NetworkProgram(graph, 3, weights, backward=True, keeps=keeps, threads=threads) for keeps in (True, False)]
     for program in made:
@@ -89,11 +83,11 @@ def test_passes_may_wait_for_their_transposes(name, threads):
 
 def test_what_is_kept_is_what_the_transpose_reads():
     """Two images of three kernels' inputs, counted by hand: of a GroupNorm its input and four numbers a channel."""
-    graph = fuse(trace(network("group norm without silu"), lambda batch: (torch.zeros(batch, 3, 8, 8),)))
+    graph = fused(network("group norm without silu"))
     program = NetworkProgram(graph, 2, WeightStore(tile), backward=True, keeps=True, threads=1)
     assert program.kept_floats == 2 * (8 * 8 * 8 + 4 * 8)
     assert program.activations_bytes() == 4 * program.kept_floats  # nothing here is PyTorch's
-    relu = fuse(trace(network("convolution and relu"), lambda batch: (torch.zeros(batch, 3, 8, 8),)))
+    relu = fused(network("convolution and relu"))
     program = NetworkProgram(relu, 2, WeightStore(tile), backward=True, keeps=True, threads=1)
     bits = 2 * 8 * 8 * 1  # five channels in a byte, two images
     assert bits <= 4 * program.kept_floats <= bits + 64 + 16
@@ -102,7 +96,7 @@ def test_what_is_kept_is_what_the_transpose_reads():
 @pytest.mark.parametrize("name", ["attention", "max-pool", "torchvision", "DMWideResNet silu", "no convolution"])
 def test_bytes_of_activations(name):
     """Of the memory for kernels, and of what autograd saves in the operations between them, which is in no other's way."""
-    graph = fuse(trace(network(name), lambda batch: (torch.zeros(batch, 3, 8, 8),)))
+    graph = fused(network(name))
     program = NetworkProgram(graph, 5, WeightStore(tile), backward=True, keeps=True, threads=1)
     workspace = Workspace()
     program.bind(workspace)

@@ -1,6 +1,5 @@
 """Attention on a CPU: the C++ kernels against float64 on awkward shapes, and how traces that spell it otherwise are read."""
 
-import copy
 import math
 
 import pytest
@@ -9,15 +8,13 @@ import torch.nn.functional as F
 from conftest import under_sanitizers
 from cpu_networks import Net, conv
 from test_cpu_convolution import EPS, assert_within, normal, place, placed, untouched
-from test_cpu_program import assert_as_good_as, bound, images, like, value_and_vjp
+from test_cpu_program import assert_as_good_as, bound, checked, fused, images, like
 from torch import nn
 
 from coupfast.engine.cpu.algorithms import WeightStore, tile
-from coupfast.engine.cpu.fusion import fuse
 from coupfast.engine.cpu.network_program import NetworkProgram
 from coupfast.engine.cpu.parts import Attention, Region
 from coupfast.models.ddpmpp import AttentionBlock
-from coupfast.tracing import trace
 from coupfast_kernels import native, operations
 from coupfast_kernels.attention.cpu import attention_cpu, attention_vjp_cpu, scratch_floats
 from coupfast_kernels.attention.definition import attention_ref, attention_vjp_ref
@@ -351,19 +348,13 @@ def made(layers, function) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def fused(network: nn.Module):
-    return fuse(trace(network, lambda batch: (torch.zeros(batch, 3, 8, 8),)))
-
-
 def check_program(network: nn.Module, batch: int) -> None:
     """Values and transposes in memory that held NaN, against PyTorch's in float64, twice."""
     x = images(batch)
     v = like(network(x))
     program = NetworkProgram(fused(network), batch, WeightStore(tile), backward=True, threads=2)
     workspace = bound(program)
-    found = program.forward(x).clone(), program.backward(v)
-    exact = value_and_vjp(copy.deepcopy(network).double(), x.double(), v.double())
-    assert_as_good_as(found, value_and_vjp(network, x, v), exact)
+    found = checked(program, network, x, v)
     workspace.arena.fill(float("nan"))
     torch.testing.assert_close(program.forward(x), found[0], rtol=0, atol=0)
     torch.testing.assert_close(program.backward(v), found[1], rtol=0, atol=0)

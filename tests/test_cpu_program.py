@@ -104,6 +104,14 @@ def assert_as_good_as(found, single, exact) -> None:
         assert error <= 4 * allowed, f"{error} > 4 x {allowed}"
 
 
+def checked(program: NetworkProgram, module: nn.Module, x: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bound program's value and transpose, against PyTorch's in float64."""
+    found = program.forward(x).clone(), program.backward(v)
+    exact = value_and_vjp(copy.deepcopy(module).double(), x.double(), v.double())
+    assert_as_good_as(found, value_and_vjp(module, x, v), exact)
+    return found
+
+
 @pytest.mark.parametrize(
     ("batch", "choose"), [(1, tile), (2, forced(kernels.F4)), (5, forced(kernels.F2))], ids=["1", "2", "5"]
 )
@@ -113,9 +121,7 @@ def test_values_and_transposes(name, batch, choose):
     v = like(module(x))
     program = NetworkProgram(fused(module), batch, WeightStore(choose), backward=True, threads=1)
     workspace = bound(program)
-    found = program.forward(x).clone(), program.backward(v)
-    exact = value_and_vjp(copy.deepcopy(module).double(), x.double(), v.double())
-    assert_as_good_as(found, value_and_vjp(module, x, v), exact)
+    found = checked(program, module, x, v)
     # Again, backwards after forwards, in memory that holds other things: the same bits.
     poison(workspace)
     program.slopes.fill_(0xFF)
