@@ -73,10 +73,8 @@ AttentionVjp = structure(
     i64="q_pixel k_pixel v_pixel dy_pixel dq_pixel dk_pixel dv_pixel q_head k_head v_head dy_head dq_head dk_head dv_head",
     p="q k v dy largest inverse dq dk dv scratch",
 )
-_KINDS: dict[type, int] = {
-    **{Conv: 0, GroupNormAffine: 1, GroupNormVjp: 2, Sum: 3, Masked: 4, GuidedStep: 5},
-    **{Attention: 6, AttentionVjp: 7},
-}
+# In the order of `Kind` in kernels.cpp.
+_KINDS = (Conv, GroupNormAffine, GroupNormVjp, Sum, Masked, GuidedStep, Attention, AttentionVjp)
 
 _Operation = structure("Operation", i64="kind", p="parameters")
 
@@ -110,7 +108,7 @@ class Operations:
         self.structures = structures
         self._array = (_Operation * max(1, len(structures)))()
         for operation, structure in zip(self._array, structures, strict=False):
-            operation.kind, operation.parameters = _KINDS[type(structure)], ctypes.addressof(structure)
+            operation.kind, operation.parameters = _KINDS.index(type(structure)), ctypes.addressof(structure)
         self._library = compiled()
 
     def run(self, threads: int) -> None:
