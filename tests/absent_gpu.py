@@ -39,6 +39,7 @@ H100 = types.SimpleNamespace(
     uuid="0",
 )
 
+
 def convolution_format(x: torch.Tensor, weight: torch.Tensor, _: Any = None) -> torch.memory_format:
     """Of a convolution's results on a GPU: channels last where either lies so."""
     formats = [t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight)]
