@@ -61,7 +61,7 @@ _sharers = 1
 
 def share_memory(processes: int) -> None:
     """Tell that so many processes of this machine plan with its memory: `available_bytes` is a part of it from now on."""
-    global _sharers  # noqa: PLW0603
+    global _sharers
     _sharers = processes
 
 
