@@ -100,9 +100,8 @@ class EagerProgram:
     def eps_hat(self, k: int, x_k: torch.Tensor) -> torch.Tensor:
         """ε̂(x_k) at step k's label, clipped where the table says so, with autograd's graph where gradients are enabled."""
         eps_hat = self.score(x_k, self.labels[k].expand(len(x_k)))
-        if self.table.m is None or self.table.n is None:
-            return eps_hat
-        return clipped(x_k, eps_hat, float(self.table.m[k]), float(self.table.n[k]))[0]
+        clip = self.table.clip(k)
+        return eps_hat if clip is None else clipped(x_k, eps_hat, *clip)[0]
 
     def eps_hat_graph(self, k: int, x_k: torch.Tensor) -> ScoreGraph:
         """ε̂(x_k) with what `eps_hat_vjp` takes of it."""

@@ -99,6 +99,10 @@ class CoefficientTable:
         """Whether x̂0 is clipped."""
         return self.m is not None
 
+    def clip(self, k: int) -> tuple[float, float] | None:
+        """m_k and n_k; None where x̂0 is not clipped."""
+        return None if self.m is None or self.n is None else (float(self.m[k]), float(self.n[k]))
+
     def guides(self, k: int) -> bool:
         """Whether step k uses the guidance gradient."""
         return bool(self.c[k] != 0.0 or self.shift(k) != 0.0)

@@ -103,9 +103,10 @@ class CpuProgram:
         program.set_label(networks.label_values(k))
         eps_hat = torch.empty_like(x_k).copy_(program.forward(x_k))
         activations = program.activations() if keep else None
-        if not self.table.clips:
+        clip = self.table.clip(k)
+        if clip is None:
             return eps_hat, activations, None
-        eps_hat, inside = clipped(x_k, eps_hat, *self._clip(k))
+        eps_hat, inside = clipped(x_k, eps_hat, *clip)
         return eps_hat, activations, inside if keep else None
 
     def _eps_hat_vjp(self, k: int, x_k: torch.Tensor, u: torch.Tensor, kept: _Kept) -> torch.Tensor:
@@ -113,6 +114,7 @@ class CpuProgram:
         if networks.score is None:
             assert not isinstance(score, Activations)
             return networks.eager.eps_hat_vjp(k, x_k, u, score)
+        clip = self.table.clip(k)
         transposed: Callable[[torch.Tensor], torch.Tensor]
         if isinstance(score, Activations):
             score.program.bind(networks.workspace)  # maybe not this one's: the number of threads may have changed
@@ -122,16 +124,12 @@ class CpuProgram:
             program.set_label(networks.label_values(k))
             eps_hat = program.forward(x_k)
             transposed = program.backward
-            if self.table.clips:
-                inside = clipped(x_k, eps_hat, *self._clip(k))[1]
-        if not self.table.clips:
+            if clip is not None:
+                inside = clipped(x_k, eps_hat, *clip)[1]
+        if clip is None:
             return transposed(u)
         assert inside is not None
-        return clipped_vjp(u, inside, *self._clip(k), transposed)
-
-    def _clip(self, k: int) -> tuple[float, float]:
-        assert self.table.m is not None and self.table.n is not None
-        return float(self.table.m[k]), float(self.table.n[k])
+        return clipped_vjp(u, inside, *clip, transposed)
 
     def _move(
         self,
