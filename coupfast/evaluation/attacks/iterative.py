@@ -15,7 +15,7 @@ import torch
 
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.attacks.base import Attack, Result
-from coupfast.evaluation.attacks.knobs import count, dw_box_knob, knob, looks_knob
+from coupfast.evaluation.attacks.knobs import count, dw_box_knob, knob, looks_knob, step_size_knob
 from coupfast.evaluation.attacks.losses import LOSSES, ce, least_classes, losses_knob, split
 from coupfast.evaluation.metered import Metered
 
@@ -308,13 +308,7 @@ class _Radius(Attack):
 class InBall(Iterative, _Radius):
     """Steps of one length along the gradient, projected onto the ball."""
 
-    step_size: float | None = knob(
-        None,
-        "length of a step, for images in [0, 1]; 2/255 in Linf and eps/5 in L2",
-        metavar="A",
-        words="a finite number above 0 for images in [0, 1]",
-        valid=lambda size: 0 < size < math.inf,
-    )
+    step_size: float | None = step_size_knob("2/255")
 
     def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)
