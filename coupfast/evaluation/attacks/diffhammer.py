@@ -78,8 +78,7 @@ class DiffHammer(InBall):
                 own = draws.view(self.eot_iter, n).gather(0, chosen[None])[0]
                 (gradient,) = torch.autograd.grad(defense(x, ids=ids, draw=own, view=purified), x, r)
         logits = logits.detach()
-        wrong = logits.argmax(dim=2) != asked.y
-        failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
+        wrong, failed = self.failing(logits, asked)
         return Answer(wrong, failed, self.cross_entropy(logits, asked), gradient)
 
     def grafted(self, losses: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

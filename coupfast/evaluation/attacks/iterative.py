@@ -205,6 +205,12 @@ class Iterative(Attack):
         curve = tuple(int((fell > number).sum()) for number in range(reached + 1))
         return Result(best.x, curve, best.x, best.loss, best.share, left, looked, self.looks or self.eot_iter)
 
+    def failing(self, logits: torch.Tensor, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+        """`wrong` and `failed` of an `Answer`, of logits (draws, n, classes)."""
+        wrong = logits.argmax(dim=2) != asked.y
+        failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
+        return wrong, failed
+
     def cross_entropy(self, logits: torch.Tensor, asked: Asked) -> torch.Tensor:
         """Mean over the draws, logits being (draws, n, classes)."""
         draws, n, _ = logits.shape

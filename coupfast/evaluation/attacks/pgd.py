@@ -40,8 +40,7 @@ class Expectation(Iterative):
                 compared = self.cross_entropy(logits, asked)
             gradient = torch.autograd.grad(loss.sum(), x)[0] if asked.follow else None
         logits = logits.detach()
-        wrong = logits.argmax(dim=2) != asked.y
-        failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
+        wrong, failed = self.failing(logits, asked)
         return Answer(wrong, failed, compared.detach(), gradient, real=self.real(asked))
 
     def real(self, asked: Asked) -> bool:
