@@ -25,6 +25,7 @@ solvers.md, and solvers.png where matplotlib is.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -280,9 +281,9 @@ def plot(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]], file: 
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> None:
-    part = file.with_suffix(".part.npz")
-    np.savez(part, **arrays)
-    part.replace(file)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(file, content.getvalue())
 
 
 if __name__ == "__main__":
