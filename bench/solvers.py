@@ -25,6 +25,7 @@ solvers.md, and solvers.png where matplotlib is.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 import coupfast
 from coupfast.data import load_images
+from coupfast.evaluation.attacks import ball
 from coupfast.sde import T_END, VPSDE, time_grid
 from coupfast.solvers import SOLVERS, as_solver
 from coupfast_kernels.files import write_whole
@@ -161,8 +163,7 @@ class Study:
             leaf = attacked.clone().requires_grad_()
             logits = self.classifier(purifier(leaf, seed=0, draw=draw + iteration))
             (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, self.y, reduction="sum"), leaf)
-            attacked = attacked + 0.25 * EPS * gradient.sign()
-            attacked = (self.x + (attacked - self.x).clamp(-EPS, EPS)).clamp(0.0, 1.0)
+            attacked = ball.project(attacked + ball.ascent(gradient, "Linf", 0.25 * EPS), self.x, "Linf", EPS)
         return attacked
 
     def row(self, method: str, solver: str, steps: int) -> dict[str, Any] | None:
@@ -280,9 +281,9 @@ def plot(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]], file: 
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> None:
-    part = file.with_suffix(".part.npz")
-    np.savez(part, **arrays)
-    part.replace(file)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(file, content.getvalue())
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from coupfast.evaluation.attacks import Iterative
 from coupfast.evaluation.ledger import DATABASE
 from coupfast.evaluation.protocols import PROTOCOLS
 from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast_kernels.files import write_whole
 
 DEFENSES = ("coup", "reverse-sde", "diffpure")
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of an attack's full number of iterations: the points of its curve
@@ -102,19 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "goal": [goal(rows, each) for each in options.defenses],
                 }
                 if options.json is not None:
-                    save(options.json, (json.dumps(document, indent=1) + "\n").encode())
+                    write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
     for found in document["goal"]:
         print(told(found))
     if options.plot is not None:
-        save(options.plot, picture(rows, options.protocol))
+        write_whole(options.plot, picture(rows, options.protocol))
     return 0
-
-
-def save(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def point(defense: str, name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:

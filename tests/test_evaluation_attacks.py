@@ -170,7 +170,7 @@ def test_pgd_noise_does_not_depend_on_who_is_still_attacked():
     seen = []
 
     class Spy(torch.nn.Module):
-        def forward(self, x, *, ids=None, draw=None):
+        def forward(self, x, *, ids, draw, view):
             seen.append((ids.tolist(), draw.tolist()))
             return plain("cpu").model(x)
 

@@ -130,19 +130,46 @@ def test_killed_inside_of_a_unit(tmp_path, spec, build, at, unit, looks):
     assert list((tmp_path / "run" / "journals").iterdir()) == []
 
 
-def test_stopped_again_and_again(tmp_path):
-    with run(tmp_path / "whole", APGD_UNIT) as ledger:
-        whole = found(ledger)
+def stopped_until_done(attempt, most):
+    """How often `attempt`, told how often it was stopped, is stopped until it is done."""
     stops = 0
     while True:
         try:
-            with asked(8), run(tmp_path / "run", APGD_UNIT, resume=stops > 0) as ledger:
-                check_same(ledger, whole)
-            break
+            attempt(stops)
+            return stops
         except Stopped:
             stops += 1
-            assert stops < 30
-    assert stops >= 5
+            assert stops < most
+
+
+def stopped_by_turns(ahead, back, at, go_on, most):
+    """Stop a run at the same call of `ahead` and of `back`, by turns, until it is done: how often, and calls that ended."""
+    ended = 0
+
+    def attempt(stops):
+        nonlocal ended
+        limits = (None, at[1]) if stops % 2 else (at[0], None)
+        with ahead(limits[0]) as there, back(limits[1]) as here:
+            try:
+                go_on(resume=stops > 0)
+            except Stopped:
+                ended -= 1
+                raise
+            finally:
+                ended += there.calls + here.calls
+
+    return stopped_until_done(attempt, most), ended
+
+
+def test_stopped_again_and_again(tmp_path):
+    with run(tmp_path / "whole", APGD_UNIT) as ledger:
+        whole = found(ledger)
+
+    def attempt(stops):
+        with asked(8), run(tmp_path / "run", APGD_UNIT, resume=stops > 0) as ledger:
+            check_same(ledger, whole)
+
+    assert stopped_until_done(attempt, most=30) >= 5
 
 
 def test_a_call_goes_on_inside(tmp_path, monkeypatch):
@@ -152,21 +179,13 @@ def test_a_call_goes_on_inside(tmp_path, monkeypatch):
     steps = [functools.partial(Counted, integrate, name) for name in ("_step", "_step_vjp")]
     with steps[0]() as forward, steps[1]() as backward, run(tmp_path / "whole", spec, count=2) as ledger:
         whole = found(ledger)
-    total, stops, i = 0, 0, 0
-    while True:
-        i += 1
-        # By turns forwards, where a look at the defense takes two steps, and backwards.
-        at = (4, None) if i % 2 else (None, 2)
-        try:
-            with steps[0](at[0]) as ahead, steps[1](at[1]) as back:
-                with run(tmp_path / "run", spec, count=2, resume=stops > 0) as ledger:
-                    check_same(ledger, whole)
-            total += ahead.calls + back.calls
-            break
-        except Stopped:
-            total += ahead.calls + back.calls - 1
-            stops += 1
-            assert stops < 60
+
+    def go_on(resume):
+        with run(tmp_path / "run", spec, count=2, resume=resume) as ledger:
+            check_same(ledger, whole)
+
+    # Forwards a look at the defense takes two steps.
+    stops, total = stopped_by_turns(*steps, (4, 2), go_on, most=60)
     assert stops >= 6
     assert total <= forward.calls + backward.calls + 2 * (stops + 1)
 
@@ -198,21 +217,13 @@ def test_a_step_function_goes_on_inside(tmp_path, monkeypatch):
     ahead, back = (functools.partial(Counted, step_functions, name) for name in ("_step", "_pull"))
     with ahead() as forward, back() as backward, run(tmp_path / "whole", spec, by_step_functions, count=2) as ledger:
         whole = found(ledger)
-    total, stops, i = 0, 0, 0
-    while True:
-        i += 1
-        # By turns forwards, where a look at the defense takes three steps, and backwards, where it takes a measurement's.
-        at = (5, None) if i % 2 else (None, 4)
-        try:
-            with ahead(at[0]) as there, back(at[1]) as here:
-                with run(tmp_path / "run", spec, by_step_functions, count=2, resume=stops > 0) as ledger:
-                    check_same(ledger, whole)
-            total += there.calls + here.calls
-            break
-        except Stopped:
-            total += there.calls + here.calls - 1
-            stops += 1
-            assert stops < 40
+
+    def go_on(resume):
+        with run(tmp_path / "run", spec, by_step_functions, count=2, resume=resume) as ledger:
+            check_same(ledger, whole)
+
+    # Forwards a look at the defense takes three steps; backwards there are those of a measurement, too.
+    stops, total = stopped_by_turns(ahead, back, (5, 4), go_on, most=40)
     assert stops >= 4
     # What is done again after each: a look at the defense, a measurement of memory, the start's gradient.
     assert total <= forward.calls + backward.calls + 6 * (stops + 1)

@@ -269,7 +269,7 @@ def test_the_lower_of_rand_and_standard(runs, tmp_path):
     folders = [runs / "plain", runs / "purified", tmp_path / "standard"]
     paths = report.write(folders, tmp_path / "report.html")
     read = [report.read(folder) for folder in folders]
-    (table,) = tables.lower(read)
+    (table,) = tables.lower(tables.lowers(read))
     assert table.title == "The lower of plain and standard"
     verdicts = [one.verdicts["attacked"].official for one in (read[0], read[2])]
     cells = table.rows[0][1:]
@@ -315,7 +315,8 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
             {**found.configuration, "defense": {**defense, "gradient": {"name": "adjoint"}}, "spec": {**spec, **more}}
             for more in ({"attack": "autoattack-rand"}, {"attack": "autoattack-standard", **of_standard})
         ]
-        (table,) = tables.lower([dataclasses.replace(found, configuration=each) for each in configurations])
+        configured = [dataclasses.replace(found, configuration=each) for each in configurations]
+        (table,) = tables.lower(tables.lowers(configured))
         return [row[0] for row in table.rows if "published" in row[0]]
 
     assert len(lower()) == 1

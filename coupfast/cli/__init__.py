@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         be; 2 for a wrong argument, file or setting, after one line on stderr; 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with 143, where `evaluate` or `purify` gets SIGTERM.
+        SystemExit: with 143, where `evaluate`, `certify` or `purify` gets SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""

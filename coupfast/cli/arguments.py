@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from coupfast.evaluation.purification import keywords
 from coupfast.gradients import GRADIENTS
 from coupfast.methods import METHODS, Method, method_name
 from coupfast.models.checkpoints import state_dict_sha256
@@ -19,7 +20,7 @@ from coupfast.naming import is_reference, resolve
 from coupfast.options import Option, options_of
 from coupfast.purify import Purifier
 from coupfast.sde import VPSDE, DiscreteVPSDE
-from coupfast.settings import KINDS, Settings, options
+from coupfast.settings import Settings, options
 from coupfast.solvers import NamedSolver, solver_name
 
 DEFAULT_NETWORK = "cifar10-tiny"
@@ -174,18 +175,10 @@ def add_noise(parser: argparse.ArgumentParser, *, seeds: str = "[0, 2**64)", see
     parser.add_argument("--device", type=parse_device, default=device, metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
 
 
-def purification_of(options_: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `coupfast.Settings.of` that were given."""
-    given = vars(options_)
-    names: Iterable[str] = [*KINDS, *(option.keyword for kind in options().values() for option in kind)]
-    if is_reference(given.get("method")):
-        names = [*names, *(option.keyword for option in options_of(resolve(given["method"], Method, option="method")))]
-    return {name: given[name] for name in names if name in given}
-
-
-def load_purifier(given: argparse.Namespace, **keywords: Any) -> tuple[Purifier, dict[str, Any]]:
-    """The purifier that the options describe, and what identifies its networks; `keywords` in the place of options."""
-    settings = Settings.of(**{**purification_of(given), **keywords})
+def load_purifier(given: argparse.Namespace, **fixed: Any) -> tuple[Purifier, dict[str, Any]]:
+    """The purifier that the options describe, and what identifies its networks; `fixed` keywords in the place of options."""
+    said = vars(given)
+    settings = Settings.of(**{**{name: said[name] for name in keywords(said.get("method")) if name in said}, **fixed})
     if hasattr(given, "guide_weights") and not hasattr(given, "guide"):
         raise ValueError("`--guide-weights` belong to a `--guide`, and none is named")
     source, weights = getattr(given, "score", DEFAULT_NETWORK), getattr(given, "score_weights", None)

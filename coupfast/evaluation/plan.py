@@ -80,6 +80,9 @@ class Stage:
         share = 1.0 if self.steps is None else self.steps / probe.of_steps
         return self.forward * probe.forward + self.gradient * probe.gradient * share
 
+    def __str__(self) -> str:
+        return f"{self.name:28s}{self.images:8d}{self.forward:12d}{self.gradient:12d}{duration(self.seconds):>12s}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -133,7 +136,7 @@ class Plan:
         for stage in self.stages:
             memory = f"{probe.memory_of[stage.name] / 2**20:.0f} MiB" if stage.name in probe.memory_of else "?"
             lines.append(
-                f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}{memory:>12s}"
+                f"{stage}{memory:>12s}"
                 + ("" if self.price is None else f"{self.price * stage.seconds / 3600:12.2f}")
                 + ("" if stage.steps is None else f"  gradient through {stage.steps} steps")
             )
@@ -143,13 +146,9 @@ class Plan:
         lines.append(f"{self.workers} worker{'s' * (self.workers > 1)}: {duration(self.seconds)}")
         if self.expected:
             lines.append(f"with the survival of {self.pilot}:")
-            for stage in self.expected:
-                lines.append(
-                    f"{stage.name:28s}{stage.images:8d}{stage.forward:12d}{stage.gradient:12d}{duration(stage.seconds):>12s}"
-                )
-            work = sum(stage.seconds for stage in self.expected)
-            lines.append(f"{'all':60s}{duration(work):>12s}; {duration(work / self.workers)} on all workers")
-            work = sum(stage.seconds for stage in self.stages)
+            lines += map(str, self.expected)
+            left = sum(stage.seconds for stage in self.expected)
+            lines.append(f"{'all':60s}{duration(left):>12s}; {duration(left / self.workers)} on all workers")
         if probe.memory is not None:
             lines.append(f"memory of a worker: {probe.memory / 2**20:.0f} MiB and what Python and torch take")
         if self.price is not None:

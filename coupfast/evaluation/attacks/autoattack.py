@@ -26,8 +26,47 @@ OFFERS = 8
 _LOGGER = logging.getLogger("auto-attack")  # pyautoattack's own
 
 
+class _AutoPGD(Attack):
+    """What follows from fields that both of AutoAttack's APGDs have; each declares them, in its own order."""
+
+    norm: str
+    eps: float
+    iterations: int
+    eot_iter: int
+    looks: int
+    dw_box: bool
+
+    def attacked(
+        self, name: str, own: dict[str, Any], defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int
+    ) -> tuple[torch.Tensor, _Seen]:
+        """What pyautoattack's class `name` makes of images, with settings of its own beside these fields; and what it saw."""
+        seen = _Seen(defense, x, y, self.norm, self.eps, draws=self.eot_iter, looks=self.looks, named=self.dw_box)
+        settings = {
+            "norm": self.norm,
+            "eps": self.eps,
+            "n_iter": self.iterations,
+            "eot_iter": self.eot_iter,
+            "rho": 0.75,
+            "logger": _LOGGER,
+            **own,
+        }
+        return _perturb(f"autopgd_base.{name}", settings, seen, seed=seed), seen
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
+
+    @property
+    def knows_noise(self) -> bool:
+        return self.dw_box
+
+
 @dataclasses.dataclass(frozen=True)
-class APGD(Attack):
+class APGD(_AutoPGD):
     """APGD on the cross-entropy or the DLR loss, one restart.
 
     Attributes:
@@ -45,19 +84,7 @@ class APGD(Attack):
     dw_box: bool = dw_box_knob()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        seen = _Seen(
-            defense, x, y, self.norm, self.eps, draws=self.eot_iter, looks=self.looks, named=self.dw_box
-        )
-        settings = {
-            "norm": self.norm,
-            "eps": self.eps,
-            "n_iter": self.iterations,
-            "eot_iter": self.eot_iter,
-            "rho": 0.75,
-            "loss": self.loss,
-            "logger": _LOGGER,
-        }
-        x_adv = _perturb("autopgd_base.APGDAttack", settings, seen, seed=seed)
+        x_adv, seen = self.attacked("APGDAttack", {"loss": self.loss}, defense, x, y, seed=seed)
         return seen.result(x_adv, self._curve(seen, y))
 
     def _curve(self, seen: _Seen, y: torch.Tensor) -> tuple[int, ...]:
@@ -78,21 +105,9 @@ class APGD(Attack):
         points = self.iterations + 1
         return Cost(1 + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
 
-    @property
-    def replicas(self) -> int:
-        return max(1, self.looks)
-
-    @property
-    def gradient_replicas(self) -> int:
-        return 1
-
-    @property
-    def knows_noise(self) -> bool:
-        return self.dw_box
-
 
 @dataclasses.dataclass(frozen=True)
-class TargetedAPGD(Attack):
+class TargetedAPGD(_AutoPGD):
     """APGD on the targeted DLR loss, against the most likely other classes in turn. `looks` and `dw_box` as `APGD` has them."""
 
     norm: str = "Linf"
@@ -104,19 +119,9 @@ class TargetedAPGD(Attack):
     dw_box: bool = dw_box_knob()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
-        settings = {
-            "norm": self.norm,
-            "eps": self.eps,
-            "n_iter": self.iterations,
-            "eot_iter": self.eot_iter,
-            "rho": 0.75,
-            "n_target_classes": self.target_classes,
-            "logger": _LOGGER,
-        }
-        seen = _Seen(
-            defense, x, y, self.norm, self.eps, draws=self.eot_iter, looks=self.looks, named=self.dw_box
-        )
-        return seen.result(_perturb("autopgd_base.APGDAttack_targeted", settings, seen, seed=seed))
+        own = {"n_target_classes": self.target_classes}
+        x_adv, seen = self.attacked("APGDAttack_targeted", own, defense, x, y, seed=seed)
+        return seen.result(x_adv)
 
     @property
     def least_classes(self) -> int:
@@ -125,18 +130,6 @@ class TargetedAPGD(Attack):
     def cost(self) -> Cost:
         points = self.target_classes * (self.iterations + 1)
         return Cost(1 + self.target_classes + points * self.looks, points * self.eot_iter, again=OFFERS - 1)
-
-    @property
-    def replicas(self) -> int:
-        return max(1, self.looks)
-
-    @property
-    def gradient_replicas(self) -> int:
-        return 1
-
-    @property
-    def knows_noise(self) -> bool:
-        return self.dw_box
 
 
 @dataclasses.dataclass(frozen=True)

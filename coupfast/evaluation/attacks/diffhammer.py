@@ -17,7 +17,6 @@ that of j. Here noise is named, so it is j's to the bit.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch.nn import functional
@@ -25,7 +24,7 @@ from torch.nn import functional
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.attacks.base import Cost
 from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall
-from coupfast.evaluation.attacks.knobs import count, knob
+from coupfast.evaluation.attacks.knobs import count, positive, step_size_knob
 from coupfast.evaluation.attacks.losses import losses_knob
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.views import View
@@ -47,19 +46,9 @@ class DiffHammer(InBall):
     iterations: int = count(50, "steps of the attack")
     eot_iter: int = count(10, "draws of the noise that a gradient is averaged over")
     losses: str = losses_knob("margin,ce,dlr")
-    step_size: float | None = knob(
-        None,
-        "length of a step, for images in [0, 1]; 0.007 in Linf and eps/5 in L2",
-        metavar="A",
-        words="a finite number above 0 for images in [0, 1]",
-        valid=lambda size: 0 < size < math.inf,
-    )
-    sharpness: float = knob(
-        5.0,
-        "lambda of the draws' weights, which tell apart those that can fail together",
-        metavar="L",
-        words="a finite number above 0",
-        valid=lambda value: 0 < value < math.inf,
+    step_size: float | None = step_size_knob("0.007")
+    sharpness: float = positive(
+        5.0, "lambda of the draws' weights, which tell apart those that can fail together", metavar="L"
     )
     rounds: int = count(20, "rounds of its E-M at most")
 
@@ -89,8 +78,7 @@ class DiffHammer(InBall):
                 own = draws.view(self.eot_iter, n).gather(0, chosen[None])[0]
                 (gradient,) = torch.autograd.grad(defense(x, ids=ids, draw=own, view=purified), x, r)
         logits = logits.detach()
-        wrong = logits.argmax(dim=2) != asked.y
-        failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
+        wrong, failed = self.failing(logits, asked)
         return Answer(wrong, failed, self.cross_entropy(logits, asked), gradient)
 
     def grafted(self, losses: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.attacks.base import Attack, Result
-from coupfast.evaluation.attacks.knobs import count, dw_box_knob, knob, looks_knob
+from coupfast.evaluation.attacks.knobs import count, dw_box_knob, knob, looks_knob, step_size_knob
 from coupfast.evaluation.attacks.losses import LOSSES, ce, least_classes, losses_knob, split
 from coupfast.evaluation.metered import Metered
 
@@ -205,6 +205,12 @@ class Iterative(Attack):
         curve = tuple(int((fell > number).sum()) for number in range(reached + 1))
         return Result(best.x, curve, best.x, best.loss, best.share, left, looked, self.looks or self.eot_iter)
 
+    def failing(self, logits: torch.Tensor, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+        """`wrong` and `failed` of an `Answer`, of logits (draws, n, classes)."""
+        wrong = logits.argmax(dim=2) != asked.y
+        failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
+        return wrong, failed
+
     def cross_entropy(self, logits: torch.Tensor, asked: Asked) -> torch.Tensor:
         """Mean over the draws, logits being (draws, n, classes)."""
         draws, n, _ = logits.shape
@@ -308,13 +314,7 @@ class _Radius(Attack):
 class InBall(Iterative, _Radius):
     """Steps of one length along the gradient, projected onto the ball."""
 
-    step_size: float | None = knob(
-        None,
-        "length of a step, for images in [0, 1]; 2/255 in Linf and eps/5 in L2",
-        metavar="A",
-        words="a finite number above 0 for images in [0, 1]",
-        valid=lambda size: 0 < size < math.inf,
-    )
+    step_size: float | None = step_size_knob("2/255")
 
     def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)

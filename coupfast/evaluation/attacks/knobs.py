@@ -57,6 +57,18 @@ def count(default: int, help: str) -> Any:
     return knob(default, help, metavar="N", words="at least 1", valid=lambda value: value >= 1)
 
 
+def positive(default: float | None, help: str, *, metavar: str, scale: str = "") -> Any:
+    """A knob that is a finite number above 0, of a scale: "for images in [0, 1]"."""
+    words = f"a finite number above 0{scale and f' {scale}'}"
+    return knob(default, help, metavar=metavar, words=words, valid=lambda value: 0 < value < math.inf)
+
+
+def step_size_knob(linf: str) -> Any:
+    """The length of an attack's steps, with what it is in Linf where nothing is said."""
+    help = f"length of a step, for images in [0, 1]; {linf} in Linf and eps/5 in L2"
+    return positive(None, help, metavar="A", scale="for images in [0, 1]")
+
+
 def looks_knob() -> Any:
     """Fresh draws at every point of an attack."""
     help = "fresh draws at every point, without a gradient: its N-evaluation"

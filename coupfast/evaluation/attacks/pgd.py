@@ -16,6 +16,7 @@ from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall, Iterati
 from coupfast.evaluation.attacks.knobs import knob
 from coupfast.evaluation.attacks.losses import ce
 from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +41,17 @@ class Expectation(Iterative):
                 compared = self.cross_entropy(logits, asked)
             gradient = torch.autograd.grad(loss.sum(), x)[0] if asked.follow else None
         logits = logits.detach()
-        wrong = logits.argmax(dim=2) != asked.y
-        failed = wrong.any(dim=0) if self.drop == "any" else logits.mean(dim=0).argmax(dim=1) != asked.y
-        return Answer(wrong, failed, compared.detach(), gradient, real=self.real(asked))
+        wrong, failed = self.failing(logits, asked)
+        return Answer(wrong, failed, compared.detach(), gradient, real=self.view(asked) is None)
 
-    def real(self, asked: Asked) -> bool:
-        """Whether those logits are the defense's own."""
-        return True
+    def view(self, asked: Asked) -> View | None:
+        """What is asked in the place of the defense itself, where anything is."""
+        return None
 
     def logits(self, defense: Metered, x: torch.Tensor, asked: Asked) -> torch.Tensor:
         """Of all draws, (draws, n, classes)."""
         copies, ids = x.repeat(self.eot_iter, 1, 1, 1), asked.images.repeat(self.eot_iter)
-        return defense(copies, ids=ids, draw=self.draws(asked)).view(self.eot_iter, len(x), -1)
+        return defense(copies, ids=ids, draw=self.draws(asked), view=self.view(asked)).view(self.eot_iter, len(x), -1)
 
     def cost(self) -> Cost:
         restarts = self.points // (self.iterations + 1)

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from coupfast.evaluation.attacks.iterative import Asked
-from coupfast.evaluation.attacks.knobs import count, knob
+from coupfast.evaluation.attacks.knobs import count, knob, positive
 from coupfast.evaluation.attacks.losses import losses_knob
 from coupfast.evaluation.attacks.pgd import Expectation
 
@@ -45,20 +45,8 @@ class StAdv(Expectation):
         words="a finite number from 0",
         valid=lambda value: 0 <= value < math.inf,
     )
-    rate: float = knob(
-        0.05,
-        "Adam's learning rate, in pixels",
-        metavar="PX",
-        words="a finite number above 0",
-        valid=lambda value: 0 < value < math.inf,
-    )
-    reach: float | None = knob(
-        None,
-        "largest displacement in either direction, in pixels",
-        metavar="PX",
-        words="a finite number above 0",
-        valid=lambda value: 0 < value < math.inf,
-    )
+    rate: float = positive(0.05, "Adam's learning rate, in pixels", metavar="PX")
+    reach: float | None = positive(None, "largest displacement in either direction, in pixels", metavar="PX")
 
     def memory(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: x.new_zeros(len(x), 2, *x.shape[2:]) for name in ("flow", "mean", "square")}

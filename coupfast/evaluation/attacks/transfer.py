@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch
-
 from coupfast.evaluation.attacks.base import Cost
 from coupfast.evaluation.attacks.iterative import Asked
 from coupfast.evaluation.attacks.knobs import count, knob
@@ -41,13 +39,8 @@ class Transfer(PGD):
         super().check(defense)
         defense.coarser(self.coarse_steps)
 
-    def logits(self, defense: Metered, x: torch.Tensor, asked: Asked) -> torch.Tensor:
-        view = View(steps=self.coarse_steps) if asked.follow else None
-        copies, ids = x.repeat(self.eot_iter, 1, 1, 1), asked.images.repeat(self.eot_iter)
-        return defense(copies, ids=ids, draw=self.draws(asked), view=view).view(self.eot_iter, len(x), -1)
-
-    def real(self, asked: Asked) -> bool:
-        return not asked.follow
+    def view(self, asked: Asked) -> View | None:
+        return View(steps=self.coarse_steps) if asked.follow else None
 
     @property
     def tests(self) -> int:

@@ -39,10 +39,11 @@ def write(folders: Sequence[str | Path], target: str | Path) -> list[Path]:
         The paths of all four.
     """
     runs = told_apart([read(folder) for folder in folders])
-    parts = sections(runs)
+    lower = tables.lowers(runs)
+    parts = _sections(runs, lower)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     about = f"{len(folders)} run{'s' * (len(folders) > 1)}; reported on {today}."
-    found = {run.name: run.found for run in runs} | _lower(runs)
+    found = {run.name: run.found for run in runs} | _lower(lower)
     texts = (to_html(parts, about), to_markdown(parts, about), json.dumps(found, indent=1) + "\n", csv_of(found))
     paths = [Path(target).with_suffix(suffix) for suffix in SUFFIXES]
     for path, text in zip(paths, texts, strict=True):
@@ -50,17 +51,15 @@ def write(folders: Sequence[str | Path], target: str | Path) -> list[Path]:
     return paths
 
 
-def _lower(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def _lower(pairs: Sequence[tables.Lower]) -> dict[str, dict[str, Any]]:
     """What `tables.lower` says, as JSON has it."""
     found = {}
-    for rand, standard in tables.pairs(runs):
-        try:
-            accuracies = tables.lower_of(rand, standard)
-        except ValueError:  # the report says it
+    for pair in pairs:
+        if pair.error:  # the report says it
             continue
-        draws = min(len(run.verdicts["attacked"].logits) for run in (rand, standard))
-        for number, name in enumerate((f"lower of {rand.name}, {standard.name}", f"both of {rand.name}, {standard.name}")):
-            found[name] = {"accuracies": [row("attacked", p, draws, pair[number]) for p, pair in accuracies.items()]}
+        names = f"{pair.rand.name}, {pair.standard.name}"
+        for number, name in enumerate((f"lower of {names}", f"both of {names}")):
+            found[name] = {"accuracies": [row("attacked", p, pair.draws, both[number]) for p, both in pair.found.items()]}
     return found
 
 
@@ -71,8 +70,12 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ValueError: if a run is there twice.
     """
     runs = told_apart(runs)
+    return _sections(runs, tables.lowers(runs))
+
+
+def _sections(runs: Sequence[Run], lower: Sequence[tables.Lower]) -> list[Section]:
     parts: list[Section] = [tables.summary(runs), *(tables.accuracies(run) for run in runs)]
-    parts += [*tables.lower(runs), words.protocols(runs)]
+    parts += [*tables.lower(lower), words.protocols(runs)]
     if max(len(run.verdicts["clean"].logits) for run in runs) > 1:
         parts.append(pictures.resubmission_picture(runs))
     for pair in itertools.combinations(runs, 2):

@@ -32,18 +32,12 @@ def curves(run: Run) -> dict[str, np.ndarray]:
 
 def curve_figure(runs: Sequence[Run]) -> Any:
     """What `curve_picture` shows, as Matplotlib's."""
-    figure = _figure(7.0, 3.9)
-    axes = figure.add_subplot()
+    axes = _figure(7.0, 3.9).add_subplot()
     for number, run in enumerate(runs):
         for style, (stage, curve) in zip(itertools.cycle(("-", "--", ":", "-.")), curves(run).items(), strict=False):
             label = f"{run.name}, {stage}"
             axes.plot(100 * curve, style, color=_COLOURS[number % len(_COLOURS)], label=label, linewidth=1.8)
-    axes.set_xlabel("iteration of the attack (0: its starting point)")
-    axes.set_ylabel("not yet seen to fail, % of all")
-    axes.set_ylim(0, 102)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
-    return figure
+    return _framed(axes, "iteration of the attack (0: its starting point)", "not yet seen to fail, % of all")
 
 
 def curve_picture(runs: Sequence[Run]) -> Picture:
@@ -57,8 +51,7 @@ def curve_picture(runs: Sequence[Run]) -> Picture:
 
 def resubmission_figure(runs: Sequence[Run]) -> Any:
     """What `resubmission_picture` shows, as Matplotlib's."""
-    figure = _figure(7.0, 3.9)
-    axes = figure.add_subplot()
+    axes = _figure(7.0, 3.9).add_subplot()
     for number, run in enumerate(runs):
         colour = _COLOURS[number % len(_COLOURS)]
         for kind, style in (("clean", ":"), ("attacked", "-")):
@@ -68,12 +61,7 @@ def resubmission_figure(runs: Sequence[Run]) -> Any:
             if kind == "attacked":
                 ends = np.array([point.bootstrap for point in points]).reshape(-1, 2)
                 axes.fill_between(m, 100 * ends[:, 0], 100 * ends[:, 1], color=colour, alpha=0.15, linewidth=0)
-    axes.set_xlabel("M, how often the attacker may send an image")
-    axes.set_ylabel("right every time, % of images")
-    axes.set_ylim(0, 102)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
-    return figure
+    return _framed(axes, "M, how often the attacker may send an image", "right every time, % of images")
 
 
 def resubmission_picture(runs: Sequence[Run]) -> Picture:
@@ -177,6 +165,16 @@ def _figure(width: float, height: float) -> Any:
         raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
     # Not pyplot: it keeps figures and looks for a display.
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _framed(axes: Any, what: str, share: str) -> Any:
+    """The figure of these axes, with curves of shares in per cent over whole numbers."""
+    axes.set_xlabel(what)
+    axes.set_ylabel(share)
+    axes.set_ylim(0, 102)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
+    return axes.figure
 
 
 def _png(figure: Any) -> bytes:

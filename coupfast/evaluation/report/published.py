@@ -40,7 +40,6 @@ class Published:
 
 _COUP = "Zhang et al. 2024 (COUP)"
 _MAE = "MAE-Pure's re-measurement of COUP"
-_BREAK = "DiffBreak"
 PUBLISHED = (
     Published(_COUP, "coup", 0.1, 100, "wrn-28-10", "Linf", 8 / 255, LOWER, "adjoint", 90.04, {"official": 73.05}),
     Published(_COUP, "diffpure", 0.1, 100, "wrn-28-10", "Linf", 8 / 255, LOWER, "adjoint", 89.02, {"official": 70.64}),

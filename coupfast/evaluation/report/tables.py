@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -89,20 +90,39 @@ def _published(figure: published.Published, draws: int) -> list[tuple[str, ...]]
     ]
 
 
-def lower(runs: Sequence[Run]) -> list[Section]:
+@dataclasses.dataclass(frozen=True)
+class Lower:
+    """A defense under AutoAttack's `rand` and under its `standard`.
+
+    Attributes:
+        rand, standard: The runs, of one defense and ball.
+        found: By protocol; see `protocols.lower`. Empty where they cannot be compared.
+        error: Why not.
+    """
+
+    rand: Run
+    standard: Run
+    found: Mapping[str, tuple[Accuracy, Accuracy]]
+    error: str = ""
+
+    @property
+    def draws(self) -> int:
+        """That both have."""
+        return min(len(run.verdicts["attacked"].logits) for run in (self.rand, self.standard))
+
+
+def lower(pairs: Sequence[Lower]) -> list[Section]:
     """Of every defense that was evaluated under AutoAttack's `rand` and under its `standard`: the lower of both."""
     parts: list[Section] = []
-    for rand, standard in pairs(runs):
-        names = f"{rand.name} and {standard.name}"
-        try:
-            found = lower_of(rand, standard)
-        except ValueError as error:
-            parts.append(Text(f"The lower of {names}", str(error)))
+    for pair in pairs:
+        names = f"{pair.rand.name} and {pair.standard.name}"
+        if pair.error:
+            parts.append(Text(f"The lower of {names}", pair.error))
             continue
-        draws = min(len(run.verdicts["attacked"].logits) for run in (rand, standard))
-        rows = [(protocols.describe(protocol, draws), _cell(one), _cell(both)) for protocol, (one, both) in found.items()]
-        alike = published.like(standard, published.LOWER)
-        for figure in [figure for figure in published.like(rand, published.LOWER) if figure in alike]:
+        draws = pair.draws
+        rows = [(protocols.describe(name, draws), _cell(one), _cell(both)) for name, (one, both) in pair.found.items()]
+        alike = published.like(pair.standard, published.LOWER)
+        for figure in [figure for figure in published.like(pair.rand, published.LOWER) if figure in alike]:
             rows += [
                 (f"{protocols.describe(protocol, draws)}, published: {figure.source}", f"{value:.2f} %", "")
                 for protocol, value in figure.robust.items()
@@ -122,8 +142,8 @@ def lower(runs: Sequence[Run]) -> list[Section]:
     return parts
 
 
-def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of one defense and ball under AutoAttack's rand and standard."""
+def lowers(runs: Sequence[Run]) -> list[Lower]:
+    """Runs of one defense and ball under AutoAttack's rand and standard, with what `protocols.lower` finds."""
 
     def setting(run: Run) -> tuple[Any, ...]:
         spec = run.configuration["spec"]
@@ -133,13 +153,16 @@ def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
         [run for run in runs if run.configuration["spec"]["attack"] == f"autoattack-{version}"]
         for version in ("rand", "standard")
     )
-    return [(one, other) for one in rand for other in standard if setting(one) == setting(other)]
+    return [_lower_of(one, other) for one in rand for other in standard if setting(one) == setting(other)]
 
 
-def lower_of(rand: Run, standard: Run) -> dict[str, tuple[Accuracy, Accuracy]]:
-    """By protocol; see `protocols.lower`."""
+def _lower_of(rand: Run, standard: Run) -> Lower:
     verdicts = (rand.verdicts["attacked"], standard.verdicts["attacked"])
-    return {protocol: protocols.lower(*verdicts, protocol) for protocol in (OFFICIAL, *PROTOCOLS)}
+    try:
+        found = {protocol: protocols.lower(*verdicts, protocol) for protocol in (OFFICIAL, *PROTOCOLS)}
+    except ValueError as error:
+        return Lower(rand, standard, {}, str(error))
+    return Lower(rand, standard, found)
 
 
 def _official(run: Run) -> str:
