@@ -18,6 +18,7 @@ import torch
 from coupfast import CoefficientTable, StepMethod, TableMethod
 from coupfast.methods import Recipe
 from coupfast.options import option
+from coupfast.solvers import SDEDPMSolverPP2M
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,11 @@ def heun_like(sde, t, guidance_scale):
     return CoefficientTable(t, 1 + beta * h / 2, -beta * h / sigma, guidance_scale * beta * h, np.sqrt(beta * h))
 
 
+def clipped(sde, t, guidance_scale):
+    """The predicted image is clipped, and what a step reads of the one before carries that one's guidance."""
+    return SDEDPMSolverPP2M(clip_denoised=True)(sde, t, guidance_scale)
+
+
 def rising(t):
     return 30 * (0.11 - t)
 '''
@@ -91,6 +97,7 @@ METHODS = {
     "table": {"method": "purifiers_from_outside:Pull", "strength": 0.25},
     "step function": {"method": "purifiers_from_outside:LineSearch", "num_steps": 4},
     "solver": {"solver": "purifiers_from_outside:heun_like", "num_steps": 3},
+    "solver that clips": {"solver": "purifiers_from_outside:clipped", "num_steps": 3, "t": 0.4},
     "schedule": {"guidance_scale": "purifiers_from_outside:rising", "num_steps": 3},
     "grid": {"t": (0.1, 0.05, 0.02, 0.001)},
 }

@@ -170,6 +170,8 @@ class TableMethod(Method):
             [table.row(k) for k in steps],
             [float(table.labels[k]) for k in steps],
             [(noise.z(k, x), noise.z2(k, x) if table.f is not None else None) for k in steps],
+            clips=None if table.m is None or table.n is None else [(float(table.m[k]), float(table.n[k])) for k in steps],
+            shifts=[table.shift(k) for k in steps],
             detached=networks.detached,
         )
 
