@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from coupfast.models.checkpoints import CheckpointError, check_tensor
 from coupfast.models.registry import Config, Family, build, configurations, register
+from coupfast.models.unet_parts import resampled
 
 _SQRT_2 = math.sqrt(2.0)
 _GROUP_NORM_EPS = 1e-6
@@ -112,20 +113,13 @@ class ResBlock(nn.Module):
         if resample is not None or in_channels != out_channels:
             self.Conv_2 = _conv(in_channels, out_channels, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def time_projection(self, temb: Tensor) -> Tensor:
         """What this block adds to its features, `Dense_0(SiLU(temb))`: (batch, 4 nf) → (batch, out_channels)."""
         return self.Dense_0(F.silu(temb))
 
     def forward(self, x: Tensor, time_projection: Tensor) -> Tensor:
-        h = self._resampled(F.silu(self.GroupNorm_0(x)))
-        skip = self._resampled(x)
+        h = resampled(F.silu(self.GroupNorm_0(x)), self.resample)
+        skip = resampled(x, self.resample)
         h = self.Conv_0(h) + time_projection[:, :, None, None]
         h = F.silu(self.GroupNorm_1(h))
         h = self.Conv_1(F.dropout(h, self.dropout, self.training))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from coupfast.models.adapters import edm_eps_hat
 from coupfast.models.registry import CheckpointError, Config, Family, build, configurations, register
-from coupfast.models.unet_parts import attend, check_sizes, check_states, time_features
+from coupfast.models.unet_parts import attend, check_sizes, check_states, resampled, time_features
 from coupfast.sde import VPSDE
 
 _FILTER = "resample_filter"  # buffers of the resampling layers: constants
@@ -58,17 +58,10 @@ class _Block(nn.Module):
             self.norm2 = _norm(out_channels)
             self.qkv, self.proj = nn.Conv2d(out_channels, 3 * out_channels, 1), nn.Conv2d(out_channels, out_channels, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv0(self._resampled(F.silu(self.norm0(x)))) + self.affine(temb)[:, :, None, None]
+        h = self.conv0(resampled(F.silu(self.norm0(x)), self.resample)) + self.affine(temb)[:, :, None, None]
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
-        h = (h + (x if self.skip is None else self.skip(self._resampled(x)))) * math.sqrt(0.5)
+        h = (h + (x if self.skip is None else self.skip(resampled(x, self.resample)))) * math.sqrt(0.5)
         if not self.attention:
             return h
         # Every channel's query, key and value stand side by side.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from coupfast.models.adapters import first_half, whole_step
 from coupfast.models.registry import CheckpointError, Config, Family, build, configurations, register
-from coupfast.models.unet_parts import attend, check_sizes, check_states, time_features
+from coupfast.models.unet_parts import attend, check_sizes, check_states, resampled, time_features
 
 
 class _Res(nn.Module):
@@ -43,20 +43,13 @@ class _Res(nn.Module):
         same = in_channels == out_channels
         self.skip_connection: nn.Module = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = conv(self._resampled(activation(norm(x))))
+        h = conv(resampled(activation(norm(x)), self.resample))
         scale, shift = self.emb_layers(temb)[:, :, None, None].chunk(2, dim=1)
         norm, activation, dropout, conv = self.out_layers
         h = conv(dropout(activation(norm(h) * (1.0 + scale) + shift)))
-        return self.skip_connection(self._resampled(x)) + h
+        return self.skip_connection(resampled(x, self.resample)) + h
 
 
 class _Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""What the U-Nets of several papers have in common: features of a time step, attention, and how their sizes are checked."""
+"""What the U-Nets of several papers share: features of a time step, resampling, attention, and how sizes are checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +24,15 @@ def time_features(steps: Tensor, features: int, *, last: int, cosine_first: bool
     angles = steps.to(torch.float32)[:, None] * torch.exp(k * (-math.log(10000.0) / last))[None, :]
     halves = (torch.cos(angles), torch.sin(angles)) if cosine_first else (torch.sin(angles), torch.cos(angles))
     return torch.cat(halves, dim=1)
+
+
+def resampled(x: Tensor, way: str | None) -> Tensor:
+    """Means of 2 x 2 pixels where `way` is "down", each pixel four times where it is "up", x itself where it is None."""
+    if way == "down":
+        return F.avg_pool2d(x, 2)
+    if way == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
