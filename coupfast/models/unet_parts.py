@@ -70,8 +70,18 @@ def check_sizes(
 
 def check_states(x: Tensor, labels: Tensor, channels: int, image_size: int) -> None:
     """ValueError unless these are states and labels of such a network."""
+    check_images(x, channels, image_size)
+    check_labels(labels, x)
+
+
+def check_images(x: Tensor, channels: int, image_size: int) -> None:
+    """ValueError unless these are square images of that many channels and pixels a side."""
     expected = (channels, image_size, image_size)
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(f"`x` must have shape (batch, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+
+
+def check_labels(labels: Tensor, x: Tensor) -> None:
+    """ValueError unless there is one label for each of the images, or one for all."""
     if labels.ndim != 1 or labels.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"`labels` must have shape ({x.shape[0]},), one 999 t per image (or (1,)), got {tuple(labels.shape)}")
