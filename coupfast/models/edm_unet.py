@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coupfast.models.adapters import edm_eps_hat
-from coupfast.models.registry import CheckpointError, Config, Family, build, configurations, register
+from coupfast.models.registry import CheckpointError, Config, Family, named_configuration, register
 from coupfast.models.unet_parts import attend, check_sizes, check_states, resampled, time_features
 from coupfast.sde import VPSDE
 
@@ -194,13 +194,7 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
     if any(name.endswith(_FILTER) and value.shape != (1, 1, 2, 2) for name, value in state.items()):
         raise CheckpointError("this network of EDM resamples with a wider filter (NCSN++); DDPM++ (ddpmpp) is supported")
     augment = state["map_augment.weight"].shape[-1] if "map_augment.weight" in state else 0
-    for config in configurations("SongUNet"):
-        found = {**config, "augment_dim": augment} if augment != 9 else config
-        with torch.device("meta"):
-            expected = build({"arch": "SongUNet", **found}).state_dict()
-        if all(key in state and state[key].shape == value.shape for key, value in expected.items()):
-            return found
-    return None
+    return named_configuration("SongUNet", state, {"augment_dim": augment} if augment != 9 else {})
 
 
 def _filters() -> frozenset[str]:

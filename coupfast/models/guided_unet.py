@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coupfast.models.adapters import first_half, whole_step
-from coupfast.models.registry import CheckpointError, Config, Family, build, configurations, register
+from coupfast.models.registry import CheckpointError, Config, Family, named_configuration, register
 from coupfast.models.unet_parts import attend, check_sizes, check_states, resampled, time_features
 
 
@@ -193,12 +193,7 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
         return None
     if "label_emb.weight" in state:
         raise CheckpointError("this network of guided-diffusion is conditioned on class labels (label_emb); take one without")
-    for config in configurations("GuidedUNet"):
-        with torch.device("meta"):
-            expected = build({"arch": "GuidedUNet", **config}).state_dict()
-        if all(key in state and state[key].shape == value.shape for key, value in expected.items()):
-            return config
-    return None
+    return named_configuration("GuidedUNet", state)
 
 
 register(
