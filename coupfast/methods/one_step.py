@@ -14,7 +14,7 @@ from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.methods.diffusion import sde_option
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
-from coupfast.options import number_or, option
+from coupfast.options import check_flag, number_or, option
 from coupfast.sde import NUM_LABELS, VPSDE, check_t
 from coupfast.solvers import CoefficientTable, noising, one_after_the_other
 
@@ -65,8 +65,7 @@ class OneStep(TableMethod):
             object.__setattr__(self, "t", times)
         else:
             object.__setattr__(self, "t", check_t(self.t))  # type: ignore[arg-type]
-        if not isinstance(self.clip_denoised, bool):
-            raise TypeError(f"`clip_denoised` is True or False, got {self.clip_denoised!r}")
+        check_flag("clip_denoised", self.clip_denoised)
         if (self.c_skip is None) != (self.c_out is None):
             raise ValueError("`c_skip` and `c_out` belong together: give both, or none for the predicted image")
         for t in self.times:
