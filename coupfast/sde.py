@@ -97,6 +97,12 @@ class DiscreteVPSDE(VPSDE):
         return np.interp(1000.0 * np.asarray(t, dtype=np.float64), np.arange(1001.0), log_alpha_bar)
 
 
+def check_sde(sde: object) -> None:
+    """TypeError if `sde` is no VP-SDE."""
+    if not isinstance(sde, VPSDE):
+        raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(sde).__name__}")
+
+
 GRIDS = ("time", "log-snr", "quadratic")
 
 

@@ -15,7 +15,7 @@ from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
 from coupfast.options import check_name, number_or, option
-from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_t, check_times, time_grid
+from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_sde, check_t, check_times, time_grid
 from coupfast.solvers import SOLVERS, CoefficientTable, NamedSolver, Solver, as_solver, solver_name
 
 
@@ -72,8 +72,7 @@ class SolverMethod(TableMethod):
         super().__post_init__()
         object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
         check_name("grid", self.grid, GRIDS)
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
+        check_sde(self.sde)
         object.__setattr__(self, "solver", as_solver(self.solver))
 
     def scale(self, t: float) -> float:

@@ -23,7 +23,7 @@ from coupfast.methods.base import Networks, StepMethod, StepState
 from coupfast.methods.diffusion import sde_option
 from coupfast.noise import Noise
 from coupfast.options import check_integer, check_number, option
-from coupfast.sde import VPSDE
+from coupfast.sde import VPSDE, check_sde
 
 INDICES = 1000  # of the discrete chain; index i is time (i + 1)/1000
 SSIM_SIGMA = 1.5  # of the window's Gaussian, in pixels
@@ -81,8 +81,7 @@ class GDMPSSIM(StepMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
+        check_sde(self.sde)
         values = {
             "rounds": check_integer("rounds", self.rounds, 1),
             "noise_steps": check_integer("noise_steps", self.noise_steps, 2, INDICES),
