@@ -24,6 +24,14 @@ from coupfast.solvers import CoefficientTable
 StepState: TypeAlias = tuple[torch.Tensor, ...]
 
 
+def clip(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """x in [low, high]; its gradient is 1 there, the ends included, and 0 beyond.
+
+    Black and white pixels are at the ends, and many. PyTorch's own clamp passes the gradient there in 2.13, and not in 2.15.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """What a step function may call: frozen networks in the run's dtype.

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from coupfast import reference
-from coupfast.methods.base import Networks, StepMethod, StepState
+from coupfast.methods.base import Networks, StepMethod, StepState, clip
 from coupfast.methods.diffusion import sde_option
 from coupfast.noise import Noise
 from coupfast.options import check_integer, check_number, option
@@ -150,7 +150,7 @@ class GDMPSSIM(StepMethod):
             x = top.signal * x + top.spread * noise.z(first, x)
         i = self._denoisings - 1 - j
         here = self._indices[i]
-        image = _clip((x - here.spread * networks.eps_hat(x, here.t)) / here.signal)
+        image = clip((x - here.spread * networks.eps_hat(x, here.t)) / here.signal, -1.0, 1.0)
         following = here.of_image * image + here.of_state * x
         noised = here.signal * x_in + here.spread * noise.z(first + 1 + j, x)
         following = following + here.pull * _towards(x, noised, self.ssim_window)
@@ -206,8 +206,3 @@ def _towards(x: torch.Tensor, y: torch.Tensor, window: int) -> torch.Tensor:
         point = x if again else x.detach().requires_grad_()
         similarity = ssim((point + 1.0) * 0.5, (y + 1.0) * 0.5, window).sum()
         return torch.autograd.grad(similarity, point, create_graph=again)[0]
-
-
-def _clip(x: torch.Tensor) -> torch.Tensor:
-    """x in [-1, 1]; its gradient is 1 there, the ends included, and 0 beyond."""
-    return torch.where(x.abs() <= 1.0, x, x.detach().clamp(-1.0, 1.0))
