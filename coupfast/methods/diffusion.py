@@ -19,8 +19,8 @@ from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_sde
 from coupfast.solvers import SOLVERS, CoefficientTable, NamedSolver, Solver, as_solver, solver_name
 
 
-def _times(word: str) -> Any:
-    """0.1, or a grid: 0.1,0.05,0.01."""
+def parse_times(word: str) -> Any:
+    """0.1, or several times: 0.1,0.05,0.01."""
     return tuple(float(part) for part in word.split(",") if part) if "," in word else float(word)
 
 
@@ -116,7 +116,7 @@ class DiffusionMethod(SolverMethod):
     t: float | tuple[float, ...] = option(
         0.1,
         help="purification time in (1e-5, 1], step 100 of 1000 is 0.1; or all times of a grid, T,T,...",
-        parse=_times,
+        parse=parse_times,
         metavar="T",
     )
 
