@@ -18,6 +18,7 @@ from torch import nn
 from coupfast import reference
 from coupfast.noise import Noise
 from coupfast.options import check_name, option
+from coupfast.sde import NUM_LABELS
 from coupfast.solvers import CoefficientTable
 
 #: A tuple of tensors whose first dimension is the batch; the first one is the image, in the [-1, 1] scale.
@@ -48,7 +49,7 @@ class Networks:
 
     def eps_hat(self, x: torch.Tensor, t: float) -> torch.Tensor:
         """ε̂(x, 999 t)."""
-        labels = torch.full((len(x),), 999.0 * t, dtype=x.dtype, device=x.device)
+        labels = torch.full((len(x),), NUM_LABELS * t, dtype=x.dtype, device=x.device)
         return self.score(x, labels)
 
     def guidance(self, x: torch.Tensor) -> torch.Tensor:

@@ -197,9 +197,8 @@ class COUP(DiffusionMethod):
 
 def _checked_scale(value: Any, t: float | None = None) -> float:
     found = value if t is None else f"{value!r} at t = {t:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise ValueError(f"`guidance_scale` is a finite number >= 0, got {found}; the paper uses 1.0")
-    if not 0.0 <= value < math.inf:
+    is_number = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value < math.inf:
         raise ValueError(f"`guidance_scale` is a finite number >= 0, got {found}; the paper uses 1.0")
     return float(value)
 

@@ -109,15 +109,15 @@ class GDMPSSIM(StepMethod):
     def _indices(self) -> list[_Index]:
         """By index, the numbers of every denoising step; one more at the end, for the noising."""
         alpha_bar = [1.0, *(self.sde.discrete_alpha_bar((i + 1) / INDICES) for i in range(self.noise_steps))]  # [i + 1]
+        second = alpha_bar[2]
+        least = (1.0 - second / alpha_bar[1]) * (1.0 - alpha_bar[1]) / (1.0 - second)
+        m = (2.0 * 8.0 / 255.0) / (3.0 * self.guide_scale) if self.guide_scale else math.inf
         found = []
         for i in range(self.noise_steps):
             before, here = alpha_bar[i], alpha_bar[i + 1]
             alpha = here / before
             beta, spread = 1.0 - alpha, 1.0 - here
-            second = alpha_bar[2]
-            least = (1.0 - second / alpha_bar[1]) * (1.0 - alpha_bar[1]) / (1.0 - second)
             variance = beta if i > 0 else least
-            m = (2.0 * 8.0 / 255.0) / (3.0 * self.guide_scale) if self.guide_scale else math.inf
             found.append(
                 _Index(
                     t=(i + 1) / INDICES,
