@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import relu_classifier, small_score
+from conftest import explicit_noise, relu_classifier, small_score, squares_gradient
 
 import coupfast
 from coupfast import PurifiedClassifier, Purifier, Settings
@@ -108,12 +108,6 @@ def options(request, outside):
     return METHODS[request.param]
 
 
-def gradient(defense, x, **options):
-    x = x.clone().requires_grad_()
-    (found,) = torch.autograd.grad(defense(x, **options).square().sum(), x)
-    return found
-
-
 def test_its_certificate_says_exact(options, images):
     classifier = relu_classifier()
     defense = PurifiedClassifier(Purifier(small_score(), classifier, **options), classifier, seed=5)
@@ -129,26 +123,24 @@ def test_its_certificate_says_exact(options, images):
 def test_what_is_kept_and_how_it_is_split_changes_nothing(options, images, batch):
     score, classifier, x = small_score(), relu_classifier(), images[:batch]
     whole = Purifier(score, classifier, memory_budget="least", **options)
-    expected = gradient(whole, x, seed=3, draw=1)
-    auto = gradient(Purifier(score, classifier, **options), x, seed=3, draw=1)
+    expected = squares_gradient(whole, x, seed=3, draw=1)
+    auto = squares_gradient(Purifier(score, classifier, **options), x, seed=3, draw=1)
     torch.testing.assert_close(auto, expected, rtol=0, atol=0)
     plan = whole.plan(batch)
     split = Purifier(score, classifier, memory_budget=plan.least_bytes, **options)
     assert split.plan(batch).storage.piece == 1
     # Another batch shape: other kernels, so rounding.
-    found = gradient(split, x, seed=3, draw=1)
+    found = squares_gradient(split, x, seed=3, draw=1)
     assert float((found - expected).norm() / expected.norm()) < 1e-12
-    alone = [gradient(whole, x[i : i + 1], seed=3, draw=1, ids=[i]) for i in range(batch)]
+    alone = [squares_gradient(whole, x[i : i + 1], seed=3, draw=1, ids=[i]) for i in range(batch)]
     assert float((torch.cat(alone) - expected).norm() / expected.norm()) < 1e-12
 
 
 def test_gradient_of_explicit_noise(options, images):
     purifier = Purifier(small_score(), relu_classifier(), **options)
-    shape = (purifier.settings.method.num_noises, *images[:2].shape)
-    noise = 0.5 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    noise.requires_grad_()
+    noise = explicit_noise(purifier, images[:2])
     (found,) = torch.autograd.grad(purifier(images[:2], noise=noise).square().sum(), noise)
-    direction = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    direction = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     h = 1e-8
     with torch.no_grad():
         above, below = (purifier(images[:2], noise=noise + s * h * direction).square().sum() for s in (1, -1))
