@@ -148,6 +148,12 @@ def check_number(name: str, value: Any, *, zero: bool = True) -> float:
     return number
 
 
+def check_flag(name: str, value: Any) -> None:
+    """TypeError if `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` is True or False, got {value!r}")
+
+
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an int, or an error if it is not one between `least` and `most`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

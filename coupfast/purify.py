@@ -34,6 +34,7 @@ from coupfast.fingerprint import check_unchanged, fingerprint, weights_fingerpri
 from coupfast.forked import check_threads
 from coupfast.gradients import Adjoint
 from coupfast.methods import GuidedLM, Recipe, TableMethod, method_name
+from coupfast.methods.base import clip
 from coupfast.models.zoo import as_network, is_adoptable
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
@@ -270,7 +271,7 @@ class Purifier(nn.Module):
             with strict_float32(x.device.type):
                 x_k = 2.0 * _in_range(x, self.settings.method.out_of_range) - 1.0
                 if clamp:
-                    x_k = _clip(x_k)
+                    x_k = clip(x_k, -1.0, 1.0)
             x_k, states = gradient.through(prepared, x_k, noise, keep_states, progress)
             if not bool(torch.isfinite(x_k).all()):
                 raise FloatingPointError(
@@ -279,7 +280,7 @@ class Purifier(nn.Module):
                 )
             with strict_float32(x.device.type):
                 if clamp:
-                    x_k = _clip(x_k)
+                    x_k = clip(x_k, -1.0, 1.0)
                 return (x_k + 1.0) * 0.5, states
 
 
@@ -472,14 +473,6 @@ def _in_range(x: torch.Tensor, out_of_range: str) -> torch.Tensor:
     near = (x >= -rounding) & (x <= 1.0 + rounding)
     clipped = x.detach().clamp(0.0, 1.0)
     return torch.where(near, clipped + (x - x.detach()), clipped)
-
-
-def _clip(x: torch.Tensor) -> torch.Tensor:
-    """x in [-1, 1]; its gradient is 1 there, the ends included, and 0 beyond.
-
-    Black and white pixels are at the ends, and many. PyTorch's own clamp passes the gradient there in 2.13, and not in 2.15.
-    """
-    return torch.where(x.abs() <= 1.0, x, x.detach().clamp(-1.0, 1.0))
 
 
 def _spell_out() -> None:

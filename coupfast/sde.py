@@ -79,9 +79,7 @@ class VPSDE:
 
         Exact at multiples of 1e-3 (0.897018 at t = 0.1); log-linear in between, so that any t is served.
         """
-        beta_i = np.linspace(self.beta_min / 1000, self.beta_max / 1000, 1000, dtype=np.float64)
-        log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta_i))])
-        return float(np.exp(np.interp(1000.0 * t, np.arange(1001.0), log_alpha_bar)))
+        return float(np.exp(_chain_log_alpha_bar(self, t)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +90,20 @@ class DiscreteVPSDE(VPSDE):
     """
 
     def log_alpha_bar(self, t: np.ndarray | float) -> np.ndarray:
-        beta_i = np.linspace(self.beta_min / 1000, self.beta_max / 1000, 1000, dtype=np.float64)
-        log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta_i))])
-        return np.interp(1000.0 * np.asarray(t, dtype=np.float64), np.arange(1001.0), log_alpha_bar)
+        return _chain_log_alpha_bar(self, t)
+
+
+def _chain_log_alpha_bar(sde: VPSDE, t: np.ndarray | float) -> np.ndarray:
+    """log Π (1 − β_i/1000) of the first 1000 t steps of the discrete chain, linear in between; float64."""
+    beta_i = np.linspace(sde.beta_min / 1000, sde.beta_max / 1000, 1000, dtype=np.float64)
+    log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-beta_i))])
+    return np.interp(1000.0 * np.asarray(t, dtype=np.float64), np.arange(1001.0), log_alpha_bar)
+
+
+def check_sde(sde: object) -> None:
+    """TypeError if `sde` is no VP-SDE."""
+    if not isinstance(sde, VPSDE):
+        raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(sde).__name__}")
 
 
 GRIDS = ("time", "log-snr", "quadratic")

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from coupfast import Purifier
+from coupfast.data import load_images
 from coupfast.engine import BoundEngine
 from coupfast.models.ddpmpp import DDPMpp
+from coupfast.models.zoo import load_score
 from coupfast_kernels import native, operations
 
 # Networks of this size lose more to threads than they gain, the more so where another process wants the cores.
@@ -127,6 +129,20 @@ def under_sanitizers(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
+def squares_gradient(purify, x: torch.Tensor, **options) -> torch.Tensor:
+    """Of the sum of the squares of what a purifier, or a classifier behind it, makes of `x`."""
+    x = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(purify(x, **options).square().sum(), x)
+    return found
+
+
+def explicit_noise(purifier: Purifier, batch: torch.Tensor) -> torch.Tensor:
+    """Noise for a batch, a row for each that the method reads, as a leaf that has a gradient."""
+    shape = (purifier.settings.method.num_noises, *batch.shape)
+    noise = 0.5 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return noise.requires_grad_()
+
+
 @pytest.fixture(autouse=True)
 def _interrupts_arrive():
     """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests in the background and so had it ignored."""
@@ -161,3 +177,16 @@ def classifier() -> nn.Module:
 def images() -> torch.Tensor:
     """Five random images, 3 x 8 x 8, float64."""
     return torch.rand(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """The score network that is shipped."""
+    return load_score("cifar10-tiny")
+
+
+@pytest.fixture(scope="module")
+def photos() -> torch.Tensor:
+    """Twenty photos of CIFAR-10."""
+    pytest.importorskip("foolbox")
+    return load_images("cifar10-20")[0]

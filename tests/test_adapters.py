@@ -223,19 +223,6 @@ class Turned(nn.Module):
         return {"epsilon": eps, "v_prediction": alpha * eps - sigma * image, "sample": image}[self.kind]
 
 
-@pytest.fixture(scope="module")
-def trained():
-    return load_score("cifar10-tiny")
-
-
-@pytest.fixture(scope="module")
-def photos():
-    pytest.importorskip("foolbox")
-    from coupfast.data import load_images
-
-    return load_images("cifar10-20")[0]
-
-
 def check_strictly(score, photos):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import relu_classifier, small_score
+from conftest import explicit_noise, relu_classifier, small_score, squares_gradient
 
 import coupfast
 from coupfast import PurifiedClassifier, Purifier, Settings
@@ -18,6 +18,7 @@ import torch
 from coupfast import CoefficientTable, StepMethod, TableMethod
 from coupfast.methods import Recipe
 from coupfast.options import option
+from coupfast.solvers import SDEDPMSolverPP2M
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,11 @@ def heun_like(sde, t, guidance_scale):
     return CoefficientTable(t, 1 + beta * h / 2, -beta * h / sigma, guidance_scale * beta * h, np.sqrt(beta * h))
 
 
+def clipped(sde, t, guidance_scale):
+    """The predicted image is clipped, and what a step reads of the one before carries that one's guidance."""
+    return SDEDPMSolverPP2M(clip_denoised=True)(sde, t, guidance_scale)
+
+
 def rising(t):
     return 30 * (0.11 - t)
 '''
@@ -91,6 +97,7 @@ METHODS = {
     "table": {"method": "purifiers_from_outside:Pull", "strength": 0.25},
     "step function": {"method": "purifiers_from_outside:LineSearch", "num_steps": 4},
     "solver": {"solver": "purifiers_from_outside:heun_like", "num_steps": 3},
+    "solver that clips": {"solver": "purifiers_from_outside:clipped", "num_steps": 3, "t": 0.4},
     "schedule": {"guidance_scale": "purifiers_from_outside:rising", "num_steps": 3},
     "grid": {"t": (0.1, 0.05, 0.02, 0.001)},
 }
@@ -99,12 +106,6 @@ METHODS = {
 @pytest.fixture(params=METHODS, ids=str)
 def options(request, outside):
     return METHODS[request.param]
-
-
-def gradient(defense, x, **options):
-    x = x.clone().requires_grad_()
-    (found,) = torch.autograd.grad(defense(x, **options).square().sum(), x)
-    return found
 
 
 def test_its_certificate_says_exact(options, images):
@@ -122,26 +123,24 @@ def test_its_certificate_says_exact(options, images):
 def test_what_is_kept_and_how_it_is_split_changes_nothing(options, images, batch):
     score, classifier, x = small_score(), relu_classifier(), images[:batch]
     whole = Purifier(score, classifier, memory_budget="least", **options)
-    expected = gradient(whole, x, seed=3, draw=1)
-    auto = gradient(Purifier(score, classifier, **options), x, seed=3, draw=1)
+    expected = squares_gradient(whole, x, seed=3, draw=1)
+    auto = squares_gradient(Purifier(score, classifier, **options), x, seed=3, draw=1)
     torch.testing.assert_close(auto, expected, rtol=0, atol=0)
     plan = whole.plan(batch)
     split = Purifier(score, classifier, memory_budget=plan.least_bytes, **options)
     assert split.plan(batch).storage.piece == 1
     # Another batch shape: other kernels, so rounding.
-    found = gradient(split, x, seed=3, draw=1)
+    found = squares_gradient(split, x, seed=3, draw=1)
     assert float((found - expected).norm() / expected.norm()) < 1e-12
-    alone = [gradient(whole, x[i : i + 1], seed=3, draw=1, ids=[i]) for i in range(batch)]
+    alone = [squares_gradient(whole, x[i : i + 1], seed=3, draw=1, ids=[i]) for i in range(batch)]
     assert float((torch.cat(alone) - expected).norm() / expected.norm()) < 1e-12
 
 
 def test_gradient_of_explicit_noise(options, images):
     purifier = Purifier(small_score(), relu_classifier(), **options)
-    shape = (purifier.settings.method.num_noises, *images[:2].shape)
-    noise = 0.5 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    noise.requires_grad_()
+    noise = explicit_noise(purifier, images[:2])
     (found,) = torch.autograd.grad(purifier(images[:2], noise=noise).square().sum(), noise)
-    direction = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    direction = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     h = 1e-8
     with torch.no_grad():
         above, below = (purifier(images[:2], noise=noise + s * h * direction).square().sum() for s in (1, -1))

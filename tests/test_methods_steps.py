@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import relu_classifier, small_score
+from conftest import explicit_noise, relu_classifier, small_score, squares_gradient
 from torch import nn
 
 import coupfast
@@ -63,12 +63,6 @@ class PixelClassifier(nn.Module):
         return torch.sin(x.flatten(1) @ self.weight.T)
 
 
-def gradient(defense, x, **options):
-    x = x.clone().requires_grad_()
-    (found,) = torch.autograd.grad(defense(x, **options).square().sum(), x)
-    return found
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 def test_its_certificate_says_exact(options, images, batch):
     """Output and gradient are those of the definition, which is differentiated by PyTorch and by differences."""
@@ -91,25 +85,23 @@ def test_it_changes_images(options, images):
 def test_gradcheck_on_four_pixels(options, batch):
     purifier = Purifier(PixelScore().eval(), PixelClassifier().eval(), clamp=False, **options)
     x = 0.35 + 0.3 * torch.rand(batch, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    noise_free = gradient(purifier, x, seed=2)
+    noise_free = squares_gradient(purifier, x, seed=2)
     assert bool((noise_free != 0).any())
     assert torch.autograd.gradcheck(lambda x: purifier(x, seed=2), x.requires_grad_(), eps=1e-7, atol=1e-6, rtol=1e-4)
 
 
 def test_an_image_does_not_depend_on_its_batch(options, images):
     purifier, images = Purifier(small_score(), relu_classifier(), **options), images[:3]
-    whole, slope = purifier(images, seed=3), gradient(purifier, images, seed=3)
+    whole, slope = purifier(images, seed=3), squares_gradient(purifier, images, seed=3)
     for i in range(len(images)):
         torch.testing.assert_close(purifier(images[i : i + 1], seed=3, ids=[i])[0], whole[i], rtol=1e-10, atol=1e-10)
-        alone = gradient(purifier, images[i : i + 1], seed=3, ids=[i])[0]
+        alone = squares_gradient(purifier, images[i : i + 1], seed=3, ids=[i])[0]
         assert float((alone - slope[i]).norm() / slope[i].norm()) < 1e-9
 
 
 def test_gradient_of_explicit_noise(options, images):
     purifier = Purifier(small_score(), relu_classifier(), **options)
-    shape = (purifier.settings.method.num_noises, *images[:2].shape)
-    noise = 0.5 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    noise.requires_grad_()
+    noise = explicit_noise(purifier, images[:2])
     (found,) = torch.autograd.grad(purifier(images[:2], noise=noise).square().sum(), noise)
     plain = Definition(purifier)
     with torch.enable_grad():
@@ -303,7 +295,7 @@ class TestADP:
         torch.testing.assert_close(moved[[0, 2]] - 0.5, 0.95**3 * (x[[0, 2]] - 0.5), rtol=1e-9, atol=0)
         torch.testing.assert_close(moved[1], x[1], rtol=1e-14, atol=1e-14)
         assert torch.equal(states[0][1], states[-1][1])
-        slope = gradient(purifier, x, seed=0)
+        slope = squares_gradient(purifier, x, seed=0)
         torch.testing.assert_close(slope[1], 2 * x[1], rtol=1e-9, atol=0)
 
     def test_a_step_has_a_largest_size(self):

@@ -13,19 +13,6 @@ from coupfast.models.noise_check import check_noise_prediction
 from coupfast.models.zoo import load_score
 
 
-@pytest.fixture(scope="module")
-def trained():
-    return load_score("cifar10-tiny")
-
-
-@pytest.fixture(scope="module")
-def photos():
-    pytest.importorskip("foolbox")
-    from coupfast.data import load_images
-
-    return load_images("cifar10-20")[0]
-
-
 def rates(labels):
     t = labels.double()[:, None, None, None] / 999
     alpha_bar = torch.exp(-0.5 * 19.9 * t**2 - 0.1 * t)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from coupfast import reference
-from coupfast.methods.base import Networks, StepMethod, StepState
+from coupfast.methods.base import Networks, StepMethod, StepState, clip
 from coupfast.methods.diffusion import sde_option
 from coupfast.methods.variance_exploding import check_continuous, check_noise_level, eps_hat_of_noised
 from coupfast.noise import Noise
@@ -97,7 +97,7 @@ class ADP(StepMethod):
         return 2 * self.num_steps
 
     def start(self, x_in: torch.Tensor, noise: Noise) -> StepState:
-        u = _clip((x_in + 1.0) * 0.5 + self.noise_sigma * noise.z(0, x_in))
+        u = clip((x_in + 1.0) * 0.5 + self.noise_sigma * noise.z(0, x_in), 0.0, 1.0)
         return 2.0 * u - 1.0, torch.ones_like(x_in[:, :1, :1, :1])
 
     def step(self, k: int, state: StepState, noise: Noise, networks: Networks) -> StepState:
@@ -113,7 +113,7 @@ class ADP(StepMethod):
         alpha = self.step_share * self.probe / torch.where(straight, 1.0, falls)
         alpha = torch.where(straight, self.step_max, alpha).clamp(self.step_min, self.step_max)
         going = going * ((alpha.detach() > self.stop_below) & (size.detach() > 0.0))
-        moved = 2.0 * _clip(u + alpha * g) - 1.0
+        moved = 2.0 * clip(u + alpha * g, 0.0, 1.0) - 1.0
         return torch.where(going > 0.0, moved, x), going
 
     def _score(self, u: torch.Tensor, networks: Networks) -> torch.Tensor:
@@ -139,8 +139,3 @@ class ADP(StepMethod):
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """⟨a, b⟩ of each image, shape (batch, 1, 1, 1)."""
     return (a * b).sum(dim=(1, 2, 3), keepdim=True)
-
-
-def _clip(u: torch.Tensor) -> torch.Tensor:
-    """u in [0, 1]; its gradient is 1 there, the ends included, and 0 beyond, whichever way PyTorch's own clamp has it."""
-    return torch.where((u >= 0.0) & (u <= 1.0), u, u.detach().clamp(0.0, 1.0))

@@ -18,10 +18,19 @@ from torch import nn
 from coupfast import reference
 from coupfast.noise import Noise
 from coupfast.options import check_name, option
+from coupfast.sde import NUM_LABELS
 from coupfast.solvers import CoefficientTable
 
 #: A tuple of tensors whose first dimension is the batch; the first one is the image, in the [-1, 1] scale.
 StepState: TypeAlias = tuple[torch.Tensor, ...]
+
+
+def clip(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """x in [low, high]; its gradient is 1 there, the ends included, and 0 beyond.
+
+    Black and white pixels are at the ends, and many. PyTorch's own clamp passes the gradient there in 2.13, and not in 2.15.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Networks:
 
     def eps_hat(self, x: torch.Tensor, t: float) -> torch.Tensor:
         """ε̂(x, 999 t)."""
-        labels = torch.full((len(x),), 999.0 * t, dtype=x.dtype, device=x.device)
+        labels = torch.full((len(x),), NUM_LABELS * t, dtype=x.dtype, device=x.device)
         return self.score(x, labels)
 
     def guidance(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,6 +179,8 @@ class TableMethod(Method):
             [table.row(k) for k in steps],
             [float(table.labels[k]) for k in steps],
             [(noise.z(k, x), noise.z2(k, x) if table.f is not None else None) for k in steps],
+            clips=None if table.m is None or table.n is None else [(float(table.m[k]), float(table.n[k])) for k in steps],
+            shifts=[table.shift(k) for k in steps],
             detached=networks.detached,
         )
 

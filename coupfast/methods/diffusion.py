@@ -15,12 +15,12 @@ from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
 from coupfast.options import check_name, number_or, option
-from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_t, check_times, time_grid
+from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_sde, check_t, check_times, time_grid
 from coupfast.solvers import SOLVERS, CoefficientTable, NamedSolver, Solver, as_solver, solver_name
 
 
-def _times(word: str) -> Any:
-    """0.1, or a grid: 0.1,0.05,0.01."""
+def parse_times(word: str) -> Any:
+    """0.1, or several times: 0.1,0.05,0.01."""
     return tuple(float(part) for part in word.split(",") if part) if "," in word else float(word)
 
 
@@ -72,8 +72,7 @@ class SolverMethod(TableMethod):
         super().__post_init__()
         object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
         check_name("grid", self.grid, GRIDS)
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
+        check_sde(self.sde)
         object.__setattr__(self, "solver", as_solver(self.solver))
 
     def scale(self, t: float) -> float:
@@ -117,7 +116,7 @@ class DiffusionMethod(SolverMethod):
     t: float | tuple[float, ...] = option(
         0.1,
         help="purification time in (1e-5, 1], step 100 of 1000 is 0.1; or all times of a grid, T,T,...",
-        parse=_times,
+        parse=parse_times,
         metavar="T",
     )
 
@@ -198,9 +197,8 @@ class COUP(DiffusionMethod):
 
 def _checked_scale(value: Any, t: float | None = None) -> float:
     found = value if t is None else f"{value!r} at t = {t:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise ValueError(f"`guidance_scale` is a finite number >= 0, got {found}; the paper uses 1.0")
-    if not 0.0 <= value < math.inf:
+    is_number = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value < math.inf:
         raise ValueError(f"`guidance_scale` is a finite number >= 0, got {found}; the paper uses 1.0")
     return float(value)
 

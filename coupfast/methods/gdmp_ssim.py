@@ -19,11 +19,11 @@ import torch
 from torch.nn import functional
 
 from coupfast import reference
-from coupfast.methods.base import Networks, StepMethod, StepState
+from coupfast.methods.base import Networks, StepMethod, StepState, clip
 from coupfast.methods.diffusion import sde_option
 from coupfast.noise import Noise
 from coupfast.options import check_integer, check_number, option
-from coupfast.sde import VPSDE
+from coupfast.sde import VPSDE, check_sde
 
 INDICES = 1000  # of the discrete chain; index i is time (i + 1)/1000
 SSIM_SIGMA = 1.5  # of the window's Gaussian, in pixels
@@ -81,8 +81,7 @@ class GDMPSSIM(StepMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sde, VPSDE):
-            raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(self.sde).__name__}")
+        check_sde(self.sde)
         values = {
             "rounds": check_integer("rounds", self.rounds, 1),
             "noise_steps": check_integer("noise_steps", self.noise_steps, 2, INDICES),
@@ -110,15 +109,15 @@ class GDMPSSIM(StepMethod):
     def _indices(self) -> list[_Index]:
         """By index, the numbers of every denoising step; one more at the end, for the noising."""
         alpha_bar = [1.0, *(self.sde.discrete_alpha_bar((i + 1) / INDICES) for i in range(self.noise_steps))]  # [i + 1]
+        second = alpha_bar[2]
+        least = (1.0 - second / alpha_bar[1]) * (1.0 - alpha_bar[1]) / (1.0 - second)
+        m = (2.0 * 8.0 / 255.0) / (3.0 * self.guide_scale) if self.guide_scale else math.inf
         found = []
         for i in range(self.noise_steps):
             before, here = alpha_bar[i], alpha_bar[i + 1]
             alpha = here / before
             beta, spread = 1.0 - alpha, 1.0 - here
-            second = alpha_bar[2]
-            least = (1.0 - second / alpha_bar[1]) * (1.0 - alpha_bar[1]) / (1.0 - second)
             variance = beta if i > 0 else least
-            m = (2.0 * 8.0 / 255.0) / (3.0 * self.guide_scale) if self.guide_scale else math.inf
             found.append(
                 _Index(
                     t=(i + 1) / INDICES,
@@ -151,7 +150,7 @@ class GDMPSSIM(StepMethod):
             x = top.signal * x + top.spread * noise.z(first, x)
         i = self._denoisings - 1 - j
         here = self._indices[i]
-        image = _clip((x - here.spread * networks.eps_hat(x, here.t)) / here.signal)
+        image = clip((x - here.spread * networks.eps_hat(x, here.t)) / here.signal, -1.0, 1.0)
         following = here.of_image * image + here.of_state * x
         noised = here.signal * x_in + here.spread * noise.z(first + 1 + j, x)
         following = following + here.pull * _towards(x, noised, self.ssim_window)
@@ -207,8 +206,3 @@ def _towards(x: torch.Tensor, y: torch.Tensor, window: int) -> torch.Tensor:
         point = x if again else x.detach().requires_grad_()
         similarity = ssim((point + 1.0) * 0.5, (y + 1.0) * 0.5, window).sum()
         return torch.autograd.grad(similarity, point, create_graph=again)[0]
-
-
-def _clip(x: torch.Tensor) -> torch.Tensor:
-    """x in [-1, 1]; its gradient is 1 there, the ends included, and 0 beyond."""
-    return torch.where(x.abs() <= 1.0, x, x.detach().clamp(-1.0, 1.0))

@@ -11,19 +11,14 @@ import numpy as np
 
 from coupfast import reference
 from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
-from coupfast.methods.diffusion import sde_option
+from coupfast.methods.diffusion import parse_times, sde_option
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
-from coupfast.options import number_or, option
+from coupfast.options import check_flag, number_or, option
 from coupfast.sde import NUM_LABELS, VPSDE, check_t
 from coupfast.solvers import CoefficientTable, noising, one_after_the_other
 
 Factor = float | str | Callable[[float], float]
-
-
-def _times(word: str) -> Any:
-    """0.1, or several: 0.1,0.05."""
-    return tuple(float(part) for part in word.split(",") if part) if "," in word else float(word)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +40,9 @@ class OneStep(TableMethod):
     name: ClassVar[str] = "one-step"
     reference: ClassVar[str] = "Carlini et al. 2022, arXiv:2206.10550; Song et al. 2023, arXiv:2303.01469, eq. 5"
 
-    t: float | tuple[float, ...] = option(0.1, help="time of the evaluation, or of each: T,T,...", parse=_times, metavar="T")
+    t: float | tuple[float, ...] = option(
+        0.1, help="time of the evaluation, or of each: T,T,...", parse=parse_times, metavar="T"
+    )
     c_skip: Factor | None = option(
         None,
         help="of a consistency function, for method one-step: a number, or package.module:NAME of a function of t",
@@ -65,8 +62,7 @@ class OneStep(TableMethod):
             object.__setattr__(self, "t", times)
         else:
             object.__setattr__(self, "t", check_t(self.t))  # type: ignore[arg-type]
-        if not isinstance(self.clip_denoised, bool):
-            raise TypeError(f"`clip_denoised` is True or False, got {self.clip_denoised!r}")
+        check_flag("clip_denoised", self.clip_denoised)
         if (self.c_skip is None) != (self.c_out is None):
             raise ValueError("`c_skip` and `c_out` belong together: give both, or none for the predicted image")
         for t in self.times:

@@ -17,7 +17,7 @@ from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.methods.diffusion import sde_option
 from coupfast.methods.variance_exploding import check_continuous, check_noise_level
 from coupfast.noise import Noise
-from coupfast.options import option
+from coupfast.options import check_flag, option
 from coupfast.sde import NUM_LABELS, VPSDE
 from coupfast.solvers import CoefficientTable, noising, one_after_the_other
 
@@ -46,8 +46,7 @@ class DenoisedSmoothing(TableMethod):
         super().__post_init__()
         check_continuous(self.sde)
         object.__setattr__(self, "sigma", check_noise_level("sigma", self.sigma, self.sde, scale=2.0))
-        if not isinstance(self.clip_denoised, bool):
-            raise TypeError(f"`clip_denoised` is True or False, got {self.clip_denoised!r}")
+        check_flag("clip_denoised", self.clip_denoised)
 
     @property
     def t(self) -> float:

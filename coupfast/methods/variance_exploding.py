@@ -15,7 +15,7 @@ import torch
 
 from coupfast.methods.base import Networks
 from coupfast.options import check_number
-from coupfast.sde import NUM_LABELS, VPSDE
+from coupfast.sde import NUM_LABELS, VPSDE, check_sde
 
 
 def eps_hat_of_noised(networks: Networks, sde: VPSDE, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -36,8 +36,7 @@ def eps_hat_of_noised(networks: Networks, sde: VPSDE, y: torch.Tensor, sigma: to
 
 def check_continuous(sde: Any) -> None:
     """TypeError if `sde` is no VP-SDE, ValueError if it is one whose times the formula above does not give."""
-    if not isinstance(sde, VPSDE):
-        raise TypeError(f"`sde` is a coupfast.VPSDE, got {type(sde).__name__}")
+    check_sde(sde)
     if type(sde) is not VPSDE:
         raise ValueError(
             f"`sde` is a coupfast.VPSDE in continuous time for a method that is told noise levels, got {type(sde).__name__}"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coupfast.models.adapters import whole_step
-from coupfast.models.registry import Config, Family, build, configurations, register
+from coupfast.models.registry import Config, Family, named_configuration, register
 from coupfast.models.unet_parts import attend, check_sizes, check_states, time_features
 
 
@@ -207,12 +207,7 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
     if "temb.dense.0.weight" not in state or "conv_in.weight" not in state:
         return None
     # The size of the images cannot be read off the weights: what is told is whether they are those of a name.
-    for config in configurations("DDPMUNet"):
-        with torch.device("meta"):
-            expected = build({"arch": "DDPMUNet", **config}).state_dict()
-        if all(key in state and state[key].shape == value.shape for key, value in expected.items()):
-            return config
-    return None
+    return named_configuration("DDPMUNet", state)
 
 
 register(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from coupfast.models.checkpoints import CheckpointError, check_tensor
 from coupfast.models.registry import Config, Family, build, configurations, register
+from coupfast.models.unet_parts import check_images, check_labels, resampled, time_features
 
 _SQRT_2 = math.sqrt(2.0)
 _GROUP_NORM_EPS = 1e-6
@@ -112,20 +113,13 @@ class ResBlock(nn.Module):
         if resample is not None or in_channels != out_channels:
             self.Conv_2 = _conv(in_channels, out_channels, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def time_projection(self, temb: Tensor) -> Tensor:
         """What this block adds to its features, `Dense_0(SiLU(temb))`: (batch, 4 nf) → (batch, out_channels)."""
         return self.Dense_0(F.silu(temb))
 
     def forward(self, x: Tensor, time_projection: Tensor) -> Tensor:
-        h = self._resampled(F.silu(self.GroupNorm_0(x)))
-        skip = self._resampled(x)
+        h = resampled(F.silu(self.GroupNorm_0(x)), self.resample)
+        skip = resampled(x, self.resample)
         h = self.Conv_0(h) + time_projection[:, :, None, None]
         h = F.silu(self.GroupNorm_1(h))
         h = self.Conv_1(F.dropout(h, self.dropout, self.training))
@@ -307,13 +301,9 @@ class DDPMpp(nn.Module):
         """
         if labels.ndim != 1:
             raise ValueError(f"`labels` must have shape (batch,), got {tuple(labels.shape)}")
-        half = self.nf // 2
-        k = torch.arange(half, dtype=torch.float32, device=labels.device)
-        frequencies = torch.exp(k * (-math.log(10000.0) / (half - 1)))
-        angles = labels.to(torch.float32)[:, None] * frequencies[None, :]  # [batch, nf / 2]
+        features = time_features(labels, self.nf, last=self.nf // 2 - 1, cosine_first=False)
         first, second = self.all_modules[0], self.all_modules[1]
-        temb = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1).to(first.weight.dtype)  # type: ignore[arg-type]
-        return second(F.silu(first(temb)))
+        return second(F.silu(first(features.to(first.weight.dtype))))  # type: ignore[arg-type]
 
     def time_projections(self, labels: Tensor) -> tuple[Tensor, ...]:
         """What each residual block adds to its features at labels = 999 t, in the order of `plan`.
@@ -326,9 +316,7 @@ class DDPMpp(nn.Module):
 
     def denoise(self, x: Tensor, time_projections: Sequence[Tensor]) -> Tensor:
         """eps_hat of states x (batch, channels, image_size, image_size), given `time_projections(labels)`."""
-        expected = (self.channels, self.image_size, self.image_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"`x` must have shape (batch, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        check_images(x, self.channels, self.image_size)
         projections = iter(time_projections)
         h = self.all_modules[2](x)
         stored = [h]
@@ -353,10 +341,7 @@ class DDPMpp(nn.Module):
         Returns:
             eps_hat, of the shape of `x`.
         """
-        if labels.ndim != 1 or labels.shape[0] not in (1, x.shape[0]):
-            raise ValueError(
-                f"`labels` must have shape ({x.shape[0]},), one 999 t per image (or (1,)), got {tuple(labels.shape)}"
-            )
+        check_labels(labels, x)
         return self.denoise(x, self.time_projections(labels))
 
 

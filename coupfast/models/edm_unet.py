@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coupfast.models.adapters import edm_eps_hat
-from coupfast.models.registry import CheckpointError, Config, Family, build, configurations, register
-from coupfast.models.unet_parts import attend, check_sizes, check_states, time_features
+from coupfast.models.registry import CheckpointError, Config, Family, named_configuration, register
+from coupfast.models.unet_parts import attend, check_sizes, check_states, resampled, time_features
 from coupfast.sde import VPSDE
 
 _FILTER = "resample_filter"  # buffers of the resampling layers: constants
@@ -58,17 +58,10 @@ class _Block(nn.Module):
             self.norm2 = _norm(out_channels)
             self.qkv, self.proj = nn.Conv2d(out_channels, 3 * out_channels, 1), nn.Conv2d(out_channels, out_channels, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv0(self._resampled(F.silu(self.norm0(x)))) + self.affine(temb)[:, :, None, None]
+        h = self.conv0(resampled(F.silu(self.norm0(x)), self.resample)) + self.affine(temb)[:, :, None, None]
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
-        h = (h + (x if self.skip is None else self.skip(self._resampled(x)))) * math.sqrt(0.5)
+        h = (h + (x if self.skip is None else self.skip(resampled(x, self.resample)))) * math.sqrt(0.5)
         if not self.attention:
             return h
         # Every channel's query, key and value stand side by side.
@@ -201,13 +194,7 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
     if any(name.endswith(_FILTER) and value.shape != (1, 1, 2, 2) for name, value in state.items()):
         raise CheckpointError("this network of EDM resamples with a wider filter (NCSN++); DDPM++ (ddpmpp) is supported")
     augment = state["map_augment.weight"].shape[-1] if "map_augment.weight" in state else 0
-    for config in configurations("SongUNet"):
-        found = {**config, "augment_dim": augment} if augment != 9 else config
-        with torch.device("meta"):
-            expected = build({"arch": "SongUNet", **found}).state_dict()
-        if all(key in state and state[key].shape == value.shape for key, value in expected.items()):
-            return found
-    return None
+    return named_configuration("SongUNet", state, {"augment_dim": augment} if augment != 9 else {})
 
 
 def _filters() -> frozenset[str]:

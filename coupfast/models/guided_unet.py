@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coupfast.models.adapters import first_half, whole_step
-from coupfast.models.registry import CheckpointError, Config, Family, build, configurations, register
-from coupfast.models.unet_parts import attend, check_sizes, check_states, time_features
+from coupfast.models.registry import CheckpointError, Config, Family, named_configuration, register
+from coupfast.models.unet_parts import attend, check_sizes, check_states, resampled, time_features
 
 
 class _Res(nn.Module):
@@ -43,20 +43,13 @@ class _Res(nn.Module):
         same = in_channels == out_channels
         self.skip_connection: nn.Module = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = conv(self._resampled(activation(norm(x))))
+        h = conv(resampled(activation(norm(x)), self.resample))
         scale, shift = self.emb_layers(temb)[:, :, None, None].chunk(2, dim=1)
         norm, activation, dropout, conv = self.out_layers
         h = conv(dropout(activation(norm(h) * (1.0 + scale) + shift)))
-        return self.skip_connection(self._resampled(x)) + h
+        return self.skip_connection(resampled(x, self.resample)) + h
 
 
 class _Attention(nn.Module):
@@ -200,12 +193,7 @@ def _recognise(state: Mapping[str, Tensor]) -> Config | None:
         return None
     if "label_emb.weight" in state:
         raise CheckpointError("this network of guided-diffusion is conditioned on class labels (label_emb); take one without")
-    for config in configurations("GuidedUNet"):
-        with torch.device("meta"):
-            expected = build({"arch": "GuidedUNet", **config}).state_dict()
-        if all(key in state and state[key].shape == value.shape for key, value in expected.items()):
-            return config
-    return None
+    return named_configuration("GuidedUNet", state)
 
 
 register(

@@ -39,8 +39,10 @@ from torch import Tensor, nn
 
 from coupfast.sde import NUM_LABELS, VPSDE
 
-#: Within what purifications use (0.1 and 0.2), and one time at which v and noise differ more.
-TIMES = (0.1, 0.2, 0.3)
+#: Within what purifications use.
+SMALL_TIMES = (0.1, 0.2)
+#: And one at which v and noise differ more.
+TIMES = (*SMALL_TIMES, 0.3)
 #: b/a of a v-network is at most −`V_SHARE` σ/α, two standard errors apart; −σ/α if it is perfect.
 V_SHARE = 0.2
 #: Share of the output that ε and x₀ must explain for it to be judged.
@@ -100,10 +102,10 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
         for other, count in votes.items():
             if count >= 2:
                 raise ValueError(_message(other))
-        small = TIMES[:2]
-        if sum(errors[t] for t in small) / len(small) > GOOD_ERROR:
-            _check_adapter(score, x0, noise, sde, sum(errors[t] for t in small) / len(small))
-            _check_labels(score, x0, noise, sde, {t: errors[t] for t in small})
+        at_ours = sum(errors[t] for t in SMALL_TIMES) / len(SMALL_TIMES)
+        if at_ours > GOOD_ERROR:
+            _check_adapter(score, x0, noise, sde, at_ours)
+            _check_labels(score, x0, noise, sde, at_ours)
         if not getattr(score, "whole_labels", False):
             _check_fractions(score, x0[:1], noise[:1], sde)
 
@@ -120,7 +122,7 @@ def _look(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE) -> _Seen | No
     votes: dict[str, int] = {}
     errors, blind = {}, 0
     for t in TIMES:
-        output = _call(score, *_noised(sde, t, x0, noise), NUM_LABELS * t)
+        output = _call(score, _noised(sde, t, x0, noise), NUM_LABELS * t)
         if output.shape != x0.shape or not bool(torch.isfinite(output).all()):
             return None
         errors[t] = _error(output, noise)
@@ -146,12 +148,12 @@ def _picture(like: Tensor) -> Tensor:
     return (2.0 * torch.stack(images).view(batch, channels, height, width) - 1.0).to(like)
 
 
-def _noised(sde: VPSDE, t: float, x0: Tensor, noise: Tensor) -> tuple[Tensor]:
-    return (math.sqrt(float(sde.alpha_bar(t))) * x0 + float(sde.sigma(t)) * noise,)
+def _noised(sde: VPSDE, t: float, x0: Tensor, noise: Tensor) -> Tensor:
+    return math.sqrt(float(sde.alpha_bar(t))) * x0 + float(sde.sigma(t)) * noise
 
 
 def _call(score: nn.Module, x_t: Tensor, label: float) -> Tensor:
-    labels = torch.full((len(x_t),), label, dtype=x_t.dtype, device=x_t.device)
+    labels = _labels(x_t, label)
     try:
         return score(x_t, labels)
     except (RuntimeError, TypeError, IndexError) as error:
@@ -220,23 +222,20 @@ def _check_adapter(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, at_o
     best, words = math.inf, ""
     for said, other in alternatives():
         try:
-            found = [_error(other(*_noised(sde, t, x0, noise), _labels(x0, NUM_LABELS * t)), noise) for t in TIMES[:2]]
+            error = _error_at(other, x0, noise, sde, lambda t: NUM_LABELS * t)
         except (RuntimeError, TypeError, ValueError, IndexError):  # it is not of that kind, then
             continue
-        if (error := sum(found) / len(found)) < best:
+        if error < best:
             best, words = error, said
-    if not best < min(WEAK_ERROR, LABEL_WARNING * at_ours):
-        return
-    text = (
+    _say_if_better(
+        best,
+        at_ours,
         f"the score network may be adapted as if it predicted something else than it does: with {words} its mean squared error "
-        f"on noised images is {best:.3g}, and {at_ours:.3g} as it is; load_score(network, {words}) takes it so"
+        f"on noised images is {best:.3g}, and {at_ours:.3g} as it is; load_score(network, {words}) takes it so",
     )
-    if best < LABEL_REFUSAL * at_ours:
-        raise ValueError(text)
-    warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _check_labels(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, errors: dict[float, float]) -> None:
+def _check_labels(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, at_ours: float) -> None:
     """Whether the noise is predicted better at labels that mean the same times in other conventions."""
     conventions = {
         "t in [0, 1]": lambda t: t,
@@ -245,24 +244,35 @@ def _check_labels(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, error
         "the steps of a schedule of 4000": lambda t: 3999.0 * t,
         "the steps of the cosine schedule": lambda t: NUM_LABELS * _cosine_time(float(sde.alpha_bar(t))),
     }
-    at_ours = sum(errors.values()) / len(errors)
     best, name = math.inf, ""
     for convention, label in conventions.items():
         try:
-            found = [_error(score(*_noised(sde, t, x0, noise), _labels(x0, label(t))), noise) for t in errors]
+            error = _error_at(score, x0, noise, sde, label)
         except Exception:  # a table of steps may end before such a label
             continue
-        if (error := sum(found) / len(found)) < best:
+        if error < best:
             best, name = error, convention
-    if best > WEAK_ERROR or best > LABEL_WARNING * at_ours:
-        return
-    text = (
+    _say_if_better(
+        best,
+        at_ours,
         f"the score network predicts the noise better at other labels than 999 t: its mean squared error on noised images is "
-        f"{at_ours:.3g} there and {best:.3g} at {name}; if it was trained on those, translate the labels in a module around it"
+        f"{at_ours:.3g} there and {best:.3g} at {name}; if it was trained on those, translate the labels in a module around it",
     )
+
+
+def _error_at(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, label: Callable[[float], float]) -> float:
+    """The mean error at small times, which the network is told by such labels."""
+    found = [_error(score(_noised(sde, t, x0, noise), _labels(x0, label(t))), noise) for t in SMALL_TIMES]
+    return sum(found) / len(found)
+
+
+def _say_if_better(best: float, at_ours: float, text: str) -> None:
+    """Raise or warn where an error of another convention is small, and smaller by far than that of ours."""
+    if not best < min(WEAK_ERROR, LABEL_WARNING * at_ours):
+        return
     if best < LABEL_REFUSAL * at_ours:
         raise ValueError(text)
-    warnings.warn(text, UserWarning, stacklevel=3)
+    warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def _labels(x0: Tensor, label: float) -> Tensor:
@@ -275,7 +285,7 @@ def _cosine_time(alpha_bar: float) -> float:
 
 
 def _check_fractions(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE) -> None:
-    (x_t,) = _noised(sde, 0.1, x0, noise)
+    x_t = _noised(sde, 0.1, x0, noise)
     below, between, above = (score(x_t, _labels(x0, label)) for label in (99.0, 99.9, 100.0))
     if torch.equal(below, above):
         return  # a network that does not look at its labels

@@ -227,6 +227,21 @@ def configurations(arch: str) -> list[Config]:
     return [*family.names.values(), *({key: value for key, value in config.items() if key != "arch"} for config in of_names)]
 
 
+def named_configuration(arch: str, state: Mapping[str, Tensor], told: Config | None = None) -> Config | None:
+    """The configuration of a name of a family whose network has such tensors, by their names and shapes; None of no name.
+
+    Args:
+        told: Arguments that the weights tell, in the place of the name's.
+    """
+    for config in configurations(arch):
+        found = {**config, **(told or {})}
+        with torch.device("meta"):
+            expected = build({"arch": arch, **found}).state_dict()
+        if all(key in state and state[key].shape == value.shape for key, value in expected.items()):
+            return found
+    return None
+
+
 def recognised(state: Mapping[str, Tensor]) -> tuple[Family, Config] | None:
     """The family and the configuration (without `arch`) of weights, by their names and shapes; None where no family knows them.
 

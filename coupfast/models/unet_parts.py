@@ -1,4 +1,4 @@
-"""What the U-Nets of several papers have in common: features of a time step, attention, and how their sizes are checked."""
+"""What the U-Nets of several papers share: features of a time step, resampling, attention, and how sizes are checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +24,15 @@ def time_features(steps: Tensor, features: int, *, last: int, cosine_first: bool
     angles = steps.to(torch.float32)[:, None] * torch.exp(k * (-math.log(10000.0) / last))[None, :]
     halves = (torch.cos(angles), torch.sin(angles)) if cosine_first else (torch.sin(angles), torch.cos(angles))
     return torch.cat(halves, dim=1)
+
+
+def resampled(x: Tensor, way: str | None) -> Tensor:
+    """Means of 2 x 2 pixels where `way` is "down", each pixel four times where it is "up", x itself where it is None."""
+    if way == "down":
+        return F.avg_pool2d(x, 2)
+    if way == "up":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,8 +70,18 @@ def check_sizes(
 
 def check_states(x: Tensor, labels: Tensor, channels: int, image_size: int) -> None:
     """ValueError unless these are states and labels of such a network."""
+    check_images(x, channels, image_size)
+    check_labels(labels, x)
+
+
+def check_images(x: Tensor, channels: int, image_size: int) -> None:
+    """ValueError unless these are square images of that many channels and pixels a side."""
     expected = (channels, image_size, image_size)
     if x.ndim != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(f"`x` must have shape (batch, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+
+
+def check_labels(labels: Tensor, x: Tensor) -> None:
+    """ValueError unless there is one label for each of the images, or one for all."""
     if labels.ndim != 1 or labels.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"`labels` must have shape ({x.shape[0]},), one 999 t per image (or (1,)), got {tuple(labels.shape)}")

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from coupfast.options import check_name, check_number, option
+from coupfast.options import check_flag, check_name, check_number, option
 from coupfast.sde import VPSDE
 from coupfast.solvers.table import CoefficientTable
 
@@ -79,8 +79,7 @@ class ClippingSolver(NamedSolver):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.clip_denoised, bool):
-            raise TypeError(f"`clip_denoised` is True or False, got {self.clip_denoised!r}")
+        check_flag("clip_denoised", self.clip_denoised)
 
     def _clip(self, levels: Levels) -> dict[str, np.ndarray]:
         return dict(zip("mn", levels.x_0, strict=True)) if self.clip_denoised else {}

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from coupfast.options import option
+from coupfast.options import check_flag, option
 from coupfast.sde import VPSDE
 from coupfast.solvers.discrete import ClippingSolver, Levels
 from coupfast.solvers.table import CoefficientTable
@@ -36,8 +36,7 @@ class DPMSolverPP2M(ClippingSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.lower_order_final, bool):
-            raise TypeError(f"`lower_order_final` is True or False, got {self.lower_order_final!r}")
+        check_flag("lower_order_final", self.lower_order_final)
 
     def __call__(self, sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
         levels = Levels.of(sde, t)
