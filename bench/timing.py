@@ -8,6 +8,7 @@ median of the repeats' ratios.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 import os
@@ -148,6 +149,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # or what an earlier record saw allocated would be freed, and counted, in this one
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and end otherwise
     record = profile(use_cpu=True, profile_memory=True, acc_events=True)
     # Its table of operations is not wanted, and takes ten times as long to make as the record itself.

@@ -1,6 +1,7 @@
 """The benchmarks run, say what they promise to say, and print no time for an engine that computes something else."""
 
 import copy
+import gc
 import json
 import pathlib
 import sys
@@ -535,6 +536,25 @@ class TestTiming:
 
         peak = __import__("timing").peak_bytes(allocate, torch.device("cpu"))
         assert 2 * 2**22 <= peak < 2 * 2**22 + 2**16
+
+    def test_garbage_of_one_record_is_not_freed_in_the_next(self):
+        timing = __import__("timing")
+
+        def allocate():
+            cycle = [torch.ones(2**20)]
+            cycle.append(cycle)
+
+        def free():
+            gc.collect()
+            return torch.ones(2**20)
+
+        gc.disable()
+        try:
+            timing.peak_bytes(allocate, torch.device("cpu"))
+            peak = timing.peak_bytes(free, torch.device("cpu"))
+        finally:
+            gc.enable()
+        assert 2**22 <= peak < 2**22 + 2**16
 
     def test_json_has_no_nan(self):
         assert __import__("timing").finite_or_none({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
