@@ -92,23 +92,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: getattr(options, name) for name in ("images", "limit", "t", "num_steps", "norm", "eps", "seed", "draws")}
     settings |= {"shard": options.shard, "threads": options.threads, "eot_iter": options.eot_iter, "sizes": options.sizes}
     for defense in options.defenses:
-        for name in options.curves:
-            for share in options.points:
-                rows.append(point(defense, name, share, options))
-                print(line(rows[-1]), flush=True)
-                document = {
-                    "settings": settings,
-                    "environment": environment(torch.device(options.device)),
-                    "rows": rows,
-                    "goal": [goal(rows, each) for each in options.defenses],
-                }
-                if options.json is not None:
-                    write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
+        for name, share in points(options.curves, options.points):
+            rows.append(point(defense, name, share, options))
+            print(line(rows[-1]), flush=True)
+            document = {
+                "settings": settings,
+                "environment": environment(torch.device(options.device)),
+                "rows": rows,
+                "goal": [goal(rows, each) for each in options.defenses],
+            }
+            if options.json is not None:
+                write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
     for found in document["goal"]:
         print(told(found))
     if options.plot is not None:
         write_whole(options.plot, picture(rows, options.protocol))
     return 0
+
+
+def points(curves: Sequence[str], shares: Sequence[float]) -> list[tuple[str, float]]:
+    """Of "NAME" at each of the shares, of "NAME@SHARE" at its own."""
+    found = []
+    for curve in curves:
+        name, at, share = curve.partition("@")
+        found += [(name, float(share))] if at else [(name, each) for each in shares]
+    return found
 
 
 def point(defense: str, name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -257,7 +265,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, help="the figure, a PNG")
     add("--protocol", choices=list(PROTOCOLS), default="average", help="that the figure shows (default: %(default)s)")
     add("--defenses", nargs="+", choices=DEFENSES, default=list(DEFENSES), help="(default: all)")
-    add("--curves", nargs="+", choices=list(CURVES), default=list(CURVES), help="(default: all)")
+    said = f"of {', '.join(CURVES)}; NAME@SHARE is one point (default: all)"
+    add("--curves", nargs="+", metavar="NAME[@SHARE]", default=list(CURVES), help=said)
     add("--points", nargs="+", type=float, default=list(SHARES), help="shares of the full iterations (default: %(default)s)")
     add("--sizes", type=float, default=1.0, help="of all iterations, so much: 0.1 for a tenth (default: %(default)s)")
     add("--eot-iter", type=int, help="draws of every gradient (default: each attack's own)")
@@ -276,8 +285,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add("--progress", action="store_true", help="a bar for each run")
     options = parser.parse_args(arguments)
-    if not all(0 < share <= 1 for share in options.points) or options.sizes <= 0:
-        parser.error("--points are shares in (0, 1] and --sizes is above 0")
+    try:
+        asked = points(options.curves, options.points)
+    except ValueError as error:
+        parser.error(f"--curves takes NAME or NAME@SHARE: {error}")
+    if unknown := {name for name, _ in asked} - CURVES.keys():
+        parser.error(f"--curves knows no {', '.join(map(repr, sorted(unknown)))}; it knows {', '.join(map(repr, CURVES))}")
+    if not all(0 < share <= 1 for _, share in asked) or options.sizes <= 0:
+        parser.error("shares are in (0, 1] and --sizes is above 0")
     return options
 
 
