@@ -26,4 +26,5 @@ wrapped = PyTorchClassifier(
 )
 attack = ProjectedGradientDescent(wrapped, eps=8 / 255, eps_step=2 / 255, max_iter=3, verbose=False)
 x_adv = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
-print(f"largest change {255 * (x_adv - x).abs().max():.1f}/255; right on one fresh draw:", (defense(x_adv).argmax(1) == y).tolist())
+right = (defense(x_adv).argmax(dim=1) == y).tolist()  # on one fresh draw
+print(f"largest change {255 * (x_adv - x).abs().max():.1f}/255; right: {right}")

@@ -3,8 +3,8 @@
 #
 # Needs: pyautoattack
 #
-# A `PurifiedClassifier` is an `nn.Module` from images to logits whose gradient is exact, so any attack for PyTorch runs on it unchanged. Each
-# call takes a fresh draw of the noise, however often the attack reseeds torch.
+# A `PurifiedClassifier` is an `nn.Module` from images to logits whose gradient is exact, so any attack for PyTorch
+# runs on it unchanged. Each call takes a fresh draw of the noise, however often the attack reseeds torch.
 
 # %%
 import torch

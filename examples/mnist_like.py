@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Grey 28 × 28 images, two classes, everything trained here
 #
-# Nothing in coupfast knows CIFAR-10: sizes, channels and classes follow from your networks. Here are grey images of disks and squares,
-# a classifier and a score network, both trained in a few seconds.
+# Nothing in coupfast knows CIFAR-10: sizes, channels and classes follow from your networks. Here are grey images of
+# disks and squares, a classifier and a score network, both trained in a few seconds.
 
 # %%
 import math
@@ -29,7 +29,10 @@ def shapes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 # %%
 torch.manual_seed(0)
-classifier = nn.Sequential(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+classifier = nn.Sequential(
+    *(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU()),
+    *(nn.Flatten(), nn.Linear(256, 2)),
+)
 optimizer = torch.optim.Adam(classifier.parameters(), lr=3e-3)
 for step in range(60):
     x, y = shapes(64, step)
@@ -74,6 +77,7 @@ score.eval()
 
 # %%
 x, y = shapes(8, 5000)
-defense = coupfast.PurifiedClassifier(coupfast.Purifier(coupfast.load_score(score), classifier, t=0.06, num_steps=6), classifier)
+purifier = coupfast.Purifier(coupfast.load_score(score), classifier, t=0.06, num_steps=6)
+defense = coupfast.PurifiedClassifier(purifier, classifier)
 result = coupfast.evaluate(defense, x, y, attack="pgd-eot", iterations=3, eot_iter=2, eps=0.2, draws=5, shard=8)
 print(result.table())

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # An attack of your own
 #
-# An attack is a frozen dataclass with `run` and `cost`. Its fields are its knobs: they become options of the command line and are kept in
-# the ledger. `run` gets the defense, whose noise the evaluation has set, and returns images.
+# An attack is a frozen dataclass with `run` and `cost`. Its fields are its knobs: they become options of the command
+# line and are kept in the ledger. `run` gets the defense, whose noise the evaluation has set, and returns images.
 
 # %%
 import dataclasses
@@ -48,4 +48,5 @@ result = coupfast.evaluate(defense, x, y, attack=Momentum(iterations=2, decay=0.
 print(result.table())
 
 # %% [markdown]
-# On the command line, from a file that can be imported: `coupfast evaluate IN --attack own_attack:Momentum --decay 0.5 --out RUN`.
+# On the command line, from a file that can be imported: `coupfast evaluate IN --attack own_attack:Momentum --decay
+# 0.5 --out RUN`.

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A method of your own
 #
-# A method that is linear in each step is a table of numbers, any other is a step function. Both are frozen dataclasses; both have the exact
-# gradient, a certificate, a plan, all attacks and the command line without another line of code.
+# A method that is linear in each step is a table of numbers, any other is a step function. Both are frozen
+# dataclasses; both have the exact gradient, a certificate, a plan, all attacks and the command line without another
+# line of code.
 
 # %%
 import dataclasses
@@ -18,7 +19,8 @@ from coupfast.options import option
 # %% [markdown]
 # ## A table
 #
-# x' = a x + b ε̂(x, t) + c g(x) + d z, and here + e x_in: each step is pulled back to the image by a share of the distance.
+# x' = a x + b ε̂(x, t) + c g(x) + d z, and here + e x_in: each step is pulled back to the image by a share of the
+# distance.
 
 
 # %%
@@ -40,7 +42,8 @@ class Tethered(coupfast.TableMethod):
         h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
         a, b, d = 1 + beta * h / 2, -beta * h / sigma, np.sqrt(beta * h)
         keep = 1 - self.pull
-        return Recipe(coupfast.CoefficientTable(t, keep * a, keep * b, np.zeros_like(a), keep * d, e=np.full_like(a, self.pull)))
+        c, e = np.zeros_like(a), np.full_like(a, self.pull)
+        return Recipe(coupfast.CoefficientTable(t, keep * a, keep * b, c, keep * d, e=e))
 
 
 # %% [markdown]
@@ -69,8 +72,9 @@ score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifie
 for method in (Tethered(pull=0.1), Careful()):
     defense = coupfast.PurifiedClassifier(coupfast.Purifier(score, method=method), classifier, seed=0)
     certificate = coupfast.check_gradient(defense, x, images=1, draws=0, directions=0)
-    print(f"{type(method).__name__}: {certificate.verdict}, {defense.purifier.num_steps} steps, engine {defense.purifier.engine}")
+    print(f"{type(method).__name__}: {certificate.verdict}, engine {defense.purifier.engine}")
     assert certificate.holds
 
 # %% [markdown]
-# On the command line, from a file that can be imported: `coupfast purify IN --out DIR --method own_method:Tethered --pull 0.1`.
+# On the command line, from a file that can be imported: `coupfast purify IN --out DIR --method own_method:Tethered
+# --pull 0.1`.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Evaluate networks of your own
 #
-# You have a classifier and a network that predicts noise, both plain PyTorch modules. This goes from there to a verdict. The networks
-# here are random and tiny, so that it runs in seconds; put yours in their place.
+# You have a classifier and a network that predicts noise, both plain PyTorch modules. This goes from there to a
+# verdict. The networks here are random and tiny, so that it runs in seconds; put yours in their place.
 
 # %%
 import torch
@@ -13,15 +13,16 @@ import coupfast
 # %% [markdown]
 # ## A classifier
 #
-# Any module from images in [0, 1], shape (batch, channels, height, width), to logits. If yours wants normalised images, normalise in
-# its `forward`.
+# Any module from images in [0, 1], shape (batch, channels, height, width), to logits. If yours wants normalised
+# images, normalise in its `forward`.
 
 
 # %%
 class Classifier(nn.Module):
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU())
+        convolutions = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 32, 3, stride=2)
+        self.features = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU())
         self.head = nn.Linear(32, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,9 +33,10 @@ class Classifier(nn.Module):
 # %% [markdown]
 # ## A score network
 #
-# Any module that is called with states in the [-1, 1] scale and `labels` = 999 t, a float for each image, and returns the noise that it
-# sees in them. `load_score` adapts others: `prediction="v_prediction"` or `"sample"`, `labels="rounded"` for a table of time steps,
-# `learned_variance=True`. `coupfast.Purifier` says so if the answer cannot be a noise.
+# Any module that is called with states in the [-1, 1] scale and `labels` = 999 t, a float for each image, and returns
+# the noise that it sees in them. `load_score` adapts others: `prediction="v_prediction"` or `"sample"`,
+# `labels="rounded"` for a table of time steps, `learned_variance=True`. `coupfast.Purifier` says so if the answer
+# cannot be a noise.
 
 
 # %%

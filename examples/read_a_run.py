@@ -3,8 +3,8 @@
 #
 # Needs: pandas
 #
-# A run's folder has a ledger (SQLite) and a file of images and logits for each unit. `Evaluation` opens it; `to_csv` and `to_dict` give
-# what pandas reads.
+# A run's folder has a ledger (SQLite) and a file of images and logits for each unit. `Evaluation` opens it; `to_csv`
+# and `to_dict` give what pandas reads.
 
 # %%
 import io

@@ -3,9 +3,9 @@
 #
 # Needs: robustbench
 #
-# RobustBench's classifiers take images in [0, 1] and return logits, as coupfast's do, so they work behind a purifier, and a purified
-# classifier works in RobustBench's own functions. `coupfast.load_classifier("Standard")` fetches RobustBench's weights; here its
-# architecture gets random ones, so that nothing is fetched.
+# RobustBench's classifiers take images in [0, 1] and return logits, as coupfast's do, so they work behind a purifier,
+# and a purified classifier works in RobustBench's own functions. `coupfast.load_classifier("Standard")` fetches
+# RobustBench's weights; here its architecture gets random ones, so that nothing is fetched.
 
 # %%
 import coupfast
@@ -31,5 +31,6 @@ behind = coupfast.PurifiedClassifier(coupfast.Purifier(score, method="reverse-sd
 print(f"of random weights: {clean_accuracy(behind, x, y, batch_size=4):.2f}")
 
 # %% [markdown]
-# `robustbench.benchmark(defense, dataset="cifar10", threat_model="Linf", eps=8 / 255)` runs AutoAttack `standard` on the CIFAR-10 test set,
-# which it downloads. A randomized defense wants AutoAttack `rand`: `coupfast.evaluate(defense, x, y, attack="autoattack-rand")`.
+# `robustbench.benchmark(defense, dataset="cifar10", threat_model="Linf", eps=8 / 255)` runs AutoAttack `standard` on
+# the CIFAR-10 test set, which it downloads. A randomized defense wants AutoAttack `rand`: `coupfast.evaluate(defense,
+# x, y, attack="autoattack-rand")`.

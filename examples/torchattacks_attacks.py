@@ -17,4 +17,5 @@ defense = coupfast.PurifiedClassifier(coupfast.Purifier(score, classifier, t=0.0
 
 # %%
 x_adv = torchattacks.PGD(defense, eps=8 / 255, alpha=2 / 255, steps=3)(x, y)
-print(f"largest change {255 * (x_adv - x).abs().max():.1f}/255; right on one fresh draw:", (defense(x_adv).argmax(1) == y).tolist())
+right = (defense(x_adv).argmax(dim=1) == y).tolist()  # on one fresh draw
+print(f"largest change {255 * (x_adv - x).abs().max():.1f}/255; right: {right}")

@@ -1,7 +1,7 @@
 """Make the pictures of the README and the site again: python scripts/pictures.py [DIR], by default docs/pictures.
 
-Needs what the demo needs. All of them come from the package on the shipped networks and the 20 images of foolbox, but for the bars of
-`gradients.png`, which are of bench/results/attack_gradients.json. Takes a few minutes.
+Needs what the demo needs. All of them come from the package on the shipped networks and the 20 images of foolbox, but
+for the bars of `gradients.png`, which are of bench/results/attack_gradients.json. Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def draws(score: torch.nn.Module, classifier: torch.nn.Module, x_adv: torch.Tens
 def gradients() -> Figure:
     """How many images stay right, by the gradient that the attacker follows."""
     found = json.loads((ROOT / "bench" / "results" / "attack_gradients.json").read_text())
-    names = {"exact": "exact", "detached": "exact,\nno Hessian", "surrogate": "surrogate", "bpda": "BPDA", "published": "as published"}
+    names = {"exact": "exact", "detached": "exact,\nno Hessian", "surrogate": "surrogate", "bpda": "BPDA"}
+    names["published"] = "as published"
     figure = Figure(figsize=(6, 3), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     rows = [row for mode in names for row in found["rows"] if row["mode"] == mode]
@@ -143,8 +144,10 @@ def gradients() -> Figure:
     one = [100 * row["one_draw"] / found["settings"]["images"] for row in rows]
     low = [value - 100 * row["wilson_95"][0] for value, row in zip(one, rows, strict=True)]
     high = [100 * row["wilson_95"][1] - value for value, row in zip(one, rows, strict=True)]
-    axes.bar([p - 0.2 for p in places], one, 0.38, yerr=[low, high], color=BLUE, capsize=3, label="one draw, with its 95 % interval")
-    axes.bar([p + 0.2 for p in places], [100 * row["mean"] for row in rows], 0.38, color=ORANGE, hatch="//", label="average of ten draws")
+    left, right = ([place + shift for place in places] for shift in (-0.2, 0.2))
+    axes.bar(left, one, 0.38, yerr=[low, high], color=BLUE, capsize=3, label="one draw, with its 95 % interval")
+    means = [100 * row["mean"] for row in rows]
+    axes.bar(right, means, 0.38, color=ORANGE, hatch="//", label="average of ten draws")
     axes.set_xticks(list(places), [names[row["mode"]] for row in rows], fontsize=9)
     axes.set_ylabel("attacked images still right, %")
     axes.set_ylim(0, 100)

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from coupfast import cli
 from coupfast.models import registry as network_registry
 from coupfast_kernels import registry as kernel_registry
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("./scripts/", ". ", ".ci/", "python", "pip", "git", "sphinx-build", "ray", "sbatch", "cd", "export", "pytest", "pre-commit")
+#: What else a page may tell people to type.
+SCRIPTS = ("./scripts/", ".", "python", "pip", "ray")
 #: A fenced block, with what a comment above it says of why it is not run.
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -47,14 +49,14 @@ def test_the_site_builds_without_warnings(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_code_runs(page, tmp_path, monkeypatch):
-    """Python blocks of a page run in order in one namespace and folder; a block that begins with `# NAME.py` is written there as
-    a module, too. Lines of `sh` blocks that are `coupfast` or `python NAME.py` run as well, unless a comment says why not: then
-    their options are parsed.
+    """Python blocks of a page run in order in one namespace and folder; one that begins with `# NAME.py` is written there as a
+    module instead. Lines of `sh` blocks run, too, unless a comment says why not: then their options are parsed.
     """
     namespace = {"__name__": "__page__"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    # What a page registers is known on that page only.
+    # What a page registers is known on that page only. (Looking a name up imports the package's own.)
+    assert network_registry.find_known("score", "cifar10-tiny") and network_registry.find_known("classifier", "cifar10-tiny")
     monkeypatch.setattr(kernel_registry, "_kernels", {kernel.name: kernel for kernel in kernel_registry.kernels()})
     monkeypatch.setattr(network_registry, "_families", dict(network_registry._families))
     monkeypatch.setattr(network_registry, "_names", list(network_registry._names))
@@ -96,6 +98,7 @@ def check_line(line: str, *, run: bool) -> None:
                 status = cli.main(argv)
             assert status == 0, f"{line}\n{output.getvalue()}"
         else:
+            argv = [word if word != "cuda" or torch.cuda.is_available() else "cpu" for word in argv]
             cli.parser(argv).parse_args(argv)
     else:
         assert words[0].startswith(SCRIPTS), f"nothing checks this line: {line}"

@@ -1,7 +1,7 @@
 """Figures and tables of the pages, read from `bench/results/` when the site is built, so that no figure is typed twice.
 
-A page says `{{ name(...) }}`, Jinja's notation, with one of the names in `CONTEXT`. `python docs/_ext/figures.py` prints the table
-that the README has a copy of.
+A page says `{{ name(...) }}`, Jinja's notation, with one of the names in `CONTEXT`. `python docs/_ext/figures.py` prints
+the table that the README has a copy of.
 """
 
 from __future__ import annotations
@@ -231,8 +231,8 @@ def kept() -> str:
             f"{all_['ratio_to_eager_engine']:.1f}",
         ]
         body.append([label, *cells, source(name)])
-    head = ["exact gradient", "cpu that keeps none ÷ cpu that keeps all", "eager ÷ cpu, neither keeps", "eager ÷ cpu, both keep"]
-    return markdown([*head, "measured in"], body)
+    head = ["exact gradient", "cpu that keeps none ÷ cpu that keeps all", "eager ÷ cpu, neither keeps"]
+    return markdown([*head, "eager ÷ cpu, both keep", "measured in"], body)
 
 
 def peers() -> str:
@@ -303,12 +303,15 @@ def winograd() -> str:
     direct = found["direct sum, one run"]
     return markdown(
         [f"one layer, {results('winograd-points.json')['channels']} channels, against float64", "relative error", "× direct"],
-        [[label.replace("4x4", "4 × 4"), f"{error:.1e}".replace("e-0", "e-"), f"{error / direct:.2g}"] for label, error in found.items()],
+        [
+            [label.replace("4x4", "4 × 4"), f"{error:.1e}".replace("e-0", "e-"), f"{error / direct:.2g}"]
+            for label, error in found.items()
+        ],
     )
 
 
 def layers(*names: str) -> str:
-    """Single convolutions: times faster than the faster of PyTorch's, the algorithm, and its share of a matrix product's rate."""
+    """Single convolutions: times faster than the faster of PyTorch's, the algorithm, its share of a matrix product's rate."""
     columns = [results(name)["rows"] for name in names]
     body = []
     for each in columns[0]:
@@ -338,7 +341,8 @@ def whole_networks() -> str:
             if each["kind"] == "network":
                 key = {k: each[k] for k in ("kind", "network", "direction")}
                 other = "–" if second is None else f"{row(second, **key)['ratio_to_eager']:.2f}"
-                body.append([f"{each['network']}, batch {each['batch']}", each["direction"], f"{each['ratio_to_eager']:.2f}", other])
+                label = f"{each['network']}, batch {each['batch']}"
+                body.append([label, each["direction"], f"{each['ratio_to_eager']:.2f}", other])
     return markdown(["network", "pass", "AVX-512", "AVX2"], body)
 
 

@@ -1,4 +1,4 @@
-"""Pages are Jinja templates: tables and figures from result files, the command line's help, the lists of methods and solvers."""
+"""Pages are Jinja templates: figures from result files, the command line's help, the lists of methods and solvers."""
 
 from __future__ import annotations
 
