@@ -40,6 +40,13 @@ class Evaluation:
 
     Raises:
         LedgerError: if there is no run, or it is another version's.
+
+    Example:
+        >>> import torch, coupfast
+        >>> classifier, x = coupfast.load_classifier("cifar10-tiny"), torch.rand(4, 3, 32, 32)
+        >>> result = coupfast.evaluate(classifier, x, classifier(x).argmax(dim=1), attack="none", draws=2)
+        >>> result.accuracies["clean"]["worst"].value, result.to_dict()["accuracies"][0]["protocol"]
+        (1.0, 'official')
     """
 
     def __init__(

@@ -8,10 +8,13 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import coupfast
+from coupfast import settings
 
 _SECTION = re.compile(r"\s*(Args|Attributes|Returns|Raises|Example|Examples|Yields|Memory|Note):\s*$")
 _CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 _BULLET = re.compile(r"\s*\* ")
+#: A line of the list that `purify` has of its options.
+_OPTION = re.compile(r"(\s{8,})([a-z_]+) \((.*?)\): (.*)")
 
 #: What a docstring may name and a reader may want to go to: what the page of the API has, by the names that docstrings use.
 LINKS = {
@@ -46,6 +49,10 @@ def plain(line: str) -> str:
     return "".join(parts)
 
 
+def _is_option(name: str) -> bool:
+    return any(name == option.keyword for options in settings.options().values() for option in options)
+
+
 def convert(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     made: list[str] = []
     literal: int | None = None  # the indentation of text that an indented block stands under
@@ -70,6 +77,9 @@ def convert(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
             literal = base
             made += [" " * base + "::", ""]
             made.append(line)
+            continue
+        if name == "coupfast.purify" and (option := _OPTION.fullmatch(line)) and _is_option(option[2]):
+            made.append(f"{option[1]}* ``{option[2]}`` ({plain(option[3])}): {plain(option[4])}")
             continue
         section = bool(_SECTION.match(line)) or (section and indent > 0)
         made.append(line if _SECTION.match(line) else plain(line))
