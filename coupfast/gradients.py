@@ -118,7 +118,7 @@ class Exact(Gradient):
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")
-        >>> chosen = coupfast.AdjointParameters()
+        >>> chosen = coupfast.Exact(guidance="detached")
         >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=chosen)
         >>> purifier.settings.gradient.name
         'exact'
