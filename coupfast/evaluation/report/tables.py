@@ -222,7 +222,11 @@ def _attack(run: Run) -> str:
         return "no attack"
     # Salt and pepper knows no ball.
     ball = any("eps" in fields for fields in run.configuration["stages"].values())
-    return str(spec["attack"]) + (f" {spec['norm']} {radius(spec['norm'], spec['eps'])}" if ball else "")
+    return str(spec["attack"]) + (f" {spec['norm']} {_radius(spec)}" if ball else "")
+
+
+def _radius(spec: Mapping[str, Any]) -> str:
+    return radius(spec["norm"], spec["eps"])
 
 
 def comparison(first: Run, second: Run) -> list[Section]:
