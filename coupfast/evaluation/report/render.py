@@ -42,7 +42,8 @@ def _html_table(table: Table) -> str:
 
 def _html_picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    return f'<p>{html.escape(picture.note)}</p>\n<img alt="{html.escape(picture.alt or picture.title)}" src="data:image/png;base64,{data}">'
+    alt = html.escape(picture.alt or picture.title)
+    return f'<p>{html.escape(picture.note)}</p>\n<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 def _html_text(text: Text) -> str:
