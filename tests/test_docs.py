@@ -105,3 +105,11 @@ def check_line(line: str, *, run: bool) -> None:
         assert not run, f"a page says why it does not run what is not `coupfast`: {line}"
         if script := next((word for word in words if re.fullmatch(r"(\./)?(bench|scripts|examples|\.ci)/[\w./]+", word)), None):
             assert (ROOT / script).exists() or "MACHINE" in script, line
+
+
+def test_paths_that_pages_name_are_there():
+    pattern = re.compile(r"`((?:\./)?(?:tests|bench|scripts|examples|docs|coupfast|kernels|\.ci)/[\w./-]+?)(?:`|[ :])")
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = {(page.name, path) for page in pages for path in pattern.findall(page.read_text()) if "MACHINE" not in path}
+    assert len(named) > 50
+    assert sorted((page, path) for page, path in named if not (ROOT / path).exists()) == []
