@@ -329,6 +329,16 @@ def layers(*names: str) -> str:
     return markdown(["network", "convolution", "pass", *heads], body)
 
 
+def slower(name: str) -> dict[str, str]:
+    """How many convolutions of a file are slower than the faster of PyTorch's, of how many, and the least ratio."""
+    ratios = [
+        min(each["ratio_to_eager"], each["ratio_to_channels_last"])
+        for each in results(name)["rows"]
+        if each["kind"] == "layer" and each["chosen"]
+    ]
+    return {"count": str(sum(r < 1 for r in ratios)), "all": str(len(ratios)), "least": f"{min(ratios):.2f}"}
+
+
 def whole_networks() -> str:
     """Whole networks, times faster than eager PyTorch."""
     body = []
@@ -469,7 +479,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
     for function in (
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept, peers, autoattack, attack_gradients),
-        *(solvers, winograd, layers, whole_networks, guided_step_cpu, kernel_times, files),
+        *(solvers, winograd, layers, slower, whole_networks, guided_step_cpu, kernel_times, files),
     )
 }
 
