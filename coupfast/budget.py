@@ -37,6 +37,13 @@ class Plan:
         least_bytes: The least `memory_budget` that this batch can run in.
         budget_bytes: The budget that the plan was made for.
         evaluations: Predicted network evaluations of the whole batch, forward and backward pass together, by kind.
+
+    Example:
+        >>> import coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> plan = coupfast.Purifier(score, classifier, num_steps=5, memory_budget="least").plan(4)
+        >>> plan.least_bytes <= plan.peak_bytes
+        True
     """
 
     batch: int

@@ -96,6 +96,14 @@ class GradientCertificate:
         steps_at_once: Steps that it went through in one piece.
         seconds: Time of the whole check.
         torch: Version.
+
+    Example:
+        >>> import torch, coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> defense = coupfast.PurifiedClassifier(coupfast.Purifier(score, classifier, num_steps=2), classifier)
+        >>> found = coupfast.check_gradient(defense, torch.rand(1, 3, 32, 32), images=1, draws=0, directions=0)
+        >>> found.verdict, found.holds
+        ('exact', True)
     """
 
     has_gradient: bool

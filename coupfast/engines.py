@@ -42,6 +42,12 @@ class Engine:
             convolutions split in three, close to fp32; and with products of 11 bits.
         options: Of the cuda engine, parts to switch off, to find out which is at fault: `compile`, `graphs`, `triton`. Of the
             cpu engine `largest_tile`, see `coupfast.engine.cpu.Options`.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method="reverse-sde", engine=coupfast.Engine(name="eager")).engine
+        'eager'
     """
 
     name: str = option("auto", keyword="engine", choices=("auto", *ENGINES), help="what runs the steps")

@@ -114,6 +114,14 @@ class Exact(Gradient):
         memory_budget: Bytes above the weights that a run with gradient may use; `"auto"` takes up to half of what is free,
             `"least"` keeps nothing but states. Splits the batch only where one step of it does not fit, which changes its
             rounding (what is kept does not): `"whole"` takes as much as `"auto"`, and `"least"` as little as it can, without.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> chosen = coupfast.Exact(guidance="detached")
+        >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=chosen)
+        >>> purifier.settings.gradient.name
+        'exact'
     """
 
     name: ClassVar[str] = "exact"
@@ -148,6 +156,13 @@ class Surrogate(Exact):
     Attributes:
         steps: Of the coarser grid.
         guidance, memory_budget: As of `Exact`.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=coupfast.Surrogate(steps=5))
+        >>> purifier.settings.gradient.name
+        'surrogate'
     """
 
     name: ClassVar[str] = "surrogate"
@@ -199,6 +214,13 @@ class Adjoint(Gradient):
 
     Attributes:
         guidance: As of `Exact`.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=coupfast.Adjoint())
+        >>> purifier.settings.gradient.name
+        'adjoint'
     """
 
     name: ClassVar[str] = "adjoint"
@@ -257,7 +279,15 @@ class Adjoint(Gradient):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdjointParameters(Adjoint):
-    """`Adjoint` with the integrals of all parameter gradients, as published code computes them."""
+    """`Adjoint` with the integrals of all parameter gradients, as published code computes them.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=coupfast.AdjointParameters())
+        >>> purifier.settings.gradient.name
+        'adjoint-parameters'
+    """
 
     name: ClassVar[str] = "adjoint-parameters"
     parameters: ClassVar[bool] = True
@@ -265,7 +295,15 @@ class AdjointParameters(Adjoint):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BPDA(Gradient):
-    """The identity in the place of the purification's Jacobian (Athalye et al. 2018, arXiv:1802.00420)."""
+    """The identity in the place of the purification's Jacobian (Athalye et al. 2018, arXiv:1802.00420).
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=coupfast.BPDA())
+        >>> purifier.settings.gradient.name
+        'bpda'
+    """
 
     name: ClassVar[str] = "bpda"
     flows: ClassVar[bool] = False
@@ -276,7 +314,15 @@ class BPDA(Gradient):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoGradient(Gradient):
-    """No gradient at all: purification only."""
+    """No gradient at all: purification only.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> purifier = coupfast.Purifier(score, method="reverse-sde", num_steps=10, gradient=coupfast.NoGradient())
+        >>> purifier.settings.gradient.name
+        'none'
+    """
 
     name: ClassVar[str] = "none"
     flows: ClassVar[bool] = False

@@ -55,6 +55,14 @@ class Purifier(nn.Module):
     Attributes:
         settings: Method, gradient and engine, with all their options.
         last_seed: The seed of the last call's noise (the one drawn, where None was given).
+
+    Example:
+        >>> import torch, coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> purifier = coupfast.Purifier(score, classifier, method="coup", t=0.06, num_steps=3)
+        >>> x = torch.rand(2, 3, 32, 32)
+        >>> torch.equal(purifier(x, seed=0), purifier(x, seed=0))
+        True
     """
 
     def __init__(
@@ -295,6 +303,15 @@ class PurifiedClassifier(nn.Module):
     Attributes:
         next_draw: The draw that the next call without `draw` takes; readable, settable, and in `state_dict`. Every such
             call takes the next one, so repeated calls see fresh noise, and a restored counter repeats them bit for bit.
+
+    Example:
+        >>> import torch, coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> defense = coupfast.PurifiedClassifier(coupfast.Purifier(score, classifier, num_steps=2), classifier, seed=0)
+        >>> x = torch.rand(1, 3, 32, 32, requires_grad=True)
+        >>> defense(x, draw=0)[0, 3].backward()
+        >>> x.grad.shape
+        torch.Size([1, 3, 32, 32])
     """
 
     def __init__(self, purifier: Purifier, classifier: nn.Module, seed: int = 0) -> None:
@@ -430,6 +447,12 @@ def purify(
 
     Memory of a backward pass: 12 KiB per CIFAR-10 image and step, and one step's activations; see `Purifier.plan`.
     Reference: Zhang et al. 2024, arXiv:2408.05900; Nie et al. 2022, arXiv:2205.07460.
+
+    Example:
+        >>> import torch, coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> coupfast.purify(torch.rand(2, 3, 32, 32), score, classifier, t=0.06, num_steps=2, seed=0).shape
+        torch.Size([2, 3, 32, 32])
     """
     purifier = Purifier(score, classifier, settings=settings, **keywords)
     return purifier(x, seed=seed, ids=ids, draw=draw, noise=noise, return_trajectory=return_trajectory, progress=progress)

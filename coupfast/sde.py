@@ -30,6 +30,12 @@ class VPSDE:
 
     Raises:
         ValueError: if the schedule is not 0 <= beta_min <= beta_max with beta_max > 0.
+
+    Example:
+        >>> import coupfast
+        >>> sde = coupfast.VPSDE(beta_min=0.1, beta_max=20.0)
+        >>> round(float(sde.beta(0.1)), 2), round(float(sde.sigma(0.1)), 3)
+        (2.09, 0.322)
     """
 
     beta_min: float = 0.1

@@ -45,6 +45,12 @@ class Settings:
 
     Raises:
         ValueError: if the three do not go together; the message says why.
+
+    Example:
+        >>> import coupfast
+        >>> settings = coupfast.Settings.of(method="diffpure", t=0.06, num_steps=20, gradient="bpda")
+        >>> coupfast.Settings.from_dict(settings.to_dict()) == settings
+        True
     """
 
     method: Method = COUP()

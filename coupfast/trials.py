@@ -146,7 +146,7 @@ def _called(name: str, network: nn.Module, *inputs: torch.Tensor) -> Any:
         words = " ".join(str(error).split())
         hint = ""
         if "embedding" in words or "indices" in words:
-            hint = "; labels are floats, 999 t: a network of integer labels needs an adapter"
+            hint = "; labels are floats, 999 t: a network of integer labels needs an adapter, `load_score(…, labels='rounded')`"
         elif "positional argument" in words:
             hint = f"; a {name} takes {'(x, labels)' if name == 'score net' else 'images only'}: are the networks swapped?"
         elif says := [f"{key} = {getattr(network, key)}" for key in ("channels", "image_size") if hasattr(network, key)]:

@@ -281,7 +281,7 @@ def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argpars
             axes.set_xticks([])
             axes.set_yticks([])
             right = verdict["predicted"][j] == y[j].item()
-            colour = "#1b6e3c" if right else "#b3261e"
+            colour = "#0072B2" if right else "#D55E00"  # of Okabe and Ito, for the colour-blind
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=2)
             if i == 0:  # what it is
@@ -295,7 +295,7 @@ def draw(rows: list[dict], x: Tensor, x_adv: Tensor, y: Tensor, options: argpars
     figure.text(
         0.15 / width,
         0.16 / height,
-        "Below each image: the class that the classifier sees, and its confidence; green: right, red with ✗: wrong.\n"
+        "Below each image: the class that the classifier sees, and its confidence; blue: right, orange with ✗: wrong.\n"
         "The attack (APGD-CE) does not know the defences: this shows what purification does, not how robust it is.",
         fontsize=9,
         color="#444444",

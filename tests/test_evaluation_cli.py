@@ -200,7 +200,7 @@ def test_says_what_is_wrong_before_any_work(networks, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "attack, gradient, said",
     [
-        (["bpda-eot-20", "--iterations", "2", "--eot-iter", "2"], "bpda", "coup under bpda-eot-20, Linf 0.0313725, 4 images;"),
+        (["bpda-eot-20", "--iterations", "2", "--eot-iter", "2"], "bpda", "coup under bpda-eot-20, Linf 8/255, 4 images;"),
         (["salt-and-pepper", "--amount", "0.2"], "exact", "coup under salt-and-pepper, 4 images;"),
     ],
 )

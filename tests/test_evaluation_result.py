@@ -65,7 +65,7 @@ def test_json_and_csv(found, tmp_path):
 def test_repr_says_what_matters(found):
     text = repr(found)
     assert len(text.splitlines()) == 1
-    assert f"coup under autoattack-rand, Linf {SMALL.eps:.6g}, 5 images" in text
+    assert f"coup under autoattack-rand, Linf {255 * SMALL.eps:g}/255, 5 images" in text
     assert f"clean {100 * found.clean_accuracy:.1f} %, attacked {100 * found.accuracy:.1f} %" in text
 
 

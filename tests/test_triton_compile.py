@@ -1,4 +1,4 @@
-"""The kernels compile without a GPU, for A100, H100/H200 and B200, into what their docstrings and kernels/README.md say.
+"""The kernels compile without a GPU, for A100, H100/H200 and B200, into what their docstrings and docs/how/ say.
 
 Every version of Triton is asked for what results stand on, and for no spills where memory is what bounds a kernel. Registers,
 accesses and counts of instructions are the compiler's as much as ours: they are promised of the versions in `FIGURES_OF`.
@@ -53,7 +53,7 @@ ON_ALL_TARGETS = [
     "channels-last, eight columns: forward",
 ]
 
-#: .ci/constraints.txt installs the first; the tables of kernels/README.md were made with the last.
+#: .ci/constraints.txt installs the first; bench/results/kernel-report-triton-3.9.md was made with the last.
 FIGURES_OF = ("3.7.1", "3.9.0")
 figures = pytest.mark.skipif(
     triton.__version__ not in FIGURES_OF,

@@ -72,6 +72,14 @@ class Certification:
         alpha: Share of certificates that may be wrong.
         seed: Of the noise.
         images: One certificate an image, in order.
+
+    Example:
+        >>> import torch, coupfast
+        >>> purifier = coupfast.Purifier(coupfast.load_score("cifar10-tiny"), method="denoised-smoothing", sigma=0.25)
+        >>> defense = coupfast.PurifiedClassifier(purifier, coupfast.load_classifier("cifar10-tiny"))
+        >>> found = coupfast.certify(defense, torch.rand(2, 3, 32, 32), torch.tensor([3, 5]), draws=20, selection_draws=5)
+        >>> len(found.images)
+        2
     """
 
     sigma: float
@@ -189,6 +197,14 @@ def certify(
 
     Raises:
         TypeError, ValueError: for what cannot be certified; the message says what was found.
+
+    Example:
+        >>> import torch, coupfast
+        >>> purifier = coupfast.Purifier(coupfast.load_score("cifar10-tiny"), method="denoised-smoothing", sigma=0.25)
+        >>> defense = coupfast.PurifiedClassifier(purifier, coupfast.load_classifier("cifar10-tiny"))
+        >>> found = coupfast.certify(defense, torch.rand(1, 3, 32, 32), torch.tensor([3]), draws=20, selection_draws=5)
+        >>> type(found).__name__
+        'Certification'
     """
     if not isinstance(defense, PurifiedClassifier):
         raise TypeError(f"`defense` is a coupfast.PurifiedClassifier, got {type(defense).__name__}")

@@ -36,15 +36,19 @@ def checked_images(x: torch.Tensor, y: torch.Tensor, *, paths: int | Sequence[in
     """
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"`{name}` is a torch.Tensor, got {type(value).__name__}")
+            raise TypeError(f"`{name}` is a torch.Tensor, got {type(value).__name__}; `torch.as_tensor({name})` makes one")
     x, y = x.detach().cpu(), y.detach().cpu()
     if x.dtype != torch.float32 or x.dim() != 4 or len(x) == 0:
-        raise ValueError(f"images are float32 of shape (n, channels, height, width), got {x.dtype} of {tuple(x.shape)}")
+        hint = "; of uint8 images `x.float() / 255` makes them" if x.dtype == torch.uint8 else ""
+        raise ValueError(f"images are float32 of shape (n, channels, height, width), got {x.dtype} of {tuple(x.shape)}{hint}")
     low, high = float(x.min()), float(x.max())
     if not (low >= 0.0 and high <= 1.0):
-        raise ValueError(f"images have values in [0, 1], got [{low:.6g}, {high:.6g}]")
+        raise ValueError(f"images have values in [0, 1], got [{low:.6g}, {high:.6g}]; leave normalisation to the classifier")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise ValueError(f"labels are int64, one per image: {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}")
+        raise ValueError(
+            f"labels are int64, one per image: {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}; of other integers "
+            "`y.long()` makes them"
+        )
     if not isinstance(paths, int) and paths and paths[-1] >= len(x):
         raise ValueError(f"`paths` names image {paths[-1]}, and there are {len(x)}, numbered from 0")
     digests: dict[bytes, int] = {}

@@ -83,6 +83,14 @@ def evaluate(
             not the run's; the message shows the difference. Before any work.
         LedgerError: if the ledger cannot be read or written, is another version's or is in use.
         UnitFailed: if a unit cannot be done.
+
+    Example:
+        >>> import torch, coupfast
+        >>> classifier, x = coupfast.load_classifier("cifar10-tiny"), torch.rand(4, 3, 32, 32)
+        >>> y = classifier(x).argmax(dim=1)
+        >>> result = coupfast.evaluate(classifier, x, y, attack="pgd-eot", iterations=2, eot_iter=1, draws=1)
+        >>> result.clean_accuracy
+        1.0
     """
     if isinstance(x, (str, Path)):
         raise TypeError(f"`x` are images, got {x!r}; the run's folder is `out`")

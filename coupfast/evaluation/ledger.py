@@ -164,7 +164,10 @@ class Ledger:
                 contextlib.closing(_write(folder / DATABASE, locks)) as database,
             ):
                 if database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    raise LedgerError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another")
+                    raise LedgerError(
+                        f"{folder} holds a run already; continue it with --resume {folder} (in Python `resume=True`), or "
+                        "choose another folder"
+                    )
                 # One transaction: a process that dies in here leaves no ledger at all.
                 database.executescript(
                     f"BEGIN EXCLUSIVE;{_TABLES}INSERT INTO run VALUES ({VERSION}, {_quoted(json.dumps(configuration))}, "

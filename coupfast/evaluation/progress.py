@@ -32,7 +32,14 @@ class Progress:
         bar = show and sys.stderr.isatty()
         self._lines, self._said = show and not bar, self._started
         self._bar = tqdm(
-            total=self._total, initial=before, desc="evaluate", unit="image", unit_scale=True, smoothing=0, disable=not bar
+            total=self._total,
+            initial=before,
+            desc="evaluate",
+            unit_scale=True,
+            smoothing=0,
+            disable=not bar,
+            # Without tqdm's own rate, which counts what falling images are spared: the state tells the one of purifications.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
     def __enter__(self) -> Progress:
@@ -62,7 +69,8 @@ class Progress:
 
     def _state(self) -> str:
         rate = (self._purified + self._in_flight.total()) / max(time.monotonic() - self._started, 1e-9)
-        return f"{self._fooled} images fooled, {self._units} units done, {rate:.3g} purifications/s"
+        fooled, units = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((self._fooled, "image"), (self._units, "unit")))
+        return f"{fooled} fooled, {units} done, {rate:.3g} purifications/s"
 
     def _say(self) -> None:
         self._said = time.monotonic()

@@ -179,11 +179,12 @@ def told(draws: int) -> list[int]:
 
 def describe(protocol: str, draws: int) -> str:
     """A protocol's name with its number of draws."""
-    names = {OFFICIAL: "official, one fresh draw a stage", "single": "one fresh draw", "worst": f"worst of {draws} draws"}
-    names |= {"majority": f"majority of {draws} draws", "average": f"average over {draws} draws"}
+    counted = f"{draws} draw{'s' * (draws != 1)}"
+    names = {OFFICIAL: "official, one fresh draw a stage", "single": "one fresh draw", "worst": f"worst of {counted}"}
+    names |= {"majority": f"majority of {counted}", "average": f"average over {counted}"}
     names |= {RESUBMISSION: f"{draws}-resubmission, all {draws} right"}
     names |= {protocol: f"inside the attack, {protocol.split()[1]} of {draws}" for protocol in INSIDE}
-    return names.get(protocol, f"{protocol} of {draws} draws")
+    return names.get(protocol, f"{protocol} of {counted}")
 
 
 def judged(ledger: Ledger) -> dict[str, Judged]:

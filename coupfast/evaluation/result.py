@@ -40,6 +40,13 @@ class Evaluation:
 
     Raises:
         LedgerError: if there is no run, or it is another version's.
+
+    Example:
+        >>> import torch, coupfast
+        >>> classifier, x = coupfast.load_classifier("cifar10-tiny"), torch.rand(4, 3, 32, 32)
+        >>> result = coupfast.evaluate(classifier, x, classifier(x).argmax(dim=1), attack="none", draws=2)
+        >>> result.accuracies["clean"]["worst"].value, result.to_dict()["accuracies"][0]["protocol"]
+        (1.0, 'official')
     """
 
     def __init__(
@@ -129,7 +136,7 @@ class Evaluation:
         defense = purification.name(fields["defense"], built=built, alone=spec["purifier"] is None)
         attack = spec["attack"] if stages else "no attack"
         if any("eps" in stage for stage in stages.values()):  # salt and pepper knows no ball
-            attack += f", {spec['norm']} {spec['eps']:.6g}"
+            attack += f", {spec['norm']} {radius(spec['norm'], spec['eps'])}"
         return f"{defense} under {attack}, {count} image{'s' * (count > 1)}"
 
     def table(self) -> str:
@@ -192,6 +199,11 @@ class Evaluation:
     def __repr__(self) -> str:
         attacked = f", attacked {100 * self.accuracy:.1f} %" if "attacked" in self.verdicts else ""
         return f"<Evaluation in {self.folder}: {self.title}; official: clean {100 * self.clean_accuracy:.1f} %{attacked}>"
+
+
+def radius(norm: str, eps: float) -> str:
+    """A radius as papers write it: 8/255 in Linf, 0.5 in L2."""
+    return f"{255 * eps:g}/255" if norm == "Linf" else f"{eps:g}"
 
 
 def row(kind: str, protocol: str, draws: int, found: Accuracy) -> dict[str, Any]:

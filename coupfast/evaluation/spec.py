@@ -60,6 +60,12 @@ class Spec:
 
     Raises:
         ValueError: if a field has a value that makes no sense, or two of them contradict each other.
+
+    Example:
+        >>> import coupfast
+        >>> spec = coupfast.Spec.of(images="cifar10-20", t=0.06, num_steps=20, attack="autoattack-rand", iterations=10)
+        >>> spec.purifier, spec.attack_options
+        ({'num_steps': 20, 't': 0.06}, {'iterations': 10})
     """
 
     images: str = "cifar10-20"

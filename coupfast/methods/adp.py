@@ -46,6 +46,12 @@ class ADP(StepMethod):
         step_min, step_max: α_min and α_max (1e-5 and 0.1 as published).
         stop_below: τ, at or below which an image stops (1e-3 as published).
         sde: The schedule of the network.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.ADP(num_steps=5)).num_steps
+        5
     """
 
     name: ClassVar[str] = "adp"

@@ -72,6 +72,11 @@ class Method(abc.ABC):
             "refuse" them; "clip" them to [0, 1], with no gradient where that changed anything; "allow" them as they are (with
             `clamp`, the first clip of the state is one all the same). In the first two cases a few roundings beyond are clipped
             and keep their gradient.
+
+    Example:
+        >>> import coupfast
+        >>> isinstance(coupfast.COUP(), coupfast.Method), coupfast.COUP().guided, coupfast.DiffPure().guided
+        (True, True, False)
     """
 
     name: ClassVar[str] = ""
@@ -138,7 +143,14 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableMethod(Method):
-    """A method whose steps are linear in what they read; a subclass gives `recipe`."""
+    """A method whose steps are linear in what they read; a subclass gives `recipe`.
+
+    Example:
+        >>> import coupfast
+        >>> recipe = coupfast.DiffPure(t=0.06, num_steps=20).recipe()
+        >>> recipe.table.num_steps, recipe.noising is not None
+        (20, True)
+    """
 
     @abc.abstractmethod
     def recipe(self) -> Recipe:
@@ -191,6 +203,15 @@ class StepMethod(Method):
 
     `step` has to give the same result for the same arguments (all randomness from `noise`) and must not write into its
     arguments: the backward pass takes every step once more from its stored state.
+
+    Example:
+        >>> import coupfast
+        >>> class Shrink(coupfast.StepMethod):
+        ...     num_steps = 2
+        ...     def step(self, k, state, noise, networks):
+        ...         return (state[0] - 0.05 * networks.eps_hat(state[0], 0.05),)
+        >>> coupfast.Purifier(coupfast.load_score("cifar10-tiny"), method=Shrink).num_steps
+        2
     """
 
     if TYPE_CHECKING:

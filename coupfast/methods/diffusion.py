@@ -162,6 +162,12 @@ class COUP(DiffusionMethod):
 
     Attributes:
         guidance_scale: λ of the paper, at least 0 (1.0 there); a number, or a function of t (`package.module:NAME` of one).
+
+    Example:
+        >>> import coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> coupfast.Purifier(score, classifier, method=coupfast.COUP(t=0.06, num_steps=20, guidance_scale=0.5)).num_steps
+        20
     """
 
     name: ClassVar[str] = "coup"
@@ -205,7 +211,14 @@ def _checked_scale(value: Any, t: float | None = None) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReverseSDE(DiffusionMethod):
-    """COUP without guidance: the reverse SDE from the image itself. Zhang et al. 2024, arXiv:2408.05900."""
+    """COUP without guidance: the reverse SDE from the image itself. Zhang et al. 2024, arXiv:2408.05900.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.ReverseSDE(t=0.06, num_steps=20)).num_steps
+        20
+    """
 
     name: ClassVar[str] = "reverse-sde"
     reference: ClassVar[str] = "Zhang et al. 2024, arXiv:2408.05900 (COUP without guidance)"
@@ -213,7 +226,14 @@ class ReverseSDE(DiffusionMethod):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffPure(DiffusionMethod):
-    """Forward noising to time `t` with the discrete chain's ᾱ, then the reverse SDE. Nie et al. 2022, arXiv:2205.07460."""
+    """Forward noising to time `t` with the discrete chain's ᾱ, then the reverse SDE. Nie et al. 2022, arXiv:2205.07460.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.DiffPure(t=0.06, num_steps=20)).num_steps
+        20
+    """
 
     name: ClassVar[str] = "diffpure"
     reference: ClassVar[str] = "Nie et al. 2022, arXiv:2205.07460"

@@ -37,6 +37,12 @@ class GDMP(TableMethod):
         guide_radius: Of m_s, the attack's radius for images in [0, 1].
         guide_batch: Images that the mean is taken over, at least 1; 100 as published.
         image_elements: Elements of an image that the mean is taken over: 3 · 32 · 32.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.GDMP(rounds=1)).num_steps
+        37
     """
 
     name: ClassVar[str] = "gdmp"

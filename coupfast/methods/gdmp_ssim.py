@@ -67,6 +67,12 @@ class GDMPSSIM(StepMethod):
         ssim_window: Side of the window in pixels (11 as published).
         sde: Whose discrete chain this is: β_i from beta_min/1000 to beta_max/1000.
         clamp: Clip at the end, as published; rounds follow each other without.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.GDMPSSIM(rounds=1)).num_steps
+        36
     """
 
     name: ClassVar[str] = "gdmp-ssim"

@@ -33,6 +33,12 @@ class LangevinSDE(TableMethod):
         rate: λ.
         noise_scale: η.
         sde: The VP-SDE of the score network.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.LangevinSDE(step_size=0.02)).num_steps
+        5
     """
 
     name: ClassVar[str] = "ld-sde"

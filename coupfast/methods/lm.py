@@ -40,6 +40,12 @@ class LM(StepMethod):
             defense without randomness. None (not as published) draws them as all methods do.
         sde: The schedule of the network.
         clamp: Clip to [-1, 1] at the end, as published.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.LM(num_steps=3)).num_steps
+        3
     """
 
     name: ClassVar[str] = "lm"
@@ -129,6 +135,12 @@ class GuidedLM(LM):
 
     Attributes:
         guidance_scale: λ, at least 0.
+
+    Example:
+        >>> import coupfast
+        >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
+        >>> coupfast.Purifier(score, classifier, method=coupfast.GuidedLM(num_steps=3)).num_steps
+        3
     """
 
     name: ClassVar[str] = "lm-coup"

@@ -35,6 +35,12 @@ class OneStep(TableMethod):
         c_skip, c_out: Numbers, functions of t, or `package.module:NAME` of one; both or none.
         clip_denoised: Clip f to [-1, 1]; the gradient has the mask.
         sde: The VP-SDE whose ᾱ(t) the noising and x̂0 have.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.OneStep(t=0.1)).num_steps
+        2
     """
 
     name: ClassVar[str] = "one-step"

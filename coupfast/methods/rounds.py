@@ -34,6 +34,12 @@ class MultiStage(SolverMethod):
         num_steps: Steps of each round; None is one each 1e-3.
         solver: By default `Ancestral()`.
         sde: By default the discrete chain.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.MultiStage(levels=(0.03,), repeats=(2,))).num_steps
+        62
     """
 
     name: ClassVar[str] = "multi-stage"

@@ -33,6 +33,12 @@ class DenoisedSmoothing(TableMethod):
         sigma: Standard deviation of the noise on images in [0, 1] (0.25, 0.5 and 1 are published).
         clip_denoised: Clip x̂0 to [-1, 1]; the gradient has the mask.
         sde: The schedule of the network.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> coupfast.Purifier(score, method=coupfast.DenoisedSmoothing(sigma=0.25)).num_steps
+        2
     """
 
     name: ClassVar[str] = "denoised-smoothing"

@@ -115,6 +115,12 @@ def load_score(
         ImportError: if the module of a reference, or a package that the network needs, does not import.
         CheckpointError: if a file is damaged or does not fit.
         TypeError: if a module cannot be called as a score network, or is a classifier.
+
+    Example:
+        >>> import coupfast
+        >>> score = coupfast.load_score("cifar10-tiny")
+        >>> score.image_size, any(parameter.requires_grad for parameter in score.parameters())
+        (32, False)
     """
     known = isinstance(source, (str, Path)) and registry.find_known("score", str(source)) is not None
     if image_size is not None and (known or not isinstance(source, (str, Path)) or Path(source).is_dir()):
@@ -186,6 +192,12 @@ def load_classifier(
         OSError: if RobustBench cannot download what its name needs; says which file to put where.
         CheckpointError: if a file is damaged or does not fit.
         TypeError: if a module cannot be called with images alone, or is a score network.
+
+    Example:
+        >>> import torch, coupfast
+        >>> classifier = coupfast.load_classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).eval())
+        >>> classifier(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     options = {"activation": activation, "threat_model": threat_model}
     return _frozen(_loaded("classifier", source, weights, options, seed), device, dtype)

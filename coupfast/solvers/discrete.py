@@ -94,6 +94,12 @@ class DDIM(ClippingSolver):
     Attributes:
         eta: η, at least 0. 0 has no noise, and is DPM-Solver-1, the exact exponential step of the probability-flow ODE; 1 is
             ancestral sampling with small variance. Above 1 only as far as d stays below σ_t.
+
+    Example:
+        >>> import coupfast
+        >>> table = coupfast.COUP(t=0.06, num_steps=20, solver=coupfast.DDIM(eta=0.5)).recipe().table
+        >>> table.num_steps
+        20
     """
 
     name: ClassVar[str] = "ddim"
@@ -133,6 +139,12 @@ class Ancestral(ClippingSolver):
 
     Attributes:
         variance: "small" or "large".
+
+    Example:
+        >>> import coupfast
+        >>> table = coupfast.COUP(t=0.06, num_steps=20, solver=coupfast.Ancestral(variance="large")).recipe().table
+        >>> table.num_steps
+        20
     """
 
     name: ClassVar[str] = "ancestral"
@@ -167,6 +179,12 @@ class SDEDPMSolver1(ClippingSolver):
     Lu et al. 2022, arXiv:2211.01095; Gonzalez et al. 2023, arXiv:2305.14267.
 
     x' = (α_t/α_s) x − 2 σ_t (e^h − 1) ε̂ + σ_t sqrt(e^{2h} − 1) z. It leaves noise of σ_s/α_s in the last step: poor in few.
+
+    Example:
+        >>> import coupfast
+        >>> table = coupfast.COUP(t=0.06, num_steps=20, solver=coupfast.SDEDPMSolver1()).recipe().table
+        >>> table.num_steps
+        20
     """
 
     name: ClassVar[str] = "sde-dpm-solver-1"

@@ -27,6 +27,12 @@ class DPMSolverPP2M(ClippingSolver):
 
     Attributes:
         lower_order_final: Take the last step with first order, which few steps need: it is the longest one in log-SNR.
+
+    Example:
+        >>> import coupfast
+        >>> table = coupfast.COUP(t=0.06, num_steps=20, solver=coupfast.DPMSolverPP2M(lower_order_final=False)).recipe().table
+        >>> table.num_steps
+        20
     """
 
     name: ClassVar[str] = "dpm-solver++-2m"
@@ -73,7 +79,14 @@ class DPMSolverPP2M(ClippingSolver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDEDPMSolverPP2M(DPMSolverPP2M):
-    """SDE-DPM-Solver++(2M), of the reverse SDE. Lu et al. 2022, arXiv:2211.01095."""
+    """SDE-DPM-Solver++(2M), of the reverse SDE. Lu et al. 2022, arXiv:2211.01095.
+
+    Example:
+        >>> import coupfast
+        >>> table = coupfast.COUP(t=0.06, num_steps=20, solver=coupfast.SDEDPMSolverPP2M(clip_denoised=True)).recipe().table
+        >>> table.num_steps
+        20
+    """
 
     name: ClassVar[str] = "sde-dpm-solver++-2m"
     reference: ClassVar[str] = "Lu et al. 2022, arXiv:2211.01095"

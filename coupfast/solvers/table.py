@@ -46,6 +46,13 @@ class CoefficientTable:
     Raises:
         ValueError: for columns of another length, values that are not finite, a first row that asks for the step before it,
             and columns that make no sense alone.
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> ones = np.ones(2)  # two steps
+        >>> table = coupfast.CoefficientTable(np.array([0.1, 0.05, 1e-5]), ones, -0.1 * ones, 0 * ones, 0.1 * ones)
+        >>> table.num_steps, table.row(0)[1]
+        (2, -0.1)
     """
 
     t: np.ndarray

@@ -16,9 +16,12 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
+    """`alt` says what is to be seen to whoever does not see it; the title does where it is empty."""
+
     title: str
     png: bytes
     note: str
+    alt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

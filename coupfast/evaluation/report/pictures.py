@@ -46,6 +46,12 @@ def curve_picture(runs: Sequence[Run]) -> Picture:
         _png(curve_figure(runs)),
         "As the attack sees it while it runs, on the draws that it uses: an image counts from the first iteration that "
         "misclassified it. The verdicts above are on fresh draws. Stages begin with the images that the one before left.",
+        "Falling curves. "
+        + "; ".join(
+            f"{run.name}, {stage}: from {100 * curve[0]:.0f} to {100 * curve[-1]:.0f} % in {len(curve) - 1} iterations"
+            for run in runs
+            for stage, curve in curves(run).items()
+        ),
     )
 
 
@@ -70,6 +76,13 @@ def resubmission_picture(runs: Sequence[Run]) -> Picture:
         _png(resubmission_figure(runs)),
         "M-resubmission, estimated without bias from all of the judge's draws; M = 1 is their average, the largest M their "
         "worst. Bands: 95 %, a bootstrap over attacked images.",
+        "Curves that fall with M. "
+        + "; ".join(
+            f"{run.name}, {kind}: from {100 * points[0].value:.0f} % at 1 to {100 * points[-1].value:.0f} % at {len(points)}"
+            for run in runs
+            for kind, points in run.resubmission.items()
+            if points
+        ),
     )
 
 
@@ -116,6 +129,8 @@ def path_picture(run: Run) -> Picture:
         _png(path_figure(run)),
         f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
         "state as it is.",
+        f"A panel for each of {len(run.shown['images'])} images: confidence in the label and in its nearest rival over the "
+        "steps of the purification, solid for the attacked image and dotted for the clean one.",
     )
 
 
@@ -149,12 +164,13 @@ def gallery(run: Run) -> Picture:
                 logits = shown[f"{kind}_logits"][0, row]
                 predicted = int(logits.argmax())
                 confidence = float(np.exp(logits[predicted] - logits.max()) / np.exp(logits - logits.max()).sum())
-                colour = "#009e73" if predicted == labels[image] else "#d55e00"
-                panel.set_xlabel(f"{class_name(run, predicted)} {confidence:.2f}", fontsize=8, color=colour)
+                mark, colour = ("", "#0072b2") if predicted == labels[image] else ("✗ ", "#d55e00")
+                panel.set_xlabel(f"{mark}{class_name(run, predicted)} {confidence:.2f}", fontsize=8, color=colour)
     return Picture(
         f"{run.name}: gallery",
         _png(figure),
-        "Below: the class that the defense says and its confidence, at the judge's first draw (green: right).",
+        "Below: the class that the defense says and its confidence, at the judge's first draw (✗ and orange: wrong).",
+        f"Rows of images, one for each of {count}: {', '.join(title for title, _, _ in columns)}.",
     )
 
 

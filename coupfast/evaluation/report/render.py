@@ -12,7 +12,8 @@ from coupfast.evaluation.report.parts import Picture, Section, Table, Text
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-table { border-collapse: collapse; font-size: .86rem; } th, td { padding: .25rem .7rem; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto; }
+th, td { padding: .25rem .7rem; text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid #1a1a1a; } td { border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
 p { color: #444; max-width: 50rem; } img { max-width: 100%; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
 """
@@ -23,7 +24,8 @@ def to_html(parts: Sequence[Section], about: str) -> str:
     render: dict[type, Callable[[Any], str]] = {Table: _html_table, Picture: _html_picture, Text: _html_text}
     body = "\n".join(f"<h2>{html.escape(part.title)}</h2>\n{render[type(part)](part)}" for part in parts)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>coupfast report</title>'
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<title>coupfast report</title>"
         f"<style>{_STYLE}</style></head>\n<body>\n<h1>Evaluation of purification defenses</h1>\n"
         f"<p>{html.escape(about)}</p>\n{body}\n</body>\n</html>\n"
     )
@@ -40,7 +42,8 @@ def _html_table(table: Table) -> str:
 
 def _html_picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    return f'<p>{html.escape(picture.note)}</p>\n<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{data}">'
+    alt = html.escape(picture.alt or picture.title)
+    return f'<p>{html.escape(picture.note)}</p>\n<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 def _html_text(text: Text) -> str:

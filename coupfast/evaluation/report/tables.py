@@ -13,6 +13,7 @@ from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, RESUBMISSION, Acc
 from coupfast.evaluation.report import published
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
+from coupfast.evaluation.result import radius
 from coupfast.evaluation.spec import GIVEN
 from coupfast.evaluation.suites import SUITES
 
@@ -201,7 +202,7 @@ def _described(run: Run) -> str:
         f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if _says(key, value))
         for stage, fields in stages.items()
     )
-    return f"{run.count} images, {name}; {_attack(run)}" + (f" ({sizes})" if sizes else "")
+    return f"{run.count} image{'s' * (run.count != 1)}, {name}; {_attack(run)}" + (f" ({sizes})" if sizes else "")
 
 
 def _says(knob: str, value: Any) -> bool:
@@ -225,7 +226,7 @@ def _attack(run: Run) -> str:
 
 
 def _radius(spec: Mapping[str, Any]) -> str:
-    return f"{255 * spec['eps']:g}/255" if spec["norm"] == "Linf" else f"{spec['eps']:g}"
+    return radius(spec["norm"], spec["eps"])
 
 
 def comparison(first: Run, second: Run) -> list[Section]:

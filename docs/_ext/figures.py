@@ -1,0 +1,487 @@
+"""Figures and tables of the pages, read from `bench/results/` when the site is built, so that no figure is typed twice.
+
+A page says `{{ name(...) }}`, Jinja's notation, with one of the names in `CONTEXT`. `python docs/_ext/figures.py` prints
+the table that the README has a copy of.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+sys.path[:0] = [str(ROOT / "bench")]
+
+from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
+
+Row = dict[str, Any]
+
+
+@functools.cache
+def results(name: str) -> Any:
+    """A result file of JSON."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def row(name: str, /, **wanted: Any) -> Row:
+    """The one row of a result file that has these values.
+
+    Raises:
+        LookupError: if there is none, or several.
+    """
+    found = [each for each in results(name)["rows"] if all(each.get(key) == value for key, value in wanted.items())]
+    if len(found) != 1:
+        raise LookupError(f"{name} has {len(found)} rows with {wanted}")
+    return dict(found[0])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(lines([head, *rows], markdown=True))
+
+
+def table(name: str, section: str | None = None) -> str:
+    """A table of a result file that is Markdown: the first one, or the first one below a heading."""
+    text = (RESULTS / name).read_text()
+    if section is not None:
+        _, found, text = text.partition(f"\n## {section}\n")
+        if not found:
+            raise LookupError(f"{name} has no section {section!r}")
+    match = re.search(r"(?:^\|.*\n)+", text, re.M)
+    if match is None:
+        raise LookupError(f"{name} has no table{f' below {section!r}' if section else ''}")
+    return match[0].rstrip()
+
+
+# --- how figures are written ------------------------------------------------------------------------------------------
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def small(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-") if value < 0.01 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
+
+
+def size(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.0f} to {100 * bounds[1]:.0f} %"
+
+
+def bold(text: str, really: bool = True) -> str:
+    return f"**{text}**" if really and text else text
+
+
+def source(name: str) -> str:
+    """The file behind a table, as a link from a page, all of which lie one folder deep."""
+    return f"{{download}}`{name} <../../bench/results/{name}>`"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+NAMES = {"coup": "COUP", "reverse-sde": "COUP without guidance", "diffpure": "DiffPure"}
+
+
+def speed() -> str:
+    """Seconds of a purification, by engine."""
+    wanted = [
+        ("COUP, all 100 steps, not scaled", "speed-paper-b1-full-epyc-zen3.json", "coup"),
+        *((NAMES[method], "speed-paper-b1-epyc-zen3.json", method) for method in NAMES),
+        ("COUP, batch 8", "speed-paper-b8-epyc-zen3.json", "coup"),
+        ("COUP, batch 32", "speed-paper-b32-epyc-zen3.json", "coup"),
+        ("COUP, the shipped small networks, all 100 steps", "speed-tiny-b1-epyc-zen3.json", "coup"),
+        ("the same, batch 20, scaled from 10 steps", "speed-tiny-b20-epyc-zen3.json", "coup"),
+        ("the same, batch 256, scaled from 1 step", "speed-tiny-b256-epyc-zen3.json", "coup"),
+    ]
+    body = []
+    for label, name, method in wanted:
+        found = {each["engine"]: each for each in results(name)["rows"] if each["method"] == method}
+        cpu = found["cpu"]
+        body.append(
+            [
+                label,
+                *(seconds(found[engine]["seconds_per_image"]) if engine in found else "" for engine in ("reference", "eager")),
+                bold(seconds(cpu["seconds_per_image"])),
+                bold(times(cpu["ratio_to_reference"])),
+                bold(times(cpu["ratio_to_eager"])),
+                source(name),
+            ]
+        )
+    return markdown(
+        ["seconds per image", "as published", "eager", "cpu", "published ÷ cpu", "eager ÷ cpu", "measured in"], body
+    )
+
+
+MODES = {
+    "published": "as published: `sdeint_adjoint`, nothing frozen",
+    "frozen": "the same, networks frozen, `adjoint_params=()`",
+    "back-propagation": "back-propagation through every step, float32",
+    "double-backward": "one step rebuilt at a time, double backward",
+    "exact": "**coupfast, exact**",
+    "detached": "coupfast, guidance detached",
+}
+
+
+def gradient_times() -> str:
+    name = "gradient-paper-b1-epyc-zen3.json"
+    body = []
+    for mode, label in MODES.items():
+        found = row(name, mode=mode)
+        cells = [seconds(found["seconds_per_image"]), times(found["ratio_to_published"]), size(found["peak_bytes"])]
+        body.append([label, *(bold(cell, mode == "exact") for cell in cells)])
+    return markdown(
+        ["forward and backward", "seconds per image, scaled from 2 steps", "times faster than published", "peak memory"], body
+    )
+
+
+def gradient_engines() -> str:
+    name = "gradient-paper-b1-cpu-engine-epyc-zen3.json"
+    body = []
+    for mode, engine in (("published", "torchsde"), ("frozen", "torchsde"), ("exact", "eager"), ("exact", "cpu")):
+        found = row(name, mode=mode, engine=engine)
+        ours = engine == "cpu"
+        body.append(
+            [
+                f"{MODES[mode].strip('*')}{f', engine {engine}' if mode == 'exact' else ''}",
+                bold(seconds(found["seconds_per_image"]), ours),
+                bold(times(found["ratio_to_published"]), ours),
+                bold(times(found["ratio_to_frozen"]), ours),
+            ]
+        )
+    return markdown(
+        ["forward and backward", "seconds per image, scaled from 2 steps", "× published", "× published, frozen"], body
+    )
+
+
+def gradient_errors() -> str:
+    name = "gradient-tiny-b1-epyc-zen3.json"
+    body = []
+    for mode in ("published", "frozen", "back-propagation", "exact", "detached"):
+        found = row(name, mode=mode)
+        cells = [
+            small(found["rel_error"]),
+            f"{found['cosine']:.3f}" if found["cosine"] < 0.9999 else f"{found['cosine']:.6f}",
+            percent(found["sign_agreement"]),
+            size(found["peak_bytes"]),
+        ]
+        body.append([MODES[mode], *(bold(cell, mode == "exact") for cell in cells)])
+    return markdown(["gradient", "relative error", "cosine", "equal signs", "peak memory"], body)
+
+
+def adjoint_errors() -> str:
+    """How wrong torchsde's adjoint is, by its steps."""
+    body = []
+
+    def add(found: Row, label: str, errors: Row, after: Row | None) -> None:
+        body.append(
+            [
+                f"{found['t']:.2g}",
+                label,
+                f"{found['stiffness']:.2g}" if found["stiffness"] < 100 else f"{found['stiffness']:.0f}",
+                f"{errors['cosine']:.3f}",
+                f"{errors['rel_error']:.3g}",
+                percent(errors["sign_agreement"]),
+                "" if after is None else f"{after['cosine']:.3f}",
+            ]
+        )
+
+    for found in results("adjoint_error.json")["rows"].values():
+        if "walked_back" in found:  # published code itself, which another row's numbers stand for
+            continue
+        end = f", ending at t = {found['t_end']:.0e}".replace("e-0", "e-") if found["steps"] == "cut" else ""
+        steps = "equal ones" if found["steps"] == "equal" else "of 1e-3"
+        after = found.get("after_first_step")
+        add(found, f"{found['num_steps']} {steps}{end}", found, after)
+        if "shifted" in found:
+            add(found, f"as published: {found['num_steps']} of 1e-3 on a shifted grid", found["shifted"], None)
+    head = ["t", "steps", "h β/σ² of the first backward step", "cosine", "relative error", "equal signs"]
+    return markdown([*head, "cosine, that step taken exactly"], body)
+
+
+def kept() -> str:
+    """What keeping activations is worth."""
+    body = []
+    for label, name in (
+        ("the paper's networks, batch 1, one thread, scaled from 1 step", "gradient-paper-b1-kept-zen4.json"),
+        ("the shipped small networks, batch 1, two threads, scaled from 10 steps", "gradient-tiny-b1-kept-zen4.json"),
+        ("the same, batch 20, scaled from 2 steps", "gradient-tiny-b20-kept-zen4.json"),
+        ("the same, batch 256, scaled from 1 step", "gradient-tiny-b256-kept-zen4.json"),
+    ):
+        none, all_ = (row(name, engine="cpu", memory_budget=budget) for budget in ("least", "activations"))
+        cells = [
+            times(none["seconds_per_image"] / all_["seconds_per_image"]),
+            f"{none['ratio_to_eager_engine']:.1f}",
+            f"{all_['ratio_to_eager_engine']:.1f}",
+        ]
+        body.append([label, *cells, source(name)])
+    head = ["exact gradient", "cpu that keeps none ÷ cpu that keeps all", "eager ÷ cpu, neither keeps"]
+    return markdown([*head, "eager ÷ cpu, both keep", "measured in"], body)
+
+
+def peers() -> str:
+    name = "peers-paper-epyc-zen3.json"
+    body = []
+    for batch in (1, 8):
+        found = {each["runtime"]: each for each in results(name)["rows"] if each["batch"] == batch}
+        cells = [times(found[runtime]["ratio_to_eager"]) for runtime in ("OpenVINO", "ONNX Runtime", "cpu engine")]
+        body.append([f"batch {batch}", *cells[:2], bold(cells[2]), bold(times(1 / found["OpenVINO"]["ratio_to_engine"]))])
+    return markdown(["× eager PyTorch", "OpenVINO", "ONNX Runtime", "cpu engine", "cpu engine × OpenVINO"], body)
+
+
+def autoattack() -> str:
+    """Seconds of one attack with the published gradient and with ours."""
+    body = []
+    for label, name in (
+        ("the shipped small networks, t = 0.06, all 60 steps, 4 images, 3 iterations", "autoattack-tiny-epyc-zen3.json"),
+        ("the paper's networks, t = 0.1, 1 image, 10 iterations, scaled", "autoattack-paper-epyc-zen3.json"),
+    ):
+        published, eager, cpu = (row(name, engine=engine) for engine in ("torchsde", "eager", "cpu"))
+        body.append(
+            [
+                label,
+                *(seconds(found["seconds"]) for found in (published, eager)),
+                bold(seconds(cpu["seconds"])),
+                bold(times(cpu["ratio_to_published"])),
+                source(name),
+            ]
+        )
+    return markdown(["seconds", "as published", "exact, eager", "exact, cpu", "published ÷ cpu", "measured in"], body)
+
+
+def attack_gradients() -> str:
+    """What each gradient is worth to an attack."""
+    found = results("attack_gradients.json")
+    n, draws = found["settings"]["images"], found["settings"]["judging_draws"]
+    paired = {each["mode"]: each["one_draw"] for each in found["paired"]}
+    body = []
+    for each in found["rows"]:
+        against = paired.get(each["mode"])
+        body.append(
+            [
+                "as published (adjoint in 60 steps, guidance detached)" if each["mode"] == "published" else each["mode"],
+                f"{each['one_draw']}/{n} ({interval(each['wilson_95'])})",
+                percent(each["mean"]),
+                f"{each['worst_of_draws']}/{n}",
+                "" if against is None else f"{against['only_mode']} / {against['only_exact']}, {against['p']:.2g}",
+            ]
+        )
+    head = ["the attacker follows", "correct, one draw (95 % interval)", f"average of {draws} draws", f"worst of {draws} draws"]
+    return markdown([*head, "against exact: right in it only / in exact only, p"], body)
+
+
+def solvers() -> str:
+    """Distance from the solver's own limit on Gaussian data, equal steps of time."""
+    found = [each for each in results("solvers-gaussian.json")["gaussian"] if each["grid"] == "time"]
+    steps = sorted({each["steps"] for each in found})
+    body = []
+    for solver in dict.fromkeys(each["solver"] for each in found):
+        by_steps = {each["steps"]: each["wasserstein"] for each in found if each["solver"] == solver}
+        ode = " (ODE)" if solver in ("probability-flow", "ddim", "dpm-solver++-2m") else ""
+        body.append([f"`{solver}`{ode}", *(f"{by_steps[count]:.1e}".replace("e-0", "e-") for count in steps)])
+    return markdown(["solver", *(f"{count} steps" for count in steps)], body)
+
+
+def winograd() -> str:
+    found = results("winograd-points.json")["relative_error"]
+    direct = found["direct sum, one run"]
+    return markdown(
+        [f"one layer, {results('winograd-points.json')['channels']} channels, against float64", "relative error", "× direct"],
+        [
+            [label.replace("4x4", "4 × 4"), f"{error:.1e}".replace("e-0", "e-"), f"{error / direct:.2g}"]
+            for label, error in found.items()
+        ],
+    )
+
+
+def layers(*names: str) -> str:
+    """Single convolutions: times faster than the faster of PyTorch's, the algorithm, its share of a matrix product's rate."""
+    columns = [results(name)["rows"] for name in names]
+    body = []
+    for each in columns[0]:
+        if each["kind"] != "layer" or not each["chosen"]:
+            continue
+        key = {k: each[k] for k in ("network", "direction", "layer")}
+        cells = []
+        for rows in columns:
+            other = next(r for r in rows if r["kind"] == "layer" and r["chosen"] and all(r[k] == v for k, v in key.items()))
+            faster = min(other["ratio_to_eager"], other["ratio_to_channels_last"])
+            algorithm = {"F2": "F(2 × 2)", "F4": "F(4 × 4)"}.get(other["algorithm"], other["algorithm"])
+            cells.append(f"{faster:.2f} ({algorithm}, {percent(other['share_of_sgemm'], 0)})")
+        body.append([each["network"], each["layer"].replace("x", " × ").replace("->", "→"), each["direction"], *cells])
+    heads = ["AVX2" if "avx2" in name else "AVX-512" for name in names]
+    return markdown(["network", "convolution", "pass", *heads], body)
+
+
+def slower(name: str) -> dict[str, str]:
+    """How many convolutions of a file are slower than the faster of PyTorch's, of how many, and the least ratio."""
+    ratios = [
+        min(each["ratio_to_eager"], each["ratio_to_channels_last"])
+        for each in results(name)["rows"]
+        if each["kind"] == "layer" and each["chosen"]
+    ]
+    return {"count": str(sum(r < 1 for r in ratios)), "all": str(len(ratios)), "least": f"{min(ratios):.2f}"}
+
+
+def whole_networks() -> str:
+    """Whole networks, times faster than eager PyTorch."""
+    body = []
+    files = [
+        ("layers-tiny-b20-epyc-zen4.json", "layers-tiny-b20-avx2-epyc-zen4.json"),
+        ("layers-paper-b1-epyc-zen4.json", None),
+    ]
+    for first, second in files:
+        for each in results(first)["rows"]:
+            if each["kind"] == "network":
+                key = {k: each[k] for k in ("kind", "network", "direction")}
+                other = "–" if second is None else f"{row(second, **key)['ratio_to_eager']:.2f}"
+                label = f"{each['network']}, batch {each['batch']}"
+                body.append([label, each["direction"], f"{each['ratio_to_eager']:.2f}", other])
+    return markdown(["network", "pass", "AVX-512", "AVX2"], body)
+
+
+def guided_step_cpu() -> str:
+    name = "cpu-guided-step-epyc-zen3.json"
+    body = []
+    for batch in (1, 8):
+        for layout in ("contiguous", "channels_last"):
+            ref, call, among = (
+                row(name, name=f"test_cpu_guided_step[cpu-{batch}-forward-{layout}-{kind}]")["min_us"]
+                for kind in ("ref", "call", "structure")
+            )
+            label = f"{batch}, {layout.replace('_', '-')}"
+            body.append([label, f"{ref:.0f} µs", f"{call:.0f} µs", f"{among:.1f} µs", f"{ref / among:.0f}"])
+    head = ["batch, format", "noise and step, eager", "`guided_step_cpu`", "among a program's operations"]
+    return markdown([*head, "eager ÷ operations"], body)
+
+
+def kernel_times() -> str:
+    """Attention, norms, sums and masks of the CPU engine beside their definitions, and PyTorch's own where it has one."""
+    medians: dict[str, dict[str, float]] = {}
+    for each in results("kernels-epyc-zen4.json")["benchmarks"]:
+        *case, kind, _ = each["name"].removeprefix("test_kernel[").removesuffix("]").replace(", fused", "").split(", ")
+        medians.setdefault(", ".join(case).replace("_cpu", ""), {})[kind] = 1e6 * each["stats"]["median"]
+    body = []
+    for case, found in medians.items():
+        others = [f"{found[kind]:.0f} µs" if kind in found else "" for kind in ("definition", "pytorch")]
+        ratios = [times(found[kind] / found["kernel"]) if kind in found else "" for kind in ("definition", "pytorch")]
+        body.append([case, *others, f"{found['kernel']:.0f} µs", *ratios])
+    return markdown(["operation", "definition", "PyTorch's own", "kernel", "definition ÷ kernel", "PyTorch's ÷ kernel"], body)
+
+
+def files() -> str:
+    """Every result file of JSON: what ran on what."""
+    body = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = results(path.name)
+        environment = found.get("environment") if isinstance(found, dict) else None
+        if not environment:
+            body.append([source(path.name), "", "", "", ""])
+            continue
+        body.append(
+            [
+                source(path.name),
+                f"{environment.get('gpu') or environment['cpu']}, {environment['cpu_capability']}",
+                str(environment["threads"]),
+                str(environment["torch"]),
+                f"`{str(environment['commit'])[:9]}`{'+' if environment['uncommitted_changes'] else ''}",
+            ]
+        )
+    return markdown(["file", "machine", "threads", "torch", "commit"], body)
+
+
+def readme() -> str:
+    """What coupfast measures against what else exists: the README's table."""
+    full = "speed-paper-b1-full-epyc-zen3.json"
+    engines = "gradient-paper-b1-cpu-engine-epyc-zen3.json"
+    errors = "gradient-tiny-b1-epyc-zen3.json"
+    memory = "gradient-paper-b1-epyc-zen3.json"
+    attack = "autoattack-paper-epyc-zen3.json"
+    peer = "peers-paper-epyc-zen3.json"
+    speed_cpu = row(full, engine="cpu")
+    gradient_cpu = row(engines, mode="exact", engine="cpu")
+
+    def of(name: str, page: str) -> str:
+        return f"[{page}](docs/measured/{page}.md), [file](bench/results/{name})"
+
+    body = [
+        [
+            "purify an image with COUP, 100 steps",
+            f"{seconds(row(full, engine='reference')['seconds_per_image'])} s, the published way",
+            f"{seconds(speed_cpu['seconds_per_image'])} s",
+            f"{times(speed_cpu['ratio_to_reference'])} ×",
+            of(full, "speed"),
+        ],
+        [
+            "its gradient",
+            f"{seconds(row(engines, mode='published')['seconds_per_image'])} s, torchsde's adjoint as published",
+            f"{seconds(gradient_cpu['seconds_per_image'])} s",
+            f"{times(gradient_cpu['ratio_to_published'])} ×",
+            of(engines, "gradients"),
+        ],
+        [
+            "its gradient, networks frozen",
+            f"{seconds(row(engines, mode='frozen')['seconds_per_image'])} s, torchsde's adjoint",
+            f"{seconds(gradient_cpu['seconds_per_image'])} s",
+            f"{times(gradient_cpu['ratio_to_frozen'])} ×",
+            of(engines, "gradients"),
+        ],
+        [
+            "relative error of the gradient, small networks",
+            f"{small(row(errors, mode='published')['rel_error'])}, torchsde's adjoint as published",
+            small(row(errors, mode="exact")["rel_error"]),
+            "",
+            of(errors, "gradients"),
+        ],
+        [
+            "memory of an exact gradient, 100 steps",
+            f"{size(row(memory, mode='back-propagation')['peak_bytes'])}, back-propagation",
+            size(row(memory, mode="exact")["peak_bytes"]),
+            f"{row(memory, mode='back-propagation')['peak_bytes'] / row(memory, mode='exact')['peak_bytes']:.0f} ×",
+            of(memory, "gradients"),
+        ],
+        [
+            "APGD-CE, 10 iterations, one image",
+            f"{seconds(row(attack, engine='torchsde')['seconds'])} s, the published way",
+            f"{seconds(row(attack, engine='cpu')['seconds'])} s",
+            f"{times(row(attack, engine='cpu')['ratio_to_published'])} ×",
+            of(attack, "attacks"),
+        ],
+        [
+            "the score network alone",
+            f"{seconds(row(peer, runtime='OpenVINO', batch=1)['seconds_per_image'])} s, OpenVINO",
+            f"{seconds(row(peer, runtime='cpu engine', batch=1)['seconds_per_image'])} s",
+            f"{times(1 / row(peer, runtime='OpenVINO', batch=1)['ratio_to_engine'])} ×",
+            of(peer, "speed"),
+        ],
+    ]
+    return markdown(["what", "else", "coupfast", "ratio", "measured"], body)
+
+
+CONTEXT: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        *(results, row, table, seconds, times, percent, small, size, interval, source),
+        *(speed, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept, peers, autoattack, attack_gradients),
+        *(solvers, winograd, layers, slower, whole_networks, guided_step_cpu, kernel_times, files),
+    )
+}
+
+if __name__ == "__main__":
+    print(readme())
