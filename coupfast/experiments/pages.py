@@ -112,7 +112,8 @@ class Page:
 
 def index(folder: Path) -> str:
     """The page of the pages that are in a folder."""
-    found = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda page: _order(page["place"]))
+    here = [json.loads(path.read_text()) for path in folder.glob("*.json") if path.with_suffix(".md").is_file()]
+    found = sorted((page for page in here if "headline" in page), key=lambda page: _order(page["place"]))
     rows = [(f"[{page['name']}]({page['name']}.md)", page["place"], page["title"], page["headline"]) for page in found]
     sets = sorted({page["networks"] for page in found})
     about = " ".join(f"`{name}`: {SETS[name].told}." for name in sets)

@@ -2,8 +2,8 @@
 
     x ← x + h β(t) [½ x + ∂ log p_t(x) + λ ∂ log p̂(ŷ | x)] + sqrt(β(t) h) z,      t = t*, t* − h, …
 
-p_t is the mixture after the VP-SDE's noise: N(±sqrt ᾱ m, ᾱ s² + 1 − ᾱ). The classifier is p̂(y | x) = (p_y(x) + ν ε_y) / Σ (…), p_y
-the density of a class and ε_y = |N(0, 1)| drawn once for each path: at ν = 0 it is the true one. All in float64.
+p_t is the mixture after the VP-SDE's noise: N(±sqrt ᾱ m, ᾱ s² + 1 − ᾱ). The classifier is p̂(y | x) = (p_y(x) + ν ε_y) / Σ (…),
+p_y the density of a class and ε_y = |N(0, 1)| drawn once for each path: at ν = 0 it is the true one. All in float64.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from coupfast.experiments.scale import Scale
 
 _METHODS = ("reverse-sde", "coup")
 _SHOWN = 4
+_ARTICLE = {"reverse-sde": "the reverse SDE", "coup": "COUP"}
 
 
 def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -98,7 +99,7 @@ def _concludes(results: Results) -> list[str]:
     for attacked in _METHODS:
         helped, hurt = _kinds(results, attacked)
         said.append(
-            f"Of {len(results.measured['labels'])} images attacked through {NAMES[attacked]}, without noise {len(helped)} "
+            f"Of {len(results.measured['labels'])} images attacked through {_ARTICLE[attacked]}, without noise {len(helped)} "
             f"{'is' if len(helped) == 1 else 'are'} right with COUP only, {len(hurt)} with the reverse SDE only."
         )
     return said + [

@@ -59,7 +59,8 @@ def _sections(results: Results) -> list[Section]:
             "Proposition 1",
             ("λ", "unguided", "guided", "only unguided", "only guided", "least lead", "least drift", "least slope"),
             first,
-            f"Paths that cross, of {paths:,} pairs with the same noise and the true classifier. The proposition: where guidance pushes "
+            f"Paths that cross, of {paths:,} pairs with the same noise and the true classifier. "
+            "The proposition: where guidance pushes "
             "away from 0 (least drift above 0) and a step keeps the order of points (least slope above 0), fewer paths "
             "cross. In a pair the guided one is then never behind before one of them crosses (least lead at least 0), and "
             "none crosses alone.",
@@ -69,7 +70,8 @@ def _sections(results: Results) -> list[Section]:
             "Proposition 2",
             ("t*", "distance, mean", "bound, mean", "distance, 99 %", "bound, 99 %", "noise", "sqrt(exp ∫β − 1)", "beyond"),
             second,
-            f"{paths:,} paths at λ = 1, each beside its own bound; noise is the standard deviation of the bound's random term, beyond how many paths are.",
+            f"{paths:,} paths at λ = 1, each beside its own bound; noise: the standard deviation "
+            "of the bound's random term; beyond: how many paths are.",
         ),
     ]
 
