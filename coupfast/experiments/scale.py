@@ -150,7 +150,7 @@ class Scale:
         """A run at this size.
 
         Args:
-            keywords: Of `Spec.of`, as published; `t` among them sets the steps, and `draws` is the least.
+            keywords: Of `Spec.of`, as published; `t` among them sets the steps, and of `draws` the root of the budget is the least.
             classifier: The role of the network that is attacked.
         """
         attacked, score = self.network(classifier), self.network("score")
@@ -166,7 +166,7 @@ class Scale:
             "device": self.device,
             **keywords,
         }
-        said["draws"] = max(self.draws, keywords.get("draws", 1))
+        said["draws"] = max(self.draws, self.share_of(keywords.get("draws", 1)))
         if keywords.get("method") != NO_DEFENSE:
             said |= {"score": score.name, "score_weights": score.weights, "gradient": keywords.get("gradient", self.gradient)}
             if "t" in keywords:
