@@ -64,7 +64,7 @@ def test_published_stands_beside_measured(name, figures, out):
     column = table["header"].index("robust, published")
     assert [row[column] for row in table["rows"]] == ["0.00", *figures]
     said = " ".join(found["differences"])
-    for what in ("other networks", "1 images of cifar10-20", "1 steps", "smaller attacks", "exact gradient"):
+    for what in ("other networks", "1 image of cifar10-20", "1 step from", "smaller attacks", "exact gradient"):
         assert what in said
 
 

@@ -150,7 +150,8 @@ class Scale:
         """A run at this size.
 
         Args:
-            keywords: Of `Spec.of`, as published; `t` among them sets the steps, and of `draws` the root of the budget is the least.
+            keywords: Of `Spec.of`, as published; `t` among them sets the steps, and the root of the budget of `draws` is the
+                least.
             classifier: The role of the network that is attacked.
         """
         attacked, score = self.network(classifier), self.network("score")

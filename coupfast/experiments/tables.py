@@ -120,23 +120,29 @@ def setting(experiment: Experiment, scale: Scale) -> Table:
 def attacks(experiment: Experiment, scale: Scale) -> Table:
     """Sizes of the attacks, beside the published ones."""
     rows: dict[tuple[str, ...], None] = {}
+    note = "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn."
     whole = dataclasses.replace(scale, budget=1.0)
     for case in experiment.cases:
         spec = case.spec(scale)
         said = _counts(sizes(spec), sizes(case.spec(whole)))
         ball = f"{spec.norm}, {_radius(float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
         rows[str(spec.to_dict()["attack"]), ball, said, str(spec.draws)] = None
-    return Table("Attacks", ("attack", "ball", "size", "judge's draws"), list(rows))
+    return Table("Attacks", ("attack", "ball", "size", "judge's draws"), list(rows), note)
 
 
 def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
-    words = {"iterations": "iterations", "eot_iter": "draws of a gradient", "target_classes": "targets", "queries": "queries"}
+    words = {"iterations": "iteration", "eot_iter": "draw", "target_classes": "target", "queries": "question"}
     said = [
-        f"{count} {words[name]}" + (f" (published {full[name]})" if full[name] != count else "")
+        f"{_of(count, words[name])}" + (f" (published {full[name]})" if full[name] != count else "")
         for name, count in found.items()
         if full[name] > 1
     ]
     return ", ".join(said) or NONE
+
+
+def _of(count: int | None, word: str) -> str:
+    """So many, in words; None is all of them."""
+    return f"all {word}s" if count is None else f"{count} {word}{'s' * (count != 1)}"
 
 
 def _radius(eps: float) -> str:
@@ -157,11 +163,11 @@ def differences(experiment: Experiment, scale: Scale) -> list[str]:
             f"measured figures stand beside each other to be seen, and do not test each other"
         )
     if scale.source != default.data or (scale.images or 512) != 512:
-        found.append(f"{scale.images or 'all'} images of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
+        found.append(f"{_of(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
     if not experiment.cases:
         return found
     if scale.steps is not None and scale.steps_of(0.1) != 100:
-        found.append(f"{scale.steps_of(0.1)} steps from t = 0.1, and not 100: a coarser discretisation of the same SDE")
+        found.append(f"{_of(scale.steps_of(0.1), 'step')} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
     whole = dataclasses.replace(scale, budget=1.0)
     specs = [case.spec(scale) for case in experiment.cases]
     if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(experiment.cases, specs, strict=True)):
