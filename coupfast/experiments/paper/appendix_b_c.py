@@ -21,6 +21,7 @@ _METHODS = ("diffpure", "reverse-sde", "coup")
 _POINTS, _REPEATS, _RADIUS = 5_000, 300, 0.25
 _ALONG = np.linspace(0.0, 2.5, 11)
 _SEPARATIONS = (0.5, 1.0, 3.0)
+_LINE = np.linspace(-6, 6, 1201)
 _SEED = 121
 
 
@@ -107,7 +108,7 @@ def _trust(measured: Mapping[str, np.ndarray]) -> Picture:
 
 def _confidence() -> Picture:
     """B.2: density and confidence, where classes overlap and where they do not."""
-    x = np.linspace(-6, 6, 1201)
+    x = _LINE
     figure = new_figure(9.6, 3.2)
     for panel, mean in zip(figure.subplots(1, len(_SEPARATIONS), sharey=True), _SEPARATIONS, strict=True):
         mixed, surest, agree = _agreement(x, mean)
@@ -153,6 +154,8 @@ def _concludes(results: Results) -> list[str]:
     measured, at = results.measured, _TIMES.index(0.1)
     far = {method: float(measured[f"{method} distance"][at].mean()) for method in _METHODS}
     seen, spread = measured["seen"].mean(axis=0), np.nanstd(measured["said"], axis=0)
+    shares = {mean: _agreement(_LINE, mean)[2] for mean in _SEPARATIONS}
+    agreed = ", ".join(f"{100 * share:.0f} % (means ±{mean:g})" for mean, share in shares.items())
     off = float(np.abs(spread[seen > 5] * 2 * np.sqrt(seen[seen > 5]) - 1).max())
     return [
         f"C: at t* = 0.1 DiffPure ends {far['diffpure'] / far['reverse-sde']:.2f} times as far from a clean image as the "
@@ -160,8 +163,8 @@ def _concludes(results: Results) -> list[str]:
         f"{tables.says(results, fig2b.case('reverse-sde').name, fig2b.case('diffpure').name)}",
         f"B.1: the spread of the learned confidence follows 1 / (2 sqrt n) within {100 * off:.0f} % where more than 5 points "
         f"are near by: it is learned better where data is dense.",
-        "B.2: density and confidence rise together where classes are apart, and against each other near the boundary where "
-        "they overlap: maximising density alone can lead to the boundary.",
+        f"B.2: density and confidence rise in the same direction in {agreed} of data, between the means only: where classes "
+        f"overlap, going up in density is going to the boundary.",
         "B is about toy data whose classes are known; what images are like it does not say.",
     ]
 

@@ -61,8 +61,8 @@ def experiment(
             worse = [p for p, pair in pairs.items() if tables.compare(results, *pair, _PROTOCOL).conclusion > 0]
             which = ", ".join(f"{point:g}" for point in worse) or "none of the others"
             said.append(
-                f"{line} is most accurate under attack at {across} {best:g} ({100 * robust[best]:.1f} %), and more so beyond "
-                f"doubt than at {which} (paired, 95 %, not corrected for choosing the best)."
+                f"{line} is most accurate under attack at {across} {best:g} ({100 * robust[best]:.1f} %); worse beyond "
+                f"doubt: {which} (paired, 95 %, not corrected for choosing the best)."
             )
         return said + [
             "The setting is chosen and judged on the same images here: the accuracy at the best point is that of a choice made "
