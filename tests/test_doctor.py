@@ -177,8 +177,8 @@ def test_other_noise_is_found(monkeypatch):
 def test_damaged_weights_are_found(monkeypatch, tmp_path):
     shutil.copytree(shipped.files("coupfast.models") / "weights", tmp_path / "weights")
     monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
-    assert [row["problem"] for row in shipped.check_weights()] == [None, None]
-    classifier, score = sorted((tmp_path / "weights").glob("*.safetensors"))
+    assert [row["problem"] for row in shipped.check_weights()] == [None, None, None]
+    classifier, score, _ = sorted((tmp_path / "weights").glob("*.safetensors"))
     content = bytearray(score.read_bytes())
     content[-1] ^= 1
     score.write_bytes(content)

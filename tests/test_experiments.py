@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from coupfast.cli import main
 from coupfast.evaluation.ledger import DATABASE
-from coupfast.experiments import EXPERIMENTS, Network, Scale, make, two_gaussians
+from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, make, two_gaussians
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
@@ -175,6 +176,16 @@ def test_propositions_hold_in_numbers():
     found = two_gaussians.flips(np.array([0.0, 4.0]), np.array([0.0, 0.5]), 2000, seed=5)
     assert found.crossed[0, 0] == found.crossed[0, 1] and found.crossed[1, 0] < found.crossed[0, 0]
     assert (found.ended <= found.crossed).all()
+
+
+def test_table_4_shows_what_the_benchmark_wrote():
+    """Of a file that bench/speed.py has written; running it measures, and belongs to no test."""
+    rows = json.loads((Path(__file__).parents[1] / "bench" / "results" / "speed-tiny-b20-epyc-zen4.json").read_text())["rows"]
+    results = Results(Scale(), {}, {"rows": np.array(json.dumps(rows))})
+    (table,) = EXPERIMENTS["table4"].sections(results)
+    assert [row[1] for row in table.rows].count("published, V100") == 3
+    here = {row[0] for row in table.rows if row[1] == "cpu"}
+    assert "COUP" in here and EXPERIMENTS["table4"].concludes(results)
 
 
 def test_roles_replace_networks():

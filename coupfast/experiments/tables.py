@@ -162,10 +162,10 @@ def differences(experiment: Experiment, scale: Scale) -> list[str]:
             f"other networks ({', '.join(f'{ROLES[role]} {scale.network(role).name}' for role in others)}): published and "
             f"measured figures stand beside each other to be seen, and do not test each other"
         )
-    if scale.source != default.data or (scale.images or 512) != 512:
-        found.append(f"{_of(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
     if not experiment.cases:
         return found
+    if scale.source != default.data or (scale.images or 512) != 512:
+        found.append(f"{_of(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
     if scale.steps is not None and scale.steps_of(0.1) != 100:
         found.append(f"{_of(scale.steps_of(0.1), 'step')} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
     whole = dataclasses.replace(scale, budget=1.0)
