@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or judge a small WideResNet classifier.
+"""Train or judge a small WideResNet or DMWideResNet classifier.
 
 SGD with momentum, label smoothing, flips and shifts; the averaged weights are kept.
 
@@ -19,6 +19,7 @@ import training
 from torch import Tensor
 
 from coupfast.models.checkpoints import file_sha256
+from coupfast.models.dm_wide_resnet import ACTIVATIONS, DMWideResNet
 from coupfast.models.from_file import classifier_from_file
 from coupfast.models.wide_resnet import WideResNet
 from coupfast.models.zoo import load_classifier
@@ -40,8 +41,10 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     if args.init is not None:
         model = classifier_from_file(args.init)
-        if not isinstance(model, WideResNet):
-            raise SystemExit(f"{args.init} holds a {type(model).__name__}; this script trains WideResNet")
+        if not isinstance(model, (WideResNet, DMWideResNet)):
+            raise SystemExit(f"{args.init} holds a {type(model).__name__}; this script trains WideResNet and DMWideResNet")
+    elif args.arch == "DMWideResNet":
+        model = DMWideResNet(args.depth, args.widen_factor, args.num_classes, args.activation)
     else:
         model = WideResNet(args.depth, args.widen_factor, args.num_classes)
     model = model.to(args.device, memory_format=torch.channels_last)
@@ -93,6 +96,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--weight-decay", type=float, default=5e-4, help="of SGD (default: %(default)s)")
     add("--label-smoothing", type=float, default=0.1, help="probability given to other classes (default: %(default)s)")
     add("--shift", type=int, default=4, help="largest random shift, px (default: %(default)s)")
+    add(
+        "--arch",
+        choices=("WideResNet", "DMWideResNet"),
+        default="WideResNet",
+        help="the latter normalises inside and may have another activation (default: %(default)s)",
+    )
+    silu = "of a DMWideResNet; a WideResNet has relu (default: %(default)s)"
+    add("--activation", choices=sorted(ACTIVATIONS), default="silu", help=silu)
     add("--depth", type=int, default=16, help="layers, 6 n + 4 (default: %(default)s)")
     add("--widen-factor", type=int, default=2, help="channel factor (default: %(default)s)")
     add("--num-classes", type=int, default=10, help="number of logits (default: %(default)s)")

@@ -410,7 +410,8 @@ def test_convert(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["purify", "certify", "check-gradient", "evaluate", "plan", "report", "methods", "doctor", "convert"]
+    "command",
+    ["purify", "certify", "check-gradient", "evaluate", "plan", "report", "reproduce", "methods", "doctor", "convert"],
 )
 def test_every_option_is_explained(command, capsys):
     with pytest.raises(SystemExit) as exit_:

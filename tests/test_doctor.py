@@ -177,13 +177,14 @@ def test_other_noise_is_found(monkeypatch):
 def test_damaged_weights_are_found(monkeypatch, tmp_path):
     shutil.copytree(shipped.files("coupfast.models") / "weights", tmp_path / "weights")
     monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
-    assert [row["problem"] for row in shipped.check_weights()] == [None, None]
-    classifier, score = sorted((tmp_path / "weights").glob("*.safetensors"))
+    assert [row["problem"] for row in shipped.check_weights()] == [None, None, None]
+    classifier, score, _ = sorted((tmp_path / "weights").glob("*.safetensors"))
     content = bytearray(score.read_bytes())
     content[-1] ^= 1
     score.write_bytes(content)
     classifier.rename(classifier.with_name("other.safetensors"))
-    assert {row["file"]: row["problem"].split(":")[0].split(";")[0] for row in shipped.check_weights()} == {
+    found = {row["file"]: row["problem"] for row in shipped.check_weights() if row["problem"]}
+    assert {file: problem.split(":")[0].split(";")[0] for file, problem in found.items()} == {
         score.name: "damaged",
         classifier.name: "missing",
         "other.safetensors": "not in SHA256SUMS",

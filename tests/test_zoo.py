@@ -53,7 +53,7 @@ def test_shipped_score_network_predicts_noise(cifar10):
         assert mse < bound
 
 
-@pytest.mark.parametrize(("name", "correct"), [("cifar10-tiny", 15), ("resnet18-at", 20)])
+@pytest.mark.parametrize(("name", "correct"), [("cifar10-tiny", 15), ("cifar10-tiny-silu", 15), ("resnet18-at", 20)])
 def test_shipped_classifiers_classify(name, correct, cifar10):
     if name == "resnet18-at":
         pytest.importorskip("pyautoattack")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import coupfast
-from coupfast.cli import certify, check_gradient, convert, doctor, evaluate, methods, plan, purify, report
+from coupfast.cli import certify, check_gradient, convert, doctor, evaluate, methods, plan, purify, report, reproduce
 from coupfast.evaluation.ledger import Ledger, LedgerError
 from coupfast.evaluation.pools import UnitFailed
 from coupfast.models.zoo import import_references
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         be; 2 for a wrong argument, file or setting, after one line on stderr; 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with 143, where `evaluate`, `certify` or `purify` gets SIGTERM.
+        SystemExit: with 143, where `evaluate`, `certify`, `purify` or `reproduce` gets SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
@@ -69,6 +69,7 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     evaluate.add(commands, method, attack)
     plan.add(commands, method, attack)
     report.add(commands)
+    reproduce.add(commands)
     methods.add(commands)
     doctor.add(commands)
     convert.add(commands)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -492,7 +493,8 @@ def contradictions(names: tuple[str, str], comparisons: Mapping[str, Comparison]
     return warnings
 
 
-def _resamples(protocol: str, images: int, draws: int) -> list[tuple[np.ndarray, np.ndarray]]:
+@functools.lru_cache(maxsize=4)  # a report asks for the same ones dozens of times
+def _resamples(protocol: str, images: int, draws: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:
     """Images and draws with repetition: the same ones at every call."""
     rng = np.random.Generator(np.random.Philox(0))
     chosen = [(rng.integers(images, size=images), rng.integers(draws, size=draws)) for _ in range(RESAMPLES)]

@@ -1,4 +1,5 @@
-"""The pair "cifar10-tiny": a small score network and a WRN-16-2, whose weights ship inside the package."""
+"""Networks whose weights ship inside the package: the pair "cifar10-tiny", a small score network and a WRN-16-2, and the
+classifier "cifar10-tiny-silu", of another architecture."""
 
 from __future__ import annotations
 
@@ -16,15 +17,17 @@ from coupfast.models.checkpoints import CheckpointError, file_sha256, listed_sha
 from coupfast.models.from_file import network_from_file
 from coupfast.models.registry import Config, Kind, Named
 
-NAME = "cifar10-tiny"
-_CONFIGS: dict[Kind, Config] = {
-    "score": {"arch": "DDPMpp", "nf": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1},
-    "classifier": {"arch": "WideResNet", "depth": 16, "widen_factor": 2},
+_CONFIGS: dict[Kind, dict[str, Config]] = {
+    "score": {"cifar10-tiny": {"arch": "DDPMpp", "nf": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1}},
+    "classifier": {
+        "cifar10-tiny": {"arch": "WideResNet", "depth": 16, "widen_factor": 2},
+        "cifar10-tiny-silu": {"arch": "DMWideResNet", "depth": 10, "width": 2, "activation": "silu"},
+    },
 }
 
 
 class _Shipped:
-    """The network of one kind."""
+    """The networks of one kind."""
 
     text = ""
 
@@ -32,20 +35,21 @@ class _Shipped:
         self.kind = kind
 
     def listed(self) -> Sequence[str]:
-        return [NAME]
+        return list(_CONFIGS[self.kind])
 
     def near(self, options: Mapping[str, Any]) -> Sequence[str]:
-        return [NAME]
+        return self.listed()
 
     def find(self, name: str, options: Mapping[str, Any]) -> Named | None:
-        if name != NAME:
+        config = _CONFIGS[self.kind].get(name)
+        if config is None:
             return None
-        config = _CONFIGS[self.kind]
-        return registry.configured(self.kind, name, config, options, pretrained=functools.partial(_load, self.kind, config))
+        load = functools.partial(_load, self.kind, name, config)
+        return registry.configured(self.kind, name, config, options, pretrained=load)
 
 
-def _load(kind: Kind, config: Config) -> nn.Module:
-    with shipped(f"{NAME}-{kind}.safetensors") as path:
+def _load(kind: Kind, name: str, config: Config) -> nn.Module:
+    with shipped(f"{name}-{kind}.safetensors") as path:
         return network_from_file(path, kind, config=config)[0]
 
 

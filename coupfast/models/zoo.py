@@ -163,7 +163,8 @@ def load_classifier(
     Args:
         source: One of
 
-            * ``"cifar10-tiny"``: a WRN-16-2, shipped with the package;
+            * ``"cifar10-tiny"``: a WRN-16-2, ``"cifar10-tiny-silu"``: a DMWideResNet of depth 10 and width 2, both shipped with
+              the package;
             * ``"resnet18-at"``: the adversarially trained CIFAR-10 ResNet-18 inside the `pyautoattack` wheel;
             * ``"wrn-28-10"``, ``"wrn-D-W"``: a `WideResNet` without normalisation (RobustBench's `Standard` is
               wrn-28-10); ``"dm-wrn-28-10"``, ``"dm-wrn-D-W"``: a `DMWideResNet`. These need `weights`;

@@ -13,7 +13,7 @@ from coupfast.evaluation.report.parts import Picture
 from coupfast.evaluation.report.read import Run, class_name
 
 # Distinguishable also without colour vision (Okabe and Ito).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MAGNIFIED = 10
 
 
@@ -32,18 +32,18 @@ def curves(run: Run) -> dict[str, np.ndarray]:
 
 def curve_figure(runs: Sequence[Run]) -> Any:
     """What `curve_picture` shows, as Matplotlib's."""
-    axes = _figure(7.0, 3.9).add_subplot()
+    axes = new_figure(7.0, 3.9).add_subplot()
     for number, run in enumerate(runs):
         for style, (stage, curve) in zip(itertools.cycle(("-", "--", ":", "-.")), curves(run).items(), strict=False):
             label = f"{run.name}, {stage}"
-            axes.plot(100 * curve, style, color=_COLOURS[number % len(_COLOURS)], label=label, linewidth=1.8)
+            axes.plot(100 * curve, style, color=COLOURS[number % len(COLOURS)], label=label, linewidth=1.8)
     return _framed(axes, "iteration of the attack (0: its starting point)", "not yet seen to fail, % of all")
 
 
 def curve_picture(runs: Sequence[Run]) -> Picture:
     return Picture(
         "Accuracy against iterations",
-        _png(curve_figure(runs)),
+        to_png(curve_figure(runs)),
         "As the attack sees it while it runs, on the draws that it uses: an image counts from the first iteration that "
         "misclassified it. The verdicts above are on fresh draws. Stages begin with the images that the one before left.",
         "Falling curves. "
@@ -57,9 +57,9 @@ def curve_picture(runs: Sequence[Run]) -> Picture:
 
 def resubmission_figure(runs: Sequence[Run]) -> Any:
     """What `resubmission_picture` shows, as Matplotlib's."""
-    axes = _figure(7.0, 3.9).add_subplot()
+    axes = new_figure(7.0, 3.9).add_subplot()
     for number, run in enumerate(runs):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         for kind, style in (("clean", ":"), ("attacked", "-")):
             points = run.resubmission.get(kind, [])
             m, values = np.arange(1, len(points) + 1), [100 * point.value for point in points]
@@ -73,7 +73,7 @@ def resubmission_figure(runs: Sequence[Run]) -> Any:
 def resubmission_picture(runs: Sequence[Run]) -> Picture:
     return Picture(
         "Accuracy against the number of submissions",
-        _png(resubmission_figure(runs)),
+        to_png(resubmission_figure(runs)),
         "M-resubmission, estimated without bias from all of the judge's draws; M = 1 is their average, the largest M their "
         "worst. Bands: 95 %, a bootstrap over attacked images.",
         "Curves that fall with M. "
@@ -99,13 +99,13 @@ def path_figure(run: Run) -> Any:
     images, labels = run.shown["images"], run.verdicts["clean"].labels
     columns = min(len(images), 2)
     rows = -(-len(images) // columns)
-    figure = _figure(3.7 * columns + 1.2, 2.9 * rows + 0.3)
+    figure = new_figure(3.7 * columns + 1.2, 2.9 * rows + 0.3)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for panel in panels[len(images) :]:
         panel.set_axis_off()
     for number, image in enumerate(images):
         panel = panels[number]
-        for colour, of in zip(_COLOURS, (labels[image], competitor(run, number)), strict=False):
+        for colour, of in zip(COLOURS, (labels[image], competitor(run, number)), strict=False):
             for kind, style in (("attacked", "-"), ("clean", ":")):
                 if f"{kind}_confidences" in run.shown:
                     confidence = run.shown[f"{kind}_confidences"][:, number, of]
@@ -126,7 +126,7 @@ def path_picture(run: Run) -> Picture:
         noiseless += " (nor any before the first step, which this method has otherwise)"
     return Picture(
         f"{run.name}: confidence along the purification",
-        _png(path_figure(run)),
+        to_png(path_figure(run)),
         f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
         "state as it is.",
         f"A panel for each of {len(run.shown['images'])} images: confidence in the label and in its nearest rival over the "
@@ -147,7 +147,7 @@ def gallery(run: Run) -> Picture:
         columns.append(("attacked, purified", shown["attacked_purified"], "attacked"))
     if "clean_purified" not in shown:  # nothing is purified: what the classifier says stands below the images themselves
         columns = [(title, images, title if title in ("clean", "attacked") else kind) for title, images, kind in columns]
-    figure = _figure(1.6 * len(columns), 1.95 * count + 0.2)
+    figure = new_figure(1.6 * len(columns), 1.95 * count + 0.2)
     axes = np.atleast_2d(figure.subplots(count, len(columns)).reshape(count, len(columns)))
     labels = run.verdicts["clean"].labels
     for row, image in enumerate(shown["images"]):
@@ -168,13 +168,18 @@ def gallery(run: Run) -> Picture:
                 panel.set_xlabel(f"{mark}{class_name(run, predicted)} {confidence:.2f}", fontsize=8, color=colour)
     return Picture(
         f"{run.name}: gallery",
-        _png(figure),
+        to_png(figure),
         "Below: the class that the defense says and its confidence, at the judge's first draw (✗ and orange: wrong).",
         f"Rows of images, one for each of {count}: {', '.join(title for title, _, _ in columns)}.",
     )
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty Matplotlib figure, in inches.
+
+    Raises:
+        ImportError: if Matplotlib is missing; the message names the extra.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -193,7 +198,8 @@ def _framed(axes: Any, what: str, share: str) -> Any:
     return axes.figure
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """A figure's file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

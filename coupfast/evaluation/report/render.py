@@ -55,12 +55,16 @@ def to_markdown(parts: Sequence[Section], about: str) -> str:
     blocks = []
     for part in parts:
         if isinstance(part, Table):
-            lines = [part.header, ("---",) * len(part.header), *part.rows]
-            rows = "\n".join("| " + " | ".join(map(_escaped, cells)) + " |" for cells in lines)
-            blocks.append(f"## {part.title}\n\n" + (f"{part.note}\n\n" if part.note else "") + rows)
+            blocks.append(f"## {part.title}\n\n" + (f"{part.note}\n\n" if part.note else "") + markdown_rows(part))
         elif isinstance(part, Text):
             blocks.append(f"## {part.title}\n\n```\n{part.lines}\n```")
     return "\n\n".join(["# Evaluation of purification defenses", about, *blocks]) + "\n"
+
+
+def markdown_rows(table: Table) -> str:
+    """A table's header and rows in Markdown."""
+    lines = [table.header, ("---",) * len(table.header), *table.rows]
+    return "\n".join("| " + " | ".join(map(_escaped, cells)) + " |" for cells in lines)
 
 
 def _escaped(cell: str) -> str:

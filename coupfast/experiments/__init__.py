@@ -1,0 +1,44 @@
+"""The paper's experiments: each is data, and one command runs any of them at any size.
+
+scale        on which networks and images, and with how much of the published attack; what weights are missing
+experiment   what an experiment is
+making       its runs, each made once for all experiments, and what is measured beside them
+defenses     the paper's methods and threats; images: what purifications make of attacked images; two_gaussians: toy data
+tables, figures, pages  what came out, to read
+paper/       the experiments, one a file
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from coupfast.experiments.experiment import Case, Experiment, Results
+from coupfast.experiments.making import check, make
+from coupfast.experiments.pages import Page
+from coupfast.experiments.scale import DEFAULTS, QUICK, ROLES, SETS, MissingNetworks, Network, Scale
+
+_MODULES = (
+    *("table1", "table2", "table2c", "table3", "cifar100", "fig2a", "fig2b", "fig3b", "fig4a", "fig4b", "fig5", "fig6"),
+    *("tablee1", "table4", "appendix_b_c"),
+)
+#: All experiments by name; a new one is a file with an `EXPERIMENT` and one entry here.
+EXPERIMENTS: dict[str, Experiment] = {
+    found.name: found for found in (importlib.import_module(f"{__name__}.paper.{name}").EXPERIMENT for name in _MODULES)
+}
+
+__all__ = [
+    "DEFAULTS",
+    "EXPERIMENTS",
+    "QUICK",
+    "ROLES",
+    "SETS",
+    "Case",
+    "Experiment",
+    "MissingNetworks",
+    "Network",
+    "Page",
+    "Results",
+    "Scale",
+    "check",
+    "make",
+]

@@ -1,0 +1,94 @@
+"""Figures that several experiments have, as PNG files. No shape or colour alone tells things apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from coupfast.evaluation.protocols import Accuracy
+from coupfast.evaluation.report import Picture
+from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
+
+_MARKS, _LINES, _HATCHES = "os^Dvp*", ("-", "--", ":", "-."), ("", "///", "...", "xx", "\\\\\\")
+
+
+def bars(
+    title: str,
+    groups: Mapping[str, Mapping[str, Accuracy]],
+    note: str,
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> Picture:
+    """Accuracies with intervals, side by side in groups.
+
+    Args:
+        groups: By group and by bar; all groups have the same bars.
+        published: In per cent, drawn as marks beside the bars.
+    """
+    names = list(next(iter(groups.values())))
+    axes = new_figure(2.4 + 1.9 * len(groups), 3.9).add_subplot()
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        at = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
+        found = [group[name] for group in groups.values()]
+        values = np.array([100 * one.value for one in found])
+        ends = 100 * np.array([one.wilson for one in found])
+        error = np.stack([values - ends[:, 0], ends[:, 1] - values]).clip(min=0)
+        colour = COLOURS[number % len(COLOURS)]
+        look = {"color": colour, "alpha": 0.75, "hatch": _HATCHES[number % len(_HATCHES)]}
+        axes.bar(at, values, 0.9 * width, yerr=error, capsize=3, label=name, **look)
+        told = published or {}
+        marks = [(x, told[group][name]) for x, group in zip(at, groups, strict=True) if name in told.get(group, {})]
+        if marks:
+            axes.plot(*zip(*marks, strict=True), "kD", markersize=6, label="published" if number == 0 else None)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(0, 104)
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return Picture(title, to_png(axes.figure), note)
+
+
+def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequence[Accuracy]], note: str) -> Picture:
+    """Accuracies over a number, with bands of 95 %."""
+    axes = new_figure(6.6, 4.0).add_subplot()
+    for number, (name, found) in enumerate(lines.items()):
+        colour = COLOURS[number // 2 % len(COLOURS)]
+        ends = 100 * np.array([one.bootstrap or one.wilson for one in found])
+        style = f"{_MARKS[number % len(_MARKS)]}{_LINES[number % 2]}"
+        axes.plot(x, [100 * one.value for one in found], style, color=colour, label=name, markersize=5)
+        axes.fill_between(x, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel(across)
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(0, 104)
+    axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    return Picture(title, to_png(axes.figure), note)
+
+
+def grid(
+    title: str,
+    columns: Mapping[str, np.ndarray],
+    texts: Mapping[str, Sequence[str]],
+    right: Mapping[str, Sequence[bool]],
+    note: str,
+) -> Picture:
+    """Images, a row each.
+
+    Args:
+        columns: Images in [0, 1], (n, 3, height, width), by title.
+        texts: What stands below them.
+        right: Whether that is the label; green or red.
+    """
+    count = len(next(iter(columns.values())))
+    figure = new_figure(1.6 * len(columns), 1.95 * count + 0.2)
+    panels = figure.subplots(count, len(columns), squeeze=False)
+    for column, (name, images) in enumerate(columns.items()):
+        for row in range(count):
+            panel = panels[row, column]
+            panel.imshow(images[row].transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(name, fontsize=9)
+            if name in texts:
+                panel.set_xlabel(texts[name][row], fontsize=8, color="#009e73" if right[name][row] else "#d55e00")
+    return Picture(title, to_png(figure), note)

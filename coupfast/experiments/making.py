@@ -1,0 +1,95 @@
+"""Makes what an experiment is made of: its runs, each in a folder that its spec names, and what is measured beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coupfast.evaluation import Spec, evaluate
+from coupfast.evaluation.ledger import DATABASE
+from coupfast.evaluation.report import read
+from coupfast.experiments.experiment import Experiment, Results
+from coupfast.experiments.scale import Scale
+from coupfast_kernels.files import write_whole
+
+RUNS, MEASURED = "runs", "measured"
+
+
+def check(experiment: Experiment, scale: Scale) -> None:
+    """Everything that can be wrong before any work.
+
+    Raises:
+        MissingNetworks: see `Scale.check`.
+        ValueError, OSError: if images are not there, or what the experiment itself needs is not.
+    """
+    experiment.check(scale)
+    scale.check(
+        experiment.needs,
+        experiment=experiment.name,
+        otherwise="With --networks tiny the networks that ship are taken, on images that ship (--data names others): methods "
+        "can be compared with each other there, and not with the published figures.",
+    )
+    for case in experiment.cases[:1]:
+        case.spec(scale).load()
+    for case in experiment.cases:
+        case.spec(scale)
+
+
+def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", workers: int = 1) -> Results:
+    """All runs and measurements of an experiment; those that are there are read, and those that were stopped go on.
+
+    Args:
+        experiment: Which one.
+        scale: How large.
+        out: Folder of the runs of all experiments: one that two of them need is made once.
+        command: What a reader has to type to repeat it.
+        workers: Units of a run at a time; their number changes no bit.
+    """
+    folders: dict[str, Path] = {}
+    for number, case in enumerate(experiment.cases, start=1):
+        spec = case.spec(scale)
+        folder = folders[case.name] = out / RUNS / name_of(spec)
+        begun = (folder / DATABASE).is_file()
+        _say(f"{experiment.name}, run {number} of {len(experiment.cases)}: {case.name}{', which has begun' if begun else ''}")
+        evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
+    runs = {name: dataclasses.replace(read(folder), name=name) for name, folder in folders.items()}
+    return Results(scale, runs, _measured(experiment, scale, out, folders))
+
+
+def name_of(spec: Spec) -> str:
+    """The folder of a run: what it is in a word, and a hash of all of its spec."""
+    fields = spec.to_dict()
+    method = "none" if spec.purifier is None else dict(fields["purifier"]).get("method", "coup")
+    return f"{method}-{fields['attack']}-{spec.norm}-{_digest(fields)}"
+
+
+def _digest(fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _measured(experiment: Experiment, scale: Scale, out: Path, folders: dict[str, Path]) -> dict[str, np.ndarray]:
+    if experiment.measure is None:
+        return {}
+    # What it follows from: the runs, which their folders' names tell, and, for networks and images, all of the size.
+    size: Any = scale.paths if experiment.simulates else dataclasses.asdict(scale)
+    key = _digest([experiment.version, size, sorted(folder.name for folder in folders.values())])
+    path = out / MEASURED / f"{experiment.name}-{key}.npz"
+    if not path.is_file():
+        _say(f"{experiment.name}: measuring")
+        found = experiment.measure(scale, {name: str(folder) for name, folder in folders.items()})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **found)  # type: ignore[arg-type]
+        write_whole(path, buffer.getvalue())
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,160 @@
+"""What came out, to read: in a terminal, as JSON, and as a page of Markdown with its figures and the index of such pages."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import coupfast
+from coupfast.environment import machine, version
+from coupfast.evaluation.report import Picture, Section, Table
+from coupfast.evaluation.report.render import markdown_rows
+from coupfast.experiments import tables
+from coupfast.experiments.experiment import Experiment, Results
+from coupfast.experiments.scale import SETS
+from coupfast_kernels.files import write_whole
+
+
+class Page:
+    """Everything that is said of an experiment that has run.
+
+    Args:
+        experiment: Which one.
+        results: Of it.
+        command: That made it.
+    """
+
+    def __init__(self, experiment: Experiment, results: Results, command: str) -> None:
+        self.experiment, self.results, self.command = experiment, results, command
+        self.sections = experiment.sections(results)
+        self.concludes = experiment.concludes(results)
+
+    @property
+    def title(self) -> str:
+        return f"{self.experiment.place}: {self.experiment.title}"
+
+    @property
+    def made(self) -> str:
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        here = machine()
+        return f"{today}, coupfast {coupfast.__version__}, torch {version('torch')}, {here['processor']}, {here['cores']} cores"
+
+    def text(self) -> str:
+        """For a terminal."""
+        blocks = [self.title, _plain(tables.setting(self.experiment, self.results.scale))]
+        if self.experiment.cases:
+            blocks.append(_plain(tables.attacks(self.experiment, self.results.scale)))
+        blocks += [_plain(part) for part in self.sections if isinstance(part, Table)]
+        blocks += [_list("What differs from the paper", tables.differences(self.experiment, self.results.scale))]
+        blocks += [_list("Assumptions", self.experiment.assumptions), _list("What one may conclude", self.concludes)]
+        return "\n\n".join(block for block in blocks if block)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: tables as they are shown, every run's accuracies, and what was measured, as far as it is numbers."""
+        return {
+            "name": self.experiment.name,
+            "place": self.experiment.place,
+            "title": self.experiment.title,
+            "headline": self.concludes[0],
+            "command": self.command,
+            "made": self.made,
+            "networks": self.results.scale.networks,
+            "tables": [_table(part) for part in self._tables()],
+            "differences": tables.differences(self.experiment, self.results.scale),
+            "assumptions": list(self.experiment.assumptions),
+            "concludes": self.concludes,
+            "runs": {
+                name: {key: run.found[key] for key in ("accuracies", "fingerprint", "configuration")}
+                for name, run in self.results.runs.items()
+            },
+        }
+
+    def _tables(self) -> list[Table]:
+        here = [tables.setting(self.experiment, self.results.scale)]
+        here += [tables.attacks(self.experiment, self.results.scale)] if self.experiment.cases else []
+        here += [part for part in self.sections if isinstance(part, Table)]
+        return here + ([tables.work(self.results)] if self.results.runs else [])
+
+    def write(self, folder: Path) -> Path:
+        """The page, its figures and its numbers, and the index of all pages that are in the folder.
+
+        Returns:
+            The page's path.
+        """
+        path = folder / f"{self.experiment.name}.md"
+        pictures = {}
+        for part in self.sections:
+            if isinstance(part, Picture):
+                pictures[part.title] = f"{self.experiment.name}-{_slug(part.title)}.png"
+                write_whole(folder / pictures[part.title], part.png)
+        write_whole(path, self.markdown(pictures).encode())
+        write_whole(path.with_suffix(".json"), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_whole(folder / "README.md", index(folder).encode())
+        return path
+
+    def markdown(self, pictures: dict[str, str]) -> str:
+        """The page, with the files of its figures by their titles."""
+        experiment, scale = self.experiment, self.results.scale
+        blocks = [f"# {self.title}", experiment.asks, f"```\n{self.command}\n```", f"Made on {self.made}, by this command."]
+        blocks += [_section(tables.setting(experiment, scale))]
+        if experiment.cases:
+            blocks.append(_section(tables.attacks(experiment, scale)))
+        blocks += [_bullets("What differs from the paper", tables.differences(experiment, scale))]
+        blocks += [_section(part, pictures) for part in self.sections]
+        blocks += [_bullets("What one may conclude", self.concludes), _bullets("Assumptions", experiment.assumptions)]
+        if self.results.runs:
+            blocks.append(_section(tables.work(self.results)))
+        return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def index(folder: Path) -> str:
+    """The page of the pages that are in a folder."""
+    here = [json.loads(path.read_text()) for path in folder.glob("*.json") if path.with_suffix(".md").is_file()]
+    found = sorted((page for page in here if "headline" in page), key=lambda page: _order(page["place"]))
+    rows = [(f"[{page['name']}]({page['name']}.md)", page["place"], page["title"], page["headline"]) for page in found]
+    sets = sorted({page["networks"] for page in found})
+    about = " ".join(f"`{name}`: {SETS[name].told}." for name in sets)
+    return (
+        "# The paper's experiments\n\nEach page is made by `coupfast reproduce NAME --page DIR` from what it ran, and says "
+        f"what it ran, on which networks and images, and what differs from the paper. {about}\n\n"
+        f"{markdown_rows(Table('', ('name', 'in the paper', 'what', 'what came out'), rows))}\n"
+    )
+
+
+def _order(place: str) -> tuple[int, str]:
+    return ("Table Fig. Section Appendix".split().index(place.split()[0]), place)
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:48]
+
+
+def _section(part: Section, pictures: dict[str, str] | None = None) -> str:
+    if isinstance(part, Picture):
+        return f"## {part.title}\n\n![{part.title}]({(pictures or {})[part.title]})\n\n{part.note}"
+    if isinstance(part, Table):
+        return f"## {part.title}\n\n" + (f"{part.note}\n\n" if part.note else "") + markdown_rows(part)
+    return f"## {part.title}\n\n{part.lines}"
+
+
+def _bullets(title: str, lines: Any) -> str:
+    return f"## {title}\n\n" + "\n".join(f"* {line[0].upper()}{line[1:]}" for line in lines) if lines else ""
+
+
+def _list(title: str, lines: Any) -> str:
+    return f"{title}:\n" + "\n".join(f"  - {line}" for line in lines) if lines else ""
+
+
+def _plain(table: Table) -> str:
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+    shown = rows if any(table.header) else rows[1:]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+
+
+def _table(table: Table) -> dict[str, Any]:
+    return {"title": table.title, "header": list(table.header), "rows": [list(row) for row in table.rows], "note": table.note}

@@ -1,0 +1,57 @@
+"""Figs. 5 and 6: attacked images, and what every purifier makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from coupfast.data import CIFAR10_CLASSES
+from coupfast.evaluation.report import Picture
+from coupfast.experiments import figures, images
+from coupfast.experiments.defenses import NAMES, defense
+from coupfast.experiments.experiment import Results
+from coupfast.experiments.paper import fig2b
+from coupfast.experiments.scale import Scale
+
+#: The run whose images they are.
+ATTACKED = fig2b.case("reverse-sde")
+METHODS = ("diffpure", "reverse-sde", "coup")
+
+
+def measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Clean and attacked images, labels, and by method purified images and confidences at the judge's seed, draw 0."""
+    x, x_adv, labels = images.of_run(folders[ATTACKED.name])
+    found = {"clean": x.numpy(), "attacked": x_adv.numpy(), "labels": labels.numpy()}
+    for method in METHODS:
+        pure, confidences = images.purified(images.defended(scale, defense(method)), x_adv.to(scale.device), scale.seed)
+        found |= {f"{method} images": pure.cpu().numpy(), f"{method} confidences": confidences.cpu().numpy()}
+    return found
+
+
+def right(results: Results, method: str) -> np.ndarray:
+    """Whether each attacked image is right after a method, at the draw that is shown."""
+    found: np.ndarray = results.measured[f"{method} confidences"].argmax(axis=1) == results.measured["labels"]
+    return found
+
+
+def picture(results: Results, title: str, chosen: np.ndarray, methods: Sequence[str], note: str) -> Picture:
+    """Rows: the chosen images."""
+    measured = results.measured
+    labels = measured["labels"][chosen]
+
+    def class_name(cls: int, classes: int) -> str:
+        return CIFAR10_CLASSES[cls] if classes == len(CIFAR10_CLASSES) else str(cls)
+
+    columns = {"original": measured["clean"][chosen], "attacked": measured["attacked"][chosen]}
+    classes = measured[f"{methods[0]} confidences"].shape[1]
+    texts = {"original": [f"{class_name(label, classes)} ({image})" for label, image in zip(labels, chosen, strict=True)]}
+    good = {"original": [True] * len(chosen)}
+    for method in methods:
+        confidences = measured[f"{method} confidences"][chosen]
+        said = confidences.argmax(axis=1)
+        columns[NAMES[method]] = measured[f"{method} images"][chosen]
+        pairs = zip(said, confidences, strict=True)
+        texts[NAMES[method]] = [f"{class_name(cls, classes)} {row[cls]:.2f}" for cls, row in pairs]
+        good[NAMES[method]] = (said == labels).tolist()
+    return figures.grid(title, columns, texts, good, note)

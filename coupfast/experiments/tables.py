@@ -1,0 +1,201 @@
+"""Tables and sentences that several experiments have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from coupfast.evaluation import Spec, protocols
+from coupfast.evaluation.plan import duration
+from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison
+from coupfast.evaluation.report import Run, Table
+from coupfast.experiments.experiment import Experiment, Results
+from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
+
+NONE = "–"
+#: Protocols that tables here have, with their names there.
+SHOWN = {OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Figures of the paper, in per cent, for a row of a table; None where it has none."""
+
+    clean: float | None = None
+    robust: float | None = None
+
+
+def per_cent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def accuracy(found: Accuracy) -> str:
+    """In per cent, with Wilson's interval of 95 %."""
+    low, high = found.wilson
+    return f"{100 * found.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def clean(run: Run, protocol: str = OFFICIAL) -> str:
+    return accuracy(run.accuracies["clean"][protocol])
+
+
+def robust(run: Run, protocol: str = OFFICIAL) -> str:
+    return accuracy(run.accuracies["attacked"][protocol])
+
+
+def lower(first: Run, second: Run, protocol: str = OFFICIAL) -> Accuracy:
+    """The lower of one defense's accuracies under two attacks."""
+    return protocols.lower(first.verdicts["attacked"], second.verdicts["attacked"], protocol)[0]
+
+
+def by_protocol(results: Results) -> Table:
+    """Robust accuracy of every run by every protocol."""
+    draws = max(len(run.verdicts["clean"].logits) for run in results.runs.values())
+    rows = [(name, *(robust(run, protocol) for protocol in SHOWN)) for name, run in results.runs.items()]
+    return Table(
+        "Robust accuracy by protocol",
+        ("run", *SHOWN.values()),
+        rows,
+        "In %, with 95 % intervals over images. Official: right at a fresh draw before the attack and after each of its "
+        f"stages. The others are of {draws} fresh draws of the noise for each attacked image, at the strongest point that "
+        "the attack saw.",
+    )
+
+
+def compared(results: Results, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Differences of robust accuracy between runs on the same images."""
+    rows = []
+    for first, second in pairs:
+        for protocol, name in SHOWN.items():
+            found = compare(results, first, second, protocol)
+            rows.append((f"{first} − {second}", name, points(found), NONE if found.p is None else f"{found.p:.3g}"))
+    return Table(
+        "Differences of robust accuracy",
+        ("runs", "protocol", "points [95 %]", "McNemar's p"),
+        rows,
+        "Paired: both runs have the same images and the judge's noise. Intervals from resampled images and draws; p is exact "
+        "and not corrected for the number of comparisons here.",
+    )
+
+
+def compare(results: Results, first: str, second: str, protocol: str = OFFICIAL) -> Comparison:
+    one, other = results.runs[first].verdicts["attacked"], results.runs[second].verdicts["attacked"]
+    return protocols.compare(one, other, protocol)
+
+
+def points(found: Comparison) -> str:
+    low, high = found.interval
+    return f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def says(results: Results, first: str, second: str, protocol: str = "average") -> str:
+    """In a sentence, which of two runs is more accurate under its attack, if it can be told."""
+    found = compare(results, first, second, protocol)
+    how = f"by {100 * abs(found.difference):.1f} points"
+    interval = f"{SHOWN[protocol]}; 95 % interval of the difference {points(found).partition(' ')[2]}, {found.images} images"
+    if not found.conclusion:
+        return f"Under attack {first} and {second} cannot be told apart: they differ {how} ({interval})."
+    better, worse = (first, second) if found.conclusion > 0 else (second, first)
+    return f"Under attack {better} is more accurate than {worse} {how} ({interval})."
+
+
+def setting(experiment: Experiment, scale: Scale) -> Table:
+    """What was run, beside what is published."""
+    rows = [("as published", experiment.setting)]
+    if experiment.simulates:
+        rows.append(("here", f"{scale.paths:,} simulated paths for each point, no networks"))
+        return Table("Setting", ("", ""), rows)
+    for role in experiment.needs:
+        network = scale.network(role)
+        rows.append((ROLES[role], network.name + (f" ({network.weights})" if network.weights else "")))
+    if experiment.cases:
+        rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
+        rows.append(("steps of a purification", f"{scale.steps_of(0.1)} from t = 0.1, {scale.steps_of(0.075)} from t = 0.075"))
+        rows.append(("gradient that attacks follow", scale.gradient or "the one that each attack is made for: exact, or BPDA"))
+        rows.append(("budget", f"{scale.budget:g} of the published work of an attack for an image"))
+        rows.append(("seed", str(scale.seed)))
+    return Table("Setting", ("", ""), rows)
+
+
+def attacks(experiment: Experiment, scale: Scale) -> Table:
+    """Sizes of the attacks, beside the published ones."""
+    rows: dict[tuple[str, ...], None] = {}
+    note = "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn."
+    whole = dataclasses.replace(scale, budget=1.0)
+    for case in experiment.cases:
+        spec = case.spec(scale)
+        said = _counts(sizes(spec), sizes(case.spec(whole)))
+        ball = f"{spec.norm}, {_radius(float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
+        rows[str(spec.to_dict()["attack"]), ball, said, str(spec.draws)] = None
+    return Table("Attacks", ("attack", "ball", "size", "judge's draws"), list(rows), note)
+
+
+def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
+    words = {"iterations": "iteration", "eot_iter": "draw", "target_classes": "target", "queries": "question"}
+    said = [
+        f"{_of(count, words[name])}" + (f" (published {full[name]})" if full[name] != count else "")
+        for name, count in found.items()
+        if full[name] > 1
+    ]
+    return ", ".join(said) or NONE
+
+
+def _of(count: int | None, word: str) -> str:
+    """So many, in words; None is all of them."""
+    return f"all {word}s" if count is None else f"{count} {word}{'s' * (count != 1)}"
+
+
+def _radius(eps: float) -> str:
+    levels = 255 * eps
+    return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def differences(experiment: Experiment, scale: Scale) -> list[str]:
+    """In words, what is not as published."""
+    if experiment.simulates:
+        return []
+    found = []
+    default = SETS["paper"]
+    others = [role for role in experiment.needs if scale.network(role).name != default.networks[role].name]
+    if others:
+        found.append(
+            f"other networks ({', '.join(f'{ROLES[role]} {scale.network(role).name}' for role in others)}): published and "
+            f"measured figures stand beside each other to be seen, and do not test each other"
+        )
+    if not experiment.cases:
+        return found
+    if scale.source != default.data or (scale.images or 512) != 512:
+        found.append(f"{_of(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
+    if scale.steps is not None and scale.steps_of(0.1) != 100:
+        found.append(f"{_of(scale.steps_of(0.1), 'step')} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
+    whole = dataclasses.replace(scale, budget=1.0)
+    specs = [case.spec(scale) for case in experiment.cases]
+    if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(experiment.cases, specs, strict=True)):
+        found.append("smaller attacks than published: robust accuracies here are above what the published size would find")
+    if any(_follows_exact(spec) for spec in specs):
+        found.append(
+            "attacks follow the exact gradient of the steps that ran, and the published ones that of a continuous adjoint, "
+            "which is another one (--gradient adjoint)"
+        )
+    return found
+
+
+def _follows_exact(spec: Spec) -> bool:
+    settings = spec.settings()
+    follows = any(attack.cost().gradient for attack in spec.stages().values())
+    return follows and settings is not None and settings.gradient.name == "exact"
+
+
+def work(results: Results) -> Table:
+    """Of every run, where it is and what it took."""
+    rows = []
+    for name, run in results.runs.items():
+        stages = run.happened
+        seconds, asked = sum(stage.seconds for stage in stages), sum(stage.forward + stage.gradient for stage in stages)
+        rows.append((name, run.folder.name, str(asked), duration(seconds), run.fingerprint[:16]))
+    return Table(
+        "Runs",
+        ("run", "folder", "images through the defense", "work", "fingerprint"),
+        rows,
+        "Folders of `coupfast report`, for everything else about a run.",
+    )

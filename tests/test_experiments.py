@@ -1,0 +1,195 @@
+"""The paper's experiments: every one runs at a tiny size, says what it ran and what is published, shares runs and goes on."""
+
+import dataclasses
+import json
+import re
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coupfast.cli import main
+from coupfast.evaluation.ledger import DATABASE
+from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, make, two_gaussians
+from coupfast.models.checkpoints import write_safetensors
+from coupfast.models.wide_resnet import WideResNet
+
+SMALL = ["--images", "1", "--budget", "1e-6", "--steps", "1", "--draws", "2", "--paths", "500"]
+#: Not here: networks of its own, and a measurement of time.
+OTHERS = {"cifar100", "table4"}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder of runs that all tests here share."""
+    return tmp_path_factory.mktemp("reproduced")
+
+
+def reproduce(*words):
+    return main(["reproduce", *map(str, words)])
+
+
+def test_all_are_listed(capsys):
+    assert reproduce("--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = "table1 table2 table2c table3 cifar100 fig2a fig2b fig3b fig4a fig4b fig5 fig6 tableE1 table4 appendix-b-c"
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == wanted.split() == list(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in OTHERS])
+def test_every_one_runs(name, out, capsys):
+    assert reproduce(name, *SMALL, "--out", out, "--json", out / "found.json") == 0
+    said = capsys.readouterr().out
+    page = (out / "pages" / f"{name}.md").read_text()
+    assert EXPERIMENTS[name].title in said and f"coupfast reproduce {name} --images 1" in page
+    assert f"[{name}]({name}.md)" in (out / "pages" / "README.md").read_text()
+    found = json.loads((out / "found.json").read_text())[name]
+    assert found["headline"] in page and found["concludes"]
+    assert set(found["runs"]) == {case.name for case in EXPERIMENTS[name].cases}
+    # Every table has as many cells in each row as in its header, none of them empty.
+    for table in found["tables"][1:]:
+        assert table["rows"] and all(len(row) == len(table["header"]) and all(row) for row in table["rows"]), table["title"]
+    for file in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        pixels = np.asarray(Image.open(out / "pages" / file).convert("RGB"))
+        assert pixels.shape[1] > 250 and pixels.std() > 10
+
+
+@pytest.mark.parametrize(("name", "figures"), [("table1", ("70.64", "73.05")), ("table2", ("78.58", "83.13"))])
+def test_published_stands_beside_measured(name, figures, out):
+    reproduce(name, *SMALL, "--out", out, "--json", out / "found.json")
+    found = json.loads((out / "found.json").read_text())[name]
+    table = next(table for table in found["tables"] if "published" in table["title"])
+    column = table["header"].index("robust, published")
+    assert [row[column] for row in table["rows"]] == ["0.00", *figures]
+    said = " ".join(found["differences"])
+    for what in ("other networks", "1 image of cifar10-20", "1 step from", "smaller attacks", "exact gradient"):
+        assert what in said
+
+
+def test_a_run_that_two_need_is_made_once(out, capsys):
+    scale = Scale(images=1, budget=1e-6, steps=1, draws=2)
+    both = {name: {case.name: case.spec(scale).to_dict() for case in EXPERIMENTS[name].cases} for name in ("fig2b", "fig4b")}
+    assert both["fig4b"]["COUP at 1"] == both["fig2b"]["COUP, first classifier"]
+    assert both["fig4b"]["COUP at 0"] == both["fig2b"]["reverse SDE, first classifier"]
+    reproduce("fig2b", *SMALL, "--out", out)
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob(f"*/{DATABASE}")}
+    capsys.readouterr()
+    reproduce("fig5", "fig6", *SMALL, "--out", out)
+    after = {path: path.stat().st_mtime_ns for path in (out / "runs").glob(f"*/{DATABASE}")}
+    assert set(before) == set(after)
+    assert capsys.readouterr().err.count("which has begun") == 2
+
+
+def test_what_was_stopped_goes_on(tmp_path, out):
+    """A run whose last units are lost comes to the same results."""
+    scale = Scale(images=1, budget=1e-6, steps=1, draws=2)
+    experiment = EXPERIMENTS["tableE1"]
+    whole = make(experiment, scale, tmp_path)
+    name = next(name for name in whole.runs if name == "COUP")
+    with sqlite3.connect(whole.runs[name].folder / DATABASE) as ledger:
+        ledger.execute("DELETE FROM units WHERE stage != 'clean'")
+    again = make(experiment, scale, tmp_path)
+    assert {n: run.fingerprint for n, run in again.runs.items()} == {n: run.fingerprint for n, run in whole.runs.items()}
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_the_budget_scales_what_multiplies():
+    scale = Scale(budget=0.01, steps=20)
+    cases = {case.name: case for case in EXPERIMENTS["table1"].cases}
+    rand, standard = (cases[f"COUP, {suite}"].spec(scale) for suite in ("rand", "standard"))
+    assert rand.attack_options == {"iterations": 10, "eot_iter": 2}
+    assert standard.attack_options == {"iterations": 10, "target_classes": 1, "queries": 50}
+    assert rand.settings().num_steps == 20
+    full = dataclasses.replace(scale, budget=1.0, steps=None)
+    assert cases["COUP, rand"].spec(full).attack_options == {} and cases["COUP, rand"].spec(full).settings().num_steps == 100
+    assert {case.spec(full).settings().num_steps for case in EXPERIMENTS["table2"].cases[1:]} == {75}
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            Scale(budget=share)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["table1", "--networks", "paper"], "score-weights FILE.*checkpoint_8.pth.*--networks tiny"),
+        (["table1", "--score", "nowhere.pt"], "score network nowhere.pt"),
+        (["tabel1"], "did you mean 'table1'"),
+        ([], "say what to reproduce"),
+        (["cifar100"], "none ship.*Give --score NAME|FILE"),
+        (["table1", "--budget", "2"], "above 0 and at most 1"),
+        (["table1", "--images", "21"], "21"),
+    ],
+)
+def test_errors_before_any_work(words, said, tmp_path, capsys):
+    assert reproduce(*words, "--out", tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert re.search(said, captured.err) and not captured.out and not (tmp_path / "out").exists()
+
+
+def test_cifar100_with_networks_of_ones_own(tmp_path, capsys):
+    network = WideResNet(10, 1, 100)
+    write_safetensors(tmp_path / "hundred.safetensors", network.state_dict(), network.config)
+    x = (np.random.default_rng(0).random((2, 3, 32, 32)) * 255).astype(np.uint8)
+    with torch.no_grad():
+        y = network.eval()(torch.from_numpy(x).float() / 255).argmax(dim=1).numpy()
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    own = ["--score", "cifar10-tiny", "--classifier", tmp_path / "hundred.safetensors", "--data", tmp_path / "images.npz"]
+    assert reproduce("cifar100", *SMALL, *own, "--out", tmp_path / "out") == 0
+    assert "38.67" in capsys.readouterr().out
+
+
+def test_two_gaussians_against_the_definition():
+    """Scores and guidance are derivatives of the logarithms that they are said to be."""
+    x = np.linspace(-3, 3, 31)
+    h = 1e-5
+
+    def slope(log):
+        return (log(x + h) - log(x - h)) / (2 * h)
+
+    alpha_bar = float(two_gaussians._SDE.alpha_bar(0.1))
+
+    def log_mixture(x):
+        mean, std = np.sqrt(alpha_bar) * two_gaussians.MEAN, np.sqrt(alpha_bar * two_gaussians.STD**2 + 1 - alpha_bar)
+        return np.log(two_gaussians.density(x, 1, mean, std) + two_gaussians.density(x, -1, mean, std))
+
+    def log_confidence(x, noise):
+        parts = two_gaussians.density(x, 1) + noise[0], two_gaussians.density(x, -1) + noise[1]
+        return np.log(np.maximum(*parts) / sum(parts))
+
+    # Central differences: h² of the third derivative, which is of order one, and rounding over h.
+    np.testing.assert_allclose(two_gaussians.score(x, 0.1), slope(log_mixture), atol=1e-9)
+    noise = (0.03, 0.2)  # classes meet between points of this grid
+    np.testing.assert_allclose(two_gaussians.guidance(x, noise), slope(lambda x: log_confidence(x, noise)), atol=1e-9)
+
+
+def test_propositions_hold_in_numbers():
+    first = two_gaussians.proposition_1(np.array([1.0, 4.0]), 2000, seed=5)
+    assert (first["only_guided"] == 0).all() and (first["gap"] >= 0).all() and (first["guided"] < first["plain"]).all()
+    second = two_gaussians.proposition_2(np.array([0.05, 0.2]), 1.0, 2000, seed=5)
+    assert (second["above"] == 0).all() and (second["distance"] < second["bound"]).all()
+    # 2000 normals: four standard errors of a standard deviation; the linear part of the Euler steps is off by O(h).
+    np.testing.assert_allclose(second["spread"], second["spread_limit"], rtol=4 / np.sqrt(2 * 2000) + 0.01)
+    # At λ = 0 the classifier does not matter, and Proposition 1's unguided paths are these.
+    found = two_gaussians.flips(np.array([0.0, 4.0]), np.array([0.0, 0.5]), 2000, seed=5)
+    assert found.crossed[0, 0] == found.crossed[0, 1] and found.crossed[1, 0] < found.crossed[0, 0]
+    assert (found.ended <= found.crossed).all()
+
+
+def test_table_4_shows_what_the_benchmark_wrote():
+    """Of a file that bench/speed.py has written; running it measures, and belongs to no test."""
+    rows = json.loads((Path(__file__).parents[1] / "bench" / "results" / "speed-tiny-b20-epyc-zen4.json").read_text())["rows"]
+    results = Results(Scale(), {}, {"rows": np.array(json.dumps(rows))})
+    (table,) = EXPERIMENTS["table4"].sections(results)
+    assert [row[1] for row in table.rows].count("published, V100") == 3
+    here = {row[0] for row in table.rows if row[1] == "cpu"}
+    assert "COUP" in here and EXPERIMENTS["table4"].concludes(results)
+
+
+def test_roles_replace_networks():
+    scale = Scale(roles={"second": Network("cifar10-tiny")})
+    assert scale.network("second").name == "cifar10-tiny" and scale.network("classifier").name == "cifar10-tiny"
+    with pytest.raises(ValueError, match="no network 'third'"):
+        Scale(roles={"third": Network("x")})
