@@ -14,10 +14,12 @@ as the attack itself asks for it, of the loss `--loss`:
 * `diffhammer`: N = `--ensemble` purifications without a gradient, whose gradients at the purified images E–M brings together,
   and one that it is pulled back through: (N + 2) K. Its mean is not the mean gradient, and is not meant to be.
 
-All but `exact` point elsewhere: `cosine` is that of their mean to the exact gradient's. The squared norms of means, and that
-cosine, are without the bias that the noise of `--draws` draws would give them, so that an estimate may lie outside of its range.
+All but `exact` point elsewhere: `cosine` is that of their mean to the exact gradient's. The squared norms of means and the
+cosine are without the bias that the noise of `--draws` draws would give them: an estimate may lie outside of its range.
 
-They are measured at `--points` points of a way from the clean image to the border of the ball, along the exact mean gradient.
+They are measured at `--points` points of a way from the clean image to the border of its ball, along the exact mean
+gradient.
+
 What common random numbers are worth follows from the same draws at every point: `fresh` is the signal to noise of the mean
 gradient along that way with new draws at each point, and `common` with the same ones at all. Draws that are kept can only be
 worth more where the noise of one point undoes that of the next; `correlation` is that of the noise of neighbouring points.
