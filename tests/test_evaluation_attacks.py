@@ -432,3 +432,14 @@ def test_square_asks_several_draws_a_query():
     attack.run(metered, x, y, seed=0)
     assert 3 * 64 <= metered.forward_images <= 3 * (attack.cost().forward + attack.cost().again)
     assert attack.replicas == 64
+
+
+def test_a_keyword_of_the_attack_that_another_method_has_is_the_attacks(recwarn):
+    said = Spec.of(attack="pgd-eot", step_size=0.01, t=0.05)
+    assert said.attack_options == {"step_size": 0.01} and said.purifier == {"t": 0.05} and not recwarn
+    hammer = Spec.of(attack="diffhammer", rounds=3)
+    assert hammer.stages()["diffhammer"].rounds == 3 and hammer.but(rounds=4).stages()["diffhammer"].rounds == 4
+    # Where the method has one, too, it is the method's.
+    both = Spec.of(attack="pgd-eot", method="ld-sde", step_size=0.02, attack_options={"step_size": 0.01})
+    assert both.settings().method.step_size == 0.02 and both.stages()["pgd-eot"].step_size == 0.01
+    assert Spec.of(attack="apgd-ce", method="gdmp", rounds=2).settings().method.rounds == 2

@@ -425,3 +425,19 @@ def test_images_in_folders_of_other_classes(tmp_path):
         assert ledger.configuration["spec"]["classes"] == ["pug", "tabby"]
         assert sorted(ledger.configuration["images"]["labels"]) == [0, 1]
     assert run("evaluate", "--resume", tmp_path / "run") == 0
+
+
+def test_a_warm_start_is_named_kept_and_refused(networks, tmp_path, capsys):
+    small = [*SMALL[:4], "--attack", "pgd-eot", "--iterations", "1", "--eot-iter", "1", "--shard", "4", "--draws", "1"]
+    small += ["--paths", "0", "--certify", "0"]
+    assert run("evaluate", *networks, *small, "--method", "reverse-sde", "--out", tmp_path / "first") == 0
+    begin = ["--start-from", tmp_path / "first"]
+    assert run("evaluate", *networks, *small, *begin, "--norm", "L2", "--eps", "0.1", "--out", tmp_path / "second") == 0
+    first = capsys.readouterr().out
+    assert f"coup under pgd-eot, L2 0.1, begun from the adversarial images of {tmp_path / 'first'}, 4 images" in first
+    assert run("evaluate", "--resume", tmp_path / "second", *begin) == 0
+    assert run("evaluate", "--resume", tmp_path / "second", "--start-from", tmp_path / "second") == 2
+    assert "spec.start_from was" in capsys.readouterr().err
+    assert run("evaluate", *networks, *small, *begin, "--attack", "autoattack-rand", "--out", tmp_path / "third") == 2
+    assert "`start_from` is for attacks of this project in a ball" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()

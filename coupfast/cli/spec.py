@@ -66,6 +66,13 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
     group.add_argument(
         "--eps", type=parse_fraction, default=none, metavar="E", help="radius for images in [0, 1] (default: 8/255)"
     )
+    group.add_argument(
+        "--start-from",
+        default=none,
+        metavar="RUN",
+        help="begin at the adversarial images that this finished run found, on whatever defense and in whatever ball, moved "
+        "into the ball of this one; images are told by their hashes, and all of them have to be there",
+    )
     group = parser.add_argument_group("the evaluation")
 
     def add_number(name: str, metavar: str, help: str) -> None:

@@ -26,6 +26,7 @@ from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.spec import GIVEN, Spec
+from coupfast.evaluation.starts import check_source
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
@@ -96,6 +97,7 @@ class Plan:
         random: Networks that had random weights.
         pilot: Its name, if a finished run's survival was taken for this one's; "" if not.
         expected: The stages with that survival.
+        start: Of the run that attacks begin from; "" if they begin at clean images.
     """
 
     stages: tuple[Stage, ...]
@@ -105,6 +107,7 @@ class Plan:
     random: tuple[str, ...] = ()
     pilot: str = ""
     expected: tuple[Stage, ...] = ()
+    start: str = ""
 
     @property
     def seconds(self) -> float:
@@ -119,8 +122,8 @@ class Plan:
         stages = tuple(Stage(**stage) for stage in fields["stages"])
         expected = tuple(Stage(**stage) for stage in fields.get("expected", ()))
         probe = Probe(**fields["probe"])
-        random, pilot = tuple(fields["random"]), fields.get("pilot", "")
-        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected)
+        random, pilot, start = tuple(fields["random"]), fields.get("pilot", ""), fields.get("start", "")
+        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected, start)
 
     def __str__(self) -> str:
         probe = self.probe
@@ -133,6 +136,8 @@ class Plan:
         ]
         if self.random:
             lines.insert(0, f"random weights: {', '.join(self.random)} (trained ones take as long)")
+        if self.start:
+            lines.insert(0, f"attacks begin from the adversarial images of {self.start}, which takes as long at most")
         for stage in self.stages:
             memory = f"{probe.memory_of[stage.name] / 2**20:.0f} MiB" if stage.name in probe.memory_of else "?"
             lines.append(
@@ -206,14 +211,19 @@ def plan(
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
-    shares = {} if pilot is None else _shares(pilot, spec)  # before the probe, which takes a while
+    # Before the probe, which takes a while.
+    shares = {} if pilot is None else _shares(pilot, spec)
+    if spec.start_from is not None:
+        with Ledger(spec.start_from, read_only=True) as ledger:
+            check_source(ledger)
     measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
         stage = Stage(name, count, forward, gradient, 0.0, steps=spec.costs()[name].steps)
         stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
     expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
-    return Plan(tuple(stages), workers, measured, price, random, "" if pilot is None else str(pilot), expected)
+    pilot = "" if pilot is None else str(pilot)
+    return Plan(tuple(stages), workers, measured, price, random, pilot, expected, spec.start_from or "")
 
 
 def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, float]]:

@@ -165,9 +165,12 @@ class Iterative(Attack):
         """Where it begins."""
         return x.clone()
 
-    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    def run(
+        self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int, x_start: torch.Tensor | None = None
+    ) -> Result:
+        """See `Attack.run`. With `x_start`, points like `x` that the attack may return, the first restart begins there."""
         images, device = len(x), x.device
-        x_k, memory = self.start(x, seed=seed), self.memory(x)
+        x_k, memory = self.start(x, seed=seed) if x_start is None else x_start.clone(), self.memory(x)
         best = _Best(x_k)
         k, restart, fell = (torch.full((images,), value, device=device) for value in (0, 0, _NEVER))
         left, looked = torch.zeros_like(k, dtype=torch.bool), torch.zeros_like(k)
@@ -352,6 +355,13 @@ class InBall(Iterative, _Radius):
     """Steps of one length along the gradient, projected onto the ball."""
 
     step_size: float | None = step_size_knob("2/255")
+
+    def run(
+        self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int, x_start: torch.Tensor | None = None
+    ) -> Result:
+        """See `Attack.run`. With `x_start`, images like `x`, the first restart begins at the nearest points of the ball."""
+        near = None if x_start is None else ball.project(x_start, x, self.norm, self.eps)
+        return super().run(defense, x, y, seed=seed, x_start=near)
 
     def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)

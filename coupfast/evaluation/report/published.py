@@ -59,7 +59,8 @@ def like(run: Run, attack: str | None = None) -> list[Published]:
     if spec["defense"] is not None or spec["images"] not in ("cifar10", "cifar10-512") or "method" not in defense:
         return []
     # Attacks at their published size, which the fast mode cuts short.
-    if spec["attack_options"] or spec.get("mode", "full") != "full" or spec["score"] != "cifar10-ddpmpp-deep":
+    other_size = spec["attack_options"] or spec.get("mode", "full") != "full" or spec.get("start_from") is not None
+    if other_size or spec["score"] != "cifar10-ddpmpp-deep":
         return []
     here: dict[str, Any] = {
         "method": defense["method"]["name"],

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from coupfast.evaluation import gradients, plan, protocols, purification
@@ -221,7 +222,16 @@ def _attack(run: Run) -> str:
         return "no attack"
     # Salt and pepper knows no ball.
     ball = any("eps" in fields for fields in run.configuration["stages"].values())
-    return str(spec["attack"]) + (f" {spec['norm']} {_radius(spec)}" if ball else "")
+    return str(spec["attack"]) + (f" {spec['norm']} {_radius(spec)}" if ball else "") + _begun(run)
+
+
+def _begun(run: Run) -> str:
+    """Where the attack began, if not at clean images."""
+    start = run.configuration.get("start")
+    if start is None:
+        return ""
+    ball = f"{start['norm']} {_radius(start)}"
+    return f", begun from the adversarial images of {Path(start['run']).name} ({start['attack']} {ball}, projected)"
 
 
 def _radius(spec: Mapping[str, Any]) -> str:
