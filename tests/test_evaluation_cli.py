@@ -20,6 +20,7 @@ from coupfast.evaluation import notes
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.suites import RECOMMENDATION
 from coupfast.methods import METHODS
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
@@ -441,3 +442,18 @@ def test_a_warm_start_is_named_kept_and_refused(networks, tmp_path, capsys):
     assert run("evaluate", *networks, *small, *begin, "--attack", "autoattack-rand", "--out", tmp_path / "third") == 2
     assert "`start_from` is for attacks of this project in a ball" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def test_what_is_recommended_is_told_kept_and_continued(networks, tmp_path, capsys):
+    small = ["--num-steps", "2", "--t", "0.01", "--iterations", "1", "--eot-iter", "1", "--shard", "4", "--draws", "1"]
+    small += ["--coarse-steps", "1", "--paths", "0", "--certify", "0", "--attack", "recommended"]
+    assert run("evaluate", *networks, *small, "--out", tmp_path / "run") == 0
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        spec = ledger.configuration["spec"]
+    assert (spec["attack"], spec["mode"]) == (RECOMMENDATION.attack, RECOMMENDATION.mode)
+    assert f"under {RECOMMENDATION.attack}" in capsys.readouterr().out
+    assert run("evaluate", "--resume", tmp_path / "run", "--attack", "recommended") == 0
+    with pytest.raises(SystemExit):
+        run("evaluate", "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"recommended is {RECOMMENDATION.attack} with --mode {RECOMMENDATION.mode}" in told

@@ -40,7 +40,8 @@ class Spec:
             attack is made for, in as much memory as half of what is free, no batch split). None: the classifier alone.
         guide, guide_weights: The classifier that a guided method follows, in the place of the one that is attacked.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
-        attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.
+        attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself. "recommended" is what
+            `suites.RECOMMENDATION` says and why: an attack and a mode, which the spec has in the place of that name.
         attack_options: Knobs of the attack to set, in every stage that has them; the others as published.
         norm, eps: Of the attack, for images in [0, 1]; None takes those of an attack that is given as an object, else Linf and
             8/255.
@@ -54,7 +55,8 @@ class Spec:
             "fast": an image leaves an attack of this project's once a test says that most draws fail (`drop` "majority", with
             its stated error), another one of its unit takes its place (`batch`, a quarter of a unit unless set), and all others
             go on to the next stage, whatever one draw says. Attacks whose `drop` is set, those that know the judge's noise
-            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both.
+            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both. None is
+            "full", or what is recommended with the attack "recommended".
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
@@ -84,7 +86,7 @@ class Spec:
     start_from: str | None = None
     seed: int = 0
     seeding: str = "unit"
-    mode: str = "full"
+    mode: str | None = None
     shard: int = 16
     draws: int = 10
     paths: int | tuple[int, ...] = 4
@@ -94,7 +96,12 @@ class Spec:
     def __post_init__(self) -> None:
         if self.seeding not in SEEDINGS:
             raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
-        check_name("mode", self.mode, MODES)
+        if self.attack == suites.RECOMMENDED:
+            said = suites.RECOMMENDATION
+            own = {name: value for name, value in self.attack_options.items() if value is not None}
+            self._set(attack=said.attack, mode=self.mode or said.mode, attack_options={**said.options, **own})
+        self._set(mode=self.mode or "full")
+        check_name("mode", str(self.mode), MODES)
         if self.mode == "fast" and self.seeding == "autoattack":
             raise ValueError("`seeding` 'autoattack' attacks what AutoAttack would, and `mode` 'fast' does not: choose one")
         if self.device not in ("cpu", "cuda"):
@@ -121,15 +128,15 @@ class Spec:
         if self.defense is not None:
             self.refuse_own_defense()
         self._set(attack_options={name: value for name, value in self.attack_options.items() if value is not None})
-        own: dict[str, Any] = {}
+        ball: dict[str, Any] = {}
         if isinstance(self.attack, Attack):
-            own = {name: getattr(self.attack, name) for name in ("norm", "eps") if name in knobs.names(self.attack)}
+            ball = {name: getattr(self.attack, name) for name in ("norm", "eps") if name in knobs.names(self.attack)}
         for key, published in (("norm", "Linf"), ("eps", 8 / 255)):
             value = getattr(self, key)
             if value is None:
-                self._set(**{key: own.get(key, published)})
-            elif value != own.get(key, value):
-                raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {own[key]!r}: say it there only")
+                self._set(**{key: ball.get(key, published)})
+            elif value != ball.get(key, value):
+                raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {ball[key]!r}: say it there only")
         stages = self.stages()
         if self.start_from is not None:
             self._set(start_from=str(self.start_from))
@@ -179,6 +186,8 @@ class Spec:
     def but(self, **keywords: Any) -> Spec:
         """This one with flat keywords (see `of`) in the place of what it has."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if keywords.get("attack") == suites.RECOMMENDED:  # with the mode that goes with it
+            fields |= {"mode": None}
         if keywords.get("attack") not in (None, self.attack):  # what was set was the other attack's
             fields |= {"attack_options": {}}
             if isinstance(self.attack, Attack) or isinstance(keywords["attack"], Attack):
