@@ -459,3 +459,10 @@ def test_what_is_recommended_is_kept_as_what_it_is():
     assert find("recommended") is SUITES[RECOMMENDATION.attack] and len(RECOMMENDATION.reasons) > 40
     with pytest.raises(ValueError, match="did you mean 'recommended'"):
         find("recomended")
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"draws": 2.5}, {"shard": 0}, {"limit": 0}, {"threads": True}])
+def test_ensembles_and_units_of_none_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}` is at least 1 and a whole number, got"):
+        Spec.of(**options)
