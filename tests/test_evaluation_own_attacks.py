@@ -753,10 +753,13 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
     assert stages["transfer-3"].seconds == pytest.approx(stages["transfer-3"].forward + gradients * 3.0 * 3 / 20)
     assert stages["exact"].seconds == pytest.approx(stages["exact"].forward + stages["exact"].gradient * 3.0)
     assert "gradient through 3 steps" in str(found) and not found.expected
+    assert not found.errors and "stated error" not in str(found)
     pilot = Spec.of(attack="cascade", mode="fast", error=0.5, **SMALL_CASCADE)
     run(tmp_path / "pilot", pilot).close()
     small = plan(spec.but(mode="fast"), pilot=tmp_path / "pilot")
     assert Plan.from_dict(json.loads(json.dumps(small.to_dict()))) == small
+    assert small.errors == dict.fromkeys(("transfer-3", "transfer-5", "exact"), 0.01)
+    assert "with a probability of at most 0.01 and over all 3 stages 0.03; it is judged" in str(small)
     with Ledger(tmp_path / "pilot", read_only=True) as ledger:
         took = {stage.name: stage for stage in planning.happened(ledger)}
     for stage, most in zip(small.expected, small.stages, strict=True):

@@ -27,6 +27,7 @@ from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.spec import GIVEN, Spec
 from coupfast.evaluation.starts import check_source
+from coupfast.evaluation.suites import stated_errors, told_errors
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
@@ -98,6 +99,7 @@ class Plan:
         pilot: Its name, if a finished run's survival was taken for this one's; "" if not.
         expected: The stages with that survival.
         start: Of the run that attacks begin from; "" if they begin at clean images.
+        errors: By stage, of tests by which images leave; see `suites.stated_errors`.
     """
 
     stages: tuple[Stage, ...]
@@ -108,6 +110,7 @@ class Plan:
     pilot: str = ""
     expected: tuple[Stage, ...] = ()
     start: str = ""
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -123,7 +126,8 @@ class Plan:
         expected = tuple(Stage(**stage) for stage in fields.get("expected", ()))
         probe = Probe(**fields["probe"])
         random, pilot, start = tuple(fields["random"]), fields.get("pilot", ""), fields.get("start", "")
-        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected, start)
+        errors = dict(fields.get("errors", {}))
+        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected, start, errors)
 
     def __str__(self) -> str:
         probe = self.probe
@@ -154,6 +158,8 @@ class Plan:
             lines += map(str, self.expected)
             left = sum(stage.seconds for stage in self.expected)
             lines.append(f"{'all':60s}{duration(left):>12s}; {duration(left / self.workers)} on all workers")
+        if self.errors:
+            lines.append(f"stated error: {told_errors(self.errors)}")
         if probe.memory is not None:
             lines.append(f"memory of a worker: {probe.memory / 2**20:.0f} MiB and what Python and torch take")
         if self.price is not None:
@@ -223,7 +229,8 @@ def plan(
         stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
     expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
     pilot = "" if pilot is None else str(pilot)
-    return Plan(tuple(stages), workers, measured, price, random, pilot, expected, spec.start_from or "")
+    errors = stated_errors({stage: attack.to_dict() for stage, attack in spec.stages().items()})
+    return Plan(tuple(stages), workers, measured, price, random, pilot, expected, spec.start_from or "", errors)
 
 
 def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, float]]:

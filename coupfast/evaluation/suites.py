@@ -101,6 +101,30 @@ class Suite:
         return str(kinds.pop()) if kinds else "exact"
 
 
+def stated_errors(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """By stage, the probability at most with which it lets an image go as fallen that most draws classify correctly.
+
+    Of stages that have such a test (`drop` "majority"). Over several it is their sum at most, whatever depends on what: every
+    stage's draws are fresh.
+
+    Args:
+        stages: Attacks as `Attack.to_dict` has them.
+    """
+    return {stage: float(fields["error"]) for stage, fields in stages.items() if fields.get("drop") == "majority"}
+
+
+def told_errors(errors: Mapping[str, float]) -> str:
+    """In words, the same; "" where no stage has such a test."""
+    if not errors:
+        return ""
+    each = " or ".join(f"{error:g}" for error in sorted(set(errors.values())))
+    over = f" and over all {len(errors)} stages {min(1.0, sum(errors.values())):g}" if len(errors) > 1 else ""
+    return (
+        f"an image that most draws classify correctly leaves a stage as if it had fallen with a probability of at most {each}"
+        f"{over}; it is judged on fresh draws all the same, in the form that it had then"
+    )
+
+
 #: What is asked for as an attack: a suite's name or "package.module:NAME", or the objects themselves.
 Asked: TypeAlias = str | Attack | type[Attack] | Suite
 

@@ -15,7 +15,7 @@ from coupfast.evaluation.report import published
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
 from coupfast.evaluation.spec import GIVEN
-from coupfast.evaluation.suites import SUITES
+from coupfast.evaluation.suites import SUITES, stated_errors, told_errors
 
 _PLAIN = {OFFICIAL: "official", "average": "average over draws", "worst": "worst of the draws"}
 _TELLING = tuple(_PLAIN)
@@ -80,7 +80,7 @@ def accuracies(run: Run) -> Table:
         rows,
         f"{_described(run)}. Intervals of 95 %: Wilson's over images; then, from resampled images and draws, a bootstrap's. "
         f"The clean accuracy by a protocol is what its attacked accuracy is to be compared with, but for the official one."
-        f"{_official(run)}{_unchanged(run)}{_gradients(run)}{_assumed(run)}",
+        f"{_official(run)}{_left(run)}{_unchanged(run)}{_gradients(run)}{_assumed(run)}",
     )
 
 
@@ -173,6 +173,11 @@ def _official(run: Run) -> str:
         f" That is about the images that each attack returns, the others about the strongest ones that any attack tried "
         f"({protocols.official_baseline(run.verdicts)})."
     )
+
+
+def _left(run: Run) -> str:
+    told = told_errors(stated_errors(run.configuration["stages"]))
+    return f" Images left the attack by a test: {told}." if told else ""
 
 
 def _unchanged(run: Run) -> str:
