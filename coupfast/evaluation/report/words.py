@@ -94,8 +94,8 @@ def attacks(runs: Sequence[Run]) -> list[Section]:
     if not rows:
         return []
     note = (
-        "Stages of one attack run one after the other on the images that still stand, as AutoAttack's do. The attacker knows the "
-        "defense and its weights."
+        "Stages of one attack run one after the other on the images that still stand, as AutoAttack's do. The attacker knows "
+        "the defense and its weights."
     )
     return [Table("What the attacks are", ("run and stage", "what it does"), rows, note)]
 
