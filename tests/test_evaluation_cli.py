@@ -85,7 +85,7 @@ def test_a_solver_with_knobs_and_a_guide_of_its_own(networks, guide, tmp_path, c
 
 
 def test_a_certificate_with_a_guide(networks, guide, capsys):
-    options = ["--num-steps", "2", "--t", "0.01", "--images", "1", "--draws", "0", "--directions", "0", "--json", "-"]
+    options = ["--num-steps", "2", "--t", "0.01", "--limit", "1", "--draws", "0", "--directions", "0", "--json", "-"]
     assert run("check-gradient", *networks, *options, "--guide", guide, "--solver", "sde-dpm-solver++-2m") == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["networks"]) == {"score", "guide", "classifier"}
