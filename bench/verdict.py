@@ -75,6 +75,7 @@ CURVES = {
     "rand": Curve("autoattack-rand"),
     "pgd-eot": Curve("pgd-eot"),
     "pgd-eot, fast": Curve("pgd-eot", "fast"),
+    "pgd-eot, growing": Curve("pgd-eot", "fast", {"eot_first": 2}),
     "diffhammer": Curve("diffhammer"),
     "diffhammer, fast": Curve("diffhammer", "fast"),
     "transfer through 5": Curve("transfer"),

@@ -14,7 +14,7 @@ from coupfast.evaluation.attacks import APGD, PGD
 from coupfast.evaluation.attacks.autoattack import OFFERS, Square
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.protocols import OFFICIAL, judged, scores
-from coupfast.evaluation.suites import SUITES, find
+from coupfast.evaluation.suites import RECOMMENDATION, SUITES, find
 
 
 def plain(device):
@@ -432,3 +432,37 @@ def test_square_asks_several_draws_a_query():
     attack.run(metered, x, y, seed=0)
     assert 3 * 64 <= metered.forward_images <= 3 * (attack.cost().forward + attack.cost().again)
     assert attack.replicas == 64
+
+
+def test_a_keyword_of_the_attack_that_another_method_has_is_the_attacks(recwarn):
+    said = Spec.of(attack="pgd-eot", step_size=0.01, t=0.05)
+    assert said.attack_options == {"step_size": 0.01} and said.purifier == {"t": 0.05} and not recwarn
+    hammer = Spec.of(attack="diffhammer", rounds=3)
+    assert hammer.stages()["diffhammer"].rounds == 3 and hammer.but(rounds=4).stages()["diffhammer"].rounds == 4
+    # Where the method has one, too, it is the method's.
+    both = Spec.of(attack="pgd-eot", method="ld-sde", step_size=0.02, attack_options={"step_size": 0.01})
+    assert both.settings().method.step_size == 0.02 and both.stages()["pgd-eot"].step_size == 0.01
+    assert Spec.of(attack="apgd-ce", method="gdmp", rounds=2).settings().method.rounds == 2
+
+
+def test_what_is_recommended_is_kept_as_what_it_is():
+    asked, options = Spec.of(attack="recommended"), dict(RECOMMENDATION.options)
+    assert (asked.attack, asked.mode, asked.attack_options) == (RECOMMENDATION.attack, RECOMMENDATION.mode, options)
+    assert asked == Spec.of(attack=RECOMMENDATION.attack, mode=RECOMMENDATION.mode, **options)
+    kept = asked.to_dict()
+    assert (kept["attack"], kept["mode"]) == (RECOMMENDATION.attack, RECOMMENDATION.mode) and Spec.from_dict(kept) == asked
+    # Unless the spec says otherwise; also of one that has begun as another.
+    assert Spec.of(attack="recommended", mode="full", iterations=3).attack_options == {**options, "iterations": 3}
+    assert Spec.of(attack="recommended", mode="full").mode == "full"
+    assert Spec().but(attack="recommended", draws=3) == Spec.of(attack="recommended", draws=3)
+    assert (Spec().mode, Spec().but(attack="recommended", mode="full").mode) == ("full", "full")
+    assert find("recommended") is SUITES[RECOMMENDATION.attack] and len(RECOMMENDATION.reasons) > 40
+    with pytest.raises(ValueError, match="did you mean 'recommended'"):
+        find("recomended")
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"draws": 2.5}, {"shard": 0}, {"limit": 0}, {"threads": True}])
+def test_ensembles_and_units_of_none_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}` is at least 1 and a whole number, got"):
+        Spec.of(**options)

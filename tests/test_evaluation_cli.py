@@ -20,6 +20,7 @@ from coupfast.evaluation import notes
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.suites import RECOMMENDATION
 from coupfast.methods import METHODS
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
@@ -84,7 +85,7 @@ def test_a_solver_with_knobs_and_a_guide_of_its_own(networks, guide, tmp_path, c
 
 
 def test_a_certificate_with_a_guide(networks, guide, capsys):
-    options = ["--num-steps", "2", "--t", "0.01", "--images", "1", "--draws", "0", "--directions", "0", "--json", "-"]
+    options = ["--num-steps", "2", "--t", "0.01", "--limit", "1", "--draws", "0", "--directions", "0", "--json", "-"]
     assert run("check-gradient", *networks, *options, "--guide", guide, "--solver", "sde-dpm-solver++-2m") == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["networks"]) == {"score", "guide", "classifier"}
@@ -425,3 +426,34 @@ def test_images_in_folders_of_other_classes(tmp_path):
         assert ledger.configuration["spec"]["classes"] == ["pug", "tabby"]
         assert sorted(ledger.configuration["images"]["labels"]) == [0, 1]
     assert run("evaluate", "--resume", tmp_path / "run") == 0
+
+
+def test_a_warm_start_is_named_kept_and_refused(networks, tmp_path, capsys):
+    small = [*SMALL[:4], "--attack", "pgd-eot", "--iterations", "1", "--eot-iter", "1", "--shard", "4", "--draws", "1"]
+    small += ["--paths", "0", "--certify", "0"]
+    assert run("evaluate", *networks, *small, "--method", "reverse-sde", "--out", tmp_path / "first") == 0
+    begin = ["--start-from", tmp_path / "first"]
+    assert run("evaluate", *networks, *small, *begin, "--norm", "L2", "--eps", "0.1", "--out", tmp_path / "second") == 0
+    first = capsys.readouterr().out
+    assert f"coup under pgd-eot, L2 0.1, begun from the adversarial images of {tmp_path / 'first'}, 4 images" in first
+    assert run("evaluate", "--resume", tmp_path / "second", *begin) == 0
+    assert run("evaluate", "--resume", tmp_path / "second", "--start-from", tmp_path / "second") == 2
+    assert "spec.start_from was" in capsys.readouterr().err
+    assert run("evaluate", *networks, *small, *begin, "--attack", "autoattack-rand", "--out", tmp_path / "third") == 2
+    assert "`start_from` is for attacks of this project in a ball" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_what_is_recommended_is_told_kept_and_continued(networks, tmp_path, capsys):
+    small = ["--num-steps", "2", "--t", "0.01", "--iterations", "1", "--eot-iter", "1", "--shard", "4", "--draws", "1"]
+    small += ["--coarse-steps", "1", "--paths", "0", "--certify", "0", "--attack", "recommended"]
+    assert run("evaluate", *networks, *small, "--out", tmp_path / "run") == 0
+    with Ledger(tmp_path / "run", read_only=True) as ledger:
+        spec = ledger.configuration["spec"]
+    assert (spec["attack"], spec["mode"]) == (RECOMMENDATION.attack, RECOMMENDATION.mode)
+    assert f"under {RECOMMENDATION.attack}" in capsys.readouterr().out
+    assert run("evaluate", "--resume", tmp_path / "run", "--attack", "recommended") == 0
+    with pytest.raises(SystemExit):
+        run("evaluate", "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"recommended is {RECOMMENDATION.attack} with --mode {RECOMMENDATION.mode}" in told

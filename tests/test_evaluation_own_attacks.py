@@ -159,6 +159,29 @@ def test_eot_finds_the_direction_that_one_draw_does_not():
     assert rises[64] > 0.82 * best > 0.6 * best > rises[1]
 
 
+def test_few_draws_early_and_many_late_are_asked_by_each_images_own_step():
+    """Also where images at different steps are attacked together."""
+    growing = PGD("L2", 0.5, iterations=10, eot_iter=16, eot_first=1, step_size=0.05, losses="margin", keep="last")
+    assert growing.schedule == [1, 1, 2, 2, 3, 4, 5, 7, 9, 12, 16] and growing.cost() == Cost(16, 46)
+    asked = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spied(PGD):
+        def ask(self, defense, asked_):
+            asked.append((asked_.number.tolist(), self.draws(asked_).view(asked_.draws, -1).T.tolist()))
+            return super().ask(defense, asked_)
+
+    x, y = grey(4)
+    x += torch.linspace(-0.02, 0.02, 4).view(4, 1, 1, 1)
+    attack = Spied(iterations=4, eot_iter=6, eot_first=2, drop="any", batch=2, eps=0.01, step_size=0.002)
+    result = attack.run(Metered(Linear(threshold=0.15).eval()), x, y, seed=0)
+    assert 0 < int(result.left.sum()) < 4  # so that images at different steps are attacked together
+    assert len({tuple(numbers) for numbers, _ in asked}) > 5 == len(attack.schedule)
+    for numbers, draws in asked:
+        assert draws == [list(range(6 * k, 6 * k + attack.schedule[k])) for k in numbers]
+    assert result.looked is None  # of unequally many
+
+
 CLUSTERED = {"iterations": 20, "eot_iter": 10, "step_size": EPS / 15, "keep": "last"}
 
 
@@ -238,7 +261,7 @@ def test_momentum_is_the_papers():
     for i, new in enumerate(([1.0, 0.0], [0.0, 1.0], [0.0, 2.0]), start=1):
         new = torch.tensor(new).view(1, 1, 1, 2)
         zero = torch.zeros(1, dtype=torch.int64)
-        attack.step(memory, Asked(zero, x, zero, zero + i - 1, zero, True), new, x)
+        attack.step(memory, Asked(zero, x, zero, zero + i - 1, zero, True, 10), new, x)
         g = i**-0.5 * new + (1 - i**-0.5) * g
         torch.testing.assert_close(memory["momentum"], g)
 
@@ -580,11 +603,13 @@ OWN = [
     DiffHammer(iterations=3, eot_iter=4),
     StAdv(iterations=3, eot_iter=2, losses="ce"),
     DiffHammer(iterations=3, eot_iter=4, looks=3, losses="ce"),
+    DiffHammer(iterations=4, eot_iter=6, eot_first=2),
+    Transfer(iterations=5, eot_iter=4, eot_first=1, coarse_steps=1),
     APGD(iterations=3, eot_iter=2, looks=3),
 ]
 
 
-@pytest.mark.parametrize("attack", OWN, ids=lambda attack: f"{type(attack).__name__}-{getattr(attack, 'looks', '')}")
+@pytest.mark.parametrize("attack", OWN, ids=lambda a: f"{type(a).__name__}-{getattr(a, 'looks', '')}-{a.eot_iter}")
 def test_cost_is_what_an_image_that_survives_takes(attack):
     class Sure(nn.Module):
         def forward(self, x):
@@ -607,6 +632,7 @@ def test_looks_at_who_seems_to_have_fallen_are_at_most_what_is_said():
     x, y = grey(4)
     for attack in (
         PGD(iterations=30, eot_iter=1, drop="majority"),
+        PGD(iterations=30, eot_iter=3, eot_first=1, drop="majority"),
         dataclasses.replace(PGD(iterations=7, eot_iter=1, drop="majority", losses="ce,margin"), error=0.5),
     ):
         metered = Metered(Coins(0.7).eval())
@@ -639,6 +665,7 @@ def test_published_sizes():
         DiffHammer(eps=1 / 255, iterations=3, eot_iter=2, losses="margin,ce"),
         Transfer(eps=1 / 255, coarse_steps=1, iterations=4, eot_iter=2, drop="majority", error=0.5),
         PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
+        PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, drop="majority", error=0.5, batch=2),
         APGD(eps=1 / 255, iterations=2, eot_iter=1, looks=2, dw_box=True),
         StAdv(iterations=4, eot_iter=2, batch=2),
     ],
@@ -726,10 +753,13 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
     assert stages["transfer-3"].seconds == pytest.approx(stages["transfer-3"].forward + gradients * 3.0 * 3 / 20)
     assert stages["exact"].seconds == pytest.approx(stages["exact"].forward + stages["exact"].gradient * 3.0)
     assert "gradient through 3 steps" in str(found) and not found.expected
+    assert not found.errors and "stated error" not in str(found)
     pilot = Spec.of(attack="cascade", mode="fast", error=0.5, **SMALL_CASCADE)
     run(tmp_path / "pilot", pilot).close()
     small = plan(spec.but(mode="fast"), pilot=tmp_path / "pilot")
     assert Plan.from_dict(json.loads(json.dumps(small.to_dict()))) == small
+    assert small.errors == dict.fromkeys(("transfer-3", "transfer-5", "exact"), 0.01)
+    assert "with a probability of at most 0.01 and over all 3 stages 0.03; it is judged" in str(small)
     with Ledger(tmp_path / "pilot", read_only=True) as ledger:
         took = {stage.name: stage for stage in planning.happened(ledger)}
     for stage, most in zip(small.expected, small.stages, strict=True):
@@ -757,6 +787,9 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
         ("pgd-eot", {"keep": "best"}, "`keep` is one of loss, last, accuracy, got 'best'"),
         ("pgd-eot", {"error": 1.0}, r"`error` is a probability in \(0, 1\), got 1.0"),
         ("pgd-eot", {"batch": 0}, "`batch` is at least 1, got 0"),
+        ("pgd-eot", {"eot_first": 0}, "`eot_first` is at least 1, got 0"),
+        ("pgd-eot", {"eot_first": 21}, "`eot_first` is at most `eot_iter` = 20, to which draws grow, got 21"),
+        ("cascade", {"eot_first": 1}, "`keep` = 'accuracy' compares points by equally many draws, and with `eot_first`"),
         ("pgd-eot", {"iterations": 10**8}, "take more draws than there are"),
         ("diffhammer", {"sharpness": 0.0}, "`sharpness` is a finite number above 0, got 0.0"),
         ("diffhammer", {"rounds": 0}, "`rounds` is at least 1, got 0"),
@@ -800,7 +833,7 @@ def test_copies_in_one_batch_are_those_of_looks_too():
     assert (DiffHammer().replicas, DiffHammer().gradient_replicas) == (10, 1)
     assert (APGD(eot_iter=20, looks=20).replicas, APGD(eot_iter=20, looks=20).gradient_replicas) == (20, 1)
     tested = Transfer(eot_iter=2, drop="majority", error=0.01)
-    assert tested.replicas == tested.more == tested.needed == math.ceil(math.log2(7 / 0.01))  # 101 points, 7 tests at most
+    assert tested.replicas == tested.more(2) == tested.needed == math.ceil(math.log2(7 / 0.01))  # 101 points, 7 tests at most
 
 
 def test_a_method_without_steps_has_no_coarser_form():

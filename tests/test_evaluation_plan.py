@@ -58,6 +58,21 @@ def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):
     assert "1 " not in str(found).splitlines()[-1] and str(found).endswith("8 workers: 9.0 days")
 
 
+def test_the_papers_run_in_the_fast_mode_stage_by_stage(monkeypatch):
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 100, None))
+    found = plan(Spec.of(**paper("Linf"), attack="cascade", mode="fast"))
+    stages = {stage.name: stage for stage in found.stages}
+    assert list(stages) == ["clean", "transfer-3", "transfer-5", "exact", "judge"]
+    assert [stages[name].gradient for name in ("transfer-3", "transfer-5", "exact")] == [512 * 1000, 512 * 1000, 512 * 500]
+    # A gradient through 3 of 100 steps takes 3 % of one through all.
+    assert stages["transfer-3"].seconds == pytest.approx(stages["transfer-3"].forward + 512 * 1000 * 0.09)
+    # One point more than steps, each looked at once more if the test is due, with as many draws as it asks for.
+    for name, attack in Spec.of(**paper("Linf"), attack="cascade", mode="fast").stages().items():
+        cost = attack.cost()
+        assert stages[name].forward == 512 * (cost.forward + cost.again + 1) and cost.again > 0
+    assert "over all 3 stages 0.03" in str(found)
+
+
 def test_named_networks_need_no_weights_and_the_plan_says_that_they_are_random(monkeypatch):
     built = []
 

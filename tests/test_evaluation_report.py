@@ -18,7 +18,8 @@ from PIL import Image
 from coupfast.data import CIFAR10_CLASSES
 from coupfast.evaluation import Ledger, evaluate, report
 from coupfast.evaluation.protocols import judged
-from coupfast.evaluation.report import pictures, published, tables
+from coupfast.evaluation.report import pictures, published, tables, words
+from coupfast.evaluation.suites import SUITES
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,28 @@ def test_the_protocols_are_explained_and_resubmission_is_a_curve(runs):
     assert "Accuracy against the number of submissions" in parts
 
 
+def test_attacks_are_explained_with_what_was_asked_of_them(runs, tmp_path):
+    found = report.read(runs / "purified")
+    parts = {part.title: part for part in report.sections([found])}
+    explained = dict(parts["What the attacks are"].rows)
+    assert set(explained) == {"purified: apgd-ce, purified: apgd-dlr"} and "AutoAttack" in next(iter(explained.values()))
+    spec = SMALL.but(attack="cascade", mode="fast", coarse_steps=1, iterations=1, eot_iter=1, error=0.25, looks=2)
+    run(tmp_path / "fast", spec).close()
+    found = report.read(tmp_path / "fast")
+    parts = {part.title: part for part in report.sections([found])}
+    explained = dict(parts["What the attacks are"].rows)
+    assert {"fast: transfer-3, fast: transfer-5", "fast: exact", "fast: exact, besides"} <= set(explained)
+    besides = explained["fast: exact, besides"]
+    assert "with a probability of 0.25 at most" in besides and "2 fresh draws, and the point where most of them" in besides
+    assert "the point where" not in explained["fast: transfer-3, besides"]
+    assert "of at most 0.25 and over all 3 stages 0.75" in parts["fast: accuracy"].note
+
+
+def test_every_attack_of_the_project_is_explained():
+    shipped = {type(attack) for suite in SUITES.values() for attack in suite.stages().values()}
+    assert shipped == set(words._ATTACKS)
+
+
 def test_what_an_attack_saw_inside_is_told(tmp_path):
     spec = SMALL.but(attack="pgd-eot", iterations=2, eot_iter=4)
     run(tmp_path / "run", spec, command="x").close()
@@ -302,9 +325,14 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
     configuration = {**found.configuration, "spec": spec, "defense": defense}
     rows = tables.accuracies(dataclasses.replace(found, configuration=configuration)).rows
     assert rows[-1][0].startswith("one fresh draw, published: ") and rows[-1][1:] == ("90.33 %", "41.72 %")
+    (figure,) = like({**spec, "attack": "bpda-eot-20"}, gradient={"name": "bpda"})
+    assert figure.robust == {"official": 83.20} and "table 3" in figure.source
+    (figure,) = like({**spec, "classifier": "wrn-70-16"}, method={"name": "diffpure", "t": 0.1})
+    assert figure.robust == {"single": 42.20}
     for other in ({"num_steps": 50}, {"gradient": {"name": "bpda"}}, {"method": {"name": "coup", "t": 0.06}}):
         assert like(**other) == []
     others = [{"images": "cifar10-20"}, {"classifier": "cifar10-tiny"}, {"attack_options": {"iterations": 9}}, {"mode": "fast"}]
+    others.append({"start_from": "elsewhere"})
     for other in others:
         assert like({**spec, **other}) == []
     (figure,) = like({**spec, "attack": "autoattack-rand"}, published.LOWER, gradient={"name": "adjoint"})

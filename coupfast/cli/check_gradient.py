@@ -26,7 +26,9 @@ def add(commands: Any, method: str | None) -> None:
         "1 where a gradient claims to be that of the steps that ran, and is not.",
     )
     parser.add_argument("input", nargs="?", default="cifar10-20", metavar="IN", help="images, as for `coupfast purify`")
-    parser.add_argument("--images", type=int, default=2, metavar="N", help="how many images to use, the first ones")
+    parser.add_argument("--limit", dest="images", type=int, default=2, metavar="N", help="the first N images")
+    # An older spelling.
+    parser.add_argument("--images", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--draws", type=int, default=8, metavar="M", help="noise draws of the signal-to-noise ratio, from 2; 0: leave it out"
     )

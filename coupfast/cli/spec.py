@@ -60,11 +60,19 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
         default=none,
         metavar="NAME",
         help=f"{', '.join(suites.SUITES)}, or package.module:NAME of another (default: {spec.attack}; where the paper is not "
-        f"legible, {assumed})".replace("%", "%%"),
+        f"legible, {assumed}). {suites.RECOMMENDED} is {suites.RECOMMENDATION.attack} with --mode "
+        f"{suites.RECOMMENDATION.mode}: {suites.RECOMMENDATION.reasons}".replace("%", "%%"),
     )
     group.add_argument("--norm", choices=("Linf", "L2"), default=none, help=f"of the attack (default: {spec.norm})")
     group.add_argument(
         "--eps", type=parse_fraction, default=none, metavar="E", help="radius for images in [0, 1] (default: 8/255)"
+    )
+    group.add_argument(
+        "--start-from",
+        default=none,
+        metavar="RUN",
+        help="begin at the adversarial images that this finished run found, on whatever defense and in whatever ball, moved "
+        "into the ball of this one; images are told by their hashes, and all of them have to be there",
     )
     group = parser.add_argument_group("the evaluation")
 
@@ -154,6 +162,8 @@ def _continued(
             kept = ", ".join(f"{name} {_of(base, decided, name)}" for name in others)
             wanted = ", ".join(f"{name} {published[name]}" for name in others)
             raise ValueError(f"--paper asks for {wanted}, and the run in {folder} has {kept}, with which it goes on: {_LEAVE}")
+    if given.get("attack") == suites.RECOMMENDED and base.attack == suites.RECOMMENDATION.attack:
+        del given["attack"]  # the run has what the name stood for
     given = {name: value for name, value in given.items() if not has(name, value)}
     for name in ("defense", "engine_options"):  # of which a configuration would tell in words that nobody typed, or nothing
         if name in given:
@@ -212,7 +222,7 @@ def _add_knobs(group: Any, attack: str | None) -> None:
     """An option for each knob of the suites that ship, and of the attack that is asked for."""
     found: dict[str, Option] = {}
     published: dict[str, dict[str, list[Any]]] = collections.defaultdict(dict)
-    chosen = [] if attack is None or attack in suites.SUITES else [suites.find(attack)]
+    chosen = [] if attack is None or attack in (*suites.SUITES, suites.RECOMMENDED) else [suites.find(attack)]
     for suite in [*chosen, *suites.SUITES.values()]:
         for name, options in suite.options().items():
             found.setdefault(name, options[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def configuration(
     y: torch.Tensor,
     *,
     device: str,
+    start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A run's.
 
@@ -37,6 +39,7 @@ def configuration(
         x: Images in [0, 1].
         y: Labels.
         device: "cpu" or "cuda".
+        start: Of which run's images attacks begin, and the images' hash; None: at the clean ones.
     """
     each = [images_sha256(image)[:16] for image in x]
     return {
@@ -50,6 +53,7 @@ def configuration(
             "sha256": each,
             "labels": y.tolist(),
         },
+        **({} if start is None else {"start": dict(start)}),
         "environment": environment(torch.device(device)),
     }
 
@@ -87,3 +91,13 @@ def images_sha256(x: torch.Tensor) -> str:
     """SHA-256 of images' values, little-endian, in the order of their axes."""
     array = np.ascontiguousarray(x.cpu().numpy())
     return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def image_keys(digests: Sequence[str]) -> list[tuple[str, int]]:
+    """What images are known by in every run: the hash of each one's values, and how many equal ones came before."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for digest in digests:
+        found.append((digest, seen[digest]))
+        seen[digest] += 1
+    return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from coupfast.evaluation import gradients
 from coupfast.evaluation.attacks import Cost
-from coupfast.evaluation.ledger import Ledger, Record
+from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.pools import Pool, UnitFailed
 from coupfast.evaluation.progress import Progress
 from coupfast.evaluation.units import JUDGE, Schedule, Unit
@@ -26,6 +26,7 @@ def dispatch(
     pool: Pool,
     *,
     costs: Mapping[str, Cost],
+    start: np.ndarray | None = None,
     progress: bool = False,
 ) -> None:
     """Do what the ledger does not have yet.
@@ -37,6 +38,7 @@ def dispatch(
         y: Labels, int64.
         pool: Workers; closed by the caller.
         costs: What one image takes at each stage, at most: for the time that is left.
+        start: Where attacks begin, like `x`; None: where they do by themselves.
         progress: Show a bar on stderr; where that is no terminal, a line every half minute.
 
     Raises:
@@ -52,7 +54,7 @@ def dispatch(
         while True:
             for unit in schedule.ready(standing):
                 if len(in_flight) < pool.size and unit.name not in in_flight:
-                    task = Task(unit, _inputs(ledger, schedule, records, unit, x, y))
+                    task = Task(unit, _inputs(ledger, schedule, unit, x, y, start))
                     ledger.start(unit)
                     in_flight[unit.name] = unit
                     pool.submit(task)
@@ -74,34 +76,18 @@ def dispatch(
                 logger.warning("%s", found.warning)
 
 
-def attacked_images(
-    ledger: Ledger, attacks: Sequence[str], records: Mapping[str, Record], images: Sequence[int], x: np.ndarray
-) -> np.ndarray:
-    """What each image has become: its strongest form by what any stage saw of it, else what the last stage left of it."""
-    result = {image: x[image] for image in images}
-    highest = dict.fromkeys(images, (False, -np.inf))
-    for stage in attacks:
-        for record in records.values():
-            if record.unit.stage != stage or not set(record.unit.images) & set(result):
-                continue
-            arrays = ledger.arrays(record)
-            if "x_strongest" in arrays:
-                forms = arrays["x_strongest"]
-                strengths = list(zip(arrays["failed"].tolist(), arrays["loss"].tolist(), strict=True))
-            else:  # of an attack that does not tell, the last counts
-                forms = arrays["x_adv"]
-                strengths = [(True, np.inf)] * len(forms)
-            for image, form, strength in zip(record.unit.images, forms, strengths, strict=True):
-                if image in result and (strength > highest[image] or strength[1] == np.inf):
-                    result[image], highest[image] = form, strength
-    return np.stack([result[image] for image in images])
-
-
 def _inputs(
-    ledger: Ledger, schedule: Schedule, records: Mapping[str, Record], unit: Unit, x: np.ndarray, y: np.ndarray
+    ledger: Ledger,
+    schedule: Schedule,
+    unit: Unit,
+    x: np.ndarray,
+    y: np.ndarray,
+    start: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     chosen = list(unit.images)
     arrays = {"x": x[chosen], "y": y[chosen]}
+    if start is not None and unit.stage in schedule.attacks:
+        arrays["x_start"] = start[chosen]
     if unit.stage == JUDGE and schedule.attacks:
-        arrays["x_adv"] = attacked_images(ledger, schedule.attacks, records, unit.images, x)
+        arrays["x_adv"] = ledger.attacked_images(unit.images, x)
     return arrays

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from coupfast.environment import machine
-from coupfast.evaluation import building, checks
+from coupfast.evaluation import building, checks, starts
 from coupfast.evaluation.building import Given
 from coupfast.evaluation.configuration import configuration, difference, environment
 from coupfast.evaluation.dispatch import dispatch
@@ -133,7 +133,11 @@ def evaluate(
             )
         said = spec.to_dict() | ({"images": GIVEN, "limit": None} if given else {})
         said |= {} if defense is None else {"defense": GIVEN}
-        found = configuration(said, stages, described, x, y, device=spec.device)
+        start = None
+        if spec.start_from is not None:
+            start = starts.start_of(spec.start_from, x, y, resumed=Path(str(out)) if resume else None)
+        began = None if start is None else start.described
+        found = configuration(said, stages, described, x, y, device=spec.device, start=began)
         temporary = tempfile.TemporaryDirectory(prefix="coupfast-") if out is None else None
         folder = Path(temporary.name if temporary is not None else str(out))
         rules = Rules(
@@ -158,12 +162,15 @@ def evaluate(
             with ledger:
                 if changed := difference(ledger.configuration, found):
                     raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+                if start is not None:
+                    start.keep(folder)
                 kept = ledger.notes()
                 for name, make_note in (notes or {}).items():
                     if name not in kept:
                         ledger.note(name, make_note())
                 schedule = spec.schedule(len(x), attack_all=randomized)
-                dispatch(ledger, schedule, x.numpy(), y.numpy(), pool, costs=spec.costs(), progress=progress)
+                begin = None if start is None else start.x
+                dispatch(ledger, schedule, x.numpy(), y.numpy(), pool, costs=spec.costs(), start=begin, progress=progress)
     return Evaluation(folder, x=x, temporary=temporary)
 
 

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -270,6 +270,32 @@ class Ledger:
         except (OSError, SafetensorError) as error:
             problem = f"cannot be read ({error})"
         raise LedgerError(f"{path} {problem}; `coupfast evaluate --resume {self.folder}` makes it again, with the same bits")
+
+    def attacked_images(self, images: Sequence[int], x: np.ndarray) -> np.ndarray:
+        """What each image has become: its strongest form by what any stage saw of it, else what the last stage left of it.
+
+        Args:
+            images: Their numbers.
+            x: The run's clean images.
+        """
+        result = {image: x[image] for image in images}
+        highest = dict.fromkeys(images, (False, -np.inf))
+        done = self.done()
+        for stage in self.configuration["stages"]:
+            for record in done.values():
+                if record.unit.stage != stage or not set(record.unit.images) & set(result):
+                    continue
+                arrays = self.arrays(record)
+                if "x_strongest" in arrays:
+                    forms = arrays["x_strongest"]
+                    strengths = list(zip(arrays["failed"].tolist(), arrays["loss"].tolist(), strict=True))
+                else:  # of an attack that does not tell, the last counts
+                    forms = arrays["x_adv"]
+                    strengths = [(True, np.inf)] * len(forms)
+                for image, form, strength in zip(record.unit.images, forms, strengths, strict=True):
+                    if image in result and (strength > highest[image] or strength[1] == np.inf):
+                        result[image], highest[image] = form, strength
+        return np.stack([result[image] for image in images])
 
     def forget_damaged(self) -> list[str]:
         """Units whose file is gone or damaged are not done any more; their names."""

@@ -26,6 +26,8 @@ from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.spec import GIVEN, Spec
+from coupfast.evaluation.starts import check_source
+from coupfast.evaluation.suites import stated_errors, told_errors
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
@@ -96,6 +98,8 @@ class Plan:
         random: Networks that had random weights.
         pilot: Its name, if a finished run's survival was taken for this one's; "" if not.
         expected: The stages with that survival.
+        start: Of the run that attacks begin from; "" if they begin at clean images.
+        errors: By stage, of tests by which images leave; see `suites.stated_errors`.
     """
 
     stages: tuple[Stage, ...]
@@ -105,6 +109,8 @@ class Plan:
     random: tuple[str, ...] = ()
     pilot: str = ""
     expected: tuple[Stage, ...] = ()
+    start: str = ""
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -119,8 +125,9 @@ class Plan:
         stages = tuple(Stage(**stage) for stage in fields["stages"])
         expected = tuple(Stage(**stage) for stage in fields.get("expected", ()))
         probe = Probe(**fields["probe"])
-        random, pilot = tuple(fields["random"]), fields.get("pilot", "")
-        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected)
+        random, pilot, start = tuple(fields["random"]), fields.get("pilot", ""), fields.get("start", "")
+        errors = dict(fields.get("errors", {}))
+        return Plan(stages, fields["workers"], probe, fields["price"], random, pilot, expected, start, errors)
 
     def __str__(self) -> str:
         probe = self.probe
@@ -133,6 +140,8 @@ class Plan:
         ]
         if self.random:
             lines.insert(0, f"random weights: {', '.join(self.random)} (trained ones take as long)")
+        if self.start:
+            lines.insert(0, f"attacks begin from the adversarial images of {self.start}, which takes as long at most")
         for stage in self.stages:
             memory = f"{probe.memory_of[stage.name] / 2**20:.0f} MiB" if stage.name in probe.memory_of else "?"
             lines.append(
@@ -149,6 +158,8 @@ class Plan:
             lines += map(str, self.expected)
             left = sum(stage.seconds for stage in self.expected)
             lines.append(f"{'all':60s}{duration(left):>12s}; {duration(left / self.workers)} on all workers")
+        if self.errors:
+            lines.append(f"stated error: {told_errors(self.errors)}")
         if probe.memory is not None:
             lines.append(f"memory of a worker: {probe.memory / 2**20:.0f} MiB and what Python and torch take")
         if self.price is not None:
@@ -206,14 +217,20 @@ def plan(
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
-    shares = {} if pilot is None else _shares(pilot, spec)  # before the probe, which takes a while
+    # Before the probe, which takes a while.
+    shares = {} if pilot is None else _shares(pilot, spec)
+    if spec.start_from is not None:
+        with Ledger(spec.start_from, read_only=True) as ledger:
+            check_source(ledger)
     measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
         stage = Stage(name, count, forward, gradient, 0.0, steps=spec.costs()[name].steps)
         stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
     expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
-    return Plan(tuple(stages), workers, measured, price, random, "" if pilot is None else str(pilot), expected)
+    pilot = "" if pilot is None else str(pilot)
+    errors = stated_errors({stage: attack.to_dict() for stage, attack in spec.stages().items()})
+    return Plan(tuple(stages), workers, measured, price, random, pilot, expected, spec.start_from or "", errors)
 
 
 def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, float]]:

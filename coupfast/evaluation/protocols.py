@@ -6,7 +6,6 @@ the judge saw to one number per image; they can disagree, and `contradictions` s
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from coupfast.evaluation.configuration import image_keys
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.units import CLEAN, JUDGE
 
@@ -443,7 +443,7 @@ def common(first: Judged, second: Judged) -> tuple[Judged, Judged]:
     Raises:
         ValueError: if there is no such image, or the two have other labels for one.
     """
-    mine, theirs = ({key: i for i, key in enumerate(_keys(verdicts))} for verdicts in (first, second))
+    mine, theirs = ({key: i for i, key in enumerate(image_keys(verdicts.sha256))} for verdicts in (first, second))
     shared = [key for key in mine if key in theirs]
     if not shared:
         raise ValueError(
@@ -464,16 +464,6 @@ def common(first: Judged, second: Judged) -> tuple[Judged, Judged]:
         wrong = int((pair[0].labels != pair[1].labels).sum())
         raise ValueError(f"a paired comparison needs the same labels, and {wrong} of {len(shared)} images have others")
     return pair[0], pair[1]
-
-
-def _keys(verdicts: Judged) -> list[tuple[str, int]]:
-    """What an image is known by: its values, and how many equal ones came before."""
-    seen: collections.Counter[str] = collections.Counter()
-    keys = []
-    for digest in verdicts.sha256:
-        keys.append((digest, seen[digest]))
-        seen[digest] += 1
-    return keys
 
 
 def contradictions(names: tuple[str, str], comparisons: Mapping[str, Comparison]) -> list[str]:

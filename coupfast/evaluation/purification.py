@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from coupfast.gradients import GRADIENTS, Adjoint, NoGradient
-from coupfast.methods import Method, TableMethod, method_name
+from coupfast.methods import METHODS, Method, TableMethod, method_name
 from coupfast.naming import is_reference, resolve
 from coupfast.options import options_of
 from coupfast.purify import Purifier
@@ -28,6 +28,16 @@ def keywords(method: Any = None) -> list[str]:
     if isinstance(method, Method) or (isinstance(method, type) and issubclass(method, Method)):
         known |= dict.fromkeys(option.keyword for option in options_of(method))
     return list(known)
+
+
+def of_method(method: Any) -> list[str]:
+    """What a method, by its name, class or object, can be told by itself; None is the default one."""
+    if isinstance(method, str):
+        method = METHODS.get(method) or (resolve(method, Method, option="method") if is_reference(method) else None)
+    elif method is None:
+        method = type(Settings().method)
+    known = isinstance(method, Method) or (isinstance(method, type) and issubclass(method, Method))
+    return [option.keyword for option in options_of(method)] if known else []
 
 
 def settings_of(asked: Asked, *, made_for: str) -> Settings:

@@ -16,7 +16,6 @@ import torch
 
 from coupfast.evaluation import protocols, purification
 from coupfast.evaluation.configuration import images_sha256
-from coupfast.evaluation.dispatch import attacked_images
 from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, RESUBMISSION, Accuracy, Judged
@@ -119,8 +118,7 @@ class Evaluation:
             x, _ = Spec(images=fields["images"], limit=fields["limit"]).load()
             if images_sha256(x) != self.ledger.configuration["images"]["x_sha256"]:
                 raise ValueError(f"the images of the run in {self.folder} were not {fields['images']} as it is now; give `x`")
-        stages = list(self.ledger.configuration["stages"])
-        return torch.from_numpy(attacked_images(self.ledger, stages, self.ledger.done(), range(len(x)), x.numpy()))
+        return torch.from_numpy(self.ledger.attacked_images(range(len(x)), x.numpy()))
 
     @property
     def fingerprint(self) -> str:
@@ -137,6 +135,8 @@ class Evaluation:
         attack = spec["attack"] if stages else "no attack"
         if any("eps" in stage for stage in stages.values()):  # salt and pepper knows no ball
             attack += f", {spec['norm']} {radius(spec['norm'], spec['eps'])}"
+        if spec.get("start_from") is not None:
+            attack += f", begun from the adversarial images of {spec['start_from']}"
         return f"{defense} under {attack}, {count} image{'s' * (count > 1)}"
 
     def table(self) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from coupfast.data import CIFAR10_CLASSES, load_images
 from coupfast.evaluation import purification, suites
-from coupfast.evaluation.attacks import Attack, Cost, Iterative, knobs
+from coupfast.evaluation.attacks import PGD, Attack, Cost, InBall, Iterative, knobs
 from coupfast.evaluation.building import Builder, Named, Networks
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.purification import NO_DEFENSE
@@ -40,10 +40,14 @@ class Spec:
             attack is made for, in as much memory as half of what is free, no batch split). None: the classifier alone.
         guide, guide_weights: The classifier that a guided method follows, in the place of the one that is attacked.
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
-        attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself.
+        attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself. "recommended" is what
+            `suites.RECOMMENDATION` says and why: an attack and a mode, which the spec has in the place of that name.
         attack_options: Knobs of the attack to set, in every stage that has them; the others as published.
         norm, eps: Of the attack, for images in [0, 1]; None takes those of an attack that is given as an object, else Linf and
             8/255.
+        start_from: Folder of a finished run that attacked these images, as their hashes say, on whatever defense and in
+            whatever ball: every stage begins at the strongest images that were found there, moved to the nearest point of its
+            own ball, and not at the clean ones (further restarts do). For attacks of this project in a ball.
         seed: All randomness follows from it.
         seeding: "unit": every unit has randomness of its own. "autoattack": every attack takes the run's seed and the images
             that still stand are batched anew before each stage, as AutoAttack does it.
@@ -51,7 +55,8 @@ class Spec:
             "fast": an image leaves an attack of this project's once a test says that most draws fail (`drop` "majority", with
             its stated error), another one of its unit takes its place (`batch`, a quarter of a unit unless set), and all others
             go on to the next stage, whatever one draw says. Attacks whose `drop` is set, those that know the judge's noise
-            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both.
+            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both. None is
+            "full", or what is recommended with the attack "recommended".
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.
@@ -84,9 +89,10 @@ class Spec:
     attack_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm: str | None = None
     eps: float | None = None
+    start_from: str | None = None
     seed: int = 0
     seeding: str = "unit"
-    mode: str = "full"
+    mode: str | None = None
     shard: int = 16
     draws: int = 10
     paths: int | tuple[int, ...] = 4
@@ -96,7 +102,12 @@ class Spec:
     def __post_init__(self) -> None:
         if self.seeding not in SEEDINGS:
             raise ValueError(f"`seeding` is one of {', '.join(SEEDINGS)}, got {self.seeding!r}")
-        check_name("mode", self.mode, MODES)
+        if self.attack == suites.RECOMMENDED:
+            said = suites.RECOMMENDATION
+            own = {name: value for name, value in self.attack_options.items() if value is not None}
+            self._set(attack=said.attack, mode=self.mode or said.mode, attack_options={**said.options, **own})
+        self._set(mode=self.mode or "full")
+        check_name("mode", str(self.mode), MODES)
         if self.mode == "fast" and self.seeding == "autoattack":
             raise ValueError("`seeding` 'autoattack' attacks what AutoAttack would, and `mode` 'fast' does not: choose one")
         if self.device not in ("cpu", "cuda"):
@@ -123,16 +134,19 @@ class Spec:
         if self.defense is not None:
             self.refuse_own_defense()
         self._set(attack_options={name: value for name, value in self.attack_options.items() if value is not None})
-        own: dict[str, Any] = {}
+        ball: dict[str, Any] = {}
         if isinstance(self.attack, Attack):
-            own = {name: getattr(self.attack, name) for name in ("norm", "eps") if name in knobs.names(self.attack)}
+            ball = {name: getattr(self.attack, name) for name in ("norm", "eps") if name in knobs.names(self.attack)}
         for key, published in (("norm", "Linf"), ("eps", 8 / 255)):
             value = getattr(self, key)
             if value is None:
-                self._set(**{key: own.get(key, published)})
-            elif value != own.get(key, value):
-                raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {own[key]!r}: say it there only")
+                self._set(**{key: ball.get(key, published)})
+            elif value != ball.get(key, value):
+                raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {ball[key]!r}: say it there only")
         stages = self.stages()
+        if self.start_from is not None:
+            self._set(start_from=str(self.start_from))
+            _check_begins_elsewhere(stages)
         settings = self.settings()
         if self.guide is not None and not (settings and settings.method.guided):
             what = "no method does here" if settings is None else f"{method_name(settings.method)!r} does not"
@@ -145,7 +159,9 @@ class Spec:
     @classmethod
     def of(cls, **keywords: Any) -> Spec:
         """A spec from flat keywords: its fields, a purifier's (`t`, `num_steps`, …; `method="none"` for the classifier alone)
-        and the attack's knobs (`iterations`, …), each put where it belongs. None is what is not said.
+        and the attack's knobs (`iterations`, …), each put where it belongs. None is what is not said. What an attack calls as
+        some method does (`step_size`, `rate`, `rounds`) is the method's if the one that is asked for has it, and then the
+        attack's is said in `attack_options`; else it is the attack's.
 
         Raises:
             ValueError: if nothing has a keyword, or two contradict each other.
@@ -155,13 +171,15 @@ class Spec:
         base = said.get("purifier")
         named = base.method if isinstance(base, Settings) else (base or {}).get("method")
         known = purification.keywords(said.get("method", named))
+        attack = suites.find(said.get("attack", cls.attack))
+        of_attack = set(attack.options()) - set(purification.of_method(said.get("method", named)))
+        known = [name for name in known if name not in of_attack]
         if flat := {name: said.pop(name) for name in known if name in said and name not in fields}:
             base = said.get("purifier") or {}
             if flat.get("method") == NO_DEFENSE:
                 said["purifier"] = flat
             else:
                 said["purifier"] = Settings.of(base, **flat) if isinstance(base, Settings) else {**base, **flat}
-        attack = suites.find(said.get("attack", cls.attack))
         knobs_of_attacks = {name for suite in (attack, *suites.SUITES.values()) for name in suite.options()}
         options = {name: said.pop(name) for name in list(said) if name not in fields and name in knobs_of_attacks}
         if options:
@@ -174,6 +192,8 @@ class Spec:
     def but(self, **keywords: Any) -> Spec:
         """This one with flat keywords (see `of`) in the place of what it has."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if keywords.get("attack") == suites.RECOMMENDED:  # with the mode that goes with it
+            fields |= {"mode": None}
         if keywords.get("attack") not in (None, self.attack):  # what was set was the other attack's
             fields |= {"attack_options": {}}
             if isinstance(self.attack, Attack) or isinstance(keywords["attack"], Attack):
@@ -292,6 +312,20 @@ def paper(norm: str) -> dict[str, Any]:
     networks = {"score": "cifar10-ddpmpp-deep", "classifier": "wrn-28-10"}
     radius = {"eps": 8 / 255, "t": 0.1} if norm == "Linf" else {"eps": 0.5, "t": 0.075}
     return {"images": "cifar10-512", **networks, "norm": norm, **radius, "seed": 121}
+
+
+def _check_begins_elsewhere(stages: Mapping[str, Attack]) -> None:
+    """ValueError if an attack cannot begin at images of another run."""
+    if not stages:
+        raise ValueError("`start_from` is where an attack begins, and there is none")
+    for stage, attack in stages.items():
+        if not isinstance(attack, InBall):
+            raise ValueError(
+                f"`start_from` is for attacks of this project in a ball (pgd-eot, diffhammer, transfer, cascade, bpda-eot), "
+                f"and {stage} is {type(attack).__name__}, which begins by itself"
+            )
+        if isinstance(attack, PGD) and attack.random_start:
+            raise ValueError(f"`random_start` of {stage} and `start_from` both say where it begins: choose one")
 
 
 def _is_int(value: Any) -> bool:

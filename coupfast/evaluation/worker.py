@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from coupfast.engine.memory import share_memory
-from coupfast.evaluation.attacks import Attack, Result
+from coupfast.evaluation.attacks import Attack, InBall, Result
 from coupfast.evaluation.building import Builder
 from coupfast.evaluation.configuration import difference, environment
 from coupfast.evaluation.journal import Journal, JournalError
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A unit and its images: `x` and `y`, and for the judge `x_adv` where there was an attack."""
+    """A unit and its images: `x` and `y`, for an attack `x_start` if it begins elsewhere, and for the judge `x_adv` where there
+    was an attack."""
 
     unit: Unit
     arrays: dict[str, np.ndarray]
@@ -195,7 +196,11 @@ class Worker:
             self.defense.reseed(noise)
             attack_seed = seed if self.rules.attack_seed else derive_seed(seed, unit.name, "attack")
             try:
-                found = attack.run(self.defense, x, y, seed=attack_seed)
+                if (x_start := inputs.get("x_start")) is None:
+                    found = attack.run(self.defense, x, y, seed=attack_seed)
+                else:
+                    assert isinstance(attack, InBall)  # a spec with other attacks has no start
+                    found = attack.run(self.defense, x, y, seed=attack_seed, x_start=x_start)
             finally:
                 self.defense.known = None
         # One draw that the attack has not seen.

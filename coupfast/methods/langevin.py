@@ -13,7 +13,7 @@ from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.methods.diffusion import sde_option
 from coupfast.noise import Noise
 from coupfast.options import check_number, option
-from coupfast.sde import NUM_LABELS, VPSDE, check_t
+from coupfast.sde import NUM_LABELS, VPSDE, check_sde, check_t
 from coupfast.solvers import CoefficientTable
 
 
@@ -56,6 +56,7 @@ class LangevinSDE(TableMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_sde(self.sde)
         object.__setattr__(self, "t", check_t(self.t))
         object.__setattr__(self, "score_time", check_t(self.score_time, "score_time"))
         for name in ("step_size", "pull_variance", "rate", "noise_scale"):

@@ -15,7 +15,7 @@ from coupfast.methods.diffusion import parse_times, sde_option
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
 from coupfast.options import check_flag, number_or, option
-from coupfast.sde import NUM_LABELS, VPSDE, check_t
+from coupfast.sde import NUM_LABELS, VPSDE, check_sde, check_t
 from coupfast.solvers import CoefficientTable, noising, one_after_the_other
 
 Factor = float | str | Callable[[float], float]
@@ -61,6 +61,7 @@ class OneStep(TableMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_sde(self.sde)
         if isinstance(self.t, (Sequence, np.ndarray)) and not isinstance(self.t, str):
             times = tuple(check_t(t) for t in self.t)
             if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):

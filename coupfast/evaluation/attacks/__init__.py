@@ -4,7 +4,7 @@ from coupfast.evaluation.attacks.autoattack import APGD, FABTargeted, Square, Ta
 from coupfast.evaluation.attacks.base import Attack, Cost, Result
 from coupfast.evaluation.attacks.corruption import SaltAndPepper
 from coupfast.evaluation.attacks.diffhammer import DiffHammer
-from coupfast.evaluation.attacks.iterative import Iterative
+from coupfast.evaluation.attacks.iterative import InBall, Iterative
 from coupfast.evaluation.attacks.knobs import count, knob
 from coupfast.evaluation.attacks.pgd import BPDA, PGD
 from coupfast.evaluation.attacks.stadv import StAdv
@@ -18,6 +18,7 @@ __all__ = [
     "Cost",
     "DiffHammer",
     "FABTargeted",
+    "InBall",
     "Iterative",
     "Result",
     "SaltAndPepper",

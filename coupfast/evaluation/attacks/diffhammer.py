@@ -63,19 +63,19 @@ class DiffHammer(InBall):
         n, draws, ids = len(asked.x), self.draws(asked), asked.images
         purified = View(classified=False)
         with torch.no_grad():
-            copies = asked.x.repeat(self.eot_iter, 1, 1, 1)
-            x_pure = defense(copies, ids=ids.repeat(self.eot_iter), draw=draws, view=purified)
+            copies = asked.x.repeat(asked.draws, 1, 1, 1)
+            x_pure = defense(copies, ids=ids.repeat(asked.draws), draw=draws, view=purified)
         with torch.set_grad_enabled(asked.follow):
             x_pure = x_pure.detach().requires_grad_(asked.follow)
-            logits = defense.classify(x_pure).view(self.eot_iter, n, -1)
+            logits = defense.classify(x_pure).view(asked.draws, n, -1)
             losses = self.climbed(logits, asked)
         gradient = None
         if asked.follow:
             (g,) = torch.autograd.grad(losses.sum(), x_pure)
-            chosen, r = self.grafted(losses.detach(), g.view(self.eot_iter, n, *asked.x.shape[1:]))
+            chosen, r = self.grafted(losses.detach(), g.view(asked.draws, n, *asked.x.shape[1:]))
             with torch.enable_grad():
                 x = asked.x.detach().requires_grad_()
-                own = draws.view(self.eot_iter, n).gather(0, chosen[None])[0]
+                own = draws.view(asked.draws, n).gather(0, chosen[None])[0]
                 (gradient,) = torch.autograd.grad(defense(x, ids=ids, draw=own, view=purified), x, r)
         logits = logits.detach()
         wrong, failed = self.failing(logits, asked)
@@ -117,5 +117,5 @@ class DiffHammer(InBall):
 
     def cost(self) -> Cost:
         restarts = self.points // (self.iterations + 1)
-        forward = (self.eot_iter + self.looks) * self.points
-        return Cost(forward, restarts * self.iterations, again=self.more * self.points.bit_length())
+        forward = restarts * sum(self.schedule) + self.looks * self.points
+        return Cost(forward, restarts * self.iterations, again=self.again)

@@ -36,6 +36,7 @@ class Asked:
         number: How many points of each image were asked about before, over all restarts, (n,).
         restart: Which it is in, (n,).
         follow: Whether a gradient is wanted.
+        draws: Of the noise, that the gradient is averaged over.
     """
 
     images: torch.Tensor
@@ -44,11 +45,12 @@ class Asked:
     number: torch.Tensor
     restart: torch.Tensor
     follow: bool
+    draws: int
 
     def only(self, chosen: torch.Tensor) -> Asked:
         """Those of them."""
         parts = {name: getattr(self, name)[chosen] for name in ("images", "x", "y", "number", "restart")}
-        return Asked(**parts, follow=self.follow)
+        return Asked(**parts, follow=self.follow, draws=self.draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Iterative(Attack):
         batch: How many images are attacked at a time; of the others one begins as one leaves. None: all of a unit.
         dw_box: The attacker knows the noise that the judge will use, and asks for no other: no draw of it is fresh, so that
             there is neither a test for the majority nor an N-evaluation to be told.
+        eot_first: Few draws early and many late: so many at the first point of every restart, and more by one and the same
+            factor from point to point, rounded, up to `eot_iter` at the last one. None: `eot_iter` at every point. Shares of
+            unequally many draws are not compared: there is an N-evaluation, and `keep` "accuracy", with `looks` only.
     """
 
     iterations: int = count(40, "steps of the attack")
@@ -113,9 +118,23 @@ class Iterative(Attack):
         None, "images attacked at a time, the others of a unit waiting", metavar="N", words="at least 1", valid=lambda n: n >= 1
     )
     dw_box: bool = dw_box_knob()
+    eot_first: int | None = knob(
+        None,
+        "draws of a gradient at the first step, growing to --eot-iter at the last",
+        metavar="N",
+        words="at least 1",
+        valid=lambda n: n >= 1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eot_first is not None and self.eot_first > self.eot_iter:
+            raise ValueError(f"`eot_first` is at most `eot_iter` = {self.eot_iter}, to which draws grow, got {self.eot_first}")
+        if self.eot_first is not None and self.keep == "accuracy" and not self.looks:
+            raise ValueError(
+                "`keep` = 'accuracy' compares points by equally many draws, and with `eot_first` they have fewer at first: set "
+                "`looks`, or another `keep`"
+            )
         if max(self.eot_iter, self.looks, self.needed) * self.points >= LOOKS:
             raise ValueError(
                 f"`iterations` = {self.iterations} with {self.eot_iter} draws each take more draws than there are, {LOOKS}"
@@ -125,7 +144,7 @@ class Iterative(Attack):
 
     @abc.abstractmethod
     def ask(self, defense: Metered, asked: Asked) -> Answer:
-        """One look at some images' points, `eot_iter` draws each."""
+        """One look at some images' points, `asked.draws` draws each."""
 
     @abc.abstractmethod
     def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -146,9 +165,12 @@ class Iterative(Attack):
         """Where it begins."""
         return x.clone()
 
-    def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
+    def run(
+        self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int, x_start: torch.Tensor | None = None
+    ) -> Result:
+        """See `Attack.run`. With `x_start`, points like `x` that the attack may return, the first restart begins there."""
         images, device = len(x), x.device
-        x_k, memory = self.start(x, seed=seed), self.memory(x)
+        x_k, memory = self.start(x, seed=seed) if x_start is None else x_start.clone(), self.memory(x)
         best = _Best(x_k)
         k, restart, fell = (torch.full((images,), value, device=device) for value in (0, 0, _NEVER))
         left, looked = torch.zeros_like(k, dtype=torch.bool), torch.zeros_like(k)
@@ -157,13 +179,10 @@ class Iterative(Attack):
         active, reached = torch.arange(waiting, device=device), 0
         while len(active):
             going = torch.ones(len(active), dtype=torch.bool, device=device)
-            last = k[active] == self.iterations
-            for places, follow in ((torch.nonzero(~last)[:, 0], True), (torch.nonzero(last)[:, 0], False)):
-                if len(places) == 0:
-                    continue
+            for places, follow, draws in self._together(k[active]):
                 here = active[places]
                 number = restart[here] * (self.iterations + 1) + k[here]
-                asked = Asked(here, x_k[here], y[here], number, restart[here], follow)
+                asked = Asked(here, x_k[here], y[here], number, restart[here], follow, draws)
                 answer = self.ask(defense, asked)
                 wrong = self._look(defense, asked, LOOKS, self.looks) if self.looks else answer.wrong
                 if self.looks or answer.real:
@@ -203,7 +222,18 @@ class Iterative(Attack):
                 active = torch.cat([active, torch.arange(waiting, waiting + room, device=device)])
                 waiting += room
         curve = tuple(int((fell > number).sum()) for number in range(reached + 1))
-        return Result(best.x, curve, best.x, best.loss, best.share, left, looked, self.looks or self.eot_iter)
+        told = looked if self.looks or self.eot_first is None else None
+        return Result(best.x, curve, best.x, best.loss, best.share, left, told, self.looks or self.eot_iter)
+
+    def _together(self, k: torch.Tensor) -> list[tuple[torch.Tensor, bool, int]]:
+        """Of images at their k-th points, those that are asked about in one batch: their places, whether a gradient is wanted,
+        and how many draws."""
+        last, draws = k == self.iterations, torch.tensor(self.schedule, device=k.device)[k]
+        return [
+            (torch.nonzero(these & (draws == count))[:, 0], follow, count)
+            for these, follow in ((~last, True), (last, False))
+            for count in draws[these].unique().tolist()
+        ]
 
     def failing(self, logits: torch.Tensor, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
         """`wrong` and `failed` of an `Answer`, of logits (draws, n, classes)."""
@@ -230,8 +260,8 @@ class Iterative(Attack):
 
     def draws(self, asked: Asked) -> torch.Tensor:
         """Those of the gradient, (draws n,): by image and point, whoever else is here."""
-        numbers = torch.arange(self.eot_iter, device=asked.x.device).repeat_interleave(len(asked.x))
-        return asked.number.repeat(self.eot_iter) * self.eot_iter + numbers
+        numbers = torch.arange(asked.draws, device=asked.x.device).repeat_interleave(len(asked.x))
+        return asked.number.repeat(asked.draws) * self.eot_iter + numbers
 
     def _look(self, defense: Metered, asked: Asked, base: int, draws: int) -> torch.Tensor:
         """Which of so many fresh draws are misclassified, bool (draws, n)."""
@@ -242,6 +272,12 @@ class Iterative(Attack):
             logits = defense(asked.x.repeat(draws, 1, 1, 1), ids=asked.images.repeat(draws), draw=names)
         wrong: torch.Tensor = logits.view(draws, n, -1).argmax(dim=2) != asked.y
         return wrong
+
+    @property
+    def schedule(self) -> list[int]:
+        """Draws at each point of a restart."""
+        first, times = self.eot_first or self.eot_iter, self.iterations
+        return [round(first * (self.eot_iter / first) ** (k / times)) for k in range(times + 1)]
 
     @property
     def points(self) -> int:
@@ -262,20 +298,24 @@ class Iterative(Attack):
         """
         return math.ceil(math.log2(self.tests / self.error)) if self.drop == "majority" else 0
 
+    def more(self, draws: int) -> int:
+        """Looks at one point of an image that seems to have fallen, beside so many draws of its gradient."""
+        return max(0, self.needed - draws)
+
     @property
-    def more(self) -> int:
-        """Looks at one point of an image that seems to have fallen, beside the draws of its gradient."""
-        return max(0, self.needed - self.eot_iter)
+    def again(self) -> int:
+        """Looks of that kind at an image, at most."""
+        return self.more(self.schedule[0]) * self.points.bit_length()
 
     def _leaving(self, defense: Metered, asked: Asked, answer: Answer, tests: _Tests) -> torch.Tensor:
         if self.drop == "never":
             return torch.zeros_like(answer.failed)
         leaving = answer.wrong.all(dim=0) if self.drop == "majority" else answer.failed.clone()
-        if self.more:
+        if more := self.more(asked.draws):
             begun = leaving & tests.due(asked)
             tried = begun.clone()
             # One first: most of those that have not fallen show it.
-            for base, draws in ((FALLEN, 1), (FALLEN + LOOKS, self.more - 1)):
+            for base, draws in ((FALLEN, 1), (FALLEN + LOOKS, more - 1)):
                 if draws and bool(tried.any()):
                     tried[tried.clone()] = self._look(defense, asked.only(tried), base, draws).all(dim=0)
             leaving = tried
@@ -288,7 +328,7 @@ class Iterative(Attack):
 
     @property
     def replicas(self) -> int:
-        return max(self.eot_iter, self.looks, self.more)
+        return max(self.eot_iter, self.looks, self.more(self.schedule[0]))
 
     @property
     def gradient_replicas(self) -> int:
@@ -315,6 +355,13 @@ class InBall(Iterative, _Radius):
     """Steps of one length along the gradient, projected onto the ball."""
 
     step_size: float | None = step_size_knob("2/255")
+
+    def run(
+        self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int, x_start: torch.Tensor | None = None
+    ) -> Result:
+        """See `Attack.run`. With `x_start`, images like `x`, the first restart begins at the nearest points of the ball."""
+        near = None if x_start is None else ball.project(x_start, x, self.norm, self.eps)
+        return super().run(defense, x, y, seed=seed, x_start=near)
 
     def step(self, memory: dict[str, torch.Tensor], asked: Asked, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         size = self.step_size or (2 / 255 if self.norm == "Linf" else self.eps / 5)

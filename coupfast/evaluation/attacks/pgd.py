@@ -50,14 +50,13 @@ class Expectation(Iterative):
 
     def logits(self, defense: Metered, x: torch.Tensor, asked: Asked) -> torch.Tensor:
         """Of all draws, (draws, n, classes)."""
-        copies, ids = x.repeat(self.eot_iter, 1, 1, 1), asked.images.repeat(self.eot_iter)
-        return defense(copies, ids=ids, draw=self.draws(asked), view=self.view(asked)).view(self.eot_iter, len(x), -1)
+        copies, ids = x.repeat(asked.draws, 1, 1, 1), asked.images.repeat(asked.draws)
+        return defense(copies, ids=ids, draw=self.draws(asked), view=self.view(asked)).view(asked.draws, len(x), -1)
 
     def cost(self) -> Cost:
         restarts = self.points // (self.iterations + 1)
-        looks = self.looks * self.points
-        again = self.more * self.points.bit_length()
-        return Cost(restarts * self.eot_iter + looks, restarts * self.iterations * self.eot_iter, again=again)
+        looks, (*draws, last) = self.looks * self.points, self.schedule
+        return Cost(restarts * last + looks, restarts * sum(draws), again=self.again)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Transfer(PGD):
     def tests(self) -> int:
         return self.points.bit_length()
 
-    @property
-    def more(self) -> int:
+    def more(self, draws: int) -> int:
+        # Those of the gradient are the coarse defense's.
         return {"never": 0, "majority": self.needed}.get(self.drop, 1)
 
     def cost(self) -> Cost:

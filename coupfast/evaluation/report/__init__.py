@@ -75,7 +75,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 def _sections(runs: Sequence[Run], lower: Sequence[tables.Lower]) -> list[Section]:
     parts: list[Section] = [tables.summary(runs), *(tables.accuracies(run) for run in runs)]
-    parts += [*tables.lower(lower), words.protocols(runs)]
+    parts += [*tables.lower(lower), words.protocols(runs), *words.attacks(runs)]
     if max(len(run.verdicts["clean"].logits) for run in runs) > 1:
         parts.append(pictures.resubmission_picture(runs))
     for pair in itertools.combinations(runs, 2):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from coupfast.evaluation import gradients, plan, protocols, purification
@@ -15,7 +16,7 @@ from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
 from coupfast.evaluation.result import radius
 from coupfast.evaluation.spec import GIVEN
-from coupfast.evaluation.suites import SUITES
+from coupfast.evaluation.suites import SUITES, stated_errors, told_errors
 
 _PLAIN = {OFFICIAL: "official", "average": "average over draws", "worst": "worst of the draws"}
 _TELLING = tuple(_PLAIN)
@@ -80,7 +81,7 @@ def accuracies(run: Run) -> Table:
         rows,
         f"{_described(run)}. Intervals of 95 %: Wilson's over images; then, from resampled images and draws, a bootstrap's. "
         f"The clean accuracy by a protocol is what its attacked accuracy is to be compared with, but for the official one."
-        f"{_official(run)}{_unchanged(run)}{_gradients(run)}{_assumed(run)}",
+        f"{_official(run)}{_left(run)}{_unchanged(run)}{_gradients(run)}{_assumed(run)}",
     )
 
 
@@ -175,6 +176,11 @@ def _official(run: Run) -> str:
     )
 
 
+def _left(run: Run) -> str:
+    told = told_errors(stated_errors(run.configuration["stages"]))
+    return f" Images left the attack by a test: {told}." if told else ""
+
+
 def _unchanged(run: Run) -> str:
     attacked = run.verdicts.get("attacked")
     return f" {protocols.unchanged(attacked)}." if attacked is not None and attacked.unchanged else ""
@@ -222,7 +228,16 @@ def _attack(run: Run) -> str:
         return "no attack"
     # Salt and pepper knows no ball.
     ball = any("eps" in fields for fields in run.configuration["stages"].values())
-    return str(spec["attack"]) + (f" {spec['norm']} {_radius(spec)}" if ball else "")
+    return str(spec["attack"]) + (f" {spec['norm']} {_radius(spec)}" if ball else "") + _begun(run)
+
+
+def _begun(run: Run) -> str:
+    """Where the attack began, if not at clean images."""
+    start = run.configuration.get("start")
+    if start is None:
+        return ""
+    ball = f"{start['norm']} {_radius(start)}"
+    return f", begun from the adversarial images of {Path(start['run']).name} ({start['attack']} {ball}, projected)"
 
 
 def _radius(spec: Mapping[str, Any]) -> str:

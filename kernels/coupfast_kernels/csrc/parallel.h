@@ -3,12 +3,23 @@
 // Work is handed out item by item, and a phase is over when all its items are done, not when all threads have come: a thread that
 // the operating system holds back (another program runs on its core) delays nobody unless it holds an item. Every item writes its
 // own output, so who takes which changes no bit.
+//
+// A thread that waits spins for as long as a short phase takes, then sleeps: where it only yielded, its core would never be idle,
+// and the system would leave the thread that it waits for behind the other program, on that one's core, until its turn is over.
 #pragma once
 
+#if defined(__linux__) && defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define COUPFAST_FUTEX 1
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cstdint>
 
 namespace coupfast {
@@ -17,7 +28,33 @@ namespace coupfast {
 struct Schedule {
   alignas(64) std::atomic<uint64_t> next{0};  // phase << 32 | piece
   alignas(64) std::atomic<int64_t> done{0};   // pieces of this phase
+  std::atomic<int> sleepers{0};
+
+  // The next phase begins, for those who sleep as well.
+  void begin(uint64_t phase) {
+    next.store(phase << 32);
+#ifdef COUPFAST_FUTEX
+    if (sleepers.load() > 0) syscall(SYS_futex, phase_word(), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
+  }
+
+  // Sleep until this phase is over; it may return earlier.
+  void sleep(uint64_t phase) {
+#ifdef COUPFAST_FUTEX
+    // In this order, and `begin` in the opposite one: either it sees the sleeper, or the word has changed and nobody sleeps.
+    sleepers.fetch_add(1);
+    syscall(SYS_futex, phase_word(), FUTEX_WAIT_PRIVATE, static_cast<uint32_t>(phase), nullptr, nullptr, 0);
+    sleepers.fetch_sub(1);
+#else
+    (void)phase;
+    sched_yield();
+#endif
+  }
+
+ private:
+  uint32_t* phase_word() { return reinterpret_cast<uint32_t*>(&next) + 1; }  // the upper half, which pieces do not change
 };
+static_assert(sizeof(std::atomic<uint64_t>) == 8, "a phase is the upper half of a word");
 
 class Team {
  public:
@@ -44,7 +81,7 @@ class Team {
         for (int64_t item = piece * grain; item < std::min(count, (piece + 1) * grain); ++item) body(item);
         if (schedule_->done.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) {
           schedule_->done.store(0, std::memory_order_relaxed);
-          schedule_->next.store((phase + 1) << 32, std::memory_order_release);
+          schedule_->begin(phase + 1);
           return;
         }
       } else if (++spins < 4000) {
@@ -52,7 +89,7 @@ class Team {
         __builtin_ia32_pause();
 #endif
       } else {
-        sched_yield();
+        schedule_->sleep(phase);
       }
     }
   }
