@@ -295,6 +295,7 @@ EPILOGUES = [
     {"mask"},
     {"mask", "mask_factor", "residual"},
     {"bias", "residual", "scale"},
+    {"bias", "scale"},
     {"z"},
     {"z", "bias", "relu", "z_mask"},
     {"z", "relu", "z_multiply", "z_add", "z_mask"},
@@ -305,6 +306,10 @@ EPILOGUES = [
 CASES = [
     Case(DIRECT, 3, 5, 37, 5, 6, stride=2),
     Case(DIRECT, 1, 32, 20, 3, 5),
+    # Whole vectors, which the product finishes itself where it can: several runs, a half panel, a strided transpose.
+    Case(DIRECT, 1, 300, 48, 4, 7, batch=3),
+    Case(DIRECT, 3, 50, 16, 5, 8, stride=2),
+    Case(DIRECT, 3, 9, 32, 4, 4, stride=2, extra=1, transposed=True),
     Case(DIRECT, 3, 33, 3, 5, 6),
     Case(DIRECT, 3, 9, 17, 3, 4, stride=2, extra=1, transposed=True),
     Case(F2, 3, 9, 21, 5, 3, batch=3),
@@ -742,13 +747,13 @@ def test_packed_conv2d_says_that_it_has_no_gradient_and_which_call_is_the_transp
         kernels.packed_conv2d(x.clone().requires_grad_(), kernels.pack_weights(weight, F2), None, 6, 3, 1, F2)
 
 
-@pytest.mark.parametrize("case", [Case(DIRECT, 1, 16, 48, 104, 104), Case(DIRECT, 3, 3, 40, 113, 120)], ids=str)
+@pytest.mark.parametrize("case", [Case(DIRECT, 1, 16, 48, 106, 104), Case(DIRECT, 3, 3, 40, 113, 120)], ids=str)
 def test_results_larger_than_caches(case, isa):
-    """Whose stores may go past them; above 2 MiB, aligned and not."""
+    """Whose stores may go past them; above 4 MiB, aligned and not, in whole vectors and not."""
     x, weight = case.tensors()
     shape = (case.batch, case.out_channels, *case.out_size)
     exact = case.exact(x, weight)
-    for pixel in (case.out_channels, case.out_channels + 1):
+    for pixel in (case.out_channels, case.out_channels + 1, 48):
         y = place(shape, pixel=pixel)
         run(case, placed(x), weight, y=y, threads=2, bias=torch.zeros(case.out_channels))
         assert untouched(y)

@@ -82,10 +82,13 @@ def plain_conv(
 
 # What a thread keeps to itself while it takes a block, weights aside: half of a small L2 cache.
 _OWN_BYTES = 1 << 18
-# Packed weights that threads may each read block by block; larger ones are read once, for all threads' pixels.
+# Packed weights that threads may each read block by block; larger ones are read once, for all threads' pixels. Winograd's may
+# be larger: its threads would otherwise read transformed input and products, which are more, from each other's caches.
 _OWN_WEIGHTS_BYTES = 1 << 20
+_OWN_WINOGRAD_BYTES = 5 << 19
 _SHARED_BYTES = 1 << 21  # of input that all threads share
-_BLOCKS = 4  # a thread, at least: one that is held back leaves the others something to take
+# A thread, at least: one that is held back leaves the others something to take. Of small maps two, lest blocks be too small.
+_BLOCKS, _FEWEST_BLOCKS = 4, 2
 
 
 def schedule(conv: Any, weights_bytes: int, threads: int) -> tuple[int, int]:
@@ -95,18 +98,22 @@ def schedule(conv: Any, weights_bytes: int, threads: int) -> tuple[int, int]:
     each with enough rows that the border which neighbouring blocks share is the smaller part.
     """
     rows, columns = conv.batch * -(-conv.out_height // conv.tile), -(-conv.out_width // conv.tile)
-    most = rows if threads == 1 else rows // (_BLOCKS * threads)
+
+    def most(least: int) -> int:
+        return rows if threads == 1 else max(rows // (_BLOCKS * threads), min(least, rows // (_FEWEST_BLOCKS * threads)))
+
     if conv.tile == DIRECT:
         row_bytes = 4 * conv.channels * conv.stride * (columns * conv.stride + conv.kernel_width)
         least = min(conv.out_height, max(-(-48 // columns), 1 if conv.kernel_width == 1 else 4))
-        block = min(most, max(least, _OWN_BYTES // row_bytes))
+        block = min(most(least), max(least, _OWN_BYTES // row_bytes))
         if threads == 1 or (weights_bytes <= _OWN_WEIGHTS_BYTES and block >= least):
             return max(1, block), 1
         return max(1, min(rows, _SHARED_BYTES // row_bytes)), 0
     # 32 channels of products, all channels of the transformed input.
     row_bytes = 4 * (conv.tile + 2) ** 2 * columns * (conv.channels + 32)
-    block = min(most, max(1, 2 * _OWN_BYTES // row_bytes))
-    if weights_bytes <= _OWN_WEIGHTS_BYTES and block * columns >= 16 and block * row_bytes <= 2 * _OWN_BYTES:
+    least = -(-16 // columns)
+    block = min(most(least), max(1, 2 * _OWN_BYTES // row_bytes))
+    if weights_bytes <= _OWN_WINOGRAD_BYTES and block >= least and block * row_bytes <= 2 * _OWN_BYTES:
         return block, 1
     return max(1, min(rows, 64 // columns)), 0
 

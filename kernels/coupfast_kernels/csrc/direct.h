@@ -88,9 +88,9 @@ struct DirectShape {
   // A group reads its pixels side by side; where those are so many floats apart, the hardware does not foresee it. What is to be
   // multiplied so many pixels later is fetched beforehand.
   static constexpr int64_t kStrided = 64, kAhead = 24;
-  // A larger result does not stay in the caches of a core or two until it is read: a map that the product is done with quickly
-  // then costs as much to be read before it is overwritten as to be computed.
-  static constexpr int64_t kCachedBytes = 1 << 21;
+  // A larger result does not stay in the caches until it is read, and costs as much to be read before it is overwritten as a 1x1
+  // product costs to be computed. A smaller one is fetched beforehand.
+  static constexpr int64_t kCachedBytes = 1 << 22;
   // Packed weights that stay in a core's cache while all panels are taken for some pixels.
   static constexpr int64_t kResidentFloats = 1 << 16;
 
@@ -103,12 +103,15 @@ struct DirectShape {
   int64_t pixel, row;   // floats from one output pixel's terms to its right and lower neighbour's, in what is read
   Terms terms;
   int64_t panel_count;
-  bool streams;  // y goes past the caches
+  bool streams;   // y goes past the caches
+  bool flat;      // all pixels lie evenly, in what is read and in y
+  bool finishes;  // the product itself writes y: nothing but a bias and a scale follows it
 
   DirectShape(const Conv& c, const Target& to) : target(to) {
     in_place = c.kernel_height == 1 && c.kernel_width == 1 && c.pad_top == 0 && c.pad_left == 0 && c.activation == kIdentity &&
                c.multiply == nullptr && (c.out_height - 1) * c.stride < c.height && (c.out_width - 1) * c.stride < c.width;
     few = few_outputs(c.out_channels, c.channels);
+    flat = in_place && c.stride == 1 && target.step == 1 && c.out_height == c.height && c.out_width == c.width;
     lines = static_cast<int64_t>(c.batch) * c.out_height;
     strip_width = static_cast<int64_t>(c.out_width - 1) * c.stride + c.kernel_width;
     image_rows = static_cast<int64_t>(c.out_height - 1) * c.stride + c.kernel_height;
@@ -120,6 +123,8 @@ struct DirectShape {
     const int64_t y_bytes = sizeof(float) * target.height * target.width * c.batch * c.out_channels;
     streams = kStreams && c.y != nullptr && y_bytes > kCachedBytes && c.y_pixel % kLanes == 0 &&
               reinterpret_cast<uintptr_t>(c.y) % sizeof(Vector) == 0;
+    finishes = !few && terms.depth() > 0 && c.out_channels % kLanes == 0 && c.y != nullptr && c.z == nullptr && c.mask == nullptr &&
+               c.residual == nullptr && c.image_bias == nullptr;
   }
 
   bool fills() const { return !in_place && terms.segments > 0; }
@@ -159,11 +164,26 @@ class DirectBlock {
              strips + strip_row * s_.terms.next, c_.channels);
   }
 
-  // Products of pixels [begin, end) with one panel: m[pixel - begin][kPanel].
+  // Products of pixels [begin, end) with one panel: m[pixel - begin][kPanel], or finished, in y.
   void multiply(int64_t begin, int64_t end, int64_t panel, float* m) const {
     const float* const weights = c_.weights + panel * s_.terms.depth() * kPanel;
     const int64_t width = c_.out_width;
+    const int64_t y_stride = s_.target.step * c_.y_pixel;
     int64_t line = begin / width, column = begin % width;
+    if (s_.flat && !s_.few) {
+      const bool foresee = panel == 0 && s_.pixel >= DirectShape::kStrided;
+      const float* const first = start(line, column);
+      float* const to = s_.finishes ? result(line, column, panel) : nullptr;
+      const auto even = [&](int64_t p) {
+        const float* const found = first + p * s_.pixel;
+        if (foresee)
+          for (int64_t k = 0; k < kTogether * s_.pixel; k += 16) __builtin_prefetch(found + DirectShape::kAhead * s_.pixel + k);
+        return found;
+      };
+      const int64_t count = end - begin, unit = count % kTogether == 0 ? kTogether : 1;
+      multiply_some(even, count, unit, panel, weights, m, [&](int64_t p) { return to + p * y_stride; });
+      return;
+    }
     if (s_.few || width % kTogether != 0) {
       // Pixels of a line lie evenly.
       while (begin < end) {
@@ -172,7 +192,8 @@ class DirectBlock {
         if (s_.few)
           multiply_line(first, count, m);
         else
-          multiply_some([&](int64_t p) { return first + p * s_.pixel; }, count, 1, panel, weights, m);
+          multiply_some([&](int64_t p) { return first + p * s_.pixel; }, count, 1, panel, weights, m,
+                        [&, to = result(line, column, panel)](int64_t p) { return to + p * y_stride; });
         m += count * kPanel;
         begin += count;
         ++line;
@@ -182,6 +203,18 @@ class DirectBlock {
     }
     // Those of several lines do in small units, where the width is made of such.
     const float* next = start(line, column);
+    float* to = s_.finishes ? result(line, column, panel) : nullptr;
+    int64_t result_line = line, result_column = column;
+    const auto following_result = [&](int64_t) {
+      float* const found = to;
+      result_column += kTogether;
+      to += kTogether * y_stride;
+      if (result_column == width) {
+        result_column = 0;
+        if (++result_line * width < pixels) to = result(result_line, 0, panel);
+      }
+      return found;
+    };
     const bool foresee = s_.in_place && panel == 0 && s_.pixel >= DirectShape::kStrided;
     const int64_t floats = kTogether * s_.pixel;
     const auto following = [&](int64_t) {
@@ -196,7 +229,7 @@ class DirectBlock {
       }
       return found;
     };
-    multiply_some(following, end - begin, kTogether, panel, weights, m);
+    multiply_some(following, end - begin, kTogether, panel, weights, m, following_result);
   }
 
   // The epilogue of what `multiply` left.
@@ -231,16 +264,28 @@ class DirectBlock {
   // The first term of an output pixel; lines count from the block's first.
   const float* start(int64_t line, int64_t column) const {
     if (!s_.in_place) return strips_ + strip_row(first_ + line) * s_.terms.next + column * s_.pixel;
-    const int64_t image = (first_ + line) / c_.out_height, row = (first_ + line) % c_.out_height;
+    const uint32_t height = static_cast<uint32_t>(c_.out_height), all = static_cast<uint32_t>(first_ + line);
+    const int64_t image = all / height, row = all % height;
     return c_.x + (image * c_.height + row * c_.stride) * c_.width * c_.x_pixel + column * s_.pixel;
   }
 
-  template <typename Start>
-  void multiply_some(Start&& start, int64_t count, int64_t unit, int64_t panel, const float* weights, float* m) const {
+  // Where a result of the product belongs; lines count as in `start`.
+  float* result(int64_t line, int64_t column, int64_t panel) const {
+    const uint32_t height = static_cast<uint32_t>(c_.out_height), all = static_cast<uint32_t>(first_ + line);
+    const int64_t image = all / height, row = all % height;
+    return c_.y + s_.target.pixel(image, row, column) * c_.y_pixel + panel * kPanel;
+  }
+
+  template <typename Start, typename Result>
+  void multiply_some(Start&& start, int64_t count, int64_t unit, int64_t panel, const float* weights, float* m,
+                     Result&& target) const {
+    const Finish finish{s_.target.step * c_.y_pixel, c_.bias ? c_.bias + panel * kPanel : nullptr, c_.scale, s_.streams};
+    const Finish* const then = s_.finishes ? &finish : nullptr;
     if (is_half(c_.out_channels, panel))
-      multiply_panel<1>(start, count, unit, s_.pixel, s_.terms, weights, m, kPanel);
+      multiply_panel<1>(start, count, unit, s_.pixel, s_.terms, weights, m, kPanel, then, target);
     else
-      multiply_panel<2>(start, count, unit, s_.pixel, s_.terms, weights, m, kPanel);
+      multiply_panel<2>(start, count, unit, s_.pixel, s_.terms, weights, m, kPanel, then, target);
+    if (then && s_.streams) end_streams();
   }
 
   void multiply_line(const float* from, int64_t count, float* m) const {
@@ -281,7 +326,7 @@ inline void run_direct(const Conv& c, const Target& target, Team& team) {
   const auto compute = [&](const DirectBlock& b, int64_t part, int64_t panel, float* m) {
     const int64_t begin = cut(b, part), end = cut(b, part + 1);
     b.multiply(begin, end, panel, m);
-    (b.*finish)(begin, end, panel, m);
+    if (!s.finishes) (b.*finish)(begin, end, panel, m);
   };
   const int64_t strip_floats = s.strip_floats(c), product_floats = s.product_floats();
 

@@ -22,7 +22,7 @@ struct Terms {
   int64_t segments, length, next, run;
   int64_t depth() const { return segments * length; }
   // Pieces so short that several make one run.
-  bool are_short() const { return length > 0 && length <= kShortest; }
+  bool are_short() const { return segments > 1 && length > 0 && length <= kShortest; }
 
   static constexpr int64_t kShortest = 16;
 };
@@ -39,6 +39,36 @@ constexpr int kMostRows = kColumns == 2 ? kRows : 2 * kRows;
 constexpr int kMostPointers = 2 * kRows / kTogether;
 
 #define COUPFAST_INLINE inline __attribute__((always_inline))
+
+// The simplest of what can follow a product, (sum + bias) * scale, straight from the registers to where the result belongs: short
+// sums take hardly longer than to be stored and read once more. Of results as of rows kTogether lie evenly, `stride` floats apart,
+// and share a pointer.
+struct Finish {
+  int64_t stride;
+  const float* bias;  // [columns of the panel], or null
+  float scale;
+  bool streams;  // past the caches
+};
+
+template <int kCount, int kColumns>
+COUPFAST_INLINE void finish_rows(const Vector (&sum)[kCount][kColumns], const Finish& finish, float* const* y, const float* total,
+                                 int64_t total_stride) {
+  const Vector scale = broadcast(finish.scale);
+#pragma GCC unroll 2
+  for (int j = 0; j < kColumns; ++j) {
+    Vector bias = {};
+    if (finish.bias) bias += load(finish.bias + j * kLanes);
+#pragma GCC unroll 24
+    for (int i = 0; i < kCount; ++i) {
+      const Vector v = total ? load(total + i * total_stride + j * kLanes) + sum[i][j] : sum[i][j];
+      float* const to = y[i / kTogether] + i % kTogether * finish.stride + j * kLanes;
+      if (finish.streams)
+        stream(to, (v + bias) * scale);
+      else
+        store(to, (v + bias) * scale);
+    }
+  }
+}
 
 // One term of kCount rows, `u` floats on: sum += a b.
 template <int kCount, int kColumns, int kPointers>
@@ -61,10 +91,19 @@ COUPFAST_INLINE void advance(const float* (&a)[kPointers], int64_t count) {
   for (int j = 0; j < kPointers; ++j) a[j] += count;
 }
 
-// Where kShort, segments are so short that several make one run.
+// Where kShort, segments are so short that several make one run. With `finish` results go to `y`, and `to` is for totals between
+// runs.
 template <int kCount, int kColumns, bool kShort>
-void multiply_rows(const float* const* rows, int64_t row_stride, const Terms& terms, const float* b, float* to, int64_t to_stride) {
+void multiply_rows(const float* const* rows, int64_t row_stride, const Terms& terms, const float* b, float* to, int64_t to_stride,
+                   const Finish* finish, float* const* y) {
   constexpr int kPointers = (kCount + kTogether - 1) / kTogether;
+  if (finish && !finish->streams) {
+    // What is overwritten has come when the sums are done.
+#pragma GCC unroll 24
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kColumns; ++j) __builtin_prefetch(y[i / kTogether] + i % kTogether * finish->stride + j * kLanes, 1);
+  }
   const float* a[kPointers];
 #pragma GCC unroll 8
   for (int j = 0; j < kPointers; ++j) a[j] = rows[j];
@@ -96,6 +135,8 @@ void multiply_rows(const float* const* rows, int64_t row_stride, const Terms& te
           b += kColumns * kLanes;
         }
       }
+      if (finish && segment + 1 == segments && begin + run >= depth)
+        return finish_rows(sum, *finish, y, first ? nullptr : to, to_stride);
       // Totals are kept in memory: there are registers for the sums alone.
 #pragma GCC unroll 24
       for (int i = 0; i < kCount; ++i)
@@ -113,7 +154,8 @@ void multiply_rows(const float* const* rows, int64_t row_stride, const Terms& te
       for (int j = 0; j < kColumns; ++j) store(to + i * to_stride + j * kLanes, Vector{});
 }
 
-using MultiplyRows = void (*)(const float* const*, int64_t, const Terms&, const float*, float*, int64_t);
+using MultiplyRows = void (*)(const float* const*, int64_t, const Terms&, const float*, float*, int64_t, const Finish*,
+                              float* const*);
 
 template <int kColumns, int... kCounts>
 MultiplyRows choose_rows(int64_t count, const Terms& terms, std::integer_sequence<int, kCounts...>) {
@@ -124,18 +166,33 @@ MultiplyRows choose_rows(int64_t count, const Terms& terms, std::integer_sequenc
 
 // Products of `count` rows with one panel: to[row][kPanel]. Groups have whole units of `unit` rows, which is kTogether or one;
 // start(r) is where row r lies, and `row_stride` floats on, the kTogether - 1 behind it. It is asked in rising order, of
-// multiples of kTogether in units of as many.
+// multiples of kTogether in units of as many. With `finish`, target(r) is likewise where a row's result belongs.
+template <int kColumns, typename Start, typename Result>
+void multiply_panel(Start&& start, int64_t count, int64_t unit, int64_t row_stride, const Terms& terms, const float* weights,
+                    float* to, int64_t to_stride, const Finish* finish, Result&& target) {
+  if (count <= 0) return;
+  // Groups of nearly equal size: a last one of a single row would waste most of it.
+  const uint32_t units = static_cast<uint32_t>(count / unit), most = static_cast<uint32_t>(kMostRows<kColumns> / unit);
+  const uint32_t groups = (units + most - 1) / most, least = units / groups, larger = units % groups;
+  int64_t first = 0, last;
+  for (uint32_t group = 0; group < groups; ++group, first = last) {
+    last = first + (least + (group < larger)) * unit;
+    const float* rows[kMostPointers];
+    float* y[kMostPointers];
+    for (int64_t j = 0; first + j * kTogether < last; ++j) {
+      rows[j] = start(first + j * kTogether);
+      if (finish) y[j] = target(first + j * kTogether);
+    }
+    choose_rows<kColumns>(last - first, terms, std::make_integer_sequence<int, kMostRows<kColumns>>{})(
+        rows, row_stride, terms, weights, to + first * to_stride, to_stride, finish, y);
+  }
+}
+
 template <int kColumns, typename Start>
 void multiply_panel(Start&& start, int64_t count, int64_t unit, int64_t row_stride, const Terms& terms, const float* weights,
                     float* to, int64_t to_stride) {
-  const int64_t units = count / unit, most = kMostRows<kColumns> / unit, groups = (units + most - 1) / most;
-  for (int64_t group = 0; group < groups; ++group) {  // of nearly equal size: a last group of one row would waste most of it
-    const int64_t first = units * group / groups * unit, last = units * (group + 1) / groups * unit;
-    const float* rows[kMostPointers];
-    for (int64_t j = 0; first + j * kTogether < last; ++j) rows[j] = start(first + j * kTogether);
-    choose_rows<kColumns>(last - first, terms, std::make_integer_sequence<int, kMostRows<kColumns>>{})(
-        rows, row_stride, terms, weights, to + first * to_stride, to_stride);
-  }
+  multiply_panel<kColumns>(start, count, unit, row_stride, terms, weights, to, to_stride, nullptr,
+                           [](int64_t) -> float* { return nullptr; });
 }
 
 }  // namespace coupfast
