@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from coupfast.doctor.engines import there_and_back, verdict
 from coupfast.doctor.kernels import Row, is_bad, measure_rates
 from coupfast.environment import one_line
+from coupfast.methods import METHODS
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import Purifier
 from coupfast_kernels.inputs import normals
@@ -56,12 +57,21 @@ def check_gpu(device: torch.device, unsound: set[str]) -> Row:
 
 
 def check_engine(
-    device: torch.device, *, engine: str = "cuda", build: Callable[..., Any] | None = None
+    device: torch.device,
+    *,
+    engine: str = "cuda",
+    options: Mapping[str, bool] | None = None,
+    methods: Sequence[str] = ("reverse-sde", "coup"),
+    take_apart: bool = True,
+    build: Callable[..., Any] | None = None,
 ) -> Iterator[Row]:
     """The engine on the shipped networks, forwards and backwards, against eager in float64.
 
     Args:
         engine: Its name.
+        options: Parts that are on or off; None leaves all as they are.
+        methods: Each gives a row.
+        take_apart: Whether to try what is wrong again with its parts off one by one.
         build: (score, classifier, method=…, engine=…, num_steps=…, engine_options=…) → purifier; None takes `Purifier`.
 
     Yields:
@@ -74,8 +84,7 @@ def check_engine(
     size = int(getattr(score, "image_size", 32))
     x, other, direction = normals(device, (2, 3, size, size), 3)
     x, other, direction = torch.sigmoid(x), torch.sigmoid(other), direction.double()
-    unguided: torch.Tensor | None = None
-    for method in ("reverse-sde", "coup"):
+    for method in methods:
         row: Row = {"engine": engine, "case": f"{method}, shipped networks", "trials": [], "culprit": ""}
 
         def run(name: str, x: torch.Tensor, options: dict[str, bool], method: str = method) -> list[torch.Tensor]:
@@ -97,9 +106,9 @@ def check_engine(
 
         exact, rounded = run("eager", x.double(), {}), run("eager", x, {})
         allowances = [0.0, 0.0]
-        if unguided is not None:
+        if METHODS[method].guided:
+            (unguided, _) = run("eager", x.double(), {}, "reverse-sde")
             allowances = [FLIPPED_RELU * relative_error(unguided, exact[0]), FLIPPED_RELU_GRADIENT]
-        unguided = exact[0]
         eps = torch.finfo(torch.float32).eps
         bounds = [
             FLOAT32_FACTOR * max(relative_error(a, b), eps) + allowance
@@ -109,8 +118,8 @@ def check_engine(
         def trial(options: dict[str, bool], run: Any = run, exact: Any = exact, bounds: Any = bounds) -> Row:
             return {"options": options} | _judge(lambda: run(engine, x, options), exact, bounds)
 
-        row |= trial({})
-        if is_bad(row):
+        row |= trial(dict(options or {}))
+        if take_apart and is_bad(row):
             row["trials"] = [trial({name: False}) for name in ENGINE_OPTIONS] + [trial(dict.fromkeys(ENGINE_OPTIONS, False))]
             row["culprit"] = _culprit(row["trials"])
         yield row

@@ -123,6 +123,28 @@ def _own_workspaces() -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
+def seconds_in_graph(
+    function: Callable[[], object], backend: Backend, clock: Callable[[Callable[[], object]], float], *, calls: int = 20
+) -> float:
+    """Seconds of one call among so many in a recording: the device's, where a call alone would be timed by its launch.
+
+    What a call reads may lie in a cache, where the one before it left it.
+
+    Args:
+        clock: Seconds that a call takes on the device, `rates.device_seconds` for one.
+    """
+
+    def many() -> None:
+        for _ in range(calls):
+            function()
+
+    with backend.side_stream():
+        function()
+    recording = backend.capture(many)
+    recording.replay()
+    return clock(recording.replay) / calls
+
+
 class Runner:
     """Named pieces of work on static buffers, each captured when it first runs (or never, without a backend).
 
