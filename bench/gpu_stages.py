@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import load_networks
-from timing import environment, finite_or_none, timed_twice
+from timing import environment, fastest_algorithms, finite_or_none, timed_twice
 
 from coupfast import Purifier
 from coupfast.doctor.gpu import ENGINE_OPTIONS, check_engine
@@ -197,13 +197,12 @@ class Stages:
         """What the library takes for a shape in both formats: its first choice, or the fastest of a trial of all."""
         x = torch.randn(shape.batch, shape.in_channels, shape.height, shape.width, device=self.device)
         weight = torch.randn(shape.out_channels, shape.in_channels, 3, 3, device=self.device)
-        cudnn: Any = torch.backends.cudnn
         found: dict[str, float | str] = {}
         with torch.no_grad(), float32_precision(self.device.type, "strict"):
             for name, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
                 a, b = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
                 for kind, free in (("repeatable", False), ("fastest", True)):
-                    with cudnn.flags(enabled=True, benchmark=free, deterministic=not free, allow_tf32=False):
+                    with fastest_algorithms() if free else contextlib.nullcontext():
                         try:
                             found[f"{name}, {kind}"] = self.seconds(functools.partial(F.conv2d, a, b, padding=1))
                         except RuntimeError as error:

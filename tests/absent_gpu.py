@@ -20,6 +20,8 @@ import torch
 import torch.utils._triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from coupfast.engine.cuda.compiled import OPTIONS
+
 #: What the compiler asks of an H100 (its data sheet, and the CUDA programming guide's table of capabilities).
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",
@@ -119,13 +121,13 @@ def generated(module: torch.fx.GraphModule, inputs: list[torch.Tensor], gpu: typ
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    device, mode = torch.device("cuda", 0), FakeTensorMode()
+    device, mode, patches = torch.device("cuda", 0), FakeTensorMode(), OPTIONS["config_patches"]
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
     module.recompile()
-    with absent(gpu), torch.no_grad(), config.patch(compile_threads=1, fx_graph_cache=False, deterministic=True):
+    with absent(gpu), torch.no_grad(), config.patch(compile_threads=1, fx_graph_cache=False, **patches):
         with mode:
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in inputs]
             lowered = make_fx(module, decomposition_table=select_decomp_table(), tracing_mode="fake")(*fakes)

@@ -26,6 +26,7 @@ from coupfast.engine.cuda.capture import CudaBackend, Runner
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.cuda.substitution import CONTIGUOUS
 from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.convolution.gpu import pack_weight
 from coupfast_kernels.noise import standard_normal_ref
@@ -454,13 +455,17 @@ class TestGraphs:
         assert waited == [1]
 
 
-@pytest.mark.parametrize("candidate, ours", [("library", 0), ("compiled", 0), ("triton-ieee", 1)])
-def test_convolutions_are_those_that_calibration_chose(backends, score, images, monkeypatch, candidate, ours):
+@pytest.mark.parametrize(
+    "candidate, ours, copied", [("library", 0, 0), ("library-contiguous", 0, 1), ("compiled", 0, 0), ("triton-ieee", 1, 0)]
+)
+def test_convolutions_are_those_that_calibration_chose(backends, score, images, monkeypatch, candidate, ours, copied):
     monkeypatch.setattr(OurKernels, "choose", lambda self, shape: Choice(candidate, {}, {}, {}))
     monkeypatch.setattr(Pieces, "make", PIECE)
     run = purifier(score, None, method="reverse-sde")
-    found = {node.target for node in bound_of(run, images).networks.pieces.make("score", 1).operations()}
+    pieces = bound_of(run, images).networks.pieces
+    found = {node.target for node in pieces.make("score", 1).operations()}
     assert (torch.ops.coupfast.conv3x3.default in found) == ours
+    assert bool([kind for *_, kind in pieces.packed if kind == CONTIGUOUS]) == copied
 
 
 class TestPrecision:

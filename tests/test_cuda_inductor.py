@@ -14,16 +14,20 @@ from conftest import relu_classifier, silu_classifier
 from test_cuda_fake_device import bound
 from test_noise import run_interpreted
 
+from coupfast.engine.cuda.substitution import CONTIGUOUS
+
 pytest.importorskip("triton", reason="Triton is not installed: what it would compile is NOT tested here")
 from absent_gpu import H100, Interpreted, compiled, generated, kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = torch.finfo(torch.float32).eps
 
-#: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions.
+#: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions,
+#: and two with them on contiguous maps.
 PIECES = [(relu_classifier, True, name) for name in ("score", "score vjp", "evaluate", "cotangent", "tangent")]
 PIECES += [(silu_classifier, True, "hvp"), (relu_classifier, False, "cotangent")]
-IDS = [f"{name}{'' if ours else ', library'}" for _, ours, name in PIECES]
+PIECES += [(relu_classifier, CONTIGUOUS, "score"), (relu_classifier, CONTIGUOUS, "cotangent")]
+IDS = [name + {True: "", False: ", library", CONTIGUOUS: ", contiguous"}[ours] for _, ours, name in PIECES]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,20 @@ if not INTERPRETED:
                 assert "tf32" not in built.asm["ptx"], name
                 usage = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
                 assert sum(map(int, re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))) == 0, (name, capability, usage)
+
+    @pytest.mark.parametrize("name", ["score", "cotangent"])
+    def test_convolutions_are_on_the_maps_that_were_chosen(sources, name):
+        """The compiler has a mind of its own about formats, which here would undo what calibration found."""
+        text = (sources / f"{name}, contiguous").read_text()
+        buffers = re.findall(r"(\w+) = extern_kernels\.convolution\(\w+, \w+, stride=\(1, 1\), padding=\(1, 1\)", text)
+        strides = {
+            buffer: [tuple(map(int, numbers.split(", "))) for numbers in (shape, stride)]
+            for buffer, shape, stride in re.findall(r"assert_size_stride\((\w+), \(([\d, ]+\d)\), \(([\d, ]+\d)\)", text)
+        }
+        assert len(buffers) > 1
+        for buffer in buffers:
+            shape, stride = strides[buffer]
+            assert torch.empty(shape).stride() == stride, (buffer, shape, stride)
 
     def test_generated_code_in_the_interpreter(sources, monkeypatch):
         monkeypatch.setenv("GENERATED", str(sources))

@@ -226,11 +226,11 @@ class Runner:
 def _compare(name: str, replayed: list[torch.Tensor], *called: list[torch.Tensor]) -> None:
     """RuntimeError if a replay leaves other bits than a call; where calls differ from each other, more than rounding does."""
     first, second = called
-    repeats = all(map(_same_bits, first, second))
+    repeats = all(map(same_bits, first, second))
     if not repeats:
         logger.warning("%r gives other bits every time on this device: what a run returns cannot be repeated to the bit", name)
     for found, wanted in zip(replayed, second, strict=True):
-        difference = 0.0 if _same_bits(found, wanted) else relative_difference(found.double(), wanted.double())
+        difference = 0.0 if same_bits(found, wanted) else relative_difference(found.double(), wanted.double())
         if not difference <= (0.0 if repeats or not wanted.is_floating_point() else ROUNDING):
             raise RuntimeError(
                 f"replaying {name!r} gives something else than the call that was captured (relative difference "
@@ -239,10 +239,11 @@ def _compare(name: str, replayed: list[torch.Tensor], *called: list[torch.Tensor
             )
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape have them; NaN equals NaN."""
     kinds = {4: torch.int32, 8: torch.int64}
     if a.is_floating_point():
-        a, b = a.view(kinds[a.element_size()]), b.view(kinds[b.element_size()])  # NaN equals NaN
+        a, b = a.view(kinds[a.element_size()]), b.view(kinds[b.element_size()])
     return torch.equal(a, b)
 
 
