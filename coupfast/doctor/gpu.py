@@ -19,6 +19,7 @@ from coupfast.environment import one_line
 from coupfast.methods import METHODS
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import Purifier
+from coupfast_kernels.convolution.gpu_tuning import trying
 from coupfast_kernels.inputs import normals
 from coupfast_kernels.parity import FLOAT32_FACTOR, relative_error
 
@@ -31,21 +32,30 @@ ENGINE_OPTIONS = ("graphs", "compile", "triton")
 
 _SEED, _STEPS = 2**63 + 5, 3
 
+#: Of a quick look: cases of a kernel, and configs of a convolution that are tried.
+QUICK_CASES, QUICK_CONFIGS = 2, 2
 
-def check_gpu(device: torch.device, unsound: set[str]) -> Row:
+
+def check_gpu(device: torch.device, unsound: set[str], *, full: bool = True) -> Row:
     """What there is to check of a GPU beside its kernels.
 
     Most of the time goes into compiling, and more where the engine has to be taken apart.
 
     Args:
         unsound: Names of kernels that are wrong there, which get no time.
+        full: Also with PyTorch's compiler and every config of a convolution, and kernels' rates; otherwise the guided method
+            alone, whose pieces are the others', too.
 
     Returns:
         JSON-ready: `device`, `engine` (rows of `check_engine`), `rates` (`measure_rates`), `problems` (one line each).
     """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        engine = list(check_engine(device))
-        rates = measure_rates(device, unsound)
+        if full:
+            engine = list(check_engine(device))
+        else:
+            with trying(QUICK_CONFIGS):
+                engine = list(check_engine(device, options={"compile": False}, methods=("coup",)))
+        rates = measure_rates(device, unsound, kernels=None if full else ())
     problems = [
         f"engine {row['engine']} on {device}, {row['case']}: {row['status']}, {row['detail']}; {row['culprit']}"
         for row in engine
@@ -118,9 +128,11 @@ def check_engine(
         def trial(options: dict[str, bool], run: Any = run, exact: Any = exact, bounds: Any = bounds) -> Row:
             return {"options": options} | _judge(lambda: run(engine, x, options), exact, bounds)
 
-        row |= trial(dict(options or {}))
+        given = dict(options or {})
+        row |= trial(given)
         if take_apart and is_bad(row):
-            row["trials"] = [trial({name: False}) for name in ENGINE_OPTIONS] + [trial(dict.fromkeys(ENGINE_OPTIONS, False))]
+            row["trials"] = [trial(given | {name: False}) for name in ENGINE_OPTIONS]
+            row["trials"].append(trial(dict.fromkeys(ENGINE_OPTIONS, False)))
             row["culprit"] = _culprit(row["trials"])
         yield row
 

@@ -36,6 +36,7 @@ from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
 from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
+from coupfast_kernels.convolution.gpu_tuning import tried
 from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
@@ -131,6 +132,8 @@ class Calibration:
         self.backend = backend or (CudaBackend(self.device) if self.device.type == "cuda" else None)
         self.folder = Path(folder) if folder is not None else cache_directory("calibration")
         self.key = machine_key(self.device) | {"precision": precision, "candidates": sorted(self.candidates)}
+        if (configs := tried()) is not None:  # what is the fastest of some is not for those who have all
+            self.key |= {"configs": configs}
         digest = hashlib.sha256(json.dumps([FORMAT, self.key], sort_keys=True).encode()).hexdigest()
         self.file = self.folder / f"{digest[:32]}.json"
         self._choices: dict[ConvolutionShape, Choice] = {}
