@@ -32,7 +32,7 @@ _capturing = []  # the graph that records now, and the mode that it records by
 
 
 def launch(function, *tensors):
-    """Something that PyTorch's dispatcher does not see, as a Triton kernel's launch: done now, and recorded where a capture is on."""
+    """What PyTorch's dispatcher does not see, as a Triton kernel's launch: done now, and recorded where a capture is on."""
     if not _capturing:
         return function(*tensors)
     with _disable_current_modes():

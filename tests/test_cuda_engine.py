@@ -600,6 +600,10 @@ class TestRefuses:
         with pytest.raises(ValueError, match="up to 2 images at a time, got 5"):
             bound.for_batch(5)
 
+    @pytest.mark.parametrize("batch, bucket", [(3, 4), (17, 24), (33, 48), (65, 96), (97, 128)])
+    def test_buckets_waste_a_third_at_most_where_images_cost_time(self, batch, bucket):
+        assert bound_module.bucket_of(batch) == bucket
+
     def test_states_of_another_kind(self, backends, score, images):
         program = bound_of(purifier(score, None, method="reverse-sde"), images).for_batch(1)
         noise = CounterNoise(1, torch.arange(1), torch.zeros(1, dtype=torch.int64))

@@ -151,6 +151,9 @@ def test_kernels_launched_per_step():
     norms = torch.ops.aten.native_group_norm.default
     assert plain.count(norms) == fused.count(torch.ops.coupfast.group_norm_silu.default) > 0
     assert norms not in fused and norms not in fused_back
+    # 172 and 301 before what weights alone decide was found once, and all time projections in one gather.
+    assert len(fused) <= 145 and len(fused_back) <= 268
+    assert [piece.count(torch.ops.aten.index_select.default) for piece in (fused, fused_back)] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["score", "score vjp", "evaluate", "cotangent", "tangent"])

@@ -24,8 +24,9 @@ from coupfast.engine.precision import Precision
 from coupfast.engine.protocol import StepMemory
 from coupfast.solvers import CoefficientTable
 
-#: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+#: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own. Above 16 a step's time grows
+#: with its images: half steps, too.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 #: Programs that are kept: each holds graphs and their memory.
 KEPT_PROGRAMS = 4
 
