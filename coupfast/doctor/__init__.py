@@ -68,7 +68,9 @@ def run(
     weights = check_weights()
     with Compilations() as compilations:
         noise = [check_noise(each) for each in devices]
-        kernels, parity, gpus = [], [], []
+        kernels: list[dict[str, Any]] = []
+        parity: list[dict[str, Any]] = []
+        gpus: list[dict[str, Any]] = []
         for each in devices:
             quick = each.type == "cuda" and not full
             kernels += check_kernels(each, most=QUICK_CASES if quick else None)
