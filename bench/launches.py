@@ -27,6 +27,7 @@ from coupfast.engine import CounterNoise
 from coupfast.engine.cuda import BoundCudaEngine
 from coupfast.engine.cuda.flat import VIEWS
 from coupfast.engine.cuda.networks import CudaNetworks
+from coupfast.engine.cuda.program import CudaProgram
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.networks import frozen
 from coupfast.guidance import Guidance
@@ -44,20 +45,29 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Operations of a forward and of a backward step, by how they are run."""
+def _parts(network: str, batch: int, seed: int) -> tuple[Any, ...]:
+    """What an engine's program is made of: networks, guidance, a table, states, and that guidance is differentiated."""
     networks = load_networks(network, device=torch.device("cpu"), score=None, classifier=None, seed=seed)
     score, classifier = frozen(networks.score), frozen(networks.classifier)
     table = Purifier(score, classifier, engine="eager", num_steps=2).recipe.table
     size, channels = score.image_size, score.channels
     x = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
-    guidance = Guidance(classifier, x)
-    counts = {"PyTorch": _eager(EagerProgram(score, guidance, table, x, True), x)}
+    return score, Guidance(classifier, x), table, x, True
+
+
+def program(network: str, batch: int, *, fused: bool = True, seed: int = 0) -> CudaProgram:
+    """The CUDA engine's program on the CPU, neither compiled nor captured; `fused`: with all of this project's kernels."""
+    choose = (lambda *shape: "ieee") if fused else None
+    networks = CudaNetworks(*_parts(network, batch, seed), choose=choose, fuse_norms=fused)
+    return BoundCudaEngine(networks).for_batch(batch)
+
+
+def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Operations of a forward and of a backward step, by how they are run."""
+    parts = _parts(network, batch, seed)
+    counts = {"PyTorch": _eager(EagerProgram(*parts), parts[3])}
     for name, fused in (("flat", False), ("flat, fused", True)):
-        networks = CudaNetworks(
-            score, guidance, table, x, True, choose=(lambda *shape: "ieee") if fused else None, fuse_norms=fused
-        )
-        counts[name] = _flat(BoundCudaEngine(networks), x)
+        counts[name] = _flat(program(network, batch, fused=fused, seed=seed))
     counts["graph"] = GRAPH
     return [
         {"network": network, "batch": batch, "how": how, "forward": forward, "backward": backward}
@@ -75,8 +85,7 @@ def _eager(program: EagerProgram, x: torch.Tensor) -> tuple[int, int]:
     return forward.count, backward.count
 
 
-def _flat(bound: BoundCudaEngine, x: torch.Tensor) -> tuple[int, int]:
-    program = bound.for_batch(len(x))
+def _flat(program: CudaProgram) -> tuple[int, int]:
     counts = []
     forward, backward = (lambda: program._step(True)), (lambda: program._transpose(True, rebuilds=False))
     for work, step in ((forward, program.step_index), (backward, program.step_back)):

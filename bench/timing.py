@@ -7,6 +7,7 @@ median of the repeats' ratios.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -33,6 +34,19 @@ def timed(function: Callable[[], Result], device: torch.device) -> tuple[float, 
     """Seconds that one call takes (on CUDA between two events, so without the host's launch-ahead), and its result."""
     times, result = timed_twice(function, device)
     return times.seconds, result
+
+
+@contextlib.contextmanager
+def fastest_algorithms() -> Iterator[None]:
+    """cuDNN tries all its algorithms and takes the fastest, also within strict mode, which allows repeatable ones alone: what
+    PyTorch can do at best, as an opponent."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = True, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,10 @@ from unittest import mock
 
 import torch
 import torch.utils._triton
+from graph_backend import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from coupfast.engine.cuda.compiled import OPTIONS
 
 #: What the compiler asks of an H100 (its data sheet, and the CUDA programming guide's table of capabilities).
 H100 = types.SimpleNamespace(
@@ -119,13 +122,13 @@ def generated(module: torch.fx.GraphModule, inputs: list[torch.Tensor], gpu: typ
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    device, mode = torch.device("cuda", 0), FakeTensorMode()
+    device, mode, patches = torch.device("cuda", 0), FakeTensorMode(), OPTIONS["config_patches"]
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
     module.recompile()
-    with absent(gpu), torch.no_grad(), config.patch(compile_threads=1, fx_graph_cache=False, deterministic=True):
+    with absent(gpu), torch.no_grad(), config.patch(compile_threads=1, fx_graph_cache=False, **patches):
         with mode:
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in inputs]
             lowered = make_fx(module, decomposition_table=select_decomp_table(), tracing_mode="fake")(*fakes)
@@ -143,10 +146,15 @@ def generated(module: torch.fx.GraphModule, inputs: list[torch.Tensor], gpu: typ
 _KERNELS = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re.DOTALL)
 
 
-def blocks(text: str) -> dict[str, int]:
-    """Sizes of a kernel's blocks, of those that the compiler would time on the GPU: a few rows where a row is summed whole."""
-    rows = "persistent_reduction" in text
-    sizes = {"XBLOCK": 1 if rows else 16 if "YBLOCK" in text else 128, "YBLOCK": 16, "R0_BLOCK": 64}
+def blocks(text: str, wide: bool = False) -> dict[str, int]:
+    """Sizes of a kernel's blocks, of those that the compiler would time on the GPU: a few rows where a row is summed whole.
+
+    `wide`: large ones, of which an interpreter has fewer to go through.
+    """
+    rows, two = "persistent_reduction" in text, "YBLOCK" in text
+    sizes = {"XBLOCK": 1 if rows else 16 if two else 128, "YBLOCK": 16, "R0_BLOCK": 64}
+    if wide:
+        sizes = {"XBLOCK": 8 if rows else 64 if two else 2048, "YBLOCK": 64, "R0_BLOCK": 256}
     return {name: size for name, size in sizes.items() if f"{name} : tl.constexpr" in text}
 
 
@@ -233,14 +241,14 @@ class Interpreted:
         signature = re.search(rf"def {name}\((.*?)\):", text)
         assert signature is not None
         arguments = [argument.strip() for argument in signature.group(1).split(",")]
-        sizes = blocks(text)
+        sizes = blocks(text, wide=True)
         given = [argument for argument in arguments if "constexpr" not in argument]
 
         def run(*values: Any, stream: int = 0) -> None:
             self.launches.append(name)
             named = dict(zip(given, values, strict=True))
             grid = [triton.cdiv(named.get(f"{axis}numel", 1), sizes.get(f"{axis.upper()}BLOCK", 1)) for axis in "xy"]
-            kernel[(*grid, 1)](*values, **sizes)
+            launch(lambda *values: kernel[(*grid, 1)](*values, **sizes), *values)
 
         return types.SimpleNamespace(run=run)
 

@@ -1,6 +1,8 @@
 """The choice of a convolution, with candidates and clocks that the tests make; the package's own need a GPU."""
 
 import dataclasses
+import functools
+import itertools
 import logging
 import os
 import stat
@@ -10,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_backend import StandIn, aten
 
 from coupfast.engine.cuda import calibration as module
 from coupfast.engine.cuda.calibration import Calibration, Choice, ConvolutionShape
@@ -152,6 +155,39 @@ class TestChoice:
             calibration.choose(SHAPE)
         assert not calibration.folder.exists()
 
+    def test_one_whose_bits_change_from_call_to_call(self, calibrate, caplog):
+        """As sums in whatever order threads come: right, fast, and nothing that a purification can be repeated with."""
+        turns = itertools.count()
+
+        def restless(x, weight, bias):
+            return right(x, weight, bias) * (1.0 + 2.0**-23 * (next(turns) % 2))
+
+        found = calibrate({"library": right, "restless": restless}, {"library": 2.0, "restless": 1.0}).choose(SHAPE)
+        assert (found.candidate, found.refused) == ("library", {"restless": "it gives other bits at a second call"})
+        calibrate({"library": restless, "other": right}).choose(dataclasses.replace(SHAPE, batch=3))
+        assert "PyTorch's convolution 3x5x6x7 -> 4 gives other bits at every call here" in caplog.text
+
+    def test_what_is_shorter_than_a_launch_is_timed_within_a_graph(self, tmp_path):
+        """Where calls take turns to be launched, the one that launches less looks faster than it is."""
+        slow = lambda x, weight, bias: right(x, weight, bias) * 1.0  # noqa: E731
+        backend, seconds = StandIn(), {right: 6e-6, slow: 5e-6}
+        candidates = {"library": right, "launched sooner": slow}
+
+        def clock(call):
+            if isinstance(call, functools.partial):
+                return seconds[call.func]
+            return 20 * (9e-6 if aten.mul.Tensor in call.__self__.operations else 3e-6)
+
+        options = dict(candidates=candidates, timer=clock, folder=tmp_path)
+        assert Calibration(CPU, **options).choose(SHAPE).candidate == "launched sooner"
+        found = Calibration(CPU, **options | {"folder": tmp_path / "graphs"}, backend=backend).choose(SHAPE)
+        assert (found.candidate, found.seconds) == ("library", {"library": 3e-6, "launched sooner": 9e-6})
+        assert backend.graphs and all(graph.operations.count(aten.convolution.default) == 20 for graph in backend.graphs)
+        seconds[right] = seconds[slow] = 1e-3
+        longer = StandIn()
+        Calibration(CPU, **options | {"folder": tmp_path / "longer"}, backend=longer).choose(SHAPE)
+        assert not longer.graphs
+
     def test_its_transpose_is_another_shape(self, calibrate):
         """A kernel may be right one way only."""
 
@@ -173,7 +209,7 @@ class TestChoice:
 
         before = torch.backends.cudnn.conv.fp32_precision
         calibrate({"library": right, "looks": looks}, precision=precision).choose(SHAPE)
-        assert seen == [(True, conv)]
+        assert set(seen) == {(True, conv)}
         assert torch.backends.cudnn.conv.fp32_precision == before
 
 
@@ -238,16 +274,17 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "names"),
         [
-            ("strict", {"library", "triton-ieee"}),
-            ("fast", {"library", "triton-ieee"}),
-            ("3xtf32", {"library", "triton-ieee", "triton-tf32x3"}),
-            ("tf32", {"library", "triton-ieee", "triton-tf32"}),
+            ("strict", {"triton-ieee"}),
+            ("fast", {"triton-ieee"}),
+            ("3xtf32", {"triton-ieee", "triton-tf32x3"}),
+            ("tf32", {"triton-ieee", "triton-tf32"}),
         ],
     )
     def test_candidates_of_a_gpu(self, precision, names):
+        names |= {"library", "library-contiguous"}
         assert set(module._candidates(torch.device("cuda"), precision, None)) == names
         assert set(module._candidates(torch.device("cuda"), precision, lambda module, inputs: module)) == names | {"compiled"}
-        assert set(module._candidates(CPU, precision, None)) == {"library"}
+        assert set(module._candidates(CPU, precision, None)) == {"library", "library-contiguous"}
 
     def test_the_library_is_compiled_once_a_shape_as_a_piece_is(self, tmp_path):
         compiled, ran = [], []
@@ -259,7 +296,7 @@ class TestPrecision:
         calibration = Calibration(CPU, folder=tmp_path, compiler=compiler)
         for channels in range(1, 4):
             found = calibration.choose(dataclasses.replace(SHAPE, in_channels=channels))
-            assert found.refused == {} and set(found.seconds) == {"library", "compiled"}
+            assert found.refused == {} and set(found.seconds) == {"library", "library-contiguous", "compiled"}
         assert len(compiled) == 3 < len(ran)
         targets = {node.target for node in compiled[0].graph.nodes if node.op == "call_function"}
         assert targets == {torch.ops.aten.convolution.default}
@@ -345,7 +382,7 @@ class TestFile:
             lambda text: text.replace('"seconds"', '"hours"'),
             lambda text: text.replace('"batch": 2', '"batch": "2"'),
             lambda text: text.replace('"library": 1.0', '"library": NaN'),
-            lambda text: text.replace('"format": 1', '"format": 2'),
+            lambda text: text.replace(f'"format": {module.FORMAT}', '"format": 0'),
             lambda text: text.replace('"precision": "strict"', '"precision": "tf32"'),
         ],
         ids=["empty", "half", "list", "bytes", "candidate", "refused", "field", "type", "nan", "format", "key"],

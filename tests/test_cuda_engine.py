@@ -26,6 +26,7 @@ from coupfast.engine.cuda.capture import CudaBackend, Runner
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.cuda.substitution import CONTIGUOUS
 from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.convolution.gpu import pack_weight
 from coupfast_kernels.noise import standard_normal_ref
@@ -454,13 +455,17 @@ class TestGraphs:
         assert waited == [1]
 
 
-@pytest.mark.parametrize("candidate, ours", [("library", 0), ("compiled", 0), ("triton-ieee", 1)])
-def test_convolutions_are_those_that_calibration_chose(backends, score, images, monkeypatch, candidate, ours):
+@pytest.mark.parametrize(
+    "candidate, ours, copied", [("library", 0, 0), ("library-contiguous", 0, 1), ("compiled", 0, 0), ("triton-ieee", 1, 0)]
+)
+def test_convolutions_are_those_that_calibration_chose(backends, score, images, monkeypatch, candidate, ours, copied):
     monkeypatch.setattr(OurKernels, "choose", lambda self, shape: Choice(candidate, {}, {}, {}))
     monkeypatch.setattr(Pieces, "make", PIECE)
     run = purifier(score, None, method="reverse-sde")
-    found = {node.target for node in bound_of(run, images).networks.pieces.make("score", 1).operations()}
+    pieces = bound_of(run, images).networks.pieces
+    found = {node.target for node in pieces.make("score", 1).operations()}
     assert (torch.ops.coupfast.conv3x3.default in found) == ours
+    assert bool([kind for *_, kind in pieces.packed if kind == CONTIGUOUS]) == copied
 
 
 class TestPrecision:
@@ -594,6 +599,10 @@ class TestRefuses:
         bound = bound_of(run, images)
         with pytest.raises(ValueError, match="up to 2 images at a time, got 5"):
             bound.for_batch(5)
+
+    @pytest.mark.parametrize("batch, bucket", [(3, 4), (17, 24), (33, 48), (65, 96), (97, 128)])
+    def test_buckets_waste_a_third_at_most_where_images_cost_time(self, batch, bucket):
+        assert bound_module.bucket_of(batch) == bucket
 
     def test_states_of_another_kind(self, backends, score, images):
         program = bound_of(purifier(score, None, method="reverse-sde"), images).for_batch(1)

@@ -38,15 +38,15 @@ def no_device_guard(monkeypatch):
 
 @functools.cache
 def bound(make_classifier, kernels, bucket):
-    """Networks on the CPU, and their pieces."""
+    """Networks on the CPU, and their pieces; `kernels`: whether this project's, or which convolutions."""
     score = small_score(torch.float32).requires_grad_(False)
     classifier = None if make_classifier is None else make_classifier(torch.float32).requires_grad_(False)
     method = "reverse-sde" if classifier is None else "coup"
     table = Purifier(score, classifier, method=method, num_steps=4, engine="eager").recipe.table
     example = torch.zeros(1, *SHAPE)
     guidance = None if classifier is None else Guidance(classifier, example)
-    choose = (lambda *shape: "ieee") if kernels else None
-    made = CudaNetworks(score, guidance, table, example, True, choose=choose, fuse_norms=kernels)
+    choose = (lambda *shape: kernels if isinstance(kernels, str) else "ieee") if kernels else None
+    made = CudaNetworks(score, guidance, table, example, True, choose=choose, fuse_norms=bool(kernels))
     return made, {name: made.pieces.make(name, bucket) for name in made.pieces.names()}
 
 
@@ -151,6 +151,9 @@ def test_kernels_launched_per_step():
     norms = torch.ops.aten.native_group_norm.default
     assert plain.count(norms) == fused.count(torch.ops.coupfast.group_norm_silu.default) > 0
     assert norms not in fused and norms not in fused_back
+    # 172 and 301 before what weights alone decide was found once, and all time projections in one gather.
+    assert len(fused) <= 145 and len(fused_back) <= 268
+    assert [piece.count(torch.ops.aten.index_select.default) for piece in (fused, fused_back)] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["score", "score vjp", "evaluate", "cotangent", "tangent"])

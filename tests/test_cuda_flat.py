@@ -8,7 +8,7 @@ from cpu_networks import GRAPHS, network
 from flat_networks import Functions, assert_close, channels_last, counts, dead, images
 from torch import nn
 
-from coupfast.engine.cuda.flat import VIEWS, flatten, writes
+from coupfast.engine.cuda.flat import VIEWS, flatten, fold_constants, writes
 from coupfast.engine.cuda.traced import TracedClassifier, TracedScore
 from coupfast.guidance import PiecewiseLinearGraph, scaled_logits
 from coupfast.tracing import trace
@@ -173,6 +173,39 @@ class TestScore:
 
         with pytest.raises(ValueError, match="images in another axis than the first"):
             self.traced(score, torch.tensor([0.9, 0.1]))
+
+
+class TestFolding:
+    def test_what_constants_alone_decide_is_found_once(self):
+        """For all graphs that have them; not what grows with the batch."""
+
+        def function(x, a, b):
+            both = torch.cat([a, b]).t()  # [3, 4]
+            return (x @ (both * torch.rsqrt(b.square().sum() + 1.0)) + a.sum(dim=0).repeat(len(x), 2)[:, :4],)
+
+        x, a, b = torch.randn(16, 3), torch.randn(2, 3), torch.randn(2, 3)
+        graph, folded = flatten(function, (x,), (a, b)), {}
+        expected = graph(x)[0]
+        fold_constants(graph, folded)
+        assert_close(graph(x)[0], expected)
+        assert set(counts(graph)) == {"mm", "repeat", "add"} and not dead(graph)
+        results = [result for _, result in folded.values()]
+        again = flatten(function, (x,), (a, b))
+        fold_constants(again, folded)
+        assert len(folded) == len(results) and {id(c) for c in again.constants} <= {id(c) for c in [a, b, *results]}
+        other = flatten(function, (x,), (a, 2 * b))
+        fold_constants(other, folded)
+        assert_close(other(x)[0], function(x, a, 2 * b)[0])
+
+    def test_all_values_of_a_step_are_gathered_at_once(self):
+        score, labels = small_score(torch.float32).requires_grad_(False), torch.tensor([900.0, 500.0, 1.0])
+        traced, x = TestScore().traced(score, labels), images(1)
+        (table,) = traced.tables
+        graph = flatten(lambda x, step, *c: (traced(x, step, *c),), (x, torch.tensor(0)), traced.constants)
+        assert counts(graph)["index_select"] == 1 and len(table) == 3
+        # Where a value begins, four floats can be read at once.
+        starts = [node.args[2] for node in graph.module.graph.nodes if node.target is torch.ops.aten.slice.Tensor]
+        assert len(starts) > 5 and all(start % 4 == 0 for start in starts)
 
 
 def test_formats_of_weights():

@@ -4,6 +4,7 @@ Its code is generated for an H100; every kernel in it is compiled to machine cod
 Triton's interpreter, with every buffer full of NaN before it is written.
 """
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -11,8 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relu_classifier, silu_classifier
+from graph_backend import StandIn
 from test_cuda_fake_device import bound
 from test_noise import run_interpreted
+
+from coupfast.engine import CounterNoise
+from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.cuda.substitution import CONTIGUOUS
 
 pytest.importorskip("triton", reason="Triton is not installed: what it would compile is NOT tested here")
 from absent_gpu import H100, Interpreted, compiled, generated, kernels
@@ -20,10 +26,12 @@ from absent_gpu import H100, Interpreted, compiled, generated, kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = torch.finfo(torch.float32).eps
 
-#: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions.
+#: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions,
+#: and two with them on contiguous maps.
 PIECES = [(relu_classifier, True, name) for name in ("score", "score vjp", "evaluate", "cotangent", "tangent")]
 PIECES += [(silu_classifier, True, "hvp"), (relu_classifier, False, "cotangent")]
-IDS = [f"{name}{'' if ours else ', library'}" for _, ours, name in PIECES]
+PIECES += [(relu_classifier, CONTIGUOUS, "score"), (relu_classifier, CONTIGUOUS, "cotangent")]
+IDS = [name + {True: "", False: ", library", CONTIGUOUS: ", contiguous"}[ours] for _, ours, name in PIECES]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,20 @@ if not INTERPRETED:
                 usage = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
                 assert sum(map(int, re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))) == 0, (name, capability, usage)
 
+    @pytest.mark.parametrize("name", ["score", "cotangent"])
+    def test_convolutions_are_on_the_maps_that_were_chosen(sources, name):
+        """The compiler has a mind of its own about formats, which here would undo what calibration found."""
+        text = (sources / f"{name}, contiguous").read_text()
+        buffers = re.findall(r"(\w+) = extern_kernels\.convolution\(\w+, \w+, stride=\(1, 1\), padding=\(1, 1\)", text)
+        strides = {
+            buffer: [tuple(map(int, numbers.split(", "))) for numbers in (shape, stride)]
+            for buffer, shape, stride in re.findall(r"assert_size_stride\((\w+), \(([\d, ]+\d)\), \(([\d, ]+\d)\)", text)
+        }
+        assert len(buffers) > 1
+        for buffer in buffers:
+            shape, stride = strides[buffer]
+            assert torch.empty(shape).stride() == stride, (buffer, shape, stride)
+
     def test_generated_code_in_the_interpreter(sources, monkeypatch):
         monkeypatch.setenv("GENERATED", str(sources))
         run_interpreted("tests/test_cuda_inductor.py")
@@ -81,3 +103,38 @@ else:
             else:
                 assert torch.equal(found, wanted)
         assert run.launches
+
+    def test_interpreted_steps_and_a_transpose(sources, tmp_path, monkeypatch):
+        """All pieces of COUP as a program has them: recorded into a pool that hands out again what was let go, and replayed
+        from NaN into the same memory."""
+        made, pieces = bound(relu_classifier, True, 2)
+        names = {graph.module: name for name, graph in pieces.items()}
+        monkeypatch.setattr(made.pieces, "make", lambda name, bucket: pieces[name])
+        backend, runs = StandIn(), {}
+
+        def compiler(module, inputs):
+            name = names[module]
+            runs[name] = Interpreted((sources / name).read_text(), tmp_path)
+            return runs[name]
+
+        def program(**changes):
+            networks = copy.copy(made)
+            for name, value in changes.items():
+                setattr(networks, name, value)
+            return CudaProgram(networks, 2)
+
+        generator = torch.Generator().manual_seed(0)
+        x, v = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(2))
+        noise = CounterNoise(1, torch.arange(2), torch.zeros(2, dtype=torch.int64))
+        results = []
+        for made_so in (program(), program(backend=lambda: backend, compiler=compiler)):
+            x_1, kept = made_so.step(0, x, noise, "slopes")
+            x_2, _ = made_so.step(1, x_1, noise)
+            results.append([x_1, x_2, made_so.step_vjp(0, x, kept, v)])
+        for found, wanted in zip(*reversed(results), strict=True):
+            # Two steps and a transpose, each as far from the other order of sums as a piece is.
+            torch.testing.assert_close(found, wanted, rtol=0, atol=3 * 300 * EPS * float(wanted.abs().max()))
+        assert set(runs) == set(pieces) and all(run.launches for run in runs.values())
+        assert [graph.replays for graph in backend.graphs] == [1 + 2, 1 + 1]
+        for graph in backend.graphs:
+            assert graph.pool.handed_out > 2 * len(graph.pool.blocks)

@@ -7,8 +7,9 @@ from conftest import small_score
 from cpu_networks import GRAPHS, Net, conv, network
 from flat_networks import Functions, assert_close, copied, counts, dead, flat, frozen, images
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from coupfast.engine.cuda.substitution import LIBRARY, fuse_kernels
+from coupfast.engine.cuda.substitution import CONTIGUOUS, LIBRARY, fuse_kernels
 from coupfast.engine.cuda.traced import TracedScore
 from coupfast.tracing import trace
 
@@ -242,6 +243,41 @@ def test_ordinary_networks(name, on):
             assert convolutions <= found["conv3x3"] <= before or name == "a detached part"
 
 
+class TestContiguousMaps:
+    """The library's convolutions on contiguous maps between others on channels last."""
+
+    @pytest.mark.parametrize("on", ["cpu", "gpu"])
+    @pytest.mark.parametrize("direction", ["forward", "vjp"])
+    def test_same_values_and_formats_outside(self, direction, on):
+        functions, x = Functions(frozen(Net(abcd(t=linear(3, 8)), _image_bias_and_residual))), images(2)
+        graph, given = functions.both(x, on)[direction]
+        expected, formats = graph(*given), []
+
+        class Convolutions(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+                    formats.append([tensor.is_contiguous() for tensor in args[:2]])
+                return func(*args, **(kwargs or {}))
+
+        packed = {}
+        fuse_kernels(graph, lambda *shape: CONTIGUOUS, norms=False, packed=packed)
+        with Convolutions():
+            found = graph(*given)
+        assert len(formats) >= 3 and all(map(all, formats))
+        assert not dead(graph) and {kind for *_, kind in packed} == {CONTIGUOUS}
+        assert_close(found[0], expected[0])
+        assert "convolution_backward" not in counts(graph)
+
+    def test_a_transpose_is_the_convolution_that_is_timed(self):
+        shapes = []
+        functions, x = Functions(frozen(Net(abcd(t=linear(3, 8), norm2=norm()), _image_bias))), images(2)
+        graph, _ = functions.both(x)["vjp"]
+        fuse_kernels(graph, lambda *shape: shapes.append(shape) or CONTIGUOUS, norms=False, packed={})
+        convolutions = [node for node in graph.operations() if node.target is torch.ops.aten.convolution.default]
+        made = [(*node.args[0].meta["val"].shape, len(node.args[1].meta["val"])) for node in convolutions]
+        assert sorted((b, i, o, h, w) for b, i, h, w, o in made) == sorted(shapes)
+
+
 class TestPackedWeights:
     def test_belong_to_all_graphs_of_a_network(self):
         net = Functions(special("image bias"))
@@ -255,7 +291,7 @@ class TestPackedWeights:
                 assert graph.constant_of(node) is constant
                 assert any(constant is made for _, made in packed.values())
         # Three convolutions, and their transposes.
-        assert sorted(transposed for *_, transposed in packed) == [False] * 3 + [True] * 3
+        assert sorted(transposed for *_, transposed, _ in packed) == [False] * 3 + [True] * 3
 
     def test_a_weight_is_not_taken_for_one_that_had_its_address(self):
         """Networks one after the other, each let go before the next is made: their weights are likely to lie in one place."""

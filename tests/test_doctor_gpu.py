@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import types
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from conftest import relu_classifier, small_score
 from coupfast import doctor
 from coupfast.doctor import gpu as gpu_checks
 from coupfast.doctor import kernels as kernel_checks
+from coupfast.doctor.compilations import Compilations
 from coupfast.doctor.kernels import check_kernels, is_bad, measure_rates
+from coupfast.engines import ENGINES
 from coupfast.purify import Purifier
 from coupfast_kernels import parity, registry
 
@@ -324,7 +327,7 @@ class TestReport:
         monkeypatch.setattr(
             gpu_checks,
             "measure_rates",
-            lambda device, unsound: measure_rates(device, unsound, kernels=ON_GPUS, images=1, megabytes=1),
+            lambda device, unsound, kernels: measure_rates(device, unsound, kernels=ON_GPUS, images=1, megabytes=1),
         )
         return gpu_checks.check_gpu(CPU, set())
 
@@ -348,19 +351,25 @@ class TestReport:
     def test_a_mismatch_is_a_problem_of_the_doctors(self, gpu, report, monkeypatch):
         bad = gpu | {"problems": ["engine cuda on cuda:0: mismatch"]}
         seen = []
-        monkeypatch.setattr(doctor, "check_gpu", lambda device, unsound: seen.append((str(device), unsound)) or bad)
+        monkeypatch.setattr(doctor, "check_gpu", lambda device, unsound, full: seen.append((str(device), unsound, full)) or bad)
         monkeypatch.setattr(doctor, "machine", lambda: report["machine"])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         # No GPU here to try the noise, the kernels and the other engines on.
         monkeypatch.setattr(doctor, "check_noise", lambda device: {"device": str(device), "problem": None})
-        monkeypatch.setattr(doctor, "check_engines", lambda device, cases, progress: iter([]))
-        wrong = {"kernel": "conv3x3 ieee", "case": "2x3", "status": "failed", "error": None, "bound": None, "detail": "raised"}
+        tried = {}
         monkeypatch.setattr(
-            doctor, "check_kernels", lambda device: iter([wrong | {"device": str(device)}] if device.type == "cuda" else [])
+            doctor, "check_engines", lambda device, cases, engines, progress: iter(tried.update({device.type: engines}) or [])
         )
+        wrong = {"kernel": "conv3x3 ieee", "case": "2x3", "status": "failed", "error": None, "bound": None, "detail": "raised"}
+        rows = {"cuda": [wrong | {"device": "cuda:0"}], "cpu": []}
+        monkeypatch.setattr(doctor, "check_kernels", lambda device, most: iter(rows[device.type]))
+        found = doctor.run(full=True)
+        assert "quick look" not in doctor.text(found) and tried["cuda"] == list(ENGINES)
         found = doctor.run()
-        assert seen == [("cuda:0", {"conv3x3 ieee"})]
+        assert seen == [("cuda:0", {"conv3x3 ieee"}, True), ("cuda:0", {"conv3x3 ieee"}, False)]
+        assert tried == {"cpu": list(ENGINES), "cuda": ["eager", "cpu"]}  # cuda is compiled for the shipped networks alone
+        assert "A quick look" in doctor.text(found) and "`coupfast doctor --full` takes" in doctor.text(found)
         assert found["gpus"] == [bad]
         assert found["problems"] == ["conv3x3 ieee on cuda:0, 2x3: failed, raised", *bad["problems"]]
         text = doctor.text(found)
@@ -375,6 +384,16 @@ class TestReport:
             "engine cuda on cpu, coup: mismatch, errors; without 'graphs'",
             "rates on cpu: ZeroDivisionError: division by zero",
         ]
+
+    def test_what_triton_compiles_is_counted(self, report):
+        knobs = pytest.importorskip("triton").knobs.compilation
+        before, took = knobs.listener, types.SimpleNamespace(total=1_500_000)
+        with Compilations() as found:
+            for cache_hit in (False, True, False):
+                knobs.listener(src=None, metadata={}, metadata_group={}, times=took, cache_hit=cache_hit)
+        assert (found.count, found.seconds) == (2, 3.0) and knobs.listener is before
+        text = doctor.text(report | {"compilations": {"kernels": 2, "seconds": 3.0}})
+        assert "2 kernels had to be compiled, which took Triton 3 s" in text
 
     def test_no_gpu_is_a_fact(self, report):
         assert report["gpus"] == []

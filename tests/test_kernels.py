@@ -1,9 +1,11 @@
 """Every kernel that is registered agrees with its definition; one from elsewhere is known to all that goes through the list."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,24 @@ def case(shape):
 
 register(Kernel("doubled", "cpu", lambda: [case((2, 3)), case((5,))], lambda images: [case((images, 3))]))
 """
+
+
+def test_cudnn_may_take_its_fastest_beside_ours(monkeypatch):
+    """In float32 all the same: strict mode, which allows repeatable algorithms alone, is what kernels are compared under."""
+    from bench.kernels.test_kernels import KERNEL, test_kernel
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cudnn, seen = torch.backends.cudnn, []
+
+    def measure(function, device, **more):
+        seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision))
+
+    (kernel,) = (kernel for kernel in registry.kernels() if kernel.name == "conv3x3 ieee")
+    case = next(iter(kernel.checks()))
+    on_cpu = dataclasses.replace(kernel, device="cpu", missing=lambda: None)
+    test_kernel(on_cpu, case, KERNEL, torch.device("cpu"), measure, types.SimpleNamespace())
+    assert seen == [(True, False, "ieee")]
+    assert not cudnn.benchmark
 
 
 class TestFromElsewhere:

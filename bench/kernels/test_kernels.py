@@ -9,6 +9,7 @@ Bytes moved are the least possible, so that the share of copy bandwidth says wha
 import pytest
 import torch
 
+from bench.timing import fastest_algorithms
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels import parity, registry
 
@@ -29,13 +30,13 @@ def _measurements():
 
 
 @pytest.mark.parametrize(("kernel", "case", "implementation", "device"), list(_measurements()))
-def test_kernel(kernel, case, implementation, device, measure, benchmark, monkeypatch):
+def test_kernel(kernel, case, implementation, device, measure, benchmark):
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if device.type == kernel.device and (reason := kernel.missing()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # PyTorch's fastest too
-    with torch.no_grad(), strict_float32(device.type):
+    # PyTorch's fastest is the opponent: of what float32 allows, which strict mode sees to.
+    with torch.no_grad(), strict_float32(device.type), fastest_algorithms():
         trial = case.make(device)
         comparison = parity.compare(trial)
         assert comparison.agrees, f"{kernel.name}, {case.name}: {comparison}"

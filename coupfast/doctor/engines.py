@@ -82,15 +82,19 @@ def _small_networks(activation: str, device: torch.device) -> tuple[torch.nn.Mod
 
 
 def check_engines(
-    device: torch.device, chosen: Iterable[EngineCase] | None = None, *, progress: bool = False
+    device: torch.device,
+    chosen: Iterable[EngineCase] | None = None,
+    *,
+    engines: Iterable[str] = tuple(ENGINES),
+    progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Every engine on these cases (None: all), in float64 and float32, on one device.
+    """Engines (all, if none are named) on these cases (None: all), in float64 and float32, on one device.
 
     Yields:
         `engine`, `device`, `dtype`, `case`, `status` ("ok", "mismatch", "failed", "refused"), `detail`, and where it ran errors
         and bounds, forward and of the gradient.
     """
-    every = list(cases() if chosen is None else chosen)
+    every, names = list(cases() if chosen is None else chosen), list(engines)
     with tqdm(total=len(every), desc=f"engines on {device}", unit="case", disable=not progress, leave=False) as bar:
         for name, options, activation in every:
             networks = _small_networks(activation, device)
@@ -100,7 +104,7 @@ def check_engines(
                 rounded = _definition(networks, options, x, direction)
             # How much this case magnifies rounding is read off the definition itself, run in float32.
             float32_errors = tuple(relative_error(a, b) for a, b in zip(rounded, exact, strict=True))
-            for engine in ENGINES:
+            for engine in names:
                 for dtype in (torch.float64, torch.float32):
                     row = {"engine": engine, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "case": name}
                     # Compiling would take half a minute a case; `gpu` runs the engine compiled.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ import torch
 from coupfast.doctor.engines import there_and_back, verdict
 from coupfast.doctor.kernels import Row, is_bad, measure_rates
 from coupfast.environment import one_line
+from coupfast.methods import METHODS
 from coupfast.models.zoo import load_classifier, load_score
 from coupfast.purify import Purifier
+from coupfast_kernels.convolution.gpu_tuning import trying
 from coupfast_kernels.inputs import normals
 from coupfast_kernels.parity import FLOAT32_FACTOR, relative_error
 
@@ -30,21 +32,30 @@ ENGINE_OPTIONS = ("graphs", "compile", "triton")
 
 _SEED, _STEPS = 2**63 + 5, 3
 
+#: Of a quick look: cases of a kernel, and configs of a convolution that are tried.
+QUICK_CASES, QUICK_CONFIGS = 2, 2
 
-def check_gpu(device: torch.device, unsound: set[str]) -> Row:
+
+def check_gpu(device: torch.device, unsound: set[str], *, full: bool = True) -> Row:
     """What there is to check of a GPU beside its kernels.
 
     Most of the time goes into compiling, and more where the engine has to be taken apart.
 
     Args:
         unsound: Names of kernels that are wrong there, which get no time.
+        full: Also with PyTorch's compiler and every config of a convolution, and kernels' rates; otherwise the guided method
+            alone, whose pieces are the others', too.
 
     Returns:
         JSON-ready: `device`, `engine` (rows of `check_engine`), `rates` (`measure_rates`), `problems` (one line each).
     """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        engine = list(check_engine(device))
-        rates = measure_rates(device, unsound)
+        if full:
+            engine = list(check_engine(device))
+        else:
+            with trying(QUICK_CONFIGS):
+                engine = list(check_engine(device, options={"compile": False}, methods=("coup",)))
+        rates = measure_rates(device, unsound, kernels=None if full else ())
     problems = [
         f"engine {row['engine']} on {device}, {row['case']}: {row['status']}, {row['detail']}; {row['culprit']}"
         for row in engine
@@ -56,12 +67,21 @@ def check_gpu(device: torch.device, unsound: set[str]) -> Row:
 
 
 def check_engine(
-    device: torch.device, *, engine: str = "cuda", build: Callable[..., Any] | None = None
+    device: torch.device,
+    *,
+    engine: str = "cuda",
+    options: Mapping[str, bool] | None = None,
+    methods: Sequence[str] = ("reverse-sde", "coup"),
+    take_apart: bool = True,
+    build: Callable[..., Any] | None = None,
 ) -> Iterator[Row]:
     """The engine on the shipped networks, forwards and backwards, against eager in float64.
 
     Args:
         engine: Its name.
+        options: Parts that are on or off; None leaves all as they are.
+        methods: Each gives a row.
+        take_apart: Whether to try what is wrong again with its parts off one by one.
         build: (score, classifier, method=…, engine=…, num_steps=…, engine_options=…) → purifier; None takes `Purifier`.
 
     Yields:
@@ -74,8 +94,7 @@ def check_engine(
     size = int(getattr(score, "image_size", 32))
     x, other, direction = normals(device, (2, 3, size, size), 3)
     x, other, direction = torch.sigmoid(x), torch.sigmoid(other), direction.double()
-    unguided: torch.Tensor | None = None
-    for method in ("reverse-sde", "coup"):
+    for method in methods:
         row: Row = {"engine": engine, "case": f"{method}, shipped networks", "trials": [], "culprit": ""}
 
         def run(name: str, x: torch.Tensor, options: dict[str, bool], method: str = method) -> list[torch.Tensor]:
@@ -97,9 +116,9 @@ def check_engine(
 
         exact, rounded = run("eager", x.double(), {}), run("eager", x, {})
         allowances = [0.0, 0.0]
-        if unguided is not None:
+        if METHODS[method].guided:
+            (unguided, _) = run("eager", x.double(), {}, "reverse-sde")
             allowances = [FLIPPED_RELU * relative_error(unguided, exact[0]), FLIPPED_RELU_GRADIENT]
-        unguided = exact[0]
         eps = torch.finfo(torch.float32).eps
         bounds = [
             FLOAT32_FACTOR * max(relative_error(a, b), eps) + allowance
@@ -109,9 +128,11 @@ def check_engine(
         def trial(options: dict[str, bool], run: Any = run, exact: Any = exact, bounds: Any = bounds) -> Row:
             return {"options": options} | _judge(lambda: run(engine, x, options), exact, bounds)
 
-        row |= trial({})
-        if is_bad(row):
-            row["trials"] = [trial({name: False}) for name in ENGINE_OPTIONS] + [trial(dict.fromkeys(ENGINE_OPTIONS, False))]
+        given = dict(options or {})
+        row |= trial(given)
+        if take_apart and is_bad(row):
+            row["trials"] = [trial(given | {name: False}) for name in ENGINE_OPTIONS]
+            row["trials"].append(trial(dict.fromkeys(ENGINE_OPTIONS, False)))
             row["culprit"] = _culprit(row["trials"])
         yield row
 

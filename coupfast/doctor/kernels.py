@@ -5,6 +5,7 @@ Sound kernels are timed, and their rates stated as shares of what the same devic
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -27,15 +28,20 @@ def of_device(device: torch.device) -> list[Kernel]:
     return [kernel for kernel in registry.kernels() if kernel.device == device.type and kernel.missing() is None]
 
 
-def check_kernels(device: torch.device, kernels: Iterable[Kernel] | None = None) -> Iterator[Row]:
+def check_kernels(
+    device: torch.device, kernels: Iterable[Kernel] | None = None, *, most: int | None = None
+) -> Iterator[Row]:
     """Kernels (None: all that are made for such a device) against their definitions on the same device.
+
+    Args:
+        most: So many cases of each, the first ones; None takes all.
 
     Yields:
         `kernel`, `device`, `case`, `status` ("ok", "mismatch" or "failed"), `error`, `bound`, `detail`: see `parity.Agreement`.
     """
     with torch.no_grad(), strict_float32(device.type):
         for kernel in of_device(device) if kernels is None else kernels:
-            for case in kernel.checks():
+            for case in itertools.islice(kernel.checks(), most):
                 row: Row = {"kernel": kernel.name, "device": str(device), "case": case.name}
                 try:
                     found = parity.compare(case.make(device))

@@ -56,6 +56,14 @@ def text(report: dict[str, Any]) -> str:
     lines += _kernel_lines(report["kernels"])
     for gpu in report["gpus"]:
         lines += _gpu_lines(gpu)
+    if report["gpus"] and not report["full"]:
+        lines.append(
+            "  A quick look: some cases of each kernel, engine cuda without PyTorch's compiler. `coupfast doctor --full` takes "
+            "all of them, in several times as long"
+        )
+    if report["compilations"]["kernels"]:
+        found = report["compilations"]
+        lines.append(f"  {found['kernels']} kernels had to be compiled, which took Triton {found['seconds']:.0f} s")
     if not report["gpus"]:
         lines.append("  GPU kernels, engine cuda on the shipped networks: not checked, since no CUDA device was looked at")
     lines.append("")

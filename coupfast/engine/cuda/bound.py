@@ -10,21 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.engine.cuda.calibration import LIBRARY, Calibration, ConvolutionShape
+from coupfast.engine.cuda.calibration import Calibration, ConvolutionShape
 from coupfast.engine.cuda.capture import CudaBackend
 from coupfast.engine.cuda.columns import ColumnsProgram
 from coupfast.engine.cuda.compiled import Inductor
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.options import Options
 from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.cuda.substitution import CONTIGUOUS, LIBRARY
 from coupfast.engine.cuda.support import unavailable
 from coupfast.engine.eager import guidance_of
 from coupfast.engine.precision import Precision
 from coupfast.engine.protocol import StepMemory
 from coupfast.solvers import CoefficientTable
 
-#: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+#: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own. Above 16 a step's time grows
+#: with its images: half steps, too.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 #: Programs that are kept: each holds graphs and their memory.
 KEPT_PROGRAMS = 4
 
@@ -118,8 +120,10 @@ def prepare(
 
         def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
             shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
-            kind, _, precision = calibration.choose(shape).candidate.partition("triton-")
-            return LIBRARY if kind else precision
+            candidate = calibration.choose(shape).candidate
+            if candidate.startswith("triton-"):
+                return candidate.removeprefix("triton-")
+            return CONTIGUOUS if candidate == CONTIGUOUS else LIBRARY
 
     networks = CudaNetworks(
         score,

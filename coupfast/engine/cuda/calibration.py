@@ -2,8 +2,9 @@
 
 Nobody can know this without measuring: it depends on the GPU, on cuDNN's choices and on the shape. So each shape is tried once
 on the machine that uses it. Every candidate computes random data, is compared with float64, and is timed in turns with the
-others; the choice is kept in the user's cache. A candidate that is wrong, not finite or raises is named in a warning and never
-used.
+others; the choice is kept in the user's cache. A candidate that is wrong, not finite, gives other bits at a second call or
+raises is named in a warning and never used. Where the fastest takes less time than the host needs to launch it, all are timed
+again within a graph.
 
 Later runs read their choices from the file and time nothing. That is also what keeps their bits: two timings of equally fast
 candidates may end either way, and different candidates round differently.
@@ -26,19 +27,21 @@ import torch
 import torch.nn.functional as F
 
 from coupfast.cache import cache_directory
+from coupfast.engine.cuda.capture import Backend, CudaBackend, same_bits, seconds_in_graph
 from coupfast.engine.cuda.compiled import Compiler
 from coupfast.engine.cuda.flat import flatten
+from coupfast.engine.cuda.substitution import CONTIGUOUS, LIBRARY
 from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
 from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
+from coupfast_kernels.convolution.gpu_tuning import tried
 from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = "library"
 
 #: strict: the error may be this many times that of the library's own convolution in IEEE float32.
 STRICT_FACTOR = 4.0
@@ -46,7 +49,8 @@ STRICT_FACTOR = 4.0
 LEAST_ERROR = 2.0**-24
 
 REPEATS = 9  # timings of a candidate, of which the median counts
-FORMAT = 1  # of the file
+LAUNCH_SECONDS = 20e-6  # what the host may need to launch a call: times below are not of the device alone
+FORMAT = 2  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
 
 Candidate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -99,6 +103,7 @@ class Calibration:
         compiler: What compiles the pieces that the library's convolutions are in; None where nothing does.
         candidates: By name, functions (x, weight, bias) → y in place of the package's own; "library" must be among them.
         timer: Seconds that a call takes. None takes CUDA events, on a CPU the wall clock.
+        backend: What captures calls that are shorter than a launch. None takes CUDA graphs; on a CPU nothing is captured.
 
     Raises:
         ValueError: for an unknown precision, or candidates without "library".
@@ -115,6 +120,7 @@ class Calibration:
         compiler: Compiler | None = None,
         candidates: Mapping[str, Candidate] | None = None,
         timer: Timer | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"`precision` is one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -123,8 +129,11 @@ class Calibration:
         if LIBRARY not in self.candidates:
             raise ValueError(f"`candidates` must have {LIBRARY!r}, which is what remains; got {', '.join(self.candidates)}")
         self.timer = timer or functools.partial(device_seconds, device=self.device)
+        self.backend = backend or (CudaBackend(self.device) if self.device.type == "cuda" else None)
         self.folder = Path(folder) if folder is not None else cache_directory("calibration")
         self.key = machine_key(self.device) | {"precision": precision, "candidates": sorted(self.candidates)}
+        if (configs := tried()) is not None:  # what is the fastest of some is not for those who have all
+            self.key |= {"configs": configs}
         digest = hashlib.sha256(json.dumps([FORMAT, self.key], sort_keys=True).encode()).hexdigest()
         self.file = self.folder / f"{digest[:32]}.json"
         self._choices: dict[ConvolutionShape, Choice] = {}
@@ -157,8 +166,23 @@ class Calibration:
     def _measure(self, shape: ConvolutionShape) -> Choice:
         errors: dict[str, float] = {}
         refused: dict[str, str] = {}
-        samples: dict[str, list[float]] = {}
         passing = False  # a candidate that failed for a reason that may be gone tomorrow
+
+        def timed(timer: Timer) -> dict[str, float]:
+            """Median seconds of those that are not refused, in turns."""
+            nonlocal passing
+            samples: dict[str, list[float]] = {}
+            for repeat in range(REPEATS):
+                names = [name for name in calls if name not in refused]
+                turn = repeat % max(len(names), 1)
+                for name in names[turn:] + names[:turn]:
+                    try:
+                        samples.setdefault(name, []).append(_finite_seconds(timer(calls[name])))
+                    except Exception as error:
+                        refused[name] = one_line(error)
+                        passing |= isinstance(error, torch.cuda.OutOfMemoryError)
+            return {name: _median(samples[name]) for name in calls if name not in refused}
+
         # The outer settings must not decide what is compared, and no graph is wanted of these calls.
         with float32_precision(self.device.type, self.precision), torch.no_grad():
             arguments = _example(shape, self.device)
@@ -168,22 +192,22 @@ class Calibration:
             for name, call in calls.items():
                 try:
                     _poison(truth)
-                    errors[name] = found = _error(call(), truth)
+                    first = call()
+                    errors[name] = found = _error(first, truth)
                     if not found <= limit:
                         refused[name] = f"its error against float64 is {found:.2e}, over {limit:.2e}"
+                    elif not same_bits(first, call()):
+                        if name != LIBRARY:
+                            refused[name] = "it gives other bits at a second call"
+                        else:  # which is what remains
+                            logger.warning("PyTorch's convolution %s gives other bits at every call here", shape)
                 except Exception as error:  # whatever a kernel does wrong on a GPU nobody has tried it on
                     refused[name] = one_line(error)
                     passing |= isinstance(error, torch.cuda.OutOfMemoryError)
             del truth
-            for repeat in range(REPEATS):
-                names = [name for name in calls if name not in refused]
-                turn = repeat % max(len(names), 1)
-                for name in names[turn:] + names[:turn]:
-                    try:
-                        samples.setdefault(name, []).append(_finite_seconds(self.timer(calls[name])))
-                    except Exception as error:
-                        refused[name] = one_line(error)
-                        passing |= isinstance(error, torch.cuda.OutOfMemoryError)
+            seconds = timed(self.timer)
+            if self.backend is not None and min(seconds.values(), default=math.inf) < LAUNCH_SECONDS:
+                seconds = timed(functools.partial(seconds_in_graph, backend=self.backend, clock=self.timer))
         for name, reason in refused.items():
             if name != LIBRARY:
                 logger.warning("convolution %s on %s: %r is not used: %s", shape, self.key["device"], name, reason)
@@ -193,7 +217,6 @@ class Calibration:
                 f"PyTorch's own convolution {shape} fails on {self.key['device']}: {refused[LIBRARY]}{others}. Nothing can be "
                 "relied on here: check the installation with `coupfast doctor`, and that the GPU has memory left"
             )
-        seconds = {name: _median(samples[name]) for name in self.candidates if name not in refused}
         choice = Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, refused)
         logger.info("convolution %s on %s: %s", shape, self.key["device"], choice)
         return choice if passing else self._keep(shape, choice)
@@ -268,7 +291,7 @@ class Calibration:
 
 
 def _candidates(device: torch.device, precision: Precision, compiler: Compiler | None) -> dict[str, Candidate]:
-    found: dict[str, Candidate] = {LIBRARY: _library}
+    found: dict[str, Candidate] = {LIBRARY: _library, CONTIGUOUS: _Contiguous()}
     if compiler is not None:
         found["compiled"] = _Compiled(compiler)
     if device.type == "cuda":
@@ -280,6 +303,19 @@ def _candidates(device: torch.device, precision: Precision, compiler: Compiler |
 
 def _library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, weight, bias, padding=1)
+
+
+class _Contiguous:
+    """The library's convolution on contiguous maps, which some of cuDNN's algorithms exist for alone, with the copies from
+    channels last and back that a piece then has."""
+
+    def __init__(self) -> None:
+        self._weight: tuple[torch.Tensor, torch.Tensor] | None = None  # the last one, and as a piece has it
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if self._weight is None or self._weight[0] is not weight:
+            self._weight = weight, weight.contiguous()
+        return _library(x.contiguous(), self._weight[1], bias).contiguous(memory_format=torch.channels_last)
 
 
 class _Compiled:

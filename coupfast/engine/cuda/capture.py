@@ -123,6 +123,28 @@ def _own_workspaces() -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
+def seconds_in_graph(
+    function: Callable[[], object], backend: Backend, clock: Callable[[Callable[[], object]], float], *, calls: int = 20
+) -> float:
+    """Seconds of one call among so many in a recording: the device's, where a call alone would be timed by its launch.
+
+    What a call reads may lie in a cache, where the one before it left it.
+
+    Args:
+        clock: Seconds that a call takes on the device, `rates.device_seconds` for one.
+    """
+
+    def many() -> None:
+        for _ in range(calls):
+            function()
+
+    with backend.side_stream():
+        function()
+    recording = backend.capture(many)
+    recording.replay()
+    return clock(recording.replay) / calls
+
+
 class Runner:
     """Named pieces of work on static buffers, each captured when it first runs (or never, without a backend).
 
@@ -204,11 +226,11 @@ class Runner:
 def _compare(name: str, replayed: list[torch.Tensor], *called: list[torch.Tensor]) -> None:
     """RuntimeError if a replay leaves other bits than a call; where calls differ from each other, more than rounding does."""
     first, second = called
-    repeats = all(map(_same_bits, first, second))
+    repeats = all(map(same_bits, first, second))
     if not repeats:
         logger.warning("%r gives other bits every time on this device: what a run returns cannot be repeated to the bit", name)
     for found, wanted in zip(replayed, second, strict=True):
-        difference = 0.0 if _same_bits(found, wanted) else relative_difference(found.double(), wanted.double())
+        difference = 0.0 if same_bits(found, wanted) else relative_difference(found.double(), wanted.double())
         if not difference <= (0.0 if repeats or not wanted.is_floating_point() else ROUNDING):
             raise RuntimeError(
                 f"replaying {name!r} gives something else than the call that was captured (relative difference "
@@ -217,10 +239,11 @@ def _compare(name: str, replayed: list[torch.Tensor], *called: list[torch.Tensor
             )
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape have them; NaN equals NaN."""
     kinds = {4: torch.int32, 8: torch.int64}
     if a.is_floating_point():
-        a, b = a.view(kinds[a.element_size()]), b.view(kinds[b.element_size()])  # NaN equals NaN
+        a, b = a.view(kinds[a.element_size()]), b.view(kinds[b.element_size()])
     return torch.equal(a, b)
 
 

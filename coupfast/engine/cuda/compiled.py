@@ -27,8 +27,9 @@ from coupfast_kernels.locks import locked
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-#: Deterministic: which kernels there are is decided without timing any. Graphs are captured by the engine itself.
-OPTIONS = {"config_patches": {"deterministic": True, "triton.cudagraphs": False}}
+#: Deterministic: which kernels there are is decided without timing any. Graphs are captured by the engine itself, and the
+#: formats of convolutions are those that calibration chose.
+OPTIONS = {"config_patches": {"deterministic": True, "triton.cudagraphs": False, "layout_optimization": False}}
 PATIENCE_SECONDS = 1200.0  # wait so long for another process that compiles the same piece, then compile it, too
 
 #: (module, inputs like those to come) → what computes the module's results on such inputs.

@@ -117,6 +117,52 @@ def flatten(
     return FlatGraph(module, len(varying), list(constants))
 
 
+#: A result is kept if it is at most so many times as large as what it is made of.
+MOST_FOLDED = 2
+#: (operation, its arguments by address and format) → the constants it read, which those addresses are, and its result.
+Folded = dict[tuple, tuple[list[torch.Tensor], torch.Tensor]]
+
+
+def fold_constants(graph: FlatGraph, folded: Folded) -> None:
+    """Replace operations on constants alone by their results, in place: no step has to find them again.
+
+    Args:
+        folded: Results, shared between graphs of the same constants; filled.
+    """
+    known: dict[fx.Node, torch.Tensor] = dict(zip(graph.placeholders()[graph.varying :], graph.constants, strict=True))
+    for node in list(graph.module.graph.nodes):
+        inputs = node.all_input_nodes
+        if node.op != "call_function" or not inputs or not all(used in known for used in inputs):
+            continue
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not isinstance(node.meta.get("val"), torch.Tensor) or writes(node):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: known[used])
+        if target in VIEWS - {aten.clone.default, aten.contiguous.default, aten.empty.memory_format}:
+            known[node] = target(*args, **kwargs)
+            continue
+        read = [known[used] for used in inputs]
+        if node.meta["val"].nbytes > MOST_FOLDED * sum(tensor.untyped_storage().nbytes() for tensor in read):
+            continue  # one that grows with the batch
+        named = fx.map_arg((node.args, node.kwargs), lambda used: _named(known[used]))
+        key = (str(target), repr(named))
+        if key not in folded:
+            with torch.no_grad():
+                folded[key] = read, target(*args, **kwargs)
+        known[node] = folded[key][1]
+        new = graph.add_constant(known[node])
+        known[new] = known[node]
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+        graph.module.graph.erase_node(node)
+    graph.module.graph.eliminate_dead_code()
+    graph.module.recompile()
+
+
+def _named(tensor: torch.Tensor) -> str:
+    return f"{tensor.data_ptr()} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
+
+
 def _forget_unread(graph: fx.Graph) -> None:
     """Give derivatives that read a shape only an empty tensor of it: what computed its values may then be dead."""
     for node in list(graph.nodes):

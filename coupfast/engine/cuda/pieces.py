@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from coupfast.engine.cuda.flat import FlatGraph, flatten
+from coupfast.engine.cuda.flat import FlatGraph, Folded, flatten, fold_constants
 from coupfast.engine.cuda.substitution import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.cuda.traced import TracedClassifier, TracedLogits, TracedScore
 from coupfast.engine.rows import clipped
@@ -41,7 +41,7 @@ class Pieces:
 
     Attributes:
         piecewise_linear: Whether the classifier is.
-        packed: Packed weights made so far.
+        packed, folded: Packed weights, and results of operations on weights alone, made so far.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Pieces:
         self.choose, self.fuse_norms = choose, fuse_norms
         self.piecewise_linear = guidance is not None and guidance.graph is not None
         self.packed: PackedWeights = {}
+        self.folded: Folded = {}
         self._traced_score: TracedScore | None = None
         self._traced_classifier: TracedClassifier | None = None
         self._traced_logits: TracedLogits | None = None
@@ -73,8 +74,8 @@ class Pieces:
         networks = [self.score] + ([] if self.guidance is None else [self.guidance.classifier])
         own = {weight.data_ptr() for network in networks for weight in [*network.parameters(), *network.buffers()]}
         traces = (self._traced_score, self._traced_classifier, self._traced_logits)
-        made = [traced.constants for traced in traces if traced is not None]
-        copies = [packed for _, packed in self.packed.values()] + [constant for constants in made for constant in constants]
+        copies = [made for _, made in [*self.packed.values(), *self.folded.values()]]
+        copies += [constant for traced in traces if traced is not None for constant in traced.constants]
         return sum({copy.data_ptr(): copy.nbytes for copy in copies if copy.data_ptr() not in own}.values())
 
     def names(self) -> list[str]:
@@ -95,6 +96,7 @@ class Pieces:
                 flat = self._piecewise_linear_piece(name, x)
             else:
                 flat = self._smooth_piece(name, x)
+            fold_constants(flat, self.folded)
             fuse_kernels(flat, self.choose, norms=self.fuse_norms, packed=self.packed)
         return flat
 

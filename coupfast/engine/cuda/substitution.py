@@ -21,12 +21,13 @@ from coupfast_kernels.convolution.gpu import pack_weight
 
 aten = torch.ops.aten
 
-#: (batch, channels in, channels out, height, width) → "library", or the precision of `coupfast_kernels`' `conv3x3` to take.
+#: (batch, channels in, channels out, height, width) → the library as it is ("library"), the library on contiguous maps
+#: ("library-contiguous"), or the precision of `coupfast_kernels`' `conv3x3` to take.
 Conv3x3Choice = Callable[[int, int, int, int, int], str]
-LIBRARY = "library"
-#: (address, shape, strides, whether transposed) → weight and packed weight. The weight is kept since its address is its name:
-#: were it let go, another one could have the address next.
-PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], bool], tuple[torch.Tensor, torch.Tensor]]
+LIBRARY, CONTIGUOUS = "library", "library-contiguous"
+#: (address, shape, strides, whether transposed, for what) → weight and packed weight. The weight is kept since its address is
+#: its name: were it let go, another one could have the address next.
+PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], bool, str], tuple[torch.Tensor, torch.Tensor]]
 
 #: What this project's operators return is in channels last.
 _OPERATORS = {
@@ -182,6 +183,9 @@ class _Convolutions(_Pass):
         precision = self.choose(batch, constant.shape[1], constant.shape[0], height, width)
         if precision == LIBRARY:
             return
+        if precision == CONTIGUOUS:
+            node.replace_all_uses_with(self._on_contiguous_maps(node, x, weight, bias, transposed=False))
+            return
         image_bias, residual, scale, last = None, None, 1.0, node
         while len(last.users) == 1:
             (user,) = last.users
@@ -216,22 +220,38 @@ class _Convolutions(_Pass):
         precision = self.choose(batch, constant.shape[0], constant.shape[1], height, width)
         if precision == LIBRARY:
             return
-        packed = self._packed(weight, constant, transposed=True)
-        args = (gy, packed, None, None, None, None, 1.0, precision)
-        new = self.kernel(node, torch.ops.coupfast.conv3x3.default, args, self.value(x))
+        if precision == CONTIGUOUS:
+            new = self._on_contiguous_maps(node, gy, weight, None, transposed=True)
+        else:
+            packed = self._packed(weight, constant, transposed=True)
+            args = (gy, packed, None, None, None, None, 1.0, precision)
+            new = self.kernel(node, torch.ops.coupfast.conv3x3.default, args, self.value(x))
         for item in list(node.users):
             item.replace_all_uses_with(new)
             self.graph.erase_node(item)
         self.graph.erase_node(node)
 
-    def _packed(self, weight: Any, constant: torch.Tensor, *, transposed: bool) -> fx.Node:
-        if (weight, transposed) not in self._nodes:
-            key = (constant.data_ptr(), constant.shape, constant.stride(), transposed)
+    def _on_contiguous_maps(self, place: fx.Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> fx.Node:
+        """The library's convolution there, its result in channels last; the transpose as the convolution that was timed."""
+        constant = self.flat.constant_of(weight)
+        assert constant is not None
+        turned = self._packed(weight, constant, transposed=transposed, kind=CONTIGUOUS)
+        batch, _, height, width = self.value(x).shape
+        value = self.value(x).new_empty(batch, constant.shape[1 if transposed else 0], height, width)
+        given = self.call(place, aten.contiguous.default, (x,), self.value(x).contiguous())
+        arguments = (given, turned, bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        result = self.call(place, aten.convolution.default, arguments, value)
+        last = {"memory_format": torch.channels_last}
+        return self.call(place, aten.contiguous.default, (result,), value.contiguous(**last), last)
+
+    def _packed(self, weight: Any, constant: torch.Tensor, *, transposed: bool, kind: str = "conv3x3") -> fx.Node:
+        if (weight, transposed, kind) not in self._nodes:
+            key = (constant.data_ptr(), constant.shape, constant.stride(), transposed, kind)
             if key not in self.packed:
-                turned = constant.flip(2, 3).transpose(0, 1) if transposed else constant
-                self.packed[key] = constant, pack_weight(turned.contiguous())
-            self._nodes[weight, transposed] = self.flat.add_constant(self.packed[key][1])
-        return self._nodes[weight, transposed]
+                turned = (constant.flip(2, 3).transpose(0, 1) if transposed else constant).contiguous()
+                self.packed[key] = constant, turned if kind == CONTIGUOUS else pack_weight(turned)
+            self._nodes[weight, transposed, kind] = self.flat.add_constant(self.packed[key][1])
+        return self._nodes[weight, transposed, kind]
 
 
 class _Norms(_Pass):

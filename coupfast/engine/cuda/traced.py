@@ -19,12 +19,18 @@ from coupfast.tracing import Trace
 aten = torch.ops.aten
 
 
+ALIGNED = 16  # bytes, at which a value begins within a row: kernels then read four floats at once
+
+
 class TracedScore:
     """A score network's trace with all that depends on the label alone found beforehand, a row a step of the grid.
 
     Args:
         traced: Of (states, labels).
         labels: 999 t of every step, shape (steps,).
+
+    Attributes:
+        tables: All such values of a dtype side by side, shape (steps, elements): one gather finds a step's.
     """
 
     def __init__(self, traced: Trace, labels: torch.Tensor) -> None:
@@ -32,7 +38,12 @@ class TracedScore:
         self._read = self.partition.frontier({used for node in self.partition.of_images for used in node.all_input_nodes})
         self.constant_nodes = list(traced.constants)
         rows = [self.partition.at_label(label.view(1), self._read) for label in labels]
-        self.tables = [torch.stack([row[node] for row in rows]) for node in self._read]  # [steps, …] each
+        by_dtype: dict[torch.dtype, list[tuple[fx.Node, torch.Tensor]]] = {}
+        for node in self._read:
+            values = torch.stack([row[node] for row in rows])  # [steps, …]
+            by_dtype.setdefault(values.dtype, []).append((node, values))
+        found = [_side_by_side(values) for values in by_dtype.values()]
+        self.tables, self._places = [table for table, _ in found], [places for _, places in found]
 
     @functools.cached_property
     def constants(self) -> list[torch.Tensor]:
@@ -44,10 +55,27 @@ class TracedScore:
         tables, weights = constants[: len(self.tables)], constants[len(self.tables) :]
         values: dict[fx.Node, Any] = dict(zip(self.constant_nodes, weights, strict=True))
         values[self.partition.image] = x_k
-        pairs = zip(self._read, tables, strict=True)
-        row = {node: table.index_select(0, step.view(1))[0] for node, table in pairs}
+        row = {}
+        for table, places in zip(tables, self._places, strict=True):
+            values_of_step = table.index_select(0, step.view(1))[0]
+            for node, start, shape in places:
+                row[node] = values_of_step[start : start + shape.numel()].view(shape)
         values |= self.partition.for_images(row, len(x_k))
         return _run(self.traced, values, len(x_k), skip=self.partition.of_labels)
+
+
+def _side_by_side(
+    values: list[tuple[fx.Node, torch.Tensor]],
+) -> tuple[torch.Tensor, list[tuple[fx.Node, int, torch.Size]]]:
+    """Values [steps, …] of one dtype as one table, and where in a row each begins."""
+    parts, places, start = [], [], 0
+    for node, value in values:
+        flat = value.flatten(1)
+        gap = -flat.shape[1] % (ALIGNED // flat.element_size())
+        parts += [flat, flat.new_zeros(len(flat), gap)]
+        places.append((node, start, value.shape[1:]))
+        start += flat.shape[1] + gap
+    return torch.cat(parts, dim=1), places
 
 
 class TracedLogits:

@@ -94,6 +94,11 @@ def trying(most: int | None) -> Iterator[None]:
         _most = before
 
 
+def tried() -> int | None:
+    """How many configs of a shape are tried now; None: all."""
+    return _most
+
+
 def fastest(
     key: Hashable, pixels: int, out_channels: int, precision: str, launch: Callable[[Config], None]
 ) -> Config:
