@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from coupfast.engine.cuda import calibration as module
 from coupfast.engine.cuda.calibration import Calibration, Choice, ConvolutionShape
 from coupfast.engine.precision import strict_float32
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 SHAPE = ConvolutionShape(2, 5, 4, 6, 7)
 CPU = torch.device("cpu")
@@ -240,7 +241,7 @@ class TestPrecision:
         [
             ("strict", {"library", "triton-ieee"}),
             ("fast", {"library", "triton-ieee"}),
-            ("3xtf32", {"library", "triton-ieee", "triton-tf32x3"}),
+            ("3xtf32", {"library", "triton-ieee", "triton-tf32x3", "triton-tf32x3-halves"}),
             ("tf32", {"library", "triton-ieee", "triton-tf32"}),
         ],
     )
@@ -264,27 +265,31 @@ class TestPrecision:
         targets = {node.target for node in compiled[0].graph.nodes if node.op == "call_function"}
         assert targets == {torch.ops.aten.convolution.default}
 
-    @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
-    def test_the_kernel_packs_a_weight_once(self, precision, monkeypatch):
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_the_kernel_packs_a_weight_once(self, algorithm, monkeypatch):
         """On the CPU the operator is its definition."""
         packed, used = [], []
-        pack, convolve = module.pack_weight, module.conv3x3
+        right_pack, convolve = ALGORITHMS[algorithm].pack, module.conv3x3
 
-        def recorded(*arguments, precision):
-            used.append(precision)
-            return convolve(*arguments, precision=precision)
+        def recorded(*arguments, algorithm):
+            used.append(algorithm)
+            return convolve(*arguments, algorithm=algorithm)
 
-        monkeypatch.setattr(module, "pack_weight", lambda weight: packed.append(weight) or pack(weight))
+        def pack(weight):
+            packed.append(weight)
+            return right_pack(weight)
+
+        monkeypatch.setitem(module.ALGORITHMS, algorithm, dataclasses.replace(ALGORITHMS[algorithm], pack=pack))
         monkeypatch.setattr(module, "conv3x3", recorded)
-        kernel = module._Triton(precision)
+        kernel = module._Triton(algorithm)
         x, weight, bias = module._example(SHAPE, CPU)
-        # Two sums of 45 products and a bias each.
-        tol = 2 * 46 * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
+        # Two sums of 45 products and a bias each; weights that were split, two roundings and a sum.
+        tol = (2 * 46 + 3) * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
         for _ in range(2):
             torch.testing.assert_close(kernel(x, weight, bias), right(x, weight, bias), rtol=0, atol=tol)
         doubled = kernel(x, 2 * weight, 2 * bias)
         torch.testing.assert_close(doubled, 2 * right(x, weight, bias), rtol=0, atol=2 * tol)
-        assert (len(packed), set(used)) == (2, {precision})
+        assert (len(packed), set(used)) == (2, {algorithm})
 
     def test_what_it_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="one of strict, fast, 3xtf32, tf32, got 'half'"):

@@ -165,10 +165,10 @@ def test_a_batch_does_not_compile_again():
 
 # Every config on every architecture, and what is ragged once.
 CONVOLUTIONS = [
-    # images, output channels, precision, which config, fused, architecture
+    # images, output channels, algorithm, which config, fused, architecture
     *(
-        ((8, 128, 32, 32), 128, precision, number, True, capability)
-        for precision, configs in CONFIGS.items()
+        ((8, 128, 32, 32), 128, algorithm, number, True, capability)
+        for algorithm, configs in CONFIGS.items()
         for number in range(len(configs))
         for capability in TARGETS
     ),
@@ -180,24 +180,28 @@ CONVOLUTIONS = [
 TENSOR_CORE = {80: "mma.sync.aligned.m16n8k8", 90: "wgmma.mma_async.sync.aligned.m64n", 100: "tcgen05.mma"}
 
 
+#: Bytes a thread, by algorithm, config and architecture.
+SPILLED = {("tf32x3-halves", 0, 80): 56}
+
+
 every_convolution = pytest.mark.parametrize(
-    ("shape", "out_channels", "precision", "number", "fused", "capability"), CONVOLUTIONS, ids=str
+    ("shape", "out_channels", "algorithm", "number", "fused", "capability"), CONVOLUTIONS, ids=str
 )
 
 
 @functools.cache
-def built_convolution(shape, out_channels, precision, number, fused, capability) -> Compiled:
-    config = CONFIGS[precision][number]
-    return compile_offline(launched(convolution.launch, shape, out_channels, precision, config, fused=fused), capability)
+def built_convolution(shape, out_channels, algorithm, number, fused, capability) -> Compiled:
+    config = CONFIGS[algorithm][number]
+    return compile_offline(launched(convolution.launch, shape, out_channels, algorithm, config, fused=fused), capability)
 
 
 @every_convolution
-def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, precision, number, fused, capability):
-    built = built_convolution(shape, out_channels, precision, number, fused, capability)
+def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, algorithm, number, fused, capability):
+    built = built_convolution(shape, out_channels, algorithm, number, fused, capability)
     # An SM can run it. How well is the tuner's to find, which times every config: some versions spill a few words of some.
     assert built.programs_per_sm >= 1
     assert ".f64" not in built.ptx
-    if precision == "ieee":
+    if algorithm == "ieee":
         # Float32 multiply-adds only, and no sum beside them but the epilogue's: chains.
         assert "tf32" not in built.ptx
         assert "mma" not in built.ptx
@@ -208,33 +212,34 @@ def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, precisi
     else:
         assert "tf32" in built.ptx
         assert built.tensor_core > 0
-    if precision == "tf32x3":
+    if algorithm == "tf32x3":
         assert re.search(r"cvt\.rna?\.tf32\.f32", built.ptx)  # split three ways with correct rounding
 
 
 @figures
 @every_convolution
-def test_figures_of_a_convolution(shape, out_channels, precision, number, fused, capability):
-    config = CONFIGS[precision][number]
-    built = built_convolution(shape, out_channels, precision, number, fused, capability)
-    assert built.spill_bytes == 0
+def test_figures_of_a_convolution(shape, out_channels, algorithm, number, fused, capability):
+    config = CONFIGS[algorithm][number]
+    built = built_convolution(shape, out_channels, algorithm, number, fused, capability)
+    assert built.spill_bytes <= SPILLED.get((algorithm, number, capability), 0)
     assert built.programs_per_sm * 32 * config.num_warps >= 256
 
     # 128 bits wherever channels are multiples of 16, each tensor once a program: 4 floats a thread and access. Copies for all
     # stages but one before the loop, and for one in it.
     threads = 32 * config.num_warps
     results = config.block_m * config.block_n // (4 * threads)
-    copies = config.num_stages * (config.block_m + config.block_n) * config.block_k // (4 * threads)
+    weights = 2 if algorithm == "tf32x3-halves" else 1  # for each of the terms
+    copies = config.num_stages * (config.block_m + weights * config.block_n) * config.block_k // (4 * threads)
     if out_channels % 16 == 0:
         assert built.wide_stores == built.stores == results
     if shape[1] % 16 == 0 and out_channels % 16 == 0:
-        assert built.copies == built.wide_copies == copies or precision == "tf32"
+        assert built.copies == built.wide_copies == copies or algorithm == "tf32"
         # The residual, and a bias per image; the bias is one value a column.
         assert built.wide_loads >= (2 * results if fused else 0)
     elif shape[1] % 16 == 0:
         assert built.wide_copies == config.num_stages * config.block_m * config.block_k // (4 * threads)  # of pixels
 
-    if precision == "ieee":
+    if algorithm == "ieee":
         # As many multiply-adds as there are products.
         fused_multiply_adds = len(re.findall(r"\bfma\.rn\.f32\s", built.ptx)) + 2 * len(
             re.findall(r"\bfma\.rn\.f32x2\s", built.ptx)
@@ -246,19 +251,31 @@ def test_figures_of_a_convolution(shape, out_channels, precision, number, fused,
         assert TENSOR_CORE[80 if alone else capability] in built.ptx
         assert built.contracted == 0
         # Split three ways, or not rounded at all.
-        assert ("cvt.rna.tf32.f32" in built.ptx) == (precision == "tf32x3")
-    if precision == "tf32x3" and not fused:
+        assert ("cvt.rna.tf32.f32" in built.ptx) == (algorithm == "tf32x3")
+    if algorithm == "tf32x3" and not fused:
         # Every pass of the loop begins a sum of its own on the tensor cores, and adds it to the last in float32.
         adds = len(re.findall(r"\badd(?:\.rn)?\.f32\s", built.ptx)) + 2 * len(re.findall(r"\badd(?:\.rn)?\.f32x2\s", built.ptx))
         assert adds == config.block_m * config.block_n // threads
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-def test_layers_share_their_machine_code(precision):
+@figures
+def test_weights_split_once_take_fewer_instructions():
+    """Of the largest tiles on an H100. Predicted without masks of channels: 269 for 32 terms instead of 402 for 16."""
+    halves, both = (
+        built_convolution((8, 128, 32, 32), 128, algorithm, 0, True, 90).loop_instructions
+        for algorithm in ("tf32x3-halves", "tf32x3")
+    )
+    assert 0 < halves <= 300
+    assert both >= 390
+    assert CONFIGS["tf32x3-halves"][0].block_k == 2 * CONFIGS["tf32x3"][0].block_k
+
+
+@pytest.mark.parametrize("algorithm", ["ieee", "tf32x3", "tf32x3-halves"])
+def test_layers_share_their_machine_code(algorithm):
     """All that a launch's machine code knows of its shape is which channels are multiples of 16."""
 
     def known(shape, out_channels):
-        launch = launched(convolution.launch, shape, out_channels, precision, CONFIGS[precision][0])
+        launch = launched(convolution.launch, shape, out_channels, algorithm, CONFIGS[algorithm][0])
         special = [parameter.name for parameter in launch.kernel.params if not parameter.do_not_specialize]
         return {name: launch.arguments[name] % 16 == 0 for name in special if isinstance(launch.arguments[name], int)}
 

@@ -118,8 +118,8 @@ def prepare(
 
         def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
             shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
-            kind, _, precision = calibration.choose(shape).candidate.partition("triton-")
-            return LIBRARY if kind else precision
+            kind, _, algorithm = calibration.choose(shape).candidate.partition("triton-")
+            return LIBRARY if kind else algorithm
 
     networks = CudaNetworks(
         score,

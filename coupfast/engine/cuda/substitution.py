@@ -17,16 +17,16 @@ from torch import fx
 
 from coupfast.engine.cuda.flat import FlatGraph
 from coupfast_kernels import group_norm  # noqa: F401  (registers its operators)
-from coupfast_kernels.convolution.gpu import pack_weight
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 aten = torch.ops.aten
 
-#: (batch, channels in, channels out, height, width) → "library", or the precision of `coupfast_kernels`' `conv3x3` to take.
+#: (batch, channels in, channels out, height, width) → "library", or the algorithm of `coupfast_kernels`' `conv3x3` to take.
 Conv3x3Choice = Callable[[int, int, int, int, int], str]
 LIBRARY = "library"
-#: (address, shape, strides, whether transposed) → weight and packed weight. The weight is kept since its address is its name:
-#: were it let go, another one could have the address next.
-PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], bool], tuple[torch.Tensor, torch.Tensor]]
+#: (address, shape, strides, name of what packed it, whether transposed) → weight and packed weight. The weight is kept since
+#: its address is its name: were it let go, another one could have the address next.
+PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], str, bool], tuple[torch.Tensor, torch.Tensor]]
 
 #: What this project's operators return is in channels last.
 _OPERATORS = {
@@ -179,8 +179,8 @@ class _Convolutions(_Pass):
             return
         assert isinstance(x, fx.Node) and constant is not None
         batch, _, height, width = self.value(x).shape
-        precision = self.choose(batch, constant.shape[1], constant.shape[0], height, width)
-        if precision == LIBRARY:
+        algorithm = self.choose(batch, constant.shape[1], constant.shape[0], height, width)
+        if algorithm == LIBRARY:
             return
         image_bias, residual, scale, last = None, None, 1.0, node
         while len(last.users) == 1:
@@ -200,8 +200,8 @@ class _Convolutions(_Pass):
             last = user
         # Where the last of the epilogue stands, everything that it reads is there.
         flat_bias = None if image_bias is None else self.flat_bias(last, image_bias, every_image=True)
-        packed = self._packed(weight, constant, transposed=False)
-        args = (x, packed, None, bias, flat_bias, residual, scale, precision)
+        packed = self._packed(weight, constant, algorithm, transposed=False)
+        args = (x, packed, None, bias, flat_bias, residual, scale, algorithm)
         new = self.kernel(last, torch.ops.coupfast.conv3x3.default, args, self.value(last))
         last.replace_all_uses_with(new)
 
@@ -213,25 +213,26 @@ class _Convolutions(_Pass):
             return
         assert isinstance(x, fx.Node) and constant is not None
         batch, _, height, width = self.value(x).shape
-        precision = self.choose(batch, constant.shape[0], constant.shape[1], height, width)
-        if precision == LIBRARY:
+        algorithm = self.choose(batch, constant.shape[0], constant.shape[1], height, width)
+        if algorithm == LIBRARY:
             return
-        packed = self._packed(weight, constant, transposed=True)
-        args = (gy, packed, None, None, None, None, 1.0, precision)
+        packed = self._packed(weight, constant, algorithm, transposed=True)
+        args = (gy, packed, None, None, None, None, 1.0, algorithm)
         new = self.kernel(node, torch.ops.coupfast.conv3x3.default, args, self.value(x))
         for item in list(node.users):
             item.replace_all_uses_with(new)
             self.graph.erase_node(item)
         self.graph.erase_node(node)
 
-    def _packed(self, weight: Any, constant: torch.Tensor, *, transposed: bool) -> fx.Node:
-        if (weight, transposed) not in self._nodes:
-            key = (constant.data_ptr(), constant.shape, constant.stride(), transposed)
+    def _packed(self, weight: Any, constant: torch.Tensor, algorithm: str, *, transposed: bool) -> fx.Node:
+        pack = ALGORITHMS[algorithm].pack
+        if (weight, pack, transposed) not in self._nodes:
+            key = (constant.data_ptr(), constant.shape, constant.stride(), pack.__name__, transposed)
             if key not in self.packed:
                 turned = constant.flip(2, 3).transpose(0, 1) if transposed else constant
-                self.packed[key] = constant, pack_weight(turned.contiguous())
-            self._nodes[weight, transposed] = self.flat.add_constant(self.packed[key][1])
-        return self._nodes[weight, transposed]
+                self.packed[key] = constant, pack(turned.contiguous())
+            self._nodes[weight, pack, transposed] = self.flat.add_constant(self.packed[key][1])
+        return self._nodes[weight, pack, transposed]
 
 
 class _Norms(_Pass):
