@@ -16,11 +16,15 @@ from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from coupfast.engine.cuda.calibration import STRICT_FACTOR
+from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import gpu as module
 from coupfast_kernels.convolution import gpu_tuning as tuning
-from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32, tf32x3_ref
+from coupfast_kernels.convolution import gpu_winograd
+from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32, tf32x3_ref, winograd3x3_ref, winograd_matrices
 from coupfast_kernels.convolution.gpu import ALGORITHMS, conv3x3, pack_halves, pack_weight
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, candidates, choose, tuned
+from coupfast_kernels.parity import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAST = torch.channels_last
@@ -60,22 +64,37 @@ def doubles(options):
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
-#: What an algorithm loses of a product beside the sum's roundings, in roundings. Halves: 2⁻²³ of the weight, which packing
-#: rounds to 22 bits; 2⁻²² for small · small; terms of 2⁻³³.
-OF_A_PRODUCT = {"ieee": 0, "tf32x3": 0, "tf32": 0, "tf32x3-halves": 7}
+def counted(algorithm, channels):
+    """How many roundings a term of a sum goes through at most, of what `size_of` gives.
+
+    A direct sum's terms are 9 times the channels, however they are ordered. Halves lose as much as 7 more: 2⁻²³ of the weight,
+    which packing rounds to 22 bits; 2⁻²² for small · small; terms of 2⁻³³. Winograd's: 1 of the transformed weights; two passes
+    of two multiply-adds, which the interpreter rounds twice; a run of 32 and the runs; two passes of a difference and two
+    multiply-adds.
+    """
+    if algorithm == "winograd":
+        return 1 + 2 * 4 + 33 + math.ceil(channels / 32) + 2 * 5
+    return 9 * channels + (7 if algorithm == "tf32x3-halves" else 0)
+
+
+def size_of(algorithm, x, weight):
+    """The convolution of absolute values, in float64; Winograd's with its transforms' absolute values, which do not cancel."""
+    matrices = tuple(matrix.abs() for matrix in winograd_matrices(torch.float64))
+    x, weight = x.double().abs(), weight.double().abs()
+    return winograd3x3_ref(x, weight, matrices) if algorithm == "winograd" else conv3x3_ref(x, weight)
 
 
 def assert_close_to_exact(y, x, weight, bias, options, algorithm="ieee"):
     """Against the definition in float64, each output within what its own sum may lose.
 
-    K products and their sums with bias, image bias and residual: a term goes through at most K + 3 roundings, however they are
-    ordered. The rounded scale and its product are two more.
+    With bias, image bias and residual a term goes through three roundings more. The rounded scale and its product are two more.
     """
     bias = None if bias is None else bias.double()
     exact = conv3x3_ref(x.double(), weight.double(), bias, **doubles(options))
     sizes = {name: abs(value) for name, value in doubles(options).items()}
-    size = conv3x3_ref(x.double().abs(), weight.double().abs(), None if bias is None else bias.abs(), **sizes)
-    roundings = 9 * x.shape[1] + 5 + OF_A_PRODUCT[algorithm]
+    added = conv3x3_ref(torch.zeros_like(x).double(), weight.double(), None if bias is None else bias.abs(), **sizes)
+    size = size_of(algorithm, x, weight) * options.get("scale", 1.0) + added
+    roundings = counted(algorithm, x.shape[1]) + 5
     bound = roundings * U / (1 - roundings * U) * size
     wrong = ~((y.double() - exact).abs() <= bound)  # NaN is wrong
     assert not bool(wrong.any()), (
@@ -121,6 +140,33 @@ class TestDefinition:
             error = big[:, column].double() + small[:, column].double() - weight[:, c, i, j].double()
             assert bool((error.abs() <= 2.0**-23 * weight[:, c, i, j].abs()).all())
         torch.testing.assert_close(ALGORITHMS["tf32x3-halves"].unpack(packed), weight, rtol=2.0**-22, atol=0)
+
+    @pytest.mark.parametrize("shape", [(2, 3, 8, 4), (1, 2, 9, 7), (3, 1, 1, 1)], ids=str)
+    def test_winograd_is_the_same_convolution(self, shape):
+        x, weight, _, _ = layer(shape, 6, "plain")
+        x, weight = x.double(), weight.double()
+        matrices = tuple(matrix.abs() for matrix in winograd_matrices(torch.float64))
+        # Two transforms of three, two and six terms, on both sides; products and their sum.
+        bound = 40 * torch.finfo(torch.float64).eps * winograd3x3_ref(x.abs(), weight.abs(), matrices)
+        assert bool(((winograd3x3_ref(x, weight) - conv3x3_ref(x, weight)).abs() <= bound).all())
+
+    def test_winograd_weights_are_transformed_once_and_rounded_once(self):
+        weight = numbers(5, 4, 3, 3, seed=1)
+        packed, (_, g, _) = gpu_winograd.pack_winograd(weight), winograd_matrices(torch.float64)
+        assert packed.is_contiguous()
+        for i, j in ((0, 0), (1, 4), (5, 2)):
+            exact = torch.einsum("a,ocab,b->co", g[i], weight.double(), g[j])
+            torch.testing.assert_close(packed[6 * i + j].double(), exact, rtol=U * (1 + 2.0**-20), atol=2.0**-50)
+        assert_close_to_exact(conv3x3_ref(torch.ones(1, 4, 3, 3), gpu_winograd.unpack_winograd(packed)), torch.ones(1, 4, 3, 3),
+                              weight, None, {}, "winograd")
+
+    def test_tiles_at_once_fit_the_workspace(self):
+        for tiles, channels, megabytes in ((1024, 512, 25), (7, 512, 25), (1024, 512, 2), (1 << 20, 6, 1)):
+            workspace = megabytes << 20
+            found = gpu_winograd.tiles_at_once(tiles, channels, workspace)
+            assert 4 * 36 * channels * found <= workspace
+            assert found == tiles or 4 * 36 * channels * (found + 128) > workspace
+        assert gpu_winograd.tiles_at_once(1024, 512, 1) == gpu_winograd.LEAST_TILES
 
     def test_its_transpose_is_the_convolution_with_weights_turned_over(self):
         x, weight, _, _ = layer((2, 3, 5, 4), 6)
@@ -430,7 +476,7 @@ class TestTuning:
 
     def test_one_order_of_sums(self):
         """What the tensor cores' sums depend on is no choice of the tuner's."""
-        for algorithm in set(ALGORITHMS) - {"ieee"}:
+        for algorithm in set(ALGORITHMS) - {"ieee"}:  # Winograd's runs, too, are two of these long
             assert len({config.block_k for config in CONFIGS[algorithm]}) == 1
 
 
@@ -463,6 +509,15 @@ DIFFERENT = ["ieee", "tf32x3-halves"]
 if INTERPRETED:
 
     class TestInterpreted:
+        @pytest.fixture(autouse=True)
+        def _poisoned_workspace(self, monkeypatch):
+            empty = torch.empty
+
+            def poisoned(*shape, **options):
+                return empty(*shape, **options).fill_(float("nan"))
+
+            monkeypatch.setattr(gpu_winograd.torch, "empty", poisoned)
+
         def launch(self, x, weight, bias, options, config=SMALL, algorithm="ieee"):
             shape = (len(x), weight.shape[0], *x.shape[2:])
             buffer, y = poisoned(shape)
@@ -480,13 +535,13 @@ if INTERPRETED:
             [(*images, "all") for images in LAYERS] + [(*LAYERS[2], epilogue) for epilogue in EPILOGUES[:-1]],
             ids=str,
         )
-        @pytest.mark.parametrize("algorithm", DIFFERENT)
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
         def test_equals_the_definition(self, algorithm, shape, out_channels, epilogue):
             x, weight, bias, options = layer(shape, out_channels, epilogue)
             found = self.launch(x, weight, bias, options, algorithm=algorithm)
             assert_close_to_exact(found, x, weight, bias, options, algorithm)
 
-        @pytest.mark.parametrize("algorithm", DIFFERENT)
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
         @pytest.mark.parametrize(("shape", "out_channels"), LAYERS, ids=str)
         def test_transpose(self, shape, out_channels, algorithm):
             """Against autograd of the definition, not against the convolution with weights turned over."""
@@ -494,14 +549,11 @@ if INTERPRETED:
             v = numbers(shape[0], out_channels, *shape[2:], seed=9)
             found = self.launch(v, turned(weight), None, {"scale": SCALE}, algorithm=algorithm)
 
-            def gradient(weight, v):
-                point = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-                return torch.autograd.grad(conv3x3_ref(point, weight.double(), scale=SCALE), point, v.double())[0]
-
-            # A sum as long as this, the scale and its product.
-            roundings = 9 * out_channels + 2 + OF_A_PRODUCT[algorithm]
-            bound = roundings * U / (1 - roundings * U) * gradient(weight.abs(), v.abs())
-            assert bool(((found.double() - gradient(weight, v)).abs() <= bound).all())
+            point = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+            (exact,) = torch.autograd.grad(conv3x3_ref(point, weight.double(), scale=SCALE), point, v.double())
+            roundings = counted(algorithm, out_channels) + 2  # the scale and its product
+            bound = roundings * U / (1 - roundings * U) * size_of(algorithm, v, turned(weight)) * SCALE
+            assert bool(((found.double() - exact).abs() <= bound).all())
 
         @pytest.mark.parametrize(
             ("config", "algorithm"),
@@ -509,6 +561,7 @@ if INTERPRETED:
                 (Config(32, 16, 16, 1, 1), "tf32x3"),
                 (Config(16, 32, 32, 1, 1), "tf32"),
                 (Config(32, 16, 32, 1, 1), "tf32x3-halves"),
+                (CONFIGS["winograd"][0], "winograd"),
                 (IEEE_CONFIGS[0], "ieee"),
                 (IEEE_CONFIGS[-1], "ieee"),
             ],
@@ -526,6 +579,25 @@ if INTERPRETED:
             weight = torch.arange(-54, 54, dtype=torch.float32).reshape(4, 3, 3, 3)
             found = self.launch(x, weight, None, {}, algorithm=algorithm)
             assert_same_bits(found, conv3x3_ref(x.double(), weight.double()).float())
+
+        @pytest.mark.parametrize("channels", [16, 40, 128])
+        def test_winograd_is_within_what_strict_allows(self, channels):
+            """Four times the error of PyTorch's float32, with everything that can be added; any chunks, the same bits."""
+            x, weight, bias, options = layer((2, channels, 9, 14), 20, seed=channels)
+            exact = conv3x3_ref(x.double(), weight.double(), bias.double(), **doubles(options))
+            with strict_float32("cpu"):
+                library = conv3x3_ref(x, weight, bias, **options)
+            y = self.launch(x, weight, bias, options, algorithm="winograd")
+            for image in range(2):
+                allowed = STRICT_FACTOR * relative_error(library[image], exact[image])
+                assert relative_error(y[image], exact[image]) <= allowed
+            packed = gpu_winograd.pack_winograd(weight)
+            for workspace in (1, 4 * 36 * (channels + 20) * 17):  # 16 tiles, of 24; 17
+                again, names = torch.full_like(y, float("nan")), ("image_bias", "residual", "scale")
+                gpu_winograd.launch_winograd(
+                    again, x, packed, bias, *(options[name] for name in names), SMALL, workspace=workspace
+                )
+                assert_same_bits(again, y)
 
         @pytest.mark.parametrize("algorithm", DIFFERENT)
         def test_infinity_stays_in_its_window(self, algorithm):

@@ -239,10 +239,10 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "names"),
         [
-            ("strict", {"library", "triton-ieee"}),
-            ("fast", {"library", "triton-ieee"}),
-            ("3xtf32", {"library", "triton-ieee", "triton-tf32x3", "triton-tf32x3-halves"}),
-            ("tf32", {"library", "triton-ieee", "triton-tf32"}),
+            ("strict", {"library", "triton-ieee", "triton-winograd"}),
+            ("fast", {"library", "triton-ieee", "triton-winograd"}),
+            ("3xtf32", {"library", "triton-ieee", "triton-winograd", "triton-tf32x3", "triton-tf32x3-halves"}),
+            ("tf32", {"library", "triton-ieee", "triton-winograd", "triton-tf32"}),
         ],
     )
     def test_candidates_of_a_gpu(self, precision, names):
@@ -283,13 +283,24 @@ class TestPrecision:
         monkeypatch.setattr(module, "conv3x3", recorded)
         kernel = module._Triton(algorithm)
         x, weight, bias = module._example(SHAPE, CPU)
-        # Two sums of 45 products and a bias each; weights that were split, two roundings and a sum.
-        tol = (2 * 46 + 3) * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
+        # Two sums of 45 products and a bias each; some roundings of weights split, or transformed and back.
+        tol = (2 * 46 + 8) * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
         for _ in range(2):
             torch.testing.assert_close(kernel(x, weight, bias), right(x, weight, bias), rtol=0, atol=tol)
         doubled = kernel(x, 2 * weight, 2 * bias)
         torch.testing.assert_close(doubled, 2 * right(x, weight, bias), rtol=0, atol=2 * tol)
         assert (len(packed), set(used)) == (2, {algorithm})
+
+    def test_few_channels_are_not_tried_where_they_are_less_exact(self, tmp_path):
+        """On the CPU the operator is its definition, and every time is the same: what comes first is chosen, if it is there."""
+        candidates = {"triton-winograd": module._Triton("winograd"), "library": right}
+        calibration = Calibration(CPU, folder=tmp_path, candidates=candidates, timer=lambda call: 1.0)
+        for channels, chosen in ((15, "library"), (16, "triton-winograd")):
+            found = calibration.choose(dataclasses.replace(SHAPE, in_channels=channels))
+            assert found.candidate == chosen
+            assert ("triton-winograd" in found.seconds | found.errors | found.refused) == (channels == 16)
+        kept = Calibration(CPU, folder=tmp_path, candidates=candidates)
+        assert kept.choose(dataclasses.replace(SHAPE, in_channels=16)) == found
 
     def test_what_it_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="one of strict, fast, 3xtf32, tf32, got 'half'"):
@@ -485,5 +496,5 @@ class TestGpu:
         calibration = Calibration("cuda", folder=tmp_path)
         found = calibration.choose(ConvolutionShape(1, 256, 256, 16, 16))
         assert found.refused == {}
-        assert set(found.seconds) == {"library", "triton-ieee"}
+        assert set(found.seconds) == {"library", "triton-ieee", "triton-winograd"}
         assert isinstance(found, Choice)

@@ -22,6 +22,7 @@ from coupfast.engine.eager import guidance_of
 from coupfast.engine.precision import Precision
 from coupfast.engine.protocol import StepMemory
 from coupfast.solvers import CoefficientTable
+from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
 
 #: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -132,5 +133,6 @@ def prepare(
         compiler=compiler,
         choose=choose,
         fuse_norms=chosen.triton,
+        workspace=workspace_bytes(example.device) if chosen.triton else 0,
     )
     return BoundCudaEngine(networks)

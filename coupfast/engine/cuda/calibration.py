@@ -164,7 +164,11 @@ class Calibration:
             arguments = _example(shape, self.device)
             truth = _library(*(tensor.double() for tensor in arguments))
             limit = self._limit(_error(_library(*arguments), truth))
-            calls = {name: functools.partial(function, *arguments) for name, function in self.candidates.items()}
+            calls = {
+                name: functools.partial(function, *arguments)
+                for name, function in self.candidates.items()
+                if not isinstance(function, _Triton) or function.suits(shape)
+            }
             for name, call in calls.items():
                 try:
                     _poison(truth)
@@ -193,7 +197,7 @@ class Calibration:
                 f"PyTorch's own convolution {shape} fails on {self.key['device']}: {refused[LIBRARY]}{others}. Nothing can be "
                 "relied on here: check the installation with `coupfast doctor`, and that the GPU has memory left"
             )
-        seconds = {name: _median(samples[name]) for name in self.candidates if name not in refused}
+        seconds = {name: _median(samples[name]) for name in calls if name not in refused}
         choice = Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, refused)
         logger.info("convolution %s on %s: %s", shape, self.key["device"], choice)
         return choice if passing else self._keep(shape, choice)
@@ -302,6 +306,10 @@ class _Triton:
     def __init__(self, algorithm: str) -> None:
         self.algorithm = algorithm
         self._packed: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last weight: an engine packs once, too
+
+    def suits(self, shape: ConvolutionShape) -> bool:
+        """Whether to try it: with fewer channels it is known to be less exact."""
+        return shape.in_channels >= ALGORITHMS[self.algorithm].least_channels
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self._packed is None or self._packed[0] is not weight:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from coupfast_kernels import native
+from coupfast_kernels.convolution import gpu_winograd
 from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
 from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op
@@ -85,7 +86,10 @@ def _conv3x3(
 def _checks(algorithm: str) -> Iterator[Case]:
     # Border tiles in both directions; three channels in and out, as at the ends of a network. Of a network's shapes calibration
     # compares the config that it chooses; here two a shape are tried, since all would take minutes to compile.
-    for shape, out_channels in (((2, 64, 16, 16), 96), ((3, 3, 9, 11), 20), ((2, 40, 8, 8), 3)):
+    # Winograd's has no such ends.
+    shapes = [((2, 64, 16, 16), 96), ((3, 3, 9, 11), 20), ((2, 40, 8, 8), 3)]
+    least = ALGORITHMS[algorithm].least_channels
+    for shape, out_channels in [shapes[0], ((3, 40, 9, 11), 20)] if least > 3 else shapes:
         for vjp in (False, True):
             yield _conv3x3(shape, out_channels, algorithm, vjp=vjp, most=2)
 
@@ -100,7 +104,7 @@ def _timed(images: int, algorithm: str) -> Iterator[Case]:
 
 def _interpret() -> None:
     def with_the_first_config(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
-        y = _new(x, packed.shape[1])
+        y = _new(x, packed.shape[ALGORITHMS[algorithm].out_axis])
         _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, CONFIGS[algorithm][0])
         return y
 
@@ -117,15 +121,35 @@ def launch(shape: tuple[int, ...], out_channels: int, algorithm: str, config: Co
     _launch(y, x, packed, *added, 0.5, algorithm, config)
 
 
+def launch_winograd_part(part: str, in_channels: int, out_channels: int, config: Config | None = None) -> None:
+    """Launch one kernel of Winograd's for 8 images of 32 × 32: "input", "product" by a config, or "output" with everything."""
+    x, y = (torch.empty(8, channels, 32, 32, memory_format=LAST) for channels in (in_channels, out_channels))
+    tiles = gpu_winograd.tiles_of(x)
+    v, m = (torch.empty(36, tiles, channels) for channels in (in_channels, out_channels))
+    if part == "input":
+        gpu_winograd.launch_input(v, x, 0, tiles)
+    elif part == "output":
+        gpu_winograd.launch_output(y, m, torch.empty(out_channels), torch.empty(8, out_channels), y, 0.5, 0, tiles)
+    else:
+        assert config is not None
+        gpu_winograd.launch_product(m, v, torch.empty(36, in_channels, out_channels), tiles, config)
+
+
 def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
     """Every config. Of its shape a launch's machine code knows which channels are multiples of 16: all but 3."""
     configs, shape = CONFIGS[algorithm], (8, 128, 32, 32)
-    found = {
-        f"{algorithm} {config.block_m} × {config.block_n} × {config.block_k}": functools.partial(
-            launch, shape, 128, algorithm, config
-        )
-        for config in configs
-    }
+    def name(config: Config) -> str:
+        return f"{algorithm} {config.block_m} × {config.block_n} × {config.block_k}"
+
+    if algorithm == "winograd":
+        products = {name(config): functools.partial(launch_winograd_part, "product", 128, 128, config) for config in configs}
+        return products | {
+            "winograd, input": functools.partial(launch_winograd_part, "input", 128, 128),
+            "winograd, input, 20 channels": functools.partial(launch_winograd_part, "input", 20, 128),
+            "winograd, output": functools.partial(launch_winograd_part, "output", 128, 128),
+            "winograd, output, 20 channels": functools.partial(launch_winograd_part, "output", 128, 20),
+        }
+    found = {name(config): functools.partial(launch, shape, 128, algorithm, config) for config in configs}
     return found | {
         f"{algorithm}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, algorithm, configs[0]),
         f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3]),

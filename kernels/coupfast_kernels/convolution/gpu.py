@@ -14,7 +14,8 @@ K runs over taps, then over channels. In `ieee` an output is one chain of 9 · i
 whatever the config: the tuner's choice moves no bit. `kernels/README.md` says what the other algorithms' bits depend on.
 
 `tf32x3-halves` is `tf32x3` with weights that were split once, when they were packed, and lie as [out_channels, K], which is how
-tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16.
+tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. `winograd` is another way
+altogether (`gpu_winograd.py`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from collections.abc import Callable
 import torch
 from torch import library
 
-from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32
+from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, round_to_tf32
 from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
+from coupfast_kernels.convolution.gpu_winograd import launch_winograd, pack_winograd, tiles_of, unpack_winograd
 
 try:
     import triton
@@ -48,7 +50,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: for another dtype or shape.
     """
-    _check_weight(weight)
+    check_weight3x3(weight)
     return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).contiguous()
 
 
@@ -65,17 +67,10 @@ def pack_halves(weight: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: for another dtype or shape.
     """
-    _check_weight(weight)
+    check_weight3x3(weight)
     rows = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
     big = round_to_tf32(rows)
     return torch.stack([big, round_to_tf32(rows - big)])
-
-
-def _check_weight(weight: torch.Tensor) -> None:
-    if weight.dtype != torch.float32:
-        raise TypeError(f"conv3x3 takes float32, `weight` is {weight.dtype}")
-    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
-        raise ValueError(f"`weight` has shape (out_channels, in_channels, 3, 3), got {tuple(weight.shape)}")
 
 
 def _unpack_weight(packed: torch.Tensor) -> torch.Tensor:
@@ -96,6 +91,8 @@ class Algorithm:
         pack: Weights → packed weights.
         packed_shape: (in_channels, out_channels) → the shape that packed weights have; `form` says it in words.
         unpack: Packed weights → weights, as far as packing kept them.
+        out_axis: Which axis of packed weights is that of the output channels.
+        least_channels: From how many input channels on it is as exact as its products are.
     """
 
     products: str
@@ -103,6 +100,8 @@ class Algorithm:
     packed_shape: Callable[[int, int], tuple[int, ...]]
     form: str
     unpack: Callable[[torch.Tensor], torch.Tensor]
+    out_axis: int = 1
+    least_channels: int = 1
 
 
 def _taps(products: str) -> Algorithm:
@@ -126,6 +125,16 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda channels, out_channels: (2, out_channels, 9 * channels),
         "(2, out_channels, 9 · in_channels)",
         _unpack_halves,
+    ),
+    # Of few channels the transforms round more than a direct sum does.
+    "winograd": Algorithm(
+        "ieee",
+        pack_winograd,
+        lambda channels, out_channels: (36, channels, out_channels),
+        "(36, in_channels, out_channels)",
+        unpack_winograd,
+        out_axis=2,
+        least_channels=16,
     ),
 }
 
@@ -293,8 +302,8 @@ def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm
         _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
     with torch.cuda.device_of(x):
-        pixels = x.numel() // x.shape[1]
-        launch(fastest((tuple(x.shape), y.shape[1], algorithm, x.device), pixels, y.shape[1], algorithm, launch))
+        rows = tiles_of(x) if algorithm == "winograd" else x.numel() // x.shape[1]
+        launch(fastest((tuple(x.shape), y.shape[1], algorithm, x.device), rows, y.shape[1], algorithm, launch))
     return y
 
 
@@ -334,6 +343,10 @@ conv3x3_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config):
     """Writes `y`, which no other argument may overlap."""
+    if algorithm == "winograd":
+        with torch.cuda.device_of(x):
+            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
+        return
     batch, in_channels, height, width = x.shape
     pixels, out_channels = batch * height * width, y.shape[1]
     big, small = packed if packed.dim() == 3 else (packed, None)
@@ -383,7 +396,8 @@ def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm) 
         raise ValueError(f"`x` has shape (batch, channels, height, width), got {tuple(x.shape)}")
     batch, in_channels, height, width = x.shape
     packed_shape = ALGORITHMS[algorithm].packed_shape
-    out_channels = packed.shape[1] if packed.dim() > 1 else 0
+    out_axis = ALGORITHMS[algorithm].out_axis
+    out_channels = packed.shape[out_axis] if packed.dim() > out_axis else 0
     if tuple(packed.shape) != packed_shape(in_channels, out_channels):
         raise ValueError(
             f"`packed` is {ALGORITHMS[algorithm].pack.__name__}(weight) for algorithm={algorithm!r}, shape "

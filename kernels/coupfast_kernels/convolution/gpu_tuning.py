@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Config(NamedTuple):
-    """How a launch is cut: a program makes BLOCK_M pixels × BLOCK_N channels, BLOCK_K terms a pass of its loop."""
+    """How a launch is cut: a program makes BLOCK_M rows × BLOCK_N channels, BLOCK_K terms a time."""
 
     block_m: int
     block_n: int
@@ -67,6 +67,18 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(16, 32, 32, 4, 3),
         Config(16, 16, 32, 2, 3),
     ),
+    # Rows are tiles of outputs; a run of a sum is two blocks of terms.
+    "winograd": (
+        Config(128, 128, 16, 8, 3),
+        Config(128, 64, 16, 8, 3),
+        Config(64, 128, 16, 8, 3),
+        Config(64, 64, 16, 4, 3),
+        Config(64, 32, 16, 4, 3),
+        Config(32, 32, 16, 4, 3),
+        Config(128, 16, 16, 4, 3),
+        Config(16, 32, 16, 2, 3),
+        Config(16, 16, 16, 2, 3),
+    ),
     # The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
     "tf32x3-halves": (
         Config(128, 128, 32, 8, 3),
@@ -104,18 +116,18 @@ def trying(most: int | None) -> Iterator[None]:
 
 
 def fastest(
-    key: Hashable, pixels: int, out_channels: int, algorithm: str, launch: Callable[[Config], None]
+    key: Hashable, rows: int, out_channels: int, algorithm: str, launch: Callable[[Config], None]
 ) -> Config:
     """The config for a key, of those worth timing on the current device; timed once a process."""
-    return tuned((key, _most), candidates(pixels, out_channels, algorithm)[:_most], launch, _seconds)
+    return tuned((key, _most), candidates(rows, out_channels, algorithm)[:_most], launch, _seconds)
 
 
-def candidates(pixels: int, out_channels: int, algorithm: str) -> tuple[Config, ...]:
+def candidates(rows: int, out_channels: int, algorithm: str) -> tuple[Config, ...]:
     """The configs worth timing: those without a block of twice the whole result's size, or more."""
     return tuple(
         config
         for config in CONFIGS[algorithm]
-        if config.block_m < 2 * max(pixels, 16) and config.block_n < 2 * max(out_channels, 16)
+        if config.block_m < 2 * max(rows, 16) and config.block_n < 2 * max(out_channels, 16)
     )
 
 
