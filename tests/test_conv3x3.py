@@ -580,10 +580,10 @@ if INTERPRETED:
             found = self.launch(x, weight, None, {}, algorithm=algorithm)
             assert_same_bits(found, conv3x3_ref(x.double(), weight.double()).float())
 
-        @pytest.mark.parametrize("channels", [16, 40, 128])
+        @pytest.mark.parametrize("channels", [16, 72])
         def test_winograd_is_within_what_strict_allows(self, channels):
-            """Four times the error of PyTorch's float32, with everything that can be added; any chunks, the same bits."""
-            x, weight, bias, options = layer((2, channels, 9, 14), 20, seed=channels)
+            """Four times the error of PyTorch's float32, with everything that can be added; in chunks, the same bits."""
+            x, weight, bias, options = layer((2, channels, 9, 12), 16, seed=channels)
             exact = conv3x3_ref(x.double(), weight.double(), bias.double(), **doubles(options))
             with strict_float32("cpu"):
                 library = conv3x3_ref(x, weight, bias, **options)
@@ -591,13 +591,10 @@ if INTERPRETED:
             for image in range(2):
                 allowed = STRICT_FACTOR * relative_error(library[image], exact[image])
                 assert relative_error(y[image], exact[image]) <= allowed
-            packed = gpu_winograd.pack_winograd(weight)
-            for workspace in (1, 4 * 36 * (channels + 20) * 17):  # 16 tiles, of 24; 17
-                again, names = torch.full_like(y, float("nan")), ("image_bias", "residual", "scale")
-                gpu_winograd.launch_winograd(
-                    again, x, packed, bias, *(options[name] for name in names), SMALL, workspace=workspace
-                )
-                assert_same_bits(again, y)
+            packed, again = gpu_winograd.pack_winograd(weight), torch.full_like(y, float("nan"))
+            added = (options[name] for name in ("image_bias", "residual", "scale"))
+            gpu_winograd.launch_winograd(again, x, packed, bias, *added, SMALL, workspace=1)  # 16 of the 18 tiles, and two
+            assert_same_bits(again, y)
 
         @pytest.mark.parametrize("algorithm", DIFFERENT)
         def test_infinity_stays_in_its_window(self, algorithm):
