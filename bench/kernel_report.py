@@ -63,6 +63,7 @@ class Compiled:
         wide_copies, copies: The same of asynchronous copies from global to shared memory.
         tensor_core: Machine instructions that multiply matrices.
         instructions: Machine instructions.
+        loop_instructions: Of them those of the longest loop's body; 0 without loops.
         contracted: Machine instructions FFMA, FFMA2 and the like.
         square_roots: `sqrt.rn.f32` in the PTX, which ptxas expands with FFMA.
         arithmetic: All PTX instructions on f32 or f64 that compute.
@@ -83,6 +84,7 @@ class Compiled:
     copies: int
     tensor_core: int
     instructions: int
+    loop_instructions: int
     contracted: int
     square_roots: int
     arithmetic: frozenset[str]
@@ -163,6 +165,7 @@ def compile_offline(launch: Launch, capability: int) -> Compiled:
         copies=names["LDGSTS"],
         tensor_core=sum(count for name, count in names.items() if re.fullmatch(r"\w*MMA", name)),
         instructions=sum(count for name, count in names.items() if name != "NOP"),
+        loop_instructions=_longest_loop(machine_code),
         contracted=sum(count for name, count in names.items() if re.fullmatch(r"[FD]FMA\w*", name)),
         square_roots=len(re.findall(r"\bsqrt\.", ptx)),
         arithmetic=frozenset(
@@ -187,6 +190,24 @@ def contracted_in_square_roots(count: int, capability: int) -> int:
     x = torch.empty(128 * count)
     launch = Launch(_square_roots_kernel, dict(y_ptr=x, x_ptr=x, COUNT=count), dict(num_warps=4, enable_fp_fusion=False))
     return compile_offline(launch, capability).contracted
+
+
+def _longest_loop(machine_code: str) -> int:
+    """Instructions from where the longest branch backwards goes, up to it."""
+    labels: dict[str, int] = {}
+    longest = count = 0
+    for line in machine_code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            if instruction[1] == "NOP":
+                continue
+            count += 1
+            target = re.search(r"\.L_x_\d+", instruction[2])
+            # A branch to itself is how the code ends.
+            if instruction[1].startswith("BRA") and target is not None and target[0] in labels:
+                longest = max(longest, count - labels[target[0]])
+    return longest if longest > 1 else 0
 
 
 def _is_tensor(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """The 3 × 3 convolution: its definition, operator and tuner, and its kernel in the interpreter (its own process: test_noise).
 
-The interpreter multiplies in float32 whatever the precision: it does not round to TF32. What TF32 costs is shown of the model.
+The interpreter multiplies in float32 whatever the algorithm: it does not round to TF32. What TF32 costs is shown of the model.
 """
 
 import contextlib
@@ -16,11 +16,15 @@ from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from coupfast.engine.cuda.calibration import STRICT_FACTOR
+from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import gpu as module
 from coupfast_kernels.convolution import gpu_tuning as tuning
-from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32, tf32x3_ref
-from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
-from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, Config, candidates, choose, tuned
+from coupfast_kernels.convolution import gpu_winograd
+from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32, tf32x3_ref, winograd3x3_ref, winograd_matrices
+from coupfast_kernels.convolution.gpu import ALGORITHMS, conv3x3, pack_halves, pack_weight
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, candidates, choose, tuned
+from coupfast_kernels.parity import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAST = torch.channels_last
@@ -60,17 +64,37 @@ def doubles(options):
     return {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
-def assert_close_to_exact(y, x, weight, bias, options):
+def counted(algorithm, channels):
+    """How many roundings a term of a sum goes through at most, of what `size_of` gives.
+
+    A direct sum's terms are 9 times the channels, however they are ordered. Halves lose as much as 7 more: 2⁻²³ of the weight,
+    which packing rounds to 22 bits; 2⁻²² for small · small; terms of 2⁻³³. Winograd's: 1 of the transformed weights; two passes
+    of two multiply-adds, which the interpreter rounds twice; a run of 32 and the runs; two passes of a difference and two
+    multiply-adds.
+    """
+    if algorithm == "winograd":
+        return 1 + 2 * 4 + 33 + math.ceil(channels / 32) + 2 * 5
+    return 9 * channels + (7 if algorithm == "tf32x3-halves" else 0)
+
+
+def size_of(algorithm, x, weight):
+    """The convolution of absolute values, in float64; Winograd's with its transforms' absolute values, which do not cancel."""
+    matrices = tuple(matrix.abs() for matrix in winograd_matrices(torch.float64))
+    x, weight = x.double().abs(), weight.double().abs()
+    return winograd3x3_ref(x, weight, matrices) if algorithm == "winograd" else conv3x3_ref(x, weight)
+
+
+def assert_close_to_exact(y, x, weight, bias, options, algorithm="ieee"):
     """Against the definition in float64, each output within what its own sum may lose.
 
-    K products and their sums with bias, image bias and residual: a term goes through at most K + 3 roundings, however they are
-    ordered. The rounded scale and its product are two more.
+    With bias, image bias and residual a term goes through three roundings more. The rounded scale and its product are two more.
     """
     bias = None if bias is None else bias.double()
     exact = conv3x3_ref(x.double(), weight.double(), bias, **doubles(options))
     sizes = {name: abs(value) for name, value in doubles(options).items()}
-    size = conv3x3_ref(x.double().abs(), weight.double().abs(), None if bias is None else bias.abs(), **sizes)
-    roundings = 9 * x.shape[1] + 5
+    added = conv3x3_ref(torch.zeros_like(x).double(), weight.double(), None if bias is None else bias.abs(), **sizes)
+    size = size_of(algorithm, x, weight) * options.get("scale", 1.0) + added
+    roundings = counted(algorithm, x.shape[1]) + 5
     bound = roundings * U / (1 - roundings * U) * size
     wrong = ~((y.double() - exact).abs() <= bound)  # NaN is wrong
     assert not bool(wrong.any()), (
@@ -103,6 +127,47 @@ class TestDefinition:
             assert_same_bits(packed[(3 * i + j) * 4 + c], weight[:, c, i, j])
         assert_same_bits(module._unpack_weight(packed), weight)
 
+    def test_halves_are_tf32_and_their_sum_is_the_weight(self):
+        weight = numbers(5, 4, 3, 3, seed=1)
+        big, small = packed = pack_halves(weight)
+        assert packed.is_contiguous()
+        assert packed.shape == (2, 5, 36)
+        for half in packed:
+            assert_same_bits(half, round_to_tf32(half))
+        assert bool((small.abs() <= 2.0**-11 * big.abs()).all())
+        for i, j, c in ((0, 0, 0), (0, 2, 3), (2, 1, 1)):
+            column = (3 * i + j) * 4 + c
+            error = big[:, column].double() + small[:, column].double() - weight[:, c, i, j].double()
+            assert bool((error.abs() <= 2.0**-23 * weight[:, c, i, j].abs()).all())
+        torch.testing.assert_close(ALGORITHMS["tf32x3-halves"].unpack(packed), weight, rtol=2.0**-22, atol=0)
+
+    @pytest.mark.parametrize("shape", [(2, 3, 8, 4), (1, 2, 9, 7), (3, 1, 1, 1)], ids=str)
+    def test_winograd_is_the_same_convolution(self, shape):
+        x, weight, _, _ = layer(shape, 6, "plain")
+        x, weight = x.double(), weight.double()
+        matrices = tuple(matrix.abs() for matrix in winograd_matrices(torch.float64))
+        # Two transforms of three, two and six terms, on both sides; products and their sum.
+        bound = 40 * torch.finfo(torch.float64).eps * winograd3x3_ref(x.abs(), weight.abs(), matrices)
+        assert bool(((winograd3x3_ref(x, weight) - conv3x3_ref(x, weight)).abs() <= bound).all())
+
+    def test_winograd_weights_are_transformed_once_and_rounded_once(self):
+        weight = numbers(5, 4, 3, 3, seed=1)
+        packed, (_, g, _) = gpu_winograd.pack_winograd(weight), winograd_matrices(torch.float64)
+        assert packed.is_contiguous()
+        for i, j in ((0, 0), (1, 4), (5, 2)):
+            exact = torch.einsum("a,ocab,b->co", g[i], weight.double(), g[j])
+            torch.testing.assert_close(packed[6 * i + j].double(), exact, rtol=U * (1 + 2.0**-20), atol=2.0**-50)
+        assert_close_to_exact(conv3x3_ref(torch.ones(1, 4, 3, 3), gpu_winograd.unpack_winograd(packed)), torch.ones(1, 4, 3, 3),
+                              weight, None, {}, "winograd")
+
+    def test_tiles_at_once_fit_the_workspace(self):
+        for tiles, channels, megabytes in ((1024, 512, 25), (7, 512, 25), (1024, 512, 2), (1 << 20, 6, 1)):
+            workspace = megabytes << 20
+            found = gpu_winograd.tiles_at_once(tiles, channels, workspace)
+            assert 4 * 36 * channels * found <= workspace
+            assert found == tiles or 4 * 36 * channels * (found + 128) > workspace
+        assert gpu_winograd.tiles_at_once(1024, 512, 1) == gpu_winograd.LEAST_TILES
+
     def test_its_transpose_is_the_convolution_with_weights_turned_over(self):
         x, weight, _, _ = layer((2, 3, 5, 4), 6)
         x, weight = x.double().requires_grad_(), weight.double()
@@ -115,7 +180,7 @@ class TestDefinition:
         with pytest.raises(TypeError, match="`weight` is torch.float64"):
             pack_weight(numbers(5, 4, 3, 3, seed=1).double())
         with pytest.raises(ValueError, match=r"got \(5, 4, 1, 1\)"):
-            pack_weight(numbers(5, 4, 1, 1, seed=1))
+            pack_halves(numbers(5, 4, 1, 1, seed=1))
 
 
 class TestTF32:
@@ -164,23 +229,27 @@ class TestTF32:
 
 class TestOperator:
     @pytest.mark.parametrize("epilogue", EPILOGUES)
-    @pytest.mark.parametrize("precision", PRECISIONS)
-    def test_is_the_definition_on_the_cpu(self, precision, epilogue):
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_is_the_definition_on_the_cpu(self, algorithm, epilogue):
+        """Of the weights as they were packed."""
         x, weight, bias, options = layer((3, 5, 4, 7), 6, epilogue)
-        y = conv3x3(x, pack_weight(weight), None, bias, **options, precision=precision)
-        assert_same_bits(y, conv3x3_ref(x, weight, bias, **options))
+        packed = ALGORITHMS[algorithm].pack(weight)
+        y = conv3x3(x, packed, None, bias, **options, algorithm=algorithm)
+        assert_same_bits(y, conv3x3_ref(x, ALGORITHMS[algorithm].unpack(packed), bias, **options))
         assert y.is_contiguous(memory_format=LAST)
-        assert_close_to_exact(y, x, weight, bias, options)
+        assert_close_to_exact(y, x, weight, bias, options, algorithm)
 
     @pytest.mark.parametrize("epilogue", EPILOGUES)
-    def test_gradients(self, epilogue):
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_gradients(self, algorithm, epilogue):
         x, weight, bias, options = layer((2, 5, 4, 7), 6, epilogue)
         v = numbers(2, 6, 4, 7, seed=9)
         inputs = [x.requires_grad_()] + ([options["residual"].requires_grad_()] if "residual" in options else [])
-        y = conv3x3(x, pack_weight(weight), pack_weight(turned(weight)), bias, **options)
+        pack = ALGORITHMS[algorithm].pack
+        y = conv3x3(x, pack(weight), pack(turned(weight)), bias, **options, algorithm=algorithm)
         gx, *gresidual = torch.autograd.grad(y, inputs, v)
         scale = options.get("scale", 1.0)
-        assert_close_to_exact(gx, v, turned(weight), None, {"scale": scale})
+        assert_close_to_exact(gx, v, turned(weight), None, {"scale": scale}, algorithm)
         assert gx.is_contiguous(memory_format=LAST)
         for g in gresidual:
             assert_same_bits(g, v * scale)
@@ -222,7 +291,7 @@ class TestOperator:
         with FakeTensorMode():
             x, residual = (torch.empty(4, c, 8, 8, device="cuda", memory_format=LAST) for c in (128, 256))
             packed, bias = torch.empty(1152, 256, device="cuda"), torch.empty(256, device="cuda")
-            y = conv3x3(x, packed, None, bias, residual=residual, precision="tf32x3")
+            y = conv3x3(x, packed, None, bias, residual=residual, algorithm="tf32x3")
             assert (tuple(y.shape), y.device.type) == ((4, 256, 8, 8), "cuda")
             assert y.is_contiguous(memory_format=LAST)
             with pytest.raises(ValueError, match="`bias` on cpu"):
@@ -256,7 +325,8 @@ class TestOperator:
                 r"`x` must be channels_last, .* use .contiguous\(memory_format=torch.channels_last",
             ),
             (dict(x=x[0]), ValueError, "shape .batch, channels, height, width., got"),
-            (dict(x=x[:, :4].contiguous(memory_format=LAST)), ValueError, r"shape \(9 · 4, out_channels\) .* got \(45, 6\)"),
+            (dict(x=x[:, :4].contiguous(memory_format=LAST)), ValueError, r"\(9 · in_channels, .* 4 channels, got \(45"),
+            (dict(algorithm="tf32x3-halves"), ValueError, r"pack_halves\(weight\) for algorithm=.*, shape \(2, out"),
             (dict(packed=weight), ValueError, "`packed` is pack_weight"),
             (dict(packed=packed.t().contiguous().t()), ValueError, "`packed` must be contiguous"),
             (dict(packed_vjp=packed), ValueError, r"`packed_vjp` must have shape \(54, 5\)"),
@@ -265,7 +335,7 @@ class TestOperator:
             (dict(image_bias=options["image_bias"][:1]), ValueError, r"`image_bias` must have shape \(2, 6\)"),
             (dict(residual=options["residual"].contiguous()), ValueError, "`residual` must be channels_last"),
             (dict(residual=options["residual"][:1]), ValueError, r"`residual` must have shape \(2, 6, 4, 7\)"),
-            (dict(precision="fp16"), ValueError, "one of ieee, tf32x3, tf32, got 'fp16'"),
+            (dict(algorithm="fp16"), ValueError, "one of ieee, tf32x3, tf32, tf32x3-halves.*, got 'fp16'"),
             (dict(packed=packed.requires_grad_()), RuntimeError, "for `x` and `residual` only, asked for: packed; freeze"),
             (dict(bias=bias.clone().requires_grad_()), RuntimeError, "asked for: bias"),
             (dict(x=x.clone().requires_grad_(), packed_vjp=None), RuntimeError, "needs `packed_vjp`"),
@@ -394,8 +464,9 @@ class TestTuning:
         assert len(asked) == len(IEEE_CONFIGS)
 
     def test_times_only_what_fits_the_result(self):
-        for precision in PRECISIONS:
-            assert candidates(256 * 1024, 256, precision) == CONFIGS[precision]
+        assert set(CONFIGS) == set(ALGORITHMS)
+        for algorithm in ALGORITHMS:
+            assert candidates(256 * 1024, 256, algorithm) == CONFIGS[algorithm]
         for pixels, out_channels in ((1, 1), (16, 3), (16, 256), (1024, 3), (35, 20)):
             found = candidates(pixels, out_channels, "ieee")
             assert found
@@ -405,8 +476,8 @@ class TestTuning:
 
     def test_one_order_of_sums(self):
         """What the tensor cores' sums depend on is no choice of the tuner's."""
-        for precision in ("tf32x3", "tf32"):
-            assert len({config.block_k for config in CONFIGS[precision]}) == 1
+        for algorithm in set(ALGORITHMS) - {"ieee"}:  # Winograd's runs, too, are two of these long
+            assert len({config.block_k for config in CONFIGS[algorithm]}) == 1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
@@ -431,17 +502,29 @@ LAYERS = [
     ((2, 40, 1, 1), 3),
     ((1, 4, 1, 6), 17),
 ]
+#: The others have the code of `ieee`, and one flag.
+DIFFERENT = ["ieee", "tf32x3-halves"]
 
 
 if INTERPRETED:
 
     class TestInterpreted:
-        def launch(self, x, weight, bias, options, config=SMALL, precision="ieee"):
+        @pytest.fixture(autouse=True)
+        def _poisoned_workspace(self, monkeypatch):
+            empty = torch.empty
+
+            def poisoned(*shape, **options):
+                return empty(*shape, **options).fill_(float("nan"))
+
+            monkeypatch.setattr(gpu_winograd.torch, "empty", poisoned)
+
+        def launch(self, x, weight, bias, options, config=SMALL, algorithm="ieee"):
             shape = (len(x), weight.shape[0], *x.shape[2:])
             buffer, y = poisoned(shape)
             before = x.clone()
             arguments = (options.get("image_bias"), options.get("residual"), options.get("scale", 1.0))
-            module._launch(y, x, pack_weight(weight), bias, *arguments, precision, config)
+            packed = ALGORITHMS[algorithm].pack(weight)
+            module._launch(y, x, packed, bias, *arguments, algorithm, config)
             assert_same_bits(x, before)
             assert bool(buffer[:32].isnan().all())
             assert bool(buffer[-32:].isnan().all())
@@ -452,49 +535,72 @@ if INTERPRETED:
             [(*images, "all") for images in LAYERS] + [(*LAYERS[2], epilogue) for epilogue in EPILOGUES[:-1]],
             ids=str,
         )
-        def test_equals_the_definition(self, shape, out_channels, epilogue):
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
+        def test_equals_the_definition(self, algorithm, shape, out_channels, epilogue):
             x, weight, bias, options = layer(shape, out_channels, epilogue)
-            assert_close_to_exact(self.launch(x, weight, bias, options), x, weight, bias, options)
+            found = self.launch(x, weight, bias, options, algorithm=algorithm)
+            assert_close_to_exact(found, x, weight, bias, options, algorithm)
 
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
         @pytest.mark.parametrize(("shape", "out_channels"), LAYERS, ids=str)
-        def test_transpose(self, shape, out_channels):
+        def test_transpose(self, shape, out_channels, algorithm):
             """Against autograd of the definition, not against the convolution with weights turned over."""
             x, weight, _, _ = layer(shape, out_channels, "plain")
             v = numbers(shape[0], out_channels, *shape[2:], seed=9)
-            found = self.launch(v, turned(weight), None, {"scale": SCALE})
+            found = self.launch(v, turned(weight), None, {"scale": SCALE}, algorithm=algorithm)
 
-            def gradient(weight, v):
-                point = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-                return torch.autograd.grad(conv3x3_ref(point, weight.double(), scale=SCALE), point, v.double())[0]
-
-            roundings = 9 * out_channels + 2  # a sum as long as this, the scale and its product
-            bound = roundings * U / (1 - roundings * U) * gradient(weight.abs(), v.abs())
-            assert bool(((found.double() - gradient(weight, v)).abs() <= bound).all())
+            point = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+            (exact,) = torch.autograd.grad(conv3x3_ref(point, weight.double(), scale=SCALE), point, v.double())
+            roundings = counted(algorithm, out_channels) + 2  # the scale and its product
+            bound = roundings * U / (1 - roundings * U) * size_of(algorithm, v, turned(weight)) * SCALE
+            assert bool(((found.double() - exact).abs() <= bound).all())
 
         @pytest.mark.parametrize(
-            ("config", "precision"),
+            ("config", "algorithm"),
             [
                 (Config(32, 16, 16, 1, 1), "tf32x3"),
                 (Config(16, 32, 32, 1, 1), "tf32"),
+                (Config(32, 16, 32, 1, 1), "tf32x3-halves"),
+                (CONFIGS["winograd"][0], "winograd"),
                 (IEEE_CONFIGS[0], "ieee"),
                 (IEEE_CONFIGS[-1], "ieee"),
             ],
             ids=str,
         )
-        def test_other_blocks(self, config, precision):
+        def test_other_blocks(self, config, algorithm):
             x, weight, bias, options = layer((2, 20, 5, 7), 20, seed=1)
-            assert_close_to_exact(self.launch(x, weight, bias, options, config, precision), x, weight, bias, options)
+            found = self.launch(x, weight, bias, options, config, algorithm)
+            assert_close_to_exact(found, x, weight, bias, options, algorithm)
 
-        def test_pads_with_zeros_not_with_neighbours(self):
+        @pytest.mark.parametrize("algorithm", DIFFERENT)
+        def test_pads_with_zeros_not_with_neighbours(self, algorithm):
             """Exact: whole numbers small enough. The last column of an image must not see the first of its next row."""
             x = torch.arange(2 * 3 * 3 * 4, dtype=torch.float32).reshape(2, 3, 3, 4).contiguous(memory_format=LAST)
             weight = torch.arange(-54, 54, dtype=torch.float32).reshape(4, 3, 3, 3)
-            assert_same_bits(self.launch(x, weight, None, {}), conv3x3_ref(x.double(), weight.double()).float())
+            found = self.launch(x, weight, None, {}, algorithm=algorithm)
+            assert_same_bits(found, conv3x3_ref(x.double(), weight.double()).float())
 
-        def test_infinity_stays_in_its_window(self):
+        @pytest.mark.parametrize("channels", [16, 72])
+        def test_winograd_is_within_what_strict_allows(self, channels):
+            """Four times the error of PyTorch's float32, with everything that can be added; in chunks, the same bits."""
+            x, weight, bias, options = layer((2, channels, 9, 12), 16, seed=channels)
+            exact = conv3x3_ref(x.double(), weight.double(), bias.double(), **doubles(options))
+            with strict_float32("cpu"):
+                library = conv3x3_ref(x, weight, bias, **options)
+            y = self.launch(x, weight, bias, options, algorithm="winograd")
+            for image in range(2):
+                allowed = STRICT_FACTOR * relative_error(library[image], exact[image])
+                assert relative_error(y[image], exact[image]) <= allowed
+            packed, again = gpu_winograd.pack_winograd(weight), torch.full_like(y, float("nan"))
+            added = (options[name] for name in ("image_bias", "residual", "scale"))
+            gpu_winograd.launch_winograd(again, x, packed, bias, *added, SMALL, workspace=1)  # 16 of the 18 tiles, and two
+            assert_same_bits(again, y)
+
+        @pytest.mark.parametrize("algorithm", DIFFERENT)
+        def test_infinity_stays_in_its_window(self, algorithm):
             x, weight, _, _ = layer((2, 5, 5, 7), 6, "plain")
             x[1, 2, 2, 3] = float("inf")
-            y = self.launch(x, weight, None, {})
+            y = self.launch(x, weight, None, {}, algorithm=algorithm)
             reached = torch.zeros(2, 6, 5, 7, dtype=torch.bool)
             reached[1, :, 1:4, 2:5] = True
             assert bool((y.isfinite() == ~reached).all())
@@ -524,7 +630,7 @@ if INTERPRETED:
             monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda axis: program)
             monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
             module._conv3x3_kernel[(1,)](
-                y, x, pack_weight(weight), bias, image_bias, residual, SCALE,
+                y, x, pack_weight(weight), None, bias, image_bias, residual, SCALE,
                 pixels=2 * height * width, height=height, width=width, in_channels=channels, out_channels=channels,
                 INPUT_PRECISION="ieee", BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             )  # fmt: skip

@@ -17,6 +17,7 @@ from graph_backend import StandIn, aten
 from coupfast.engine.cuda import calibration as module
 from coupfast.engine.cuda.calibration import Calibration, Choice, ConvolutionShape
 from coupfast.engine.precision import strict_float32
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 SHAPE = ConvolutionShape(2, 5, 4, 6, 7)
 CPU = torch.device("cpu")
@@ -274,10 +275,10 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "names"),
         [
-            ("strict", {"triton-ieee"}),
-            ("fast", {"triton-ieee"}),
-            ("3xtf32", {"triton-ieee", "triton-tf32x3"}),
-            ("tf32", {"triton-ieee", "triton-tf32"}),
+            ("strict", {"triton-ieee", "triton-winograd"}),
+            ("fast", {"triton-ieee", "triton-winograd"}),
+            ("3xtf32", {"triton-ieee", "triton-winograd", "triton-tf32x3", "triton-tf32x3-halves"}),
+            ("tf32", {"triton-ieee", "triton-winograd", "triton-tf32"}),
         ],
     )
     def test_candidates_of_a_gpu(self, precision, names):
@@ -301,27 +302,42 @@ class TestPrecision:
         targets = {node.target for node in compiled[0].graph.nodes if node.op == "call_function"}
         assert targets == {torch.ops.aten.convolution.default}
 
-    @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
-    def test_the_kernel_packs_a_weight_once(self, precision, monkeypatch):
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_the_kernel_packs_a_weight_once(self, algorithm, monkeypatch):
         """On the CPU the operator is its definition."""
         packed, used = [], []
-        pack, convolve = module.pack_weight, module.conv3x3
+        right_pack, convolve = ALGORITHMS[algorithm].pack, module.conv3x3
 
-        def recorded(*arguments, precision):
-            used.append(precision)
-            return convolve(*arguments, precision=precision)
+        def recorded(*arguments, algorithm):
+            used.append(algorithm)
+            return convolve(*arguments, algorithm=algorithm)
 
-        monkeypatch.setattr(module, "pack_weight", lambda weight: packed.append(weight) or pack(weight))
+        def pack(weight):
+            packed.append(weight)
+            return right_pack(weight)
+
+        monkeypatch.setitem(module.ALGORITHMS, algorithm, dataclasses.replace(ALGORITHMS[algorithm], pack=pack))
         monkeypatch.setattr(module, "conv3x3", recorded)
-        kernel = module._Triton(precision)
+        kernel = module._Triton(algorithm)
         x, weight, bias = module._example(SHAPE, CPU)
-        # Two sums of 45 products and a bias each.
-        tol = 2 * 46 * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
+        # Two sums of 45 products and a bias each; some roundings of weights split, or transformed and back.
+        tol = (2 * 46 + 8) * 2.0**-24 * float(F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max())
         for _ in range(2):
             torch.testing.assert_close(kernel(x, weight, bias), right(x, weight, bias), rtol=0, atol=tol)
         doubled = kernel(x, 2 * weight, 2 * bias)
         torch.testing.assert_close(doubled, 2 * right(x, weight, bias), rtol=0, atol=2 * tol)
-        assert (len(packed), set(used)) == (2, {precision})
+        assert (len(packed), set(used)) == (2, {algorithm})
+
+    def test_few_channels_are_not_tried_where_they_are_less_exact(self, tmp_path):
+        """On the CPU the operator is its definition, and every time is the same: what comes first is chosen, if it is there."""
+        candidates = {"triton-winograd": module._Triton("winograd"), "library": right}
+        calibration = Calibration(CPU, folder=tmp_path, candidates=candidates, timer=lambda call: 1.0)
+        for channels, chosen in ((15, "library"), (16, "triton-winograd")):
+            found = calibration.choose(dataclasses.replace(SHAPE, in_channels=channels))
+            assert found.candidate == chosen
+            assert ("triton-winograd" in found.seconds | found.errors | found.refused) == (channels == 16)
+        kept = Calibration(CPU, folder=tmp_path, candidates=candidates)
+        assert kept.choose(dataclasses.replace(SHAPE, in_channels=16)) == found
 
     def test_what_it_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="one of strict, fast, 3xtf32, tf32, got 'half'"):
@@ -517,5 +533,5 @@ class TestGpu:
         calibration = Calibration("cuda", folder=tmp_path)
         found = calibration.choose(ConvolutionShape(1, 256, 256, 16, 16))
         assert found.refused == {}
-        assert set(found.seconds) == {"library", "triton-ieee"}
+        assert set(found.seconds) == {"library", "triton-ieee", "triton-winograd"}
         assert isinstance(found, Choice)

@@ -29,6 +29,7 @@ from coupfast.engine.cuda.program import CudaProgram
 from coupfast.engine.cuda.substitution import CONTIGUOUS
 from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.convolution.gpu import pack_weight
+from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
 from coupfast_kernels.noise import standard_normal_ref
 
 EPS = torch.finfo(torch.float32).eps
@@ -466,6 +467,17 @@ def test_convolutions_are_those_that_calibration_chose(backends, score, images, 
     found = {node.target for node in pieces.make("score", 1).operations()}
     assert (torch.ops.coupfast.conv3x3.default in found) == ours
     assert bool([kind for *_, kind in pieces.packed if kind == CONTIGUOUS]) == copied
+
+
+def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, score, images):
+    with_ours, without = (
+        bound_of(purifier(score, None, method="reverse-sde", options={"triton": triton}), images).memory(4)
+        for triton in (True, False)
+    )
+    workspace = workspace_bytes(images.device)
+    assert workspace > 0
+    assert with_ours.forward - without.forward == with_ours.transpose - without.transpose == workspace
+    assert with_ours.slopes == without.slopes
 
 
 class TestPrecision:

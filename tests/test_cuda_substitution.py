@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coupfast.engine.cuda.substitution import CONTIGUOUS, LIBRARY, fuse_kernels
 from coupfast.engine.cuda.traced import TracedScore
 from coupfast.tracing import trace
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 OURS = {"conv3x3", "group_norm_silu", "group_norm_silu_vjp"}
 
@@ -303,6 +304,18 @@ class TestPackedWeights:
             fuse_kernels(graph, every, norms=False, packed=packed)
             assert_close(graph(x)[0], F.conv2d(x, weight, padding=1))
             del graph, weight
+
+    def test_each_algorithm_has_its_own(self):
+        """One weight taken by several, as calibration may choose for maps of different sizes."""
+        weight = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+        x, packed = images(2, channels=16), {}
+        for algorithm in ALGORITHMS:
+            graph = flat(lambda x, weight: (F.conv2d(x, weight, padding=1),), (x,), [weight])
+            fuse_kernels(graph, lambda *shape, algorithm=algorithm: algorithm, norms=False, packed=packed)
+            assert_close(graph(x)[0], F.conv2d(x, weight, padding=1))
+            (node,) = (node for node in graph.operations() if node.target is torch.ops.coupfast.conv3x3.default)
+            assert node.args[-1] == algorithm
+        assert len(packed) == len({algorithm.pack for algorithm in ALGORITHMS.values()}) == 3
 
     def test_a_weight_and_its_transpose_in_one_place(self):
         weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))

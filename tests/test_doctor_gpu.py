@@ -17,6 +17,7 @@ from coupfast.doctor.kernels import check_kernels, is_bad, measure_rates
 from coupfast.engines import ENGINES
 from coupfast.purify import Purifier
 from coupfast_kernels import parity, registry
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 CPU = torch.device("cpu")
 ON_GPUS = [kernel for kernel in registry.kernels() if kernel.device == "cuda"]
@@ -54,7 +55,7 @@ class TestKernels:
         assert {row["status"] for row in rows} == {"ok"}
         assert {
             *("guided_step", "standard_normal", "group_norm_silu", "group_norm_silu_vjp"),
-            *("conv3x3 ieee", "conv3x3 tf32x3", "conv3x3 tf32"),
+            *(f"conv3x3 {algorithm}" for algorithm in ALGORITHMS),
         } <= {row["kernel"] for row in rows}
         assert len({(row["kernel"], row["case"]) for row in rows}) == len(rows)
         for row in rows:
@@ -295,7 +296,7 @@ class TestRates:
             "group_norm_silu_vjp": 3 * features,
         }
         assert {name: row["flop"] for name, row in rows.items() if row["flop"]} == {
-            f"conv3x3 {precision}": 2 * 9 * 256 * 256 * 16 * 16 for precision in ("ieee", "tf32x3", "tf32")
+            f"conv3x3 {algorithm}": 2 * 9 * 256 * 256 * 16 * 16 for algorithm in ALGORITHMS
         }
         for row in rows.values():
             per_second = (row["bytes"] or row["flop"]) / 1e-3
@@ -305,7 +306,8 @@ class TestRates:
     def test_what_is_wrong_gets_no_time(self, seconds):
         found = measure_rates(CPU, {"guided_step", "conv3x3 ieee"}, kernels=ON_GPUS, images=1)
         assert [row["kernel"] for row in found["kernels"]] == [
-            *("conv3x3 tf32x3", "conv3x3 tf32", "group_norm_silu", "group_norm_silu_vjp", "standard_normal")
+            *(f"conv3x3 {algorithm}" for algorithm in ALGORITHMS if algorithm != "ieee"),
+            *("group_norm_silu", "group_norm_silu_vjp", "standard_normal")
         ]
 
     def test_a_card_without_memory_says_so(self, seconds, monkeypatch):
@@ -346,7 +348,7 @@ class TestReport:
         for part in ("largest error 0.25 of its bound", "GB/s", "TFLOP/s"):
             assert part in text
         assert text.count("of the copy") == 4
-        assert text.count("of the matrix product") == 3
+        assert text.count("of the matrix product") == len(ALGORITHMS)
 
     def test_a_mismatch_is_a_problem_of_the_doctors(self, gpu, report, monkeypatch):
         bad = gpu | {"problems": ["engine cuda on cuda:0: mismatch"]}

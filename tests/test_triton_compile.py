@@ -7,6 +7,7 @@ accesses and counts of instructions are the compiler's as much as ours: they are
 import functools
 import os
 import re
+from collections import Counter
 
 import numpy as np
 import ptx
@@ -17,6 +18,7 @@ from test_noise import assert_same_bits, random_words
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast_kernels import registry
 from coupfast_kernels.convolution import cases as convolution
+from coupfast_kernels.convolution import gpu_winograd
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS
 from coupfast_kernels.group_norm import cases as group_norm
 from coupfast_kernels.guided_step import cases as guided_step
@@ -165,10 +167,11 @@ def test_a_batch_does_not_compile_again():
 
 # Every config on every architecture, and what is ragged once.
 CONVOLUTIONS = [
-    # images, output channels, precision, which config, fused, architecture
+    # images, output channels, algorithm, which config, fused, architecture
     *(
-        ((8, 128, 32, 32), 128, precision, number, True, capability)
-        for precision, configs in CONFIGS.items()
+        ((8, 128, 32, 32), 128, algorithm, number, True, capability)
+        for algorithm, configs in CONFIGS.items()
+        if algorithm != "winograd"
         for number in range(len(configs))
         for capability in TARGETS
     ),
@@ -180,24 +183,28 @@ CONVOLUTIONS = [
 TENSOR_CORE = {80: "mma.sync.aligned.m16n8k8", 90: "wgmma.mma_async.sync.aligned.m64n", 100: "tcgen05.mma"}
 
 
+#: Bytes a thread, by algorithm, config and architecture.
+SPILLED = {("tf32x3-halves", 0, 80): 56}
+
+
 every_convolution = pytest.mark.parametrize(
-    ("shape", "out_channels", "precision", "number", "fused", "capability"), CONVOLUTIONS, ids=str
+    ("shape", "out_channels", "algorithm", "number", "fused", "capability"), CONVOLUTIONS, ids=str
 )
 
 
 @functools.cache
-def built_convolution(shape, out_channels, precision, number, fused, capability) -> Compiled:
-    config = CONFIGS[precision][number]
-    return compile_offline(launched(convolution.launch, shape, out_channels, precision, config, fused=fused), capability)
+def built_convolution(shape, out_channels, algorithm, number, fused, capability) -> Compiled:
+    config = CONFIGS[algorithm][number]
+    return compile_offline(launched(convolution.launch, shape, out_channels, algorithm, config, fused=fused), capability)
 
 
 @every_convolution
-def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, precision, number, fused, capability):
-    built = built_convolution(shape, out_channels, precision, number, fused, capability)
+def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, algorithm, number, fused, capability):
+    built = built_convolution(shape, out_channels, algorithm, number, fused, capability)
     # An SM can run it. How well is the tuner's to find, which times every config: some versions spill a few words of some.
     assert built.programs_per_sm >= 1
     assert ".f64" not in built.ptx
-    if precision == "ieee":
+    if algorithm == "ieee":
         # Float32 multiply-adds only, and no sum beside them but the epilogue's: chains.
         assert "tf32" not in built.ptx
         assert "mma" not in built.ptx
@@ -208,33 +215,34 @@ def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, precisi
     else:
         assert "tf32" in built.ptx
         assert built.tensor_core > 0
-    if precision == "tf32x3":
+    if algorithm == "tf32x3":
         assert re.search(r"cvt\.rna?\.tf32\.f32", built.ptx)  # split three ways with correct rounding
 
 
 @figures
 @every_convolution
-def test_figures_of_a_convolution(shape, out_channels, precision, number, fused, capability):
-    config = CONFIGS[precision][number]
-    built = built_convolution(shape, out_channels, precision, number, fused, capability)
-    assert built.spill_bytes == 0
+def test_figures_of_a_convolution(shape, out_channels, algorithm, number, fused, capability):
+    config = CONFIGS[algorithm][number]
+    built = built_convolution(shape, out_channels, algorithm, number, fused, capability)
+    assert built.spill_bytes <= SPILLED.get((algorithm, number, capability), 0)
     assert built.programs_per_sm * 32 * config.num_warps >= 256
 
     # 128 bits wherever channels are multiples of 16, each tensor once a program: 4 floats a thread and access. Copies for all
     # stages but one before the loop, and for one in it.
     threads = 32 * config.num_warps
     results = config.block_m * config.block_n // (4 * threads)
-    copies = config.num_stages * (config.block_m + config.block_n) * config.block_k // (4 * threads)
+    weights = 2 if algorithm == "tf32x3-halves" else 1  # for each of the terms
+    copies = config.num_stages * (config.block_m + weights * config.block_n) * config.block_k // (4 * threads)
     if out_channels % 16 == 0:
         assert built.wide_stores == built.stores == results
     if shape[1] % 16 == 0 and out_channels % 16 == 0:
-        assert built.copies == built.wide_copies == copies or precision == "tf32"
+        assert built.copies == built.wide_copies == copies or algorithm == "tf32"
         # The residual, and a bias per image; the bias is one value a column.
         assert built.wide_loads >= (2 * results if fused else 0)
     elif shape[1] % 16 == 0:
         assert built.wide_copies == config.num_stages * config.block_m * config.block_k // (4 * threads)  # of pixels
 
-    if precision == "ieee":
+    if algorithm == "ieee":
         # As many multiply-adds as there are products.
         fused_multiply_adds = len(re.findall(r"\bfma\.rn\.f32\s", built.ptx)) + 2 * len(
             re.findall(r"\bfma\.rn\.f32x2\s", built.ptx)
@@ -246,19 +254,113 @@ def test_figures_of_a_convolution(shape, out_channels, precision, number, fused,
         assert TENSOR_CORE[80 if alone else capability] in built.ptx
         assert built.contracted == 0
         # Split three ways, or not rounded at all.
-        assert ("cvt.rna.tf32.f32" in built.ptx) == (precision == "tf32x3")
-    if precision == "tf32x3" and not fused:
+        assert ("cvt.rna.tf32.f32" in built.ptx) == (algorithm == "tf32x3")
+    if algorithm == "tf32x3" and not fused:
         # Every pass of the loop begins a sum of its own on the tensor cores, and adds it to the last in float32.
         adds = len(re.findall(r"\badd(?:\.rn)?\.f32\s", built.ptx)) + 2 * len(re.findall(r"\badd(?:\.rn)?\.f32x2\s", built.ptx))
         assert adds == config.block_m * config.block_n // threads
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-def test_layers_share_their_machine_code(precision):
+@figures
+def test_weights_split_once_take_fewer_instructions():
+    """Of the largest tiles on an H100. Predicted without masks of channels: 269 for 32 terms instead of 402 for 16."""
+    halves, both = (
+        built_convolution((8, 128, 32, 32), 128, algorithm, 0, True, 90).loop_instructions
+        for algorithm in ("tf32x3-halves", "tf32x3")
+    )
+    assert 0 < halves <= 300
+    assert both >= 390
+    assert CONFIGS["tf32x3-halves"][0].block_k == 2 * CONFIGS["tf32x3"][0].block_k
+
+
+def float32_operations(built: Compiled) -> Counter:
+    """Additions (and subtractions), products and multiply-adds of a thread in the PTX, those of pairs counted twice."""
+    found = re.findall(r"^\s*(add|sub|mul|fma)(?:\.rn)?\.f32(x2)?\s", built.ptx, re.MULTILINE)
+    counts = Counter()
+    for name, pair in found:
+        counts["add" if name == "sub" else name] += 2 if pair else 1
+    return counts
+
+
+#: Configs of products by architecture, and channels of transforms; ragged ones differ in their masks only.
+PRODUCTS = [(number, 90) for number in range(len(CONFIGS["winograd"]))] + [(0, 80), (0, 100)]
+WINOGRAD = {"input": (128, 128), "output": (128, 128), "input, 20 channels": (20, 128), "output, 20 channels": (128, 20)}
+
+
+@functools.cache
+def built_winograd(part: str, number: int, capability: int) -> Compiled:
+    kind, *_ = part.split(",")
+    more = (128, 128, CONFIGS["winograd"][number]) if kind == "product" else WINOGRAD[part]
+    return compile_offline(launched(convolution.launch_winograd_part, kind, *more), capability)
+
+
+def assert_strict(built: Compiled) -> None:
+    assert built.programs_per_sm >= 1
+    assert not re.search(r"\.f64|tf32|mma|\.approx|\.full", built.ptx)
+    assert built.tensor_core == 0
+
+
+@pytest.mark.parametrize(("number", "capability"), PRODUCTS)
+def test_a_product_of_winograds_is_runs_of_multiply_adds(number, capability):
+    """Of 36 products for 16 outputs a pass of the loop takes 2 BLOCK_K terms in one run, and adds it to the others' sum."""
+    config, built = CONFIGS["winograd"][number], built_winograd("product", number, capability)
+    assert_strict(built)
+    results = config.block_m * config.block_n // (32 * config.num_warps)  # of a thread
+    found = float32_operations(built)
+    assert found["fma"] == results * 2 * config.block_k
+    assert found["add"] == results
+    assert found["mul"] == 0
+    assert 2 * config.block_k == 32
+    # Predicted with runs of 32: 2.25 multiply-adds and 0.07 additions an output and channel, where a direct sum has 9.
+    per_output = 36 / 16 * (found["fma"] + found["add"]) / (results * 32)
+    assert per_output == 2.25 * (1 + 1 / 32)
+
+
+@pytest.mark.parametrize(
+    ("part", "capability"), [(part, target) for part in WINOGRAD for target in TARGETS if target == 90 or "," not in part]
+)
+def test_a_transform_of_winograds_computes_what_was_counted(part, capability):
+    """Six lines, then six (input) or four (output) across them, of 12 multiply-adds, or 6 sums, 2 products, 4 multiply-adds."""
+    built = built_winograd(part, 0, capability)
+    assert_strict(built)
+    found, values = float32_operations(built), gpu_winograd.TRANSFORM_T * gpu_winograd.TRANSFORM_C // built.threads
+    if part.startswith("input"):
+        assert found == {"fma": values * 12 * 12}
+    else:
+        assert found["fma"] == values * 10 * 4
+        assert found["mul"] == values * (10 * 2 + 16)  # and the scale
+        # The biases' sum, which begins at zero; a bias and a residual for each of 16.
+        assert values * (10 * 6 + 2 * 16 + 1) <= found["add"] <= values * (10 * 6 + 2 * 16 + 2)
+
+
+@figures
+@pytest.mark.parametrize("capability", TARGETS)
+def test_figures_of_winograd(capability):
+    numbers = [number for number, target in PRODUCTS if target == capability]
+    products = [(CONFIGS["winograd"][number], built_winograd("product", number, capability)) for number in numbers]
+    for config, built in products:
+        assert built.spill_bytes == 0
+        assert built.programs_per_sm * built.threads >= 256
+        quads = config.block_m * config.block_n // (4 * built.threads)
+        assert built.wide_stores == built.stores == quads  # M once, 128 bits at a time
+    # Of the largest tiles at least five in six instructions of the loop multiply.
+    config, built = products[0]
+    pairs = 2 if capability == 100 else 1
+    fused = config.block_m * config.block_n * 2 * config.block_k // (built.threads * pairs)
+    assert built.loop_instructions <= fused * (1.3 if pairs == 2 else 1.2)
+    # A transform reads each of its 36 values once and writes each result once, two channels at a time: 64 bits.
+    read, written = built_winograd("input", 0, capability), built_winograd("output", 0, capability)
+    assert (read.spill_bytes, read.loads, read.stores) == (0, 36, 36)
+    assert (written.spill_bytes, written.loads, written.stores) == (0, 36 + 16 + 2, 16)
+    assert min(read.threads_per_sm, written.threads_per_sm) >= 512
+
+
+@pytest.mark.parametrize("algorithm", ["ieee", "tf32x3", "tf32x3-halves"])
+def test_layers_share_their_machine_code(algorithm):
     """All that a launch's machine code knows of its shape is which channels are multiples of 16."""
 
     def known(shape, out_channels):
-        launch = launched(convolution.launch, shape, out_channels, precision, CONFIGS[precision][0])
+        launch = launched(convolution.launch, shape, out_channels, algorithm, CONFIGS[algorithm][0])
         special = [parameter.name for parameter in launch.kernel.params if not parameter.do_not_specialize]
         return {name: launch.arguments[name] % 16 == 0 for name in special if isinstance(launch.arguments[name], int)}
 

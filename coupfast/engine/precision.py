@@ -26,7 +26,7 @@ Precision = Literal["strict", "fast", "3xtf32", "tf32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 #: What runs without tensor cores, hence everywhere; the others are the cuda engine's.
 FLOAT32_PRECISIONS: tuple[Precision, ...] = ("strict", "fast")
-#: What `coupfast_kernels`' `conv3x3` (and Triton, whose names these are) calls the products of this project's own convolutions.
+#: What `coupfast_kernels`' convolutions (and Triton, whose names these are) call their `products`; "ieee" is allowed in all.
 PRODUCTS: dict[Precision, str] = {"strict": "ieee", "fast": "ieee", "3xtf32": "tf32x3", "tf32": "tf32"}
 
 # `autocast(enabled=False)` leaves TF32 as it is: cuDNN's convolutions use it by default, and

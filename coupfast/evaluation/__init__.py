@@ -7,7 +7,7 @@ building       how a worker comes by its defense; purification: the purifier of 
 metered        a defense whose noise can be set and whose work is counted; views: what else can be seen of one
 launch         start or continue a run
 checks         what must fit before any work; gradients: whether an attack had any to follow
-configuration  all that results depend on
+configuration  all that results depend on; starts: the adversarial images of an earlier run that attacks begin from
 units          which units of work there are and which can start
 dispatch       hands units to workers and results to the ledger; progress says how far it is
 worker         does one unit; recorder: what was answered once is not computed again, and journal has it on disk

@@ -23,6 +23,7 @@ from coupfast.engine.eager import guidance_of
 from coupfast.engine.precision import Precision
 from coupfast.engine.protocol import StepMemory
 from coupfast.solvers import CoefficientTable
+from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
 
 #: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own. Above 16 a step's time grows
 #: with its images: half steps, too.
@@ -120,10 +121,10 @@ def prepare(
 
         def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
             shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
-            candidate = calibration.choose(shape).candidate
-            if candidate.startswith("triton-"):
-                return candidate.removeprefix("triton-")
-            return CONTIGUOUS if candidate == CONTIGUOUS else LIBRARY
+            kind, _, algorithm = calibration.choose(shape).candidate.partition("triton-")
+            if kind == CONTIGUOUS:
+                return CONTIGUOUS
+            return LIBRARY if kind else algorithm
 
     networks = CudaNetworks(
         score,
@@ -136,5 +137,6 @@ def prepare(
         compiler=compiler,
         choose=choose,
         fuse_norms=chosen.triton,
+        workspace=workspace_bytes(example.device) if chosen.triton else 0,
     )
     return BoundCudaEngine(networks)

@@ -35,7 +35,7 @@ from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_p
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
-from coupfast_kernels.convolution.gpu import conv3x3, pack_weight
+from coupfast_kernels.convolution.gpu import ALGORITHMS, conv3x3
 from coupfast_kernels.convolution.gpu_tuning import tried
 from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
@@ -188,7 +188,11 @@ class Calibration:
             arguments = _example(shape, self.device)
             truth = _library(*(tensor.double() for tensor in arguments))
             limit = self._limit(_error(_library(*arguments), truth))
-            calls = {name: functools.partial(function, *arguments) for name, function in self.candidates.items()}
+            calls = {
+                name: functools.partial(function, *arguments)
+                for name, function in self.candidates.items()
+                if not isinstance(function, _Triton) or function.suits(shape)
+            }
             for name, call in calls.items():
                 try:
                     _poison(truth)
@@ -295,9 +299,9 @@ def _candidates(device: torch.device, precision: Precision, compiler: Compiler |
     if compiler is not None:
         found["compiled"] = _Compiled(compiler)
     if device.type == "cuda":
-        found["triton-ieee"] = _Triton("ieee")
-        if PRODUCTS[precision] != "ieee":
-            found[f"triton-{PRODUCTS[precision]}"] = _Triton(PRODUCTS[precision])
+        for name, algorithm in ALGORITHMS.items():
+            if algorithm.products in ("ieee", PRODUCTS[precision]):
+                found[f"triton-{name}"] = _Triton(name)
     return found
 
 
@@ -333,16 +337,20 @@ class _Compiled:
 
 
 class _Triton:
-    """`coupfast_kernels`' `conv3x3` at one precision of its products."""
+    """`coupfast_kernels`' `conv3x3` by one of its algorithms."""
 
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
+    def __init__(self, algorithm: str) -> None:
+        self.algorithm = algorithm
         self._packed: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last weight: an engine packs once, too
+
+    def suits(self, shape: ConvolutionShape) -> bool:
+        """Whether to try it: with fewer channels it is known to be less exact."""
+        return shape.in_channels >= ALGORITHMS[self.algorithm].least_channels
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self._packed is None or self._packed[0] is not weight:
-            self._packed = (weight, pack_weight(weight))
-        return conv3x3(x, self._packed[1], None, bias, precision=self.precision)
+            self._packed = (weight, ALGORITHMS[self.algorithm].pack(weight))
+        return conv3x3(x, self._packed[1], None, bias, algorithm=self.algorithm)
 
 
 def _example(shape: ConvolutionShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

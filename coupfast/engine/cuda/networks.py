@@ -29,6 +29,7 @@ class CudaNetworks:
         compiler: Compiles a piece; None runs its operations one by one.
         choose: Which algorithm a convolution takes; None leaves all to the library.
         fuse_norms: Whether this project's group norms replace the library's.
+        workspace: Bytes that a convolution which `choose` gives may take beside its result.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class CudaNetworks:
         compiler: Compiler | None = None,
         choose: Conv3x3Choice | None = None,
         fuse_norms: bool = False,
+        workspace: int = 0,
     ) -> None:
         self.guidance, self.table = guidance, table
         self.differentiate_guidance = differentiate_guidance
         self.precision, self.backend, self.compiler = precision, backend, compiler
+        self.workspace = workspace
         self.example = torch.zeros_like(example[:1])
         self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
         self.pieces = Pieces(
@@ -64,9 +67,10 @@ class CudaNetworks:
         self.noisy = bool((table.d != 0.0).any() or (table.f is not None and (table.f != 0.0).any()))
 
     def memory(self, bucket: int) -> StepMemory:
-        """As PyTorch would need it operation by operation, which is more than compiled pieces take."""
+        """As PyTorch would need it operation by operation, which is more than compiled pieces take; and the workspace."""
         eager = self.eager.memory(bucket)
-        return StepMemory(eager.forward, eager.forward, eager.transpose, eager.transpose, eager.slopes, eager.slopes)
+        forward, transpose = eager.forward + self.workspace, eager.transpose + self.workspace
+        return StepMemory(forward, forward, transpose, transpose, eager.slopes, eager.slopes)
 
 
 def _clip_columns(table: CoefficientTable, example: torch.Tensor) -> torch.Tensor | None:

@@ -17,17 +17,17 @@ from torch import fx
 
 from coupfast.engine.cuda.flat import FlatGraph
 from coupfast_kernels import group_norm  # noqa: F401  (registers its operators)
-from coupfast_kernels.convolution.gpu import pack_weight
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 aten = torch.ops.aten
 
 #: (batch, channels in, channels out, height, width) → the library as it is ("library"), the library on contiguous maps
-#: ("library-contiguous"), or the precision of `coupfast_kernels`' `conv3x3` to take.
+#: ("library-contiguous"), or the algorithm of `coupfast_kernels`' `conv3x3` to take.
 Conv3x3Choice = Callable[[int, int, int, int, int], str]
 LIBRARY, CONTIGUOUS = "library", "library-contiguous"
-#: (address, shape, strides, whether transposed, for what) → weight and packed weight. The weight is kept since its address is
-#: its name: were it let go, another one could have the address next.
-PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], bool, str], tuple[torch.Tensor, torch.Tensor]]
+#: (address, shape, strides, name of what packed it, whether transposed) → weight and packed weight. The weight is kept since
+#: its address is its name: were it let go, another one could have the address next.
+PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], str, bool], tuple[torch.Tensor, torch.Tensor]]
 
 #: What this project's operators return is in channels last.
 _OPERATORS = {
@@ -180,10 +180,10 @@ class _Convolutions(_Pass):
             return
         assert isinstance(x, fx.Node) and constant is not None
         batch, _, height, width = self.value(x).shape
-        precision = self.choose(batch, constant.shape[1], constant.shape[0], height, width)
-        if precision == LIBRARY:
+        choice = self.choose(batch, constant.shape[1], constant.shape[0], height, width)
+        if choice == LIBRARY:
             return
-        if precision == CONTIGUOUS:
+        if choice == CONTIGUOUS:
             node.replace_all_uses_with(self._on_contiguous_maps(node, x, weight, bias, transposed=False))
             return
         image_bias, residual, scale, last = None, None, 1.0, node
@@ -204,8 +204,8 @@ class _Convolutions(_Pass):
             last = user
         # Where the last of the epilogue stands, everything that it reads is there.
         flat_bias = None if image_bias is None else self.flat_bias(last, image_bias, every_image=True)
-        packed = self._packed(weight, constant, transposed=False)
-        args = (x, packed, None, bias, flat_bias, residual, scale, precision)
+        packed = self._packed(weight, constant, choice, transposed=False)
+        args = (x, packed, None, bias, flat_bias, residual, scale, choice)
         new = self.kernel(last, torch.ops.coupfast.conv3x3.default, args, self.value(last))
         last.replace_all_uses_with(new)
 
@@ -217,14 +217,14 @@ class _Convolutions(_Pass):
             return
         assert isinstance(x, fx.Node) and constant is not None
         batch, _, height, width = self.value(x).shape
-        precision = self.choose(batch, constant.shape[0], constant.shape[1], height, width)
-        if precision == LIBRARY:
+        choice = self.choose(batch, constant.shape[0], constant.shape[1], height, width)
+        if choice == LIBRARY:
             return
-        if precision == CONTIGUOUS:
+        if choice == CONTIGUOUS:
             new = self._on_contiguous_maps(node, gy, weight, None, transposed=True)
         else:
-            packed = self._packed(weight, constant, transposed=True)
-            args = (gy, packed, None, None, None, None, 1.0, precision)
+            packed = self._packed(weight, constant, choice, transposed=True)
+            args = (gy, packed, None, None, None, None, 1.0, choice)
             new = self.kernel(node, torch.ops.coupfast.conv3x3.default, args, self.value(x))
         for item in list(node.users):
             item.replace_all_uses_with(new)
@@ -235,7 +235,7 @@ class _Convolutions(_Pass):
         """The library's convolution there, its result in channels last; the transpose as the convolution that was timed."""
         constant = self.flat.constant_of(weight)
         assert constant is not None
-        turned = self._packed(weight, constant, transposed=transposed, kind=CONTIGUOUS)
+        turned = self._packed(weight, constant, CONTIGUOUS, transposed=transposed)
         batch, _, height, width = self.value(x).shape
         value = self.value(x).new_empty(batch, constant.shape[1 if transposed else 0], height, width)
         given = self.call(place, aten.contiguous.default, (x,), self.value(x).contiguous())
@@ -244,14 +244,15 @@ class _Convolutions(_Pass):
         last = {"memory_format": torch.channels_last}
         return self.call(place, aten.contiguous.default, (result,), value.contiguous(**last), last)
 
-    def _packed(self, weight: Any, constant: torch.Tensor, *, transposed: bool, kind: str = "conv3x3") -> fx.Node:
-        if (weight, transposed, kind) not in self._nodes:
-            key = (constant.data_ptr(), constant.shape, constant.stride(), transposed, kind)
+    def _packed(self, weight: Any, constant: torch.Tensor, choice: str, *, transposed: bool) -> fx.Node:
+        pack = torch.Tensor.contiguous if choice == CONTIGUOUS else ALGORITHMS[choice].pack
+        if (weight, pack, transposed) not in self._nodes:
+            key = (constant.data_ptr(), constant.shape, constant.stride(), pack.__name__, transposed)
             if key not in self.packed:
-                turned = (constant.flip(2, 3).transpose(0, 1) if transposed else constant).contiguous()
-                self.packed[key] = constant, turned if kind == CONTIGUOUS else pack_weight(turned)
-            self._nodes[weight, transposed, kind] = self.flat.add_constant(self.packed[key][1])
-        return self._nodes[weight, transposed, kind]
+                turned = constant.flip(2, 3).transpose(0, 1) if transposed else constant
+                self.packed[key] = constant, pack(turned.contiguous())
+            self._nodes[weight, pack, transposed] = self.flat.add_constant(self.packed[key][1])
+        return self._nodes[weight, pack, transposed]
 
 
 class _Norms(_Pass):

@@ -1,4 +1,4 @@
-"""Convolutions and their transposes: the GPU's at each precision of its products, the CPU's by each algorithm."""
+"""Convolutions and their transposes, by each algorithm of the GPU's and of the CPU's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from coupfast_kernels import native
+from coupfast_kernels.convolution import gpu_winograd
 from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
-from coupfast_kernels.convolution.gpu import _launch, _new, conv3x3, conv3x3_op, pack_weight
-from coupfast_kernels.convolution.gpu_tuning import CONFIGS, PRECISIONS, Config, trying
+from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, trying
 from coupfast_kernels.inputs import by, normals
 from coupfast_kernels.parity import Agreement
 from coupfast_kernels.registry import Case, Kernel, Trial, register
@@ -33,7 +34,7 @@ def _rounding(terms: int) -> Agreement:
 def _conv3x3(
     shape: tuple[int, ...],
     out_channels: int,
-    precision: str,
+    algorithm: str,
     *,
     vjp: bool = False,
     most: int | None = None,
@@ -44,7 +45,8 @@ def _conv3x3(
     def make(device: torch.device) -> Trial:
         (x,) = normals(device, shape, 1, LAST)
         weight = normals(device, (out_channels, shape[1], 3, 3), 1)[0] / math.sqrt(9 * shape[1])
-        packed, packed_vjp = pack_weight(weight), pack_weight(weight.flip(2, 3).transpose(0, 1))
+        pack = ALGORITHMS[algorithm].pack
+        packed, packed_vjp = pack(weight), pack(weight.flip(2, 3).transpose(0, 1))
         y_shape = (shape[0], out_channels, *shape[2:])
         residual, v = normals(device, y_shape, 2, LAST)
         (bias,), (image_bias,) = normals(device, (out_channels,), 1), normals(device, y_shape[:2], 1)
@@ -52,7 +54,7 @@ def _conv3x3(
 
         def kernel(x: torch.Tensor) -> torch.Tensor:
             with trying(most):
-                return conv3x3(x, packed, packed_vjp, bias, precision=precision, **added)
+                return conv3x3(x, packed, packed_vjp, bias, algorithm=algorithm, **added)
 
         def run() -> tuple[torch.Tensor]:
             if not vjp:
@@ -68,7 +70,7 @@ def _conv3x3(
             return (conv3x3_ref(x.to(dtype), weight.to(dtype), bias.to(dtype), **more),)
 
         limits = {"tf32x3": Agreement(limit=FLOAT32_LIMIT), "tf32": Agreement(limit=TF32_LIMIT)}
-        agreement = limits.get(precision) or _rounding(9 * (out_channels if vjp else shape[1]))
+        agreement = limits.get(ALGORITHMS[algorithm].products) or _rounding(9 * (out_channels if vjp else shape[1]))
         last = weight.contiguous(memory_format=LAST)
         return Trial(
             run,
@@ -81,63 +83,86 @@ def _conv3x3(
     return Case(f"{by(shape)} -> {out_channels}, {'vjp' if vjp else 'forward'}", make, others)
 
 
-def _checks(precision: str) -> Iterator[Case]:
+def _checks(algorithm: str) -> Iterator[Case]:
     # Border tiles in both directions; three channels in and out, as at the ends of a network. Of a network's shapes calibration
     # compares the config that it chooses; here two a shape are tried, since all would take minutes to compile.
-    for shape, out_channels in (((2, 64, 16, 16), 96), ((3, 3, 9, 11), 20), ((2, 40, 8, 8), 3)):
+    # Winograd's has no such ends.
+    shapes = [((2, 64, 16, 16), 96), ((3, 3, 9, 11), 20), ((2, 40, 8, 8), 3)]
+    least = ALGORITHMS[algorithm].least_channels
+    for shape, out_channels in [shapes[0], ((3, 40, 9, 11), 20)] if least > 3 else shapes:
         for vjp in (False, True):
-            yield _conv3x3(shape, out_channels, precision, vjp=vjp, most=2)
+            yield _conv3x3(shape, out_channels, algorithm, vjp=vjp, most=2)
 
 
-def _timed(images: int, precision: str) -> Iterator[Case]:
+def _timed(images: int, algorithm: str) -> Iterator[Case]:
     """DDPM++ deep's most frequent layers, and a WRN-28-10's."""
     layers = [(256, 256, 16), (128, 128, 32), (512, 256, 16), (256, 256, 8), (256, 256, 4)]
     for in_channels, out_channels, size in [*layers, (160, 160, 32), (320, 320, 16), (640, 640, 8)]:
         shape = (images, in_channels, size, size)
-        yield _conv3x3(shape, out_channels, precision, others=("pytorch, channels last",))
+        yield _conv3x3(shape, out_channels, algorithm, others=("pytorch, channels last",))
 
 
 def _interpret() -> None:
-    def with_the_first_config(x, packed, packed_vjp, bias, image_bias, residual, scale, precision):
-        y = _new(x, packed.shape[1])
-        _launch(y, x, packed, bias, image_bias, residual, scale, precision, CONFIGS[precision][0])
+    def with_the_first_config(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
+        y = _new(x, packed.shape[ALGORITHMS[algorithm].out_axis])
+        _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, CONFIGS[algorithm][0])
         return y
 
     conv3x3_op.register_kernel("cpu")(with_the_first_config)
 
 
-def launch(shape: tuple[int, ...], out_channels: int, precision: str, config: Config, *, fused: bool = True) -> None:
+def launch(shape: tuple[int, ...], out_channels: int, algorithm: str, config: Config, *, fused: bool = True) -> None:
     """Launch the kernel for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones."""
-    x, packed = torch.empty(shape, memory_format=LAST), torch.empty(9 * shape[1], out_channels)
+    x, packed = torch.empty(shape, memory_format=LAST), torch.empty(ALGORITHMS[algorithm].packed_shape(shape[1], out_channels))
     y = _new(x, out_channels)
     added: tuple[Any, Any, Any] = (None, None, None)
     if fused:
         added = (torch.empty(out_channels), torch.empty(shape[0], out_channels), y)
-    _launch(y, x, packed, *added, 0.5, precision, config)
+    _launch(y, x, packed, *added, 0.5, algorithm, config)
 
 
-def _launches(precision: str) -> Mapping[str, Callable[[], object]]:
+def launch_winograd_part(part: str, in_channels: int, out_channels: int, config: Config | None = None) -> None:
+    """Launch one kernel of Winograd's for 8 images of 32 × 32: "input", "product" by a config, or "output" with everything."""
+    x, y = (torch.empty(8, channels, 32, 32, memory_format=LAST) for channels in (in_channels, out_channels))
+    tiles = gpu_winograd.tiles_of(x)
+    v, m = (torch.empty(36, tiles, channels) for channels in (in_channels, out_channels))
+    if part == "input":
+        gpu_winograd.launch_input(v, x, 0, tiles)
+    elif part == "output":
+        gpu_winograd.launch_output(y, m, torch.empty(out_channels), torch.empty(8, out_channels), y, 0.5, 0, tiles)
+    else:
+        assert config is not None
+        gpu_winograd.launch_product(m, v, torch.empty(36, in_channels, out_channels), tiles, config)
+
+
+def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
     """Every config. Of its shape a launch's machine code knows which channels are multiples of 16: all but 3."""
-    configs, shape = CONFIGS[precision], (8, 128, 32, 32)
-    found = {
-        f"{precision} {config.block_m} × {config.block_n} × {config.block_k}": functools.partial(
-            launch, shape, 128, precision, config
-        )
-        for config in configs
-    }
+    configs, shape = CONFIGS[algorithm], (8, 128, 32, 32)
+    def name(config: Config) -> str:
+        return f"{algorithm} {config.block_m} × {config.block_n} × {config.block_k}"
+
+    if algorithm == "winograd":
+        products = {name(config): functools.partial(launch_winograd_part, "product", 128, 128, config) for config in configs}
+        return products | {
+            "winograd, input": functools.partial(launch_winograd_part, "input", 128, 128),
+            "winograd, input, 20 channels": functools.partial(launch_winograd_part, "input", 20, 128),
+            "winograd, output": functools.partial(launch_winograd_part, "output", 128, 128),
+            "winograd, output, 20 channels": functools.partial(launch_winograd_part, "output", 128, 20),
+        }
+    found = {name(config): functools.partial(launch, shape, 128, algorithm, config) for config in configs}
     return found | {
-        f"{precision}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, precision, configs[0]),
-        f"{precision}, 3 channels out": functools.partial(launch, shape, 3, precision, configs[-3]),
+        f"{algorithm}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, algorithm, configs[0]),
+        f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3]),
     }
 
 
-for each in PRECISIONS:
+for each in ALGORITHMS:
     register(
         Kernel(
             f"conv3x3 {each}",
             "cuda",
             functools.partial(_checks, each),
-            functools.partial(_timed, precision=each),
+            functools.partial(_timed, algorithm=each),
             interpret=_interpret,
             launches=functools.partial(_launches, each),
         )
@@ -206,8 +231,8 @@ def _timed_on_cpu(images: int, tile: int) -> Iterator[Case]:
             yield _conv2d((images, 160, 32, 32), 320, 3, 2, tile, vjp=vjp)
 
 
-ALGORITHMS: dict[str, int] = {"direct": DIRECT, "F(2 x 2)": F2, "F(4 x 4)": F4}
-for name, number in ALGORITHMS.items():
+ALGORITHMS_ON_CPU: dict[str, int] = {"direct": DIRECT, "F(2 x 2)": F2, "F(4 x 4)": F4}
+for name, number in ALGORITHMS_ON_CPU.items():
     register(
         Kernel(
             f"conv2d_cpu {name}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +20,14 @@ TF32_LIMIT = 2e-3
 def conv2d_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
     """The definition: PyTorch's convolution with zero padding kernel // 2, in the dtype of `x`."""
     return F.conv2d(x, weight, bias, stride=stride, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+def check_weight3x3(weight: torch.Tensor) -> None:
+    """TypeError, ValueError unless these are float32 weights of a 3 × 3 convolution."""
+    if weight.dtype != torch.float32:
+        raise TypeError(f"conv3x3 takes float32, `weight` is {weight.dtype}")
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(f"`weight` has shape (out_channels, in_channels, 3, 3), got {tuple(weight.shape)}")
 
 
 def conv3x3_ref(
@@ -50,6 +60,50 @@ def conv3x3_ref(
     if residual is not None:
         y = y + residual
     return y * scale
+
+
+#: F(4 × 4, 3 × 3) is interpolated at 0, at plus and minus these, and at infinity. They halve the error of the usual 1 and 2,
+#: and all constants of the transforms of maps are exact in binary (kernels/README.md, `bench/winograd_points.py`).
+WINOGRAD_POINTS = (5 / 8, 3 / 2)
+
+
+def winograd_matrices(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Aᵀ (4 × 6), G (6 × 3) and Bᵀ (6 × 6) with Aᵀ[(G w Gᵀ) ∘ (Bᵀ d B)]A the 4 × 4 outputs of w on a tile d of 6 × 6."""
+    a, b = WINOGRAD_POINTS
+    points = (0.0, a, -a, b, -b)
+    products = [math.prod(p - q for q in points if q != p) for p in points]
+    outputs = [[p**i for p in points] + [float(i == 3)] for i in range(4)]
+    weights = [[p**i / product for i in range(3)] for p, product in zip(points, products, strict=True)] + [[0.0, 0.0, 1.0]]
+    both, all_ = a * a + b * b, (a * b) ** 2
+    inputs = [
+        [all_, 0.0, -both, 0.0, 1.0, 0.0],
+        [0.0, -a * b * b, -b * b, a, 1.0, 0.0],
+        [0.0, a * b * b, -b * b, -a, 1.0, 0.0],
+        [0.0, -b * a * a, -a * a, b, 1.0, 0.0],
+        [0.0, b * a * a, -a * a, -b, 1.0, 0.0],
+        [0.0, all_, 0.0, -both, 0.0, 1.0],
+    ]
+    made = (torch.tensor(matrix, dtype=torch.float64).to(dtype) for matrix in (outputs, weights, inputs))
+    return next(made), next(made), next(made)
+
+
+def winograd3x3_ref(
+    x: torch.Tensor, weight: torch.Tensor, matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """`conv3x3_ref` without anything added, by F(4 × 4, 3 × 3), in the dtype of `x`.
+
+    Args:
+        matrices: Others than `winograd_matrices`: with their absolute values, and those of `x` and `weight`, the result is what
+            bounds of rounding are multiples of.
+    """
+    a, g, b = winograd_matrices(x.dtype) if matrices is None else matrices
+    batch, channels, height, width = x.shape
+    rows, columns = -(-height // 4), -(-width // 4)
+    padded = F.pad(x, (1, 4 * columns + 1 - width, 1, 4 * rows + 1 - height))
+    tiles = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # [batch, channels, rows, columns, 6, 6]
+    u, v = g @ weight @ g.T, b @ tiles @ b.T
+    y = a @ torch.einsum("nchwij,ocij->nohwij", v, u) @ a.T
+    return y.permute(0, 1, 2, 4, 3, 5).reshape(batch, -1, 4 * rows, 4 * columns)[:, :, :height, :width]
 
 
 def round_to_tf32(x: torch.Tensor) -> torch.Tensor:

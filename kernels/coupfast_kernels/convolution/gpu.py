@@ -11,16 +11,24 @@ serves both passes with other packed weights. Never a gradient of weights. Bound
 peak.
 
 K runs over taps, then over channels. In `ieee` an output is one chain of 9 · in_channels fused multiply-adds in that order,
-whatever the config: the tuner's choice moves no bit. `kernels/README.md` says what the other precisions' bits depend on.
+whatever the config: the tuner's choice moves no bit. `kernels/README.md` says what the other algorithms' bits depend on.
+
+`tf32x3-halves` is `tf32x3` with weights that were split once, when they were packed, and lie as [out_channels, K], which is how
+tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. `winograd` is another way
+altogether (`gpu_winograd.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import library
 
-from coupfast_kernels.convolution.definition import conv3x3_ref
-from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, PRECISIONS, Config, fastest
+from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, round_to_tf32
+from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
+from coupfast_kernels.convolution.gpu_winograd import launch_winograd, pack_winograd, tiles_of, unpack_winograd
 
 try:
     import triton
@@ -42,15 +50,93 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: for another dtype or shape.
     """
-    if weight.dtype != torch.float32:
-        raise TypeError(f"conv3x3 takes float32, `weight` is {weight.dtype}")
-    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
-        raise ValueError(f"`weight` has shape (out_channels, in_channels, 3, 3), got {tuple(weight.shape)}")
+    check_weight3x3(weight)
     return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).contiguous()
+
+
+def pack_halves(weight: torch.Tensor) -> torch.Tensor:
+    """Weights split in two TF32 numbers, in the order of the kernel's sum.
+
+    Args:
+        weight: As `pack_weight` takes it.
+
+    Returns:
+        Shape (2, out_channels, 9 · in_channels), contiguous: big = TF32(w) and small = TF32(w − big), which is off by 2⁻²³
+        of w at most; column (3 i + j) · in_channels + c has weight[:, c, i, j].
+
+    Raises:
+        TypeError, ValueError: for another dtype or shape.
+    """
+    check_weight3x3(weight)
+    rows = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    big = round_to_tf32(rows)
+    return torch.stack([big, round_to_tf32(rows - big)])
 
 
 def _unpack_weight(packed: torch.Tensor) -> torch.Tensor:
     return packed.reshape(3, 3, packed.shape[0] // 9, packed.shape[1]).permute(3, 2, 0, 1)
+
+
+def _unpack_halves(packed: torch.Tensor) -> torch.Tensor:
+    return packed.sum(dim=0).reshape(packed.shape[1], 3, 3, packed.shape[2] // 9).permute(0, 3, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """A way to compute a convolution.
+
+    Attributes:
+        products: How two numbers are multiplied: "ieee" in float32; "tf32x3" by three products on the tensor cores for one,
+            with nearly float32's error; "tf32" by one, of factors with 10 bits of mantissa.
+        pack: Weights → packed weights.
+        packed_shape: (in_channels, out_channels) → the shape that packed weights have; `form` says it in words.
+        unpack: Packed weights → weights, as far as packing kept them.
+        out_axis: Which axis of packed weights is that of the output channels.
+        least_channels: From how many input channels on it is as exact as its products are.
+    """
+
+    products: str
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    packed_shape: Callable[[int, int], tuple[int, ...]]
+    form: str
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+    out_axis: int = 1
+    least_channels: int = 1
+
+
+def _taps(products: str) -> Algorithm:
+    return Algorithm(
+        products,
+        pack_weight,
+        lambda channels, out_channels: (9 * channels, out_channels),
+        "(9 · in_channels, out_channels)",
+        _unpack_weight,
+    )
+
+
+#: By name; `gpu_tuning.CONFIGS` has the same names.
+ALGORITHMS: dict[str, Algorithm] = {
+    "ieee": _taps("ieee"),
+    "tf32x3": _taps("tf32x3"),
+    "tf32": _taps("tf32"),
+    "tf32x3-halves": Algorithm(
+        "tf32x3",
+        pack_halves,
+        lambda channels, out_channels: (2, out_channels, 9 * channels),
+        "(2, out_channels, 9 · in_channels)",
+        _unpack_halves,
+    ),
+    # Of few channels the transforms round more than a direct sum does.
+    "winograd": Algorithm(
+        "ieee",
+        pack_winograd,
+        lambda channels, out_channels: (36, channels, out_channels),
+        "(36, in_channels, out_channels)",
+        unpack_winograd,
+        out_axis=2,
+        least_channels=16,
+    ),
+}
 
 
 if triton is not None:
@@ -60,6 +146,7 @@ if triton is not None:
         y_ptr,
         x_ptr,
         packed_ptr,
+        small_ptr,
         bias_ptr,
         image_bias_ptr,
         residual_ptr,
@@ -76,7 +163,11 @@ if triton is not None:
     ):
         """`pixels` counts those of all images. Tiles of channels vary fastest, so that neighbours share their pixels in L2.
 
-        No spills, and an SM holds at least 256 threads, with every config (sm_80, sm_90, sm_100; Triton 3.7.1 and 3.9.0).
+        With `small_ptr` the weights are halves: `packed_ptr` has the large ones, and the three products are taken here. What
+        the tensor cores read of the pixels' small halves, unrounded, is off by 2⁻²² of the pixel at most. Infinity becomes NaN.
+
+        No spills but where `gpu_tuning` says so, and an SM holds at least 256 threads, with every config (sm_80, sm_90, sm_100;
+        Triton 3.7.1 and 3.9.0).
         """
         column_tiles = tl.cdiv(out_channels, BLOCK_N)
         first = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M  # pixel, among those of all images
@@ -95,7 +186,10 @@ if triton is not None:
         # 64 bits for where the tile begins, 32 for where in it.
         x_tile = x_ptr + first * in_channels
         x_offset = row[:, None] * in_channels + k[None, :]  # [BLOCK_M, BLOCK_K]
-        packed_offset = k[:, None] * out_channels + column[None, :]  # [BLOCK_K, BLOCK_N]
+        if small_ptr is None:
+            packed_offset = k[:, None] * out_channels + column[None, :]  # [BLOCK_K, BLOCK_N]
+        else:
+            packed_offset = column[:, None] * (9 * in_channels) + k[None, :]  # [BLOCK_N, BLOCK_K]
         blocks = tl.cdiv(in_channels, BLOCK_K)
         mask = inside[:, None] & (column < out_channels)[None, :]
         # The biases begin the sum instead of ending it: loaded here they hold no registers beside the loop's.
@@ -113,12 +207,24 @@ if triton is not None:
                 mask=((taps >> tap) & 1 != 0)[:, None] & (k < in_channels - channel)[None, :],
                 other=0.0,
             )
-            b = tl.load(
-                packed_ptr + ((tap * in_channels + channel) * out_channels + packed_offset),
-                mask=(k < in_channels - channel)[:, None] & (column < out_channels)[None, :],
-                other=0.0,
-            )
-            sums = tl.dot(a, b, sums, input_precision=INPUT_PRECISION)
+            if small_ptr is None:
+                b = tl.load(
+                    packed_ptr + ((tap * in_channels + channel) * out_channels + packed_offset),
+                    mask=(k < in_channels - channel)[:, None] & (column < out_channels)[None, :],
+                    other=0.0,
+                )
+                sums = tl.dot(a, b, sums, input_precision=INPUT_PRECISION)
+            else:
+                place_of_halves = tap * in_channels + channel + packed_offset
+                there = (column < out_channels)[:, None] & (k < in_channels - channel)[None, :]
+                big = tl.trans(tl.load(packed_ptr + place_of_halves, mask=there, other=0.0))
+                small = tl.trans(tl.load(small_ptr + place_of_halves, mask=there, other=0.0))
+                # Half a unit of TF32's last place added, and cut off: rounded to nearest, in two instructions.
+                a_big = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+                part = tl.dot(a - a_big, big, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), input_precision="tf32")
+                part = tl.dot(a_big, small, part, input_precision="tf32")
+                # A pass is a sum of its own on the tensor cores, whose rounding is not documented.
+                sums += tl.dot(a_big, big, part, input_precision="tf32")
 
         offset = first * out_channels + (row[:, None] * out_channels + column[None, :])  # [BLOCK_M, BLOCK_N]
         y = sums
@@ -136,32 +242,30 @@ def conv3x3(
     image_bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     scale: float = 1.0,
-    precision: str = "ieee",
+    algorithm: str = "ieee",
 ) -> torch.Tensor:
     """Fused `conv3x3_ref`, differentiable in `x` and `residual`, as often as wanted.
 
     Args:
         x: Shape (batch, in_channels, height, width), float32, channels_last.
-        packed: `pack_weight(weight)`.
-        packed_vjp: `pack_weight(weight.flip(2, 3).transpose(0, 1))`, for the gradient; None if there will be none.
+        packed: `ALGORITHMS[algorithm].pack(weight)`; for most that is `pack_weight(weight)`.
+        packed_vjp: The same of `weight.flip(2, 3).transpose(0, 1)`, for the gradient; None if there will be none.
         bias, image_bias, residual: As in `conv3x3_ref`, float32; the biases contiguous, the residual channels_last.
         scale: Rounded once to float32.
-        precision: One of `PRECISIONS`, for both passes: "ieee" multiplies and adds in float32; "tf32x3" takes three products on
-            the tensor cores for one, with nearly float32's error; "tf32" takes one, of factors with 10 bits of mantissa. The
-            CPU computes the definition in float32 whichever it is.
+        algorithm: One of `ALGORITHMS`, for both passes. The CPU computes the definition in float32 whichever it is.
 
     Returns:
         A new channels_last tensor, shape (batch, out_channels, height, width).
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit each other, another memory format or an unknown precision.
+        TypeError, ValueError: for tensors that do not fit each other, another memory format or an unknown algorithm.
         RuntimeError: for CUDA tensors without Triton; for a gradient that does not exist (of the weights, of a bias, or of `x`
             without `packed_vjp`); for a first call with a shape while a CUDA graph is captured.
 
-    The first call with a shape, a precision and a device times its `gpu_tuning.CONFIGS` on that device and keeps the fastest
+    The first call with a shape, an algorithm and a device times its `gpu_tuning.CONFIGS` on that device and keeps the fastest
     for the process. Before it is timed Triton compiles each, which takes seconds, and keeps the machine code on disk.
     """
-    return conv3x3_op(x, packed, packed_vjp, bias, image_bias, residual, scale, precision)
+    return conv3x3_op(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm)
 
 
 # Returns a new tensor, unlike `guided_step_out`: among convolutions a captured graph's pool places the activations itself.
@@ -170,35 +274,36 @@ def conv3x3(
     mutates_args=(),
     device_types="cpu",
     schema="(Tensor x, Tensor packed, Tensor? packed_vjp, Tensor? bias, Tensor? image_bias, Tensor? residual, float scale, "
-    "str precision) -> Tensor",
+    "str algorithm) -> Tensor",
 )
-def conv3x3_op(x, packed, packed_vjp, bias, image_bias, residual, scale, precision):
+def conv3x3_op(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
     """`conv3x3` as PyTorch's dispatcher knows it. On the CPU: the definition, for tests of what runs on the GPU."""
-    y = _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, precision))
+    y = _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm))
     if y.numel() == 0:  # which PyTorch's convolution refuses where it has no pixels
         return y
-    return y.copy_(conv3x3_ref(x, _unpack_weight(packed), bias, image_bias=image_bias, residual=residual, scale=scale))
+    weight = ALGORITHMS[algorithm].unpack(packed)
+    return y.copy_(conv3x3_ref(x, weight, bias, image_bias=image_bias, residual=residual, scale=scale))
 
 
 @conv3x3_op.register_fake
-def _(x, packed, packed_vjp, bias, image_bias, residual, scale, precision):
-    return _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, precision))
+def _(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
+    return _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm))
 
 
 @conv3x3_op.register_kernel("cuda")
-def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, precision):
-    y = _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, precision))
+def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
+    y = _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm))
     if triton is None:
         raise RuntimeError("conv3x3 on CUDA needs Triton, which is not installed; `pip install triton` (Linux)")
     if y.numel() == 0:
         return y
 
     def launch(config: Config) -> None:
-        _launch(y, x, packed, bias, image_bias, residual, scale, precision, config)
+        _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
     with torch.cuda.device_of(x):
-        pixels = x.numel() // x.shape[1]
-        launch(fastest((tuple(x.shape), y.shape[1], precision, x.device), pixels, y.shape[1], precision, launch))
+        rows = tiles_of(x) if algorithm == "winograd" else x.numel() // x.shape[1]
+        launch(fastest((tuple(x.shape), y.shape[1], algorithm, x.device), rows, y.shape[1], algorithm, launch))
     return y
 
 
@@ -213,12 +318,12 @@ def _setup_context(ctx, inputs, output):
         )
     if "x" in wanted and inputs[2] is None:
         raise RuntimeError(
-            "conv3x3 needs `packed_vjp` for the gradient of `x`, got None; pass "
-            "pack_weight(weight.flip(2, 3).transpose(0, 1)), or call it under torch.no_grad()"
+            "conv3x3 needs `packed_vjp` for the gradient of `x`, got None; pass weight.flip(2, 3).transpose(0, 1), packed as "
+            "`packed` is, or call it under torch.no_grad()"
         )
     if inputs[2] is not None:
         ctx.save_for_backward(inputs[1], inputs[2])
-    ctx.scale, ctx.precision = inputs[6:]
+    ctx.scale, ctx.algorithm = inputs[6:]
 
 
 def _backward(ctx, gy):
@@ -227,7 +332,7 @@ def _backward(ctx, gy):
     if ctx.needs_input_grad[0]:
         packed, packed_vjp = ctx.saved_tensors
         # scale · conv(gy) for conv(scale · gy): no pass of its own.
-        gx = conv3x3_op(gy, packed_vjp, packed, None, None, None, ctx.scale, ctx.precision)
+        gx = conv3x3_op(gy, packed_vjp, packed, None, None, None, ctx.scale, ctx.algorithm)
     if ctx.needs_input_grad[5]:
         gresidual = gy if ctx.scale == 1.0 else gy * ctx.scale
     return gx, None, None, None, None, gresidual, None, None
@@ -236,16 +341,22 @@ def _backward(ctx, gy):
 conv3x3_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _launch(y, x, packed, bias, image_bias, residual, scale, precision, config):
+def _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config):
     """Writes `y`, which no other argument may overlap."""
+    if algorithm == "winograd":
+        with torch.cuda.device_of(x):
+            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
+        return
     batch, in_channels, height, width = x.shape
     pixels, out_channels = batch * height * width, y.shape[1]
+    big, small = packed if packed.dim() == 3 else (packed, None)
     # The current device, not the tensors', is where Triton launches.
     with torch.cuda.device_of(x):
         _conv3x3_kernel[(triton.cdiv(pixels, config.block_m) * triton.cdiv(out_channels, config.block_n),)](
             y,
             x,
-            packed,
+            big,
+            small,
             bias,
             image_bias,
             residual,
@@ -255,7 +366,7 @@ def _launch(y, x, packed, bias, image_bias, residual, scale, precision, config):
             width=width,
             in_channels=in_channels,
             out_channels=out_channels,
-            INPUT_PRECISION=precision,
+            INPUT_PRECISION=ALGORITHMS[algorithm].products,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -270,10 +381,10 @@ def _new(x: torch.Tensor, out_channels: int) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, precision) -> int:
+def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm) -> int:
     """The number of output channels, after checking that everything fits; reads no values."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"`precision` is one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"`algorithm` is one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     tensors = {"x": x, "packed": packed, "packed_vjp": packed_vjp, "bias": bias, "image_bias": image_bias, "residual": residual}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in tensors.items():
@@ -283,14 +394,17 @@ def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, precision) 
             raise ValueError(f"`x` is on {x.device}, `{name}` on {tensor.device}; a kernel reads from its own device")
     if x.dim() != 4:
         raise ValueError(f"`x` has shape (batch, channels, height, width), got {tuple(x.shape)}")
-    if packed.dim() != 2 or packed.shape[0] != 9 * x.shape[1]:
-        raise ValueError(
-            f"`packed` is pack_weight(weight), shape (9 · {x.shape[1]}, out_channels) for this `x`, got {tuple(packed.shape)}"
-        )
     batch, in_channels, height, width = x.shape
-    out_channels = packed.shape[1]
+    packed_shape = ALGORITHMS[algorithm].packed_shape
+    out_axis = ALGORITHMS[algorithm].out_axis
+    out_channels = packed.shape[out_axis] if packed.dim() > out_axis else 0
+    if tuple(packed.shape) != packed_shape(in_channels, out_channels):
+        raise ValueError(
+            f"`packed` is {ALGORITHMS[algorithm].pack.__name__}(weight) for algorithm={algorithm!r}, shape "
+            f"{ALGORITHMS[algorithm].form} where `x` has {in_channels} channels, got {tuple(packed.shape)}"
+        )
     wanted = {
-        "packed_vjp": (9 * out_channels, in_channels),
+        "packed_vjp": packed_shape(out_channels, in_channels),
         "bias": (out_channels,),
         "image_bias": (batch, out_channels),
         "residual": (batch, out_channels, height, width),

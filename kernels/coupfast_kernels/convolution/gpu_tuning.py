@@ -19,12 +19,9 @@ except ImportError:  # Triton exists for Linux only
 
 logger = logging.getLogger(__name__)
 
-#: How products are taken: float32 multiply-adds; three TF32 products for one; one TF32 product.
-PRECISIONS = ("ieee", "tf32x3", "tf32")
-
 
 class Config(NamedTuple):
-    """How a launch is cut: a program makes BLOCK_M pixels × BLOCK_N channels, BLOCK_K terms a pass of its loop."""
+    """How a launch is cut: a program makes BLOCK_M rows × BLOCK_N channels, BLOCK_K terms a time."""
 
     block_m: int
     block_n: int
@@ -33,8 +30,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-#: What the tuner chooses from, by precision: large tiles, then one for three channels out, then two for small maps of few
-#: images. The tensor cores' sums depend on BLOCK_K, so a precision has one there; `ieee` does not depend on it.
+#: What the tuner chooses from, by algorithm: large tiles, then one for three channels out, then two for small maps of few
+#: images. The tensor cores' sums depend on BLOCK_K, so an algorithm has one there; `ieee` does not depend on it.
 CONFIGS: dict[str, tuple[Config, ...]] = {
     "ieee": (
         Config(128, 128, 16, 8, 4),
@@ -70,12 +67,36 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(16, 32, 32, 4, 3),
         Config(16, 16, 32, 2, 3),
     ),
+    # Rows are tiles of outputs; a run of a sum is two blocks of terms.
+    "winograd": (
+        Config(128, 128, 16, 8, 3),
+        Config(128, 64, 16, 8, 3),
+        Config(64, 128, 16, 8, 3),
+        Config(64, 64, 16, 4, 3),
+        Config(64, 32, 16, 4, 3),
+        Config(32, 32, 16, 4, 3),
+        Config(128, 16, 16, 4, 3),
+        Config(16, 32, 16, 2, 3),
+        Config(16, 16, 16, 2, 3),
+    ),
+    # The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
+    "tf32x3-halves": (
+        Config(128, 128, 32, 8, 3),
+        Config(128, 64, 32, 4, 3),
+        Config(64, 128, 32, 4, 3),
+        Config(128, 32, 32, 4, 3),
+        Config(64, 64, 32, 4, 3),
+        Config(32, 32, 32, 4, 3),
+        Config(128, 16, 32, 4, 3),
+        Config(16, 32, 32, 4, 3),
+        Config(16, 16, 32, 2, 3),
+    ),
 }
 LARGEST_BLOCK_M = max(config.block_m for configs in CONFIGS.values() for config in configs)
 
 WARM_UPS, REPEATS, LAUNCHES = 2, 5, 4  # of the tuner: before, medians of, launches between two events
 
-_chosen: dict[Hashable, Config] = {}  # by shape, precision and device
+_chosen: dict[Hashable, Config] = {}  # by shape, algorithm and device
 _one_tuner = threading.Lock()
 _most: int | None = None  # configs that are tried
 
@@ -100,18 +121,18 @@ def tried() -> int | None:
 
 
 def fastest(
-    key: Hashable, pixels: int, out_channels: int, precision: str, launch: Callable[[Config], None]
+    key: Hashable, rows: int, out_channels: int, algorithm: str, launch: Callable[[Config], None]
 ) -> Config:
     """The config for a key, of those worth timing on the current device; timed once a process."""
-    return tuned((key, _most), candidates(pixels, out_channels, precision)[:_most], launch, _seconds)
+    return tuned((key, _most), candidates(rows, out_channels, algorithm)[:_most], launch, _seconds)
 
 
-def candidates(pixels: int, out_channels: int, precision: str) -> tuple[Config, ...]:
+def candidates(rows: int, out_channels: int, algorithm: str) -> tuple[Config, ...]:
     """The configs worth timing: those without a block of twice the whole result's size, or more."""
     return tuple(
         config
-        for config in CONFIGS[precision]
-        if config.block_m < 2 * max(pixels, 16) and config.block_n < 2 * max(out_channels, 16)
+        for config in CONFIGS[algorithm]
+        if config.block_m < 2 * max(rows, 16) and config.block_n < 2 * max(out_channels, 16)
     )
 
 
