@@ -9,6 +9,7 @@ from coupfast.evaluation import Spec, protocols
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison
 from coupfast.evaluation.report import Run, Table
+from coupfast.evaluation.result import radius
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
 
@@ -125,7 +126,7 @@ def attacks(experiment: Experiment, scale: Scale) -> Table:
     for case in experiment.cases:
         spec = case.spec(scale)
         said = _counts(sizes(spec), sizes(case.spec(whole)))
-        ball = f"{spec.norm}, {_radius(float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
+        ball = f"{spec.norm}, {radius(str(spec.norm), float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
         rows[str(spec.to_dict()["attack"]), ball, said, str(spec.draws)] = None
     return Table("Attacks", ("attack", "ball", "size", "judge's draws"), list(rows), note)
 
@@ -143,11 +144,6 @@ def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
 def _of(count: int | None, word: str) -> str:
     """So many, in words; None is all of them."""
     return f"all {word}s" if count is None else f"{count} {word}{'s' * (count != 1)}"
-
-
-def _radius(eps: float) -> str:
-    levels = 255 * eps
-    return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
 def differences(experiment: Experiment, scale: Scale) -> list[str]:
