@@ -121,6 +121,7 @@ def test_the_budget_scales_what_multiplies():
         (["cifar100"], "none ship.*Give --score NAME|FILE"),
         (["table1", "--budget", "2"], "above 0 and at most 1"),
         (["table1", "--images", "21"], "21"),
+        (["table4", "--classifier", "cifar10-tiny-silu"], "--classifier names cifar10-tiny-silu: give weights of cifar10-tiny with"),
     ],
 )
 def test_errors_before_any_work(words, said, tmp_path, capsys):
