@@ -112,7 +112,9 @@ def setting(experiment: Experiment, scale: Scale) -> Table:
     if experiment.cases:
         rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
         rows.append(("steps of a purification", f"{scale.steps_of(0.1)} from t = 0.1, {scale.steps_of(0.075)} from t = 0.075"))
-        rows.append(("gradient that attacks follow", scale.gradient or "the one that each attack is made for: exact, or BPDA"))
+        made_for = "the one that each attack is made for: exact, or BPDA"
+        followed = f"{scale.gradient}; BPDA where the attack is BPDA's" if scale.gradient else made_for
+        rows.append(("gradient that attacks follow", followed))
         rows.append(("budget", f"{scale.budget:g} of the published work of an attack for an image"))
         rows.append(("seed", str(scale.seed)))
     return Table("Setting", ("", ""), rows)
