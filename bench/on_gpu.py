@@ -125,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(out.glob("*.json")) and not options.force:
             raise SystemExit(f"error: {out} has results already; --out names another folder, --force replaces them")
         out.mkdir(parents=True, exist_ok=True)
-        for file in out.glob("*.json"):
-            file.unlink()
+        # Only what this program writes: a folder may have other results beside.
+        for name in [*(stage.name for group in stages(small) for stage in group), "summary"]:
+            (out / f"{name}.json").unlink(missing_ok=True)
         print(f"{card}: {options.minutes:g} minutes, results in {out}" + (f"; {STAND_IN}" if small else ""), flush=True)
         summary: dict[str, Any] = {"card": card, "minutes": options.minutes, "stand_in": STAND_IN if small else None}
         summary["stages"] = []

@@ -189,6 +189,18 @@ class TestChoice:
         Calibration(CPU, **options | {"folder": tmp_path / "longer"}, backend=longer).choose(SHAPE)
         assert not longer.graphs
 
+    def test_where_nothing_can_be_captured_single_calls_are_timed(self, tmp_path, caplog):
+        class Broken(StandIn):
+            def capture(self, function):
+                raise RuntimeError("no capture here")
+
+        other = lambda x, weight, bias: right(x, weight, bias)  # noqa: E731
+        seconds = {right: 6e-6, other: 5e-6}
+        options = dict(candidates={"library": right, "other": other}, timer=lambda call: seconds[call.func], folder=tmp_path)
+        found = Calibration(CPU, **options, backend=Broken()).choose(SHAPE)
+        assert (found.candidate, found.seconds, found.refused) == ("other", {"library": 6e-6, "other": 5e-6}, {})
+        assert "cannot be captured (RuntimeError: no capture here)" in caplog.text
+
     def test_its_transpose_is_another_shape(self, calibrate):
         """A kernel may be right one way only."""
 

@@ -106,6 +106,9 @@ def test_the_budget_scales_what_multiplies():
     full = dataclasses.replace(scale, budget=1.0, steps=None)
     assert cases["COUP, rand"].spec(full).attack_options == {} and cases["COUP, rand"].spec(full).settings().num_steps == 100
     assert {case.spec(full).settings().num_steps for case in EXPERIMENTS["table2"].cases[1:]} == {75}
+    other = dataclasses.replace(scale, gradient="adjoint")
+    assert cases["COUP, rand"].spec(other).settings().gradient.name == "adjoint"
+    assert {case.spec(other).settings().gradient.name for case in EXPERIMENTS["table3"].cases} == {"bpda"}
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             Scale(budget=share)
@@ -121,6 +124,7 @@ def test_the_budget_scales_what_multiplies():
         (["cifar100"], "none ship.*Give --score NAME|FILE"),
         (["table1", "--budget", "2"], "above 0 and at most 1"),
         (["table1", "--images", "21"], "21"),
+        (["table4", "--classifier", "cifar10-tiny-silu"], "--classifier names cifar10-tiny-silu: give weights of cifar10-tiny"),
     ],
 )
 def test_errors_before_any_work(words, said, tmp_path, capsys):

@@ -76,7 +76,7 @@ def grid(
     Args:
         columns: Images in [0, 1], (n, 3, height, width), by title.
         texts: What stands below them.
-        right: Whether that is the label; green or red.
+        right: Whether that is the label; blue, or orange and marked.
     """
     count = len(next(iter(columns.values())))
     figure = new_figure(1.6 * len(columns), 1.95 * count + 0.2)
@@ -90,5 +90,6 @@ def grid(
             if row == 0:
                 panel.set_title(name, fontsize=9)
             if name in texts:
-                panel.set_xlabel(texts[name][row], fontsize=8, color="#009e73" if right[name][row] else "#d55e00")
+                mark, colour = ("", COLOURS[0]) if right[name][row] else ("✗ ", COLOURS[1])
+                panel.set_xlabel(f"{mark}{texts[name][row]}", fontsize=8, color=colour)
     return Picture(title, to_png(figure), note)

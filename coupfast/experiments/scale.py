@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from coupfast.evaluation import Spec
+from coupfast.evaluation import Spec, suites
 from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.models.zoo import load_classifier, load_score, needs_weights
 
@@ -100,7 +100,7 @@ class Scale:
         steps: Of a purification from t = 0.1, and from other times in proportion; None: as published, one every 1e-3.
         draws: Fresh draws that judge an image.
         paths: Simulated paths of a point, where an experiment simulates.
-        gradient: Of the purification, that attacks follow; None: the one that each attack is made for (the exact one, or BPDA).
+        gradient: Of the purification, that attacks follow, but for BPDA's, which keep it; None: the one that each is made for.
         seed: All randomness follows from it.
         shard: Images of a unit of work.
         threads, device: See `Spec`.
@@ -169,7 +169,10 @@ class Scale:
         }
         said["draws"] = max(self.draws, self.share_of(keywords.get("draws", 1)))
         if keywords.get("method") != NO_DEFENSE:
-            said |= {"score": score.name, "score_weights": score.weights, "gradient": keywords.get("gradient", self.gradient)}
+            # BPDA is its gradient: with another one it would be another attack, by the same name.
+            made_for = suites.find(keywords.get("attack", Spec.attack)).gradient
+            gradient = None if made_for == "bpda" else self.gradient
+            said |= {"score": score.name, "score_weights": score.weights, "gradient": keywords.get("gradient", gradient)}
             if "t" in keywords:
                 said["num_steps"] = self.steps_of(keywords["t"])
         spec = Spec.of(**said)

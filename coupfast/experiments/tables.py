@@ -9,6 +9,7 @@ from coupfast.evaluation import Spec, protocols
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison
 from coupfast.evaluation.report import Run, Table
+from coupfast.evaluation.result import radius
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
 
@@ -111,7 +112,9 @@ def setting(experiment: Experiment, scale: Scale) -> Table:
     if experiment.cases:
         rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
         rows.append(("steps of a purification", f"{scale.steps_of(0.1)} from t = 0.1, {scale.steps_of(0.075)} from t = 0.075"))
-        rows.append(("gradient that attacks follow", scale.gradient or "the one that each attack is made for: exact, or BPDA"))
+        made_for = "the one that each attack is made for: exact, or BPDA"
+        followed = f"{scale.gradient}; BPDA where the attack is BPDA's" if scale.gradient else made_for
+        rows.append(("gradient that attacks follow", followed))
         rows.append(("budget", f"{scale.budget:g} of the published work of an attack for an image"))
         rows.append(("seed", str(scale.seed)))
     return Table("Setting", ("", ""), rows)
@@ -125,7 +128,7 @@ def attacks(experiment: Experiment, scale: Scale) -> Table:
     for case in experiment.cases:
         spec = case.spec(scale)
         said = _counts(sizes(spec), sizes(case.spec(whole)))
-        ball = f"{spec.norm}, {_radius(float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
+        ball = f"{spec.norm}, {radius(str(spec.norm), float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
         rows[str(spec.to_dict()["attack"]), ball, said, str(spec.draws)] = None
     return Table("Attacks", ("attack", "ball", "size", "judge's draws"), list(rows), note)
 
@@ -143,11 +146,6 @@ def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
 def _of(count: int | None, word: str) -> str:
     """So many, in words; None is all of them."""
     return f"all {word}s" if count is None else f"{count} {word}{'s' * (count != 1)}"
-
-
-def _radius(eps: float) -> str:
-    levels = 255 * eps
-    return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
 def differences(experiment: Experiment, scale: Scale) -> list[str]:

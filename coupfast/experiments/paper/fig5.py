@@ -26,7 +26,7 @@ def _sections(results: Results) -> list[Section]:
             np.arange(min(_SHOWN, count)),
             gallery.METHODS,
             "The first images of the data, attacked through the reverse SDE; below each the class that is said and its "
-            "confidence (green: right).",
+            "confidence (✗ and orange: wrong).",
         ),
         Table(
             "What purification does to the attacked images",

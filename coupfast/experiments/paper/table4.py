@@ -15,7 +15,7 @@ import coupfast
 from coupfast.evaluation.report import Section, Table
 from coupfast.experiments.defenses import NAMES
 from coupfast.experiments.experiment import Experiment, Results
-from coupfast.experiments.scale import Scale
+from coupfast.experiments.scale import SETS, Scale
 from coupfast.experiments.tables import NONE
 
 _TIMES = (0.0, 0.001, 0.05, 0.1, 0.15)
@@ -38,6 +38,13 @@ def _check(scale: Scale) -> None:
             "installed wheel: clone the repository, or unpack the source distribution, "
             "and run it there"
         )
+    own = SETS[scale.networks].networks
+    for role in EXPERIMENT.needs:
+        if (name := scale.network(role).name) != own[role].name:
+            raise ValueError(
+                f"table4 is measured on a set's own networks, and --{role} names {name}: give weights of {own[role].name} with "
+                f"--{role}-weights, or leave it out"
+            )
 
 
 def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:

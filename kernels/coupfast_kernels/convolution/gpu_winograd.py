@@ -250,8 +250,8 @@ def launch_winograd(y, x, packed, bias, image_bias, residual, scale, config: Con
     """Writes `y`, which no other argument may overlap; V and M together take `workspace` bytes at most, or 16 tiles."""
     tiles, channels = tiles_of(x), x.shape[1] + y.shape[1]
     at_once = tiles_at_once(tiles, channels, workspace_bytes(x.device) if workspace is None else workspace)
-    v = torch.empty(PLACES, at_once, x.shape[1], device=x.device)
-    m = torch.empty(PLACES, at_once, y.shape[1], device=x.device)
+    v = torch.empty(PLACES, at_once, x.shape[1], dtype=x.dtype, device=x.device)
+    m = torch.empty(PLACES, at_once, y.shape[1], dtype=x.dtype, device=x.device)
     for first in range(0, tiles, at_once):
         count = min(at_once, tiles - first)
         launch_input(v, x, first, count)
