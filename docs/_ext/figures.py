@@ -371,18 +371,30 @@ def guided_step_cpu() -> str:
     return markdown([*head, "eager ÷ operations"], body)
 
 
-def kernel_times() -> str:
-    """Attention, norms, sums and masks of the CPU engine beside their definitions, and PyTorch's own where it has one."""
+def _kernel_medians() -> dict[str, dict[str, float]]:
+    """Microseconds of "kernel", "definition" and "pytorch" by case."""
     medians: dict[str, dict[str, float]] = {}
     for each in results("kernels-epyc-zen4.json")["benchmarks"]:
         *case, kind, _ = each["name"].removeprefix("test_kernel[").removesuffix("]").replace(", fused", "").split(", ")
         medians.setdefault(", ".join(case).replace("_cpu", ""), {})[kind] = 1e6 * each["stats"]["median"]
+    return medians
+
+
+def kernel_times() -> str:
+    """Attention, norms, sums and masks of the CPU engine beside their definitions, and PyTorch's own where it has one."""
     body = []
-    for case, found in medians.items():
+    for case, found in _kernel_medians().items():
         others = [f"{found[kind]:.0f} µs" if kind in found else "" for kind in ("definition", "pytorch")]
         ratios = [times(found[kind] / found["kernel"]) if kind in found else "" for kind in ("definition", "pytorch")]
         body.append([case, *others, f"{found['kernel']:.0f} µs", *ratios])
     return markdown(["operation", "definition", "PyTorch's own", "kernel", "definition ÷ kernel", "PyTorch's ÷ kernel"], body)
+
+
+def slower_kernels() -> dict[str, str]:
+    """In how many rows of `kernel_times` PyTorch's own operation is the faster one, of how many that have one."""
+    medians = _kernel_medians().values()
+    faster = [found["pytorch"] < found["kernel"] for found in medians if "pytorch" in found]
+    return {"count": str(sum(faster)), "all": str(len(faster))}
 
 
 def files() -> str:
@@ -391,8 +403,10 @@ def files() -> str:
     for path in sorted(RESULTS.glob("*.json")):
         found = results(path.name)
         environment = found.get("environment") if isinstance(found, dict) else None
-        if not environment:
-            body.append([source(path.name), "", "", "", ""])
+        if not environment:  # pytest-benchmark's files say less, and studies of numbers nothing
+            machine = found.get("machine_info") if isinstance(found, dict) else None
+            cells = [machine["cpu"]["brand_raw"], "", "", f"`{found['commit_info']['id'][:9]}`"] if machine else [""] * 4
+            body.append([source(path.name), *cells])
             continue
         body.append(
             [
@@ -479,7 +493,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
     for function in (
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept, peers, autoattack, attack_gradients),
-        *(solvers, winograd, layers, slower, whole_networks, guided_step_cpu, kernel_times, files),
+        *(solvers, winograd, layers, slower, whole_networks, guided_step_cpu, kernel_times, slower_kernels, files),
     )
 }
 

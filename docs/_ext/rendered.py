@@ -11,6 +11,7 @@ from sphinx.application import Sphinx
 
 from coupfast import cli
 from coupfast.cli.methods import methods_table, solvers_table
+from coupfast.experiments import DEFAULTS, EXPERIMENTS, QUICK, ROLES, SETS
 
 
 def command_line() -> str:
@@ -21,6 +22,42 @@ def command_line() -> str:
     for name, command in commands.choices.items():
         sections.append(f"## coupfast {name}\n\n```text\n{command.format_help().rstrip()}\n```\n")
     return "\n".join(sections)
+
+
+def experiments_table() -> str:
+    """Every experiment of `coupfast reproduce`: its name, its place in the paper, what it is, what it takes."""
+    rows = [
+        [f"`{name}`", found.place, found.title, str(len(found.cases) or ""), ", ".join(ROLES[role] for role in found.needs)]
+        for name, found in EXPERIMENTS.items()
+    ]
+    return figures.markdown(["name", "in the paper", "what", "runs", "networks"], rows)
+
+
+def sizes_table() -> str:
+    """The sizes of `coupfast reproduce`, where no option says otherwise."""
+    columns = {"`--quick`": QUICK, "`--networks tiny`": DEFAULTS["tiny"], "`--networks paper`": DEFAULTS["paper"]}
+    names = {
+        "images": "images",
+        "budget": "share of an attack's published work",
+        "steps": "steps of a purification from t = 0.1",
+        "draws": "fresh draws that judge an image",
+        "paths": "simulated paths of a point (`fig3b`)",
+    }
+    rows = []
+    for name, told in names.items():
+        values = [size[name] for size in columns.values()]
+        rows.append([f"`--{name}`", told, *("as published" if value is None else f"{value:,.10g}" for value in values)])
+    return figures.markdown(["option", "what", *columns], rows)
+
+
+def networks_table() -> str:
+    """The networks of `coupfast reproduce` by role, and where the weights of the paper's come from."""
+    tiny, paper = SETS["tiny"], SETS["paper"]
+    rows = [
+        [f"`--{role}`, `--{role}-weights`", *(f"`{found.networks[role].name}`" for found in (tiny, paper)), paper.sources[role]]
+        for role in ROLES
+    ]
+    return figures.markdown(["options", "tiny", "paper", "where the paper's weights come from"], rows)
 
 
 # Nothing that Markdown, Python or a shell would write by itself: pages have dictionaries, attributes and comments.
@@ -36,7 +73,10 @@ ENVIRONMENT = jinja2.Environment(
 ENVIRONMENT.globals |= figures.CONTEXT | {
     "command_line": command_line,
     "experiments": lambda: sorted(path.stem for path in (figures.ROOT / "docs" / "experiments").glob("*.md")),
+    "experiments_table": experiments_table,
     "methods_table": methods_table,
+    "networks_table": networks_table,
+    "sizes_table": sizes_table,
     "solvers_table": solvers_table,
 }
 
