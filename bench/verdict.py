@@ -35,7 +35,7 @@ from timing import environment
 from coupfast.evaluation import Evaluation, Spec, evaluate
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.attacks import Iterative
-from coupfast.evaluation.ledger import DATABASE
+from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import PROTOCOLS
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast_kernels.files import write_whole
@@ -143,7 +143,7 @@ def point(defense: str, name: str, share: float, options: argparse.Namespace) ->
         **keywords,
     )
     folder = options.out / defense / f"{name.replace(', ', '-').replace(' ', '-')}-{keywords['iterations']}"
-    begun = (folder / DATABASE).is_file()
+    begun = Ledger.begun(folder)
     with evaluate(spec, out=folder, resume=begun, workers=options.workers, progress=options.progress) as found:
         return row(found, defense, name, share, keywords)
 

@@ -173,7 +173,7 @@ def test_few_draws_early_and_many_late_are_asked_by_each_images_own_step():
 
     x, y = grey(4)
     x += torch.linspace(-0.02, 0.02, 4).view(4, 1, 1, 1)
-    attack = Spied(iterations=4, eot_iter=6, eot_first=2, drop="any", batch=2, eps=0.01, step_size=0.002)
+    attack = Spied(iterations=4, eot_iter=6, eot_first=2, drop="any", keep="last", batch=2, eps=0.01, step_size=0.002)
     result = attack.run(Metered(Linear(threshold=0.15).eval()), x, y, seed=0)
     assert 0 < int(result.left.sum()) < 4  # so that images at different steps are attacked together
     assert len({tuple(numbers) for numbers, _ in asked}) > 5 == len(attack.schedule)
@@ -603,7 +603,7 @@ OWN = [
     DiffHammer(iterations=3, eot_iter=4),
     StAdv(iterations=3, eot_iter=2, losses="ce"),
     DiffHammer(iterations=3, eot_iter=4, looks=3, losses="ce"),
-    DiffHammer(iterations=4, eot_iter=6, eot_first=2),
+    DiffHammer(iterations=4, eot_iter=6, eot_first=2, keep="last"),
     Transfer(iterations=5, eot_iter=4, eot_first=1, coarse_steps=1),
     APGD(iterations=3, eot_iter=2, looks=3),
 ]
@@ -632,7 +632,7 @@ def test_looks_at_who_seems_to_have_fallen_are_at_most_what_is_said():
     x, y = grey(4)
     for attack in (
         PGD(iterations=30, eot_iter=1, drop="majority"),
-        PGD(iterations=30, eot_iter=3, eot_first=1, drop="majority"),
+        PGD(iterations=30, eot_iter=3, eot_first=1, drop="majority", keep="last"),
         dataclasses.replace(PGD(iterations=7, eot_iter=1, drop="majority", losses="ce,margin"), error=0.5),
     ):
         metered = Metered(Coins(0.7).eval())
@@ -665,7 +665,7 @@ def test_published_sizes():
         DiffHammer(eps=1 / 255, iterations=3, eot_iter=2, losses="margin,ce"),
         Transfer(eps=1 / 255, coarse_steps=1, iterations=4, eot_iter=2, drop="majority", error=0.5),
         PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
-        PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, drop="majority", error=0.5, batch=2),
+        PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, keep="last", drop="majority", error=0.5, batch=2),
         APGD(eps=1 / 255, iterations=2, eot_iter=1, looks=2, dw_box=True),
         StAdv(iterations=4, eot_iter=2, batch=2),
     ],
@@ -790,6 +790,7 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
         ("pgd-eot", {"eot_first": 0}, "`eot_first` is at least 1, got 0"),
         ("pgd-eot", {"eot_first": 21}, "`eot_first` is at most `eot_iter` = 20, to which draws grow, got 21"),
         ("cascade", {"eot_first": 1}, "`keep` = 'accuracy' compares points by equally many draws, and with `eot_first`"),
+        ("diffhammer", {"eot_first": 1}, "`keep` = 'loss' compares points by equally many draws, and with `eot_first`"),
         ("pgd-eot", {"iterations": 10**8}, "take more draws than there are"),
         ("diffhammer", {"sharpness": 0.0}, "`sharpness` is a finite number above 0, got 0.0"),
         ("diffhammer", {"rounds": 0}, "`rounds` is at least 1, got 0"),

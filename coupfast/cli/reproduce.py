@@ -91,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(name for given in options.names for name in (EXPERIMENTS if given == ALL else [given])))
     for name in names:
         check_name("experiment", name, [*EXPERIMENTS, ALL])
+    if options.json not in (None, "-") and Path(options.json).is_dir():
+        raise ValueError(f"--json names a file, and {options.json} is a folder")
     scale, out = scale_of(options), Path(options.out)
     left = _checked(names, scale, skip=ALL in options.names)
     command = command_line(options.argv)

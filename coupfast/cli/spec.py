@@ -162,8 +162,10 @@ def _continued(
             kept = ", ".join(f"{name} {_of(base, decided, name)}" for name in others)
             wanted = ", ".join(f"{name} {published[name]}" for name in others)
             raise ValueError(f"--paper asks for {wanted}, and the run in {folder} has {kept}, with which it goes on: {_LEAVE}")
-    if given.get("attack") == suites.RECOMMENDED and base.attack == suites.RECOMMENDATION.attack:
-        del given["attack"]  # the run has what the name stood for
+    recommended = suites.RECOMMENDATION
+    if given.get("attack") == suites.RECOMMENDED and base.attack == recommended.attack:
+        if given.get("mode", recommended.mode) == base.mode:
+            del given["attack"]  # the run has what the name stood for
     given = {name: value for name, value in given.items() if not has(name, value)}
     for name in ("defense", "engine_options"):  # of which a configuration would tell in words that nobody typed, or nothing
         if name in given:

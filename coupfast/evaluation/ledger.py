@@ -175,6 +175,15 @@ class Ledger:
                 )
         return cls(folder)
 
+    @staticmethod
+    def begun(folder: str | Path) -> bool:
+        """Whether a folder has a run to continue; a process that was stopped before it began one leaves an empty ledger."""
+        path = Path(folder) / DATABASE
+        if not path.is_file():
+            return False
+        with _explained(Path(folder)), contextlib.closing(_read(path)) as database:
+            return database.execute("SELECT 1 FROM sqlite_master WHERE name = 'run'").fetchone() is not None
+
     def _read_run(self) -> None:
         tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master")}
         if "run" not in tables:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from coupfast.evaluation import Spec, evaluate
-from coupfast.evaluation.ledger import DATABASE
+from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import read
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import Scale
@@ -56,7 +56,7 @@ def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", 
     for number, case in enumerate(experiment.cases, start=1):
         spec = case.spec(scale)
         folder = folders[case.name] = out / RUNS / name_of(spec)
-        begun = (folder / DATABASE).is_file()
+        begun = Ledger.begun(folder)
         _say(f"{experiment.name}, run {number} of {len(experiment.cases)}: {case.name}{', which has begun' if begun else ''}")
         evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
     runs = {name: dataclasses.replace(read(folder), name=name) for name, folder in folders.items()}
@@ -78,7 +78,7 @@ def _measured(experiment: Experiment, scale: Scale, out: Path, folders: dict[str
     if experiment.measure is None:
         return {}
     # What it follows from: the runs, which their folders' names tell, and, for networks and images, all of the size.
-    size: Any = scale.paths if experiment.simulates else dataclasses.asdict(scale)
+    size: Any = (scale.paths, scale.seed) if experiment.simulates else dataclasses.asdict(scale)
     key = _digest([experiment.version, size, sorted(folder.name for folder in folders.values())])
     path = out / MEASURED / f"{experiment.name}-{key}.npz"
     if not path.is_file():

@@ -40,7 +40,10 @@ class Page:
     def made(self) -> str:
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         here = machine()
-        return f"{today}, coupfast {coupfast.__version__}, torch {version('torch')}, {here['processor']}, {here['cores']} cores"
+        starts = sorted({run.started[:10] for run in self.results.runs.values()})
+        begun = f"; its runs were begun on {' to '.join(dict.fromkeys((starts[0], starts[-1])))}" if starts else ""
+        software = f"coupfast {coupfast.__version__}, torch {version('torch')}"
+        return f"{today}, {software}, {here['processor']}, {here['cores']} cores{begun}"
 
     def text(self) -> str:
         """For a terminal."""
@@ -98,7 +101,7 @@ class Page:
     def markdown(self, pictures: dict[str, str]) -> str:
         """The page, with the files of its figures by their titles."""
         experiment, scale = self.experiment, self.results.scale
-        blocks = [f"# {self.title}", experiment.asks, f"```\n{self.command}\n```", f"Made on {self.made}, by this command."]
+        blocks = [f"# {self.title}", experiment.asks, f"```\n{self.command}\n```", f"Page of {self.made}, by this command."]
         blocks += [_section(tables.setting(experiment, scale))]
         if experiment.cases:
             blocks.append(_section(tables.attacks(experiment, scale)))

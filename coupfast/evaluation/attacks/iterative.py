@@ -93,8 +93,9 @@ class Iterative(Attack):
         dw_box: The attacker knows the noise that the judge will use, and asks for no other: no draw of it is fresh, so that
             there is neither a test for the majority nor an N-evaluation to be told.
         eot_first: Few draws early and many late: so many at the first point of every restart, and more by one and the same
-            factor from point to point, rounded, up to `eot_iter` at the last one. None: `eot_iter` at every point. Shares of
-            unequally many draws are not compared: there is an N-evaluation, and `keep` "accuracy", with `looks` only.
+            factor from point to point, rounded, up to `eot_iter` at the last one. None: `eot_iter` at every point. Means of
+            unequally many draws are not compared: `keep` is "last", or "accuracy" with `looks`, and there is an N-evaluation
+            with `looks` only.
     """
 
     iterations: int = count(40, "steps of the attack")
@@ -130,10 +131,10 @@ class Iterative(Attack):
         super().__post_init__()
         if self.eot_first is not None and self.eot_first > self.eot_iter:
             raise ValueError(f"`eot_first` is at most `eot_iter` = {self.eot_iter}, to which draws grow, got {self.eot_first}")
-        if self.eot_first is not None and self.keep == "accuracy" and not self.looks:
+        if self.eot_first is not None and (self.keep == "loss" or self.keep == "accuracy" and not self.looks):
             raise ValueError(
-                "`keep` = 'accuracy' compares points by equally many draws, and with `eot_first` they have fewer at first: set "
-                "`looks`, or another `keep`"
+                f"`keep` = {self.keep!r} compares points by equally many draws, and with `eot_first` they have fewer at first: "
+                "set `keep` = 'last', or 'accuracy' with `looks`"
             )
         if max(self.eot_iter, self.looks, self.needed) * self.points >= LOOKS:
             raise ValueError(

@@ -16,13 +16,12 @@ from coupfast.experiments.scale import Scale
 _SCALES = np.array([0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
 _LEVELS = np.array([0.0, 0.02, 0.05, 0.1, 0.2, 0.5])
 _ENDS = np.array([0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3])
-_SEED = 121
 
 
 def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
-    found = two_gaussians.flips(_SCALES, _LEVELS, scale.paths, _SEED)
-    first = two_gaussians.proposition_1(_SCALES[1:], scale.paths, _SEED)
-    second = two_gaussians.proposition_2(_ENDS, 1.0, scale.paths, _SEED)
+    found = two_gaussians.flips(_SCALES, _LEVELS, scale.paths, scale.seed)
+    first = two_gaussians.proposition_1(_SCALES[1:], scale.paths, scale.seed)
+    second = two_gaussians.proposition_2(_ENDS, 1.0, scale.paths, scale.seed)
     measured = {"paths": np.array(scale.paths), "ended": found.ended, "crossed": found.crossed}
     return measured | {f"first {name}": x for name, x in first.items()} | {f"second {name}": x for name, x in second.items()}
 
@@ -139,7 +138,7 @@ def _concludes(results: Results) -> list[str]:
     only = int(measured["first only_guided"].sum())
     lead, above = float(measured["first gap"].min()), int(measured["second above"].sum())
     return [
-        f"With the true classifier guidance keeps labels: of paths from {two_gaussians.START:g}, {100 * clean[0]:.1f} % flip "
+        f"With the true classifier, of paths from {two_gaussians.START:g}, {100 * clean[0]:.1f} % flip "
         f"at λ = 0 and {100 * clean[-1]:.1f} % at λ = {_SCALES[-1]:g}; with the noisiest (ν = {_LEVELS[-1]:g}) "
         f"{100 * noisy[0]:.1f} % and {100 * noisy[-1]:.1f} %.",
         "The λ with the fewest flips, by noise of the classifier: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -62,8 +63,9 @@ def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
         status = subprocess.run(words, stdout=sys.stderr, check=False).returncode
         if status and not target.is_file():
             raise OSError(f"bench/speed.py failed with status {status}; what it said stands above")
-        rows = json.loads(target.read_text())["rows"]
-    return {"rows": np.array(json.dumps(rows))}
+        found = json.loads(target.read_text())
+    where = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), **found["environment"]}
+    return {"rows": np.array(json.dumps(found["rows"])), "environment": np.array(json.dumps(where))}
 
 
 def _rows(results: Results) -> list[dict[str, object]]:
@@ -77,6 +79,7 @@ def _sections(results: Results) -> list[Section]:
         value = row["seconds_per_image"]
         told = NONE if value is None else f"{float(str(value)):.4g}{'*' if row['scaled'] else ''}"
         seconds.setdefault((str(row["method"]), str(row["engine"])), {})[float(str(row["t"]))] = told
+    where = json.loads(str(results.measured["environment"]))
     alone = seconds.pop((_CLASSIFIER, "eager"), {}).get(0.0, NONE)
     table = []
     for method, published in _PUBLISHED.items():
@@ -89,7 +92,9 @@ def _sections(results: Results) -> list[Section]:
             "Seconds for an image, published beside measured",
             ("method", "where", *(f"t* = {t:g}" for t in _TIMES)),
             table,
-            "At t* = 0 the classifier alone. reference: the published way of computing, here. *: scaled from fewer steps.",
+            "At t* = 0 the classifier alone. reference: the published way of computing, here. *: scaled from fewer steps. "
+            f"Measured on {where['date']}: {where['cpu'] if where['gpu'] is None else where['device']}, {where['threads']} "
+            f"threads, torch {where['torch']}.",
         )
     ]
 
@@ -118,6 +123,7 @@ EXPERIMENT = Experiment(
     asks="How long does an image take, without and with guidance, over t*?",
     setting="One V100, seconds of inference for t* = 0, 0.001, 0.05, 0.1 and 0.15",
     measure=_measure,
+    version=2,
     sections=_sections,
     concludes=_concludes,
     roles=("score", "classifier"),
