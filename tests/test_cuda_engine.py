@@ -26,7 +26,6 @@ from coupfast.engine.cuda.capture import CudaBackend, Runner
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import Pieces
 from coupfast.engine.cuda.program import CudaProgram
-from coupfast.engine.cuda.substitution import CONTIGUOUS
 from coupfast.guidance import Guidance, pack_bits
 from coupfast_kernels.convolution.gpu import pack_weight
 from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
@@ -466,7 +465,7 @@ def test_convolutions_are_those_that_calibration_chose(backends, score, images, 
     pieces = bound_of(run, images).networks.pieces
     found = {node.target for node in pieces.make("score", 1).operations()}
     assert (torch.ops.coupfast.conv3x3.default in found) == ours
-    assert bool([kind for *_, kind in pieces.packed if kind == CONTIGUOUS]) == copied
+    assert bool([name for *_, name, _ in pieces.packed if name == "contiguous"]) == copied
 
 
 def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, score, images):

@@ -265,7 +265,7 @@ class TestContiguousMaps:
         with Convolutions():
             found = graph(*given)
         assert len(formats) >= 3 and all(map(all, formats))
-        assert not dead(graph) and {kind for *_, kind in packed} == {CONTIGUOUS}
+        assert not dead(graph) and {name for *_, name, _ in packed} == {"contiguous"}
         assert_close(found[0], expected[0])
         assert "convolution_backward" not in counts(graph)
 
@@ -292,7 +292,7 @@ class TestPackedWeights:
                 assert graph.constant_of(node) is constant
                 assert any(constant is made for _, made in packed.values())
         # Three convolutions, and their transposes.
-        assert sorted(transposed for *_, transposed, _ in packed) == [False] * 3 + [True] * 3
+        assert sorted(transposed for *_, transposed in packed) == [False] * 3 + [True] * 3
 
     def test_a_weight_is_not_taken_for_one_that_had_its_address(self):
         """Networks one after the other, each let go before the next is made: their weights are likely to lie in one place."""

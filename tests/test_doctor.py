@@ -33,7 +33,7 @@ def test_everything_agrees_here(report):
             assert f"{method}, {solver}" in cases
     assert {"coup, ReLU classifier", "coup, detached guidance", "coup, two steps, clipped image"} <= cases
     assert {"gdmp", "ld-sde", "one-step"} <= cases
-    assert [row["problem"] for row in report["weights"]] == [None, None]
+    assert [row["problem"] for row in report["weights"]] == [None, None, None]
 
 
 def test_bounds_are_tight_enough_to_mean_something(report):

@@ -185,7 +185,7 @@ def test_an_attack_on_the_command_line(folder, place, capsys):
     words = [*WORDS, "--defense", "my_defenses.py:build", "--attack", f"{place}:FGSM"]
     assert run("evaluate", *words, "--iterations", "3", "--share", "1/2", "--attack-seed", "5", "--out", "run") == 0
     said = capsys.readouterr().out
-    assert f"my_defenses.py:build under {place}:FGSM, Linf 0.00392157, 4 images" in said
+    assert f"my_defenses.py:build under {place}:FGSM, Linf 1/255, 4 images" in said
     # In other processes; its options again from the run.
     assert run("evaluate", "--resume", "run", "--workers", "2") == 0
     assert capsys.readouterr().out == said

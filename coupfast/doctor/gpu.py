@@ -33,7 +33,7 @@ ENGINE_OPTIONS = ("graphs", "compile", "triton")
 _SEED, _STEPS = 2**63 + 5, 3
 
 #: Of a quick look: cases of a kernel, and configs of a convolution that are tried.
-QUICK_CASES, QUICK_CONFIGS = 2, 2
+QUICK_CASES, QUICK_CONFIGS = 2, 1
 
 
 def check_gpu(device: torch.device, unsound: set[str], *, full: bool = True) -> Row:
