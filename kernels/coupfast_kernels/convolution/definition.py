@@ -63,7 +63,7 @@ def conv3x3_ref(
 
 
 #: F(4 × 4, 3 × 3) is interpolated at 0, at plus and minus these, and at infinity. They halve the error of the usual 1 and 2,
-#: and all constants of the transforms of maps are exact in binary (kernels/README.md, `bench/winograd_points.py`).
+#: and all constants of the transforms of maps are exact in binary (docs/how/kernels-cpu.md, `bench/winograd_points.py`).
 WINOGRAD_POINTS = (5 / 8, 3 / 2)
 
 
