@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -39,6 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kept
 import tables
 import torch
 from timing import environment
@@ -52,7 +52,6 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.units import derive_seed
 from coupfast.models.checkpoints import state_dict_sha256
-from coupfast_kernels.files import write_whole
 
 DEFENSES = ("coup", "reverse-sde", "diffpure")
 ESTIMATORS = ("exact", "surrogate", "bpda", "transfer", "diffhammer")
@@ -127,8 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mean = stacked if mean is None else mean
             row = {"defense": method, "gradient": name, "work": found.work, **measured(stacked, mean, found.work)}
             document["rows"].append(row)
-            if options.json is not None:
-                write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
+            kept.save(options.json, document)
     header = ("defense", "gradient", "image-steps", "signal/noise", "per 1000", "cosine", "fresh", "common", "correlation")
     print("\n".join(tables.lines([header, *(cells(row) for row in document["rows"])])))
     return 0
