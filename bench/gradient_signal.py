@@ -41,7 +41,7 @@ from typing import Any
 import kept
 import tables
 import torch
-from timing import environment
+from timing import environment, finite_or_none
 from tqdm import tqdm
 
 import coupfast
@@ -172,7 +172,7 @@ def measured(g: torch.Tensor, exact: torch.Tensor, work: int) -> dict[str, Any]:
         ratios["correlation"] = (noise[1:] + noise[:-1] - difference) / (2 * (noise[1:] * noise[:-1]).sqrt())
     return {
         "draws": draws,
-        **{f"each_{name}": numbers(ratio) for name, ratio in ratios.items()},
+        **{f"each_{name}": finite_or_none(ratio.flatten().tolist()) for name, ratio in ratios.items()},
         **{name: median(ratio) for name, ratio in ratios.items()},
     }
 
@@ -191,14 +191,9 @@ def cosine(g: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return dot / sizes.where(sizes > 0, torch.nan).sqrt()
 
 
-def numbers(ratio: torch.Tensor) -> list[float | None]:
-    """All of them in a row, for JSON, which has no NaN."""
-    return [value if math.isfinite(value) else None for value in ratio.flatten().tolist()]
-
-
 def median(ratio: torch.Tensor) -> float | None:
     """Of those that are numbers."""
-    known = [value for value in numbers(ratio) if value is not None]
+    known = [value for value in ratio.flatten().tolist() if math.isfinite(value)]
     return statistics.median(known) if known else None
 
 
