@@ -117,7 +117,7 @@ def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
 
 
 def tf32x3_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A model of what `precision="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
+    """A model of what `algorithm="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
 
     big = TF32(x), small = TF32(x − big), likewise for the weight; x · w ≈ small · big + big · small + big · big. What rounding
     leaves of a number is at most 2⁻²³ of it: x − big has 12 bits and a sign, of which small keeps 11. With small · small, at
