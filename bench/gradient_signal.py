@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -39,9 +38,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kept
 import tables
 import torch
-from timing import environment
+from timing import environment, finite_or_none
 from tqdm import tqdm
 
 import coupfast
@@ -52,7 +52,6 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.units import derive_seed
 from coupfast.models.checkpoints import state_dict_sha256
-from coupfast_kernels.files import write_whole
 
 DEFENSES = ("coup", "reverse-sde", "diffpure")
 ESTIMATORS = ("exact", "surrogate", "bpda", "transfer", "diffhammer")
@@ -127,8 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mean = stacked if mean is None else mean
             row = {"defense": method, "gradient": name, "work": found.work, **measured(stacked, mean, found.work)}
             document["rows"].append(row)
-            if options.json is not None:
-                write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
+            kept.save(options.json, document)
     header = ("defense", "gradient", "image-steps", "signal/noise", "per 1000", "cosine", "fresh", "common", "correlation")
     print("\n".join(tables.lines([header, *(cells(row) for row in document["rows"])])))
     return 0
@@ -174,7 +172,7 @@ def measured(g: torch.Tensor, exact: torch.Tensor, work: int) -> dict[str, Any]:
         ratios["correlation"] = (noise[1:] + noise[:-1] - difference) / (2 * (noise[1:] * noise[:-1]).sqrt())
     return {
         "draws": draws,
-        **{f"each_{name}": numbers(ratio) for name, ratio in ratios.items()},
+        **{f"each_{name}": finite_or_none(ratio.flatten().tolist()) for name, ratio in ratios.items()},
         **{name: median(ratio) for name, ratio in ratios.items()},
     }
 
@@ -193,14 +191,9 @@ def cosine(g: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return dot / sizes.where(sizes > 0, torch.nan).sqrt()
 
 
-def numbers(ratio: torch.Tensor) -> list[float | None]:
-    """All of them in a row, for JSON, which has no NaN."""
-    return [value if math.isfinite(value) else None for value in ratio.flatten().tolist()]
-
-
 def median(ratio: torch.Tensor) -> float | None:
     """Of those that are numbers."""
-    known = [value for value in numbers(ratio) if value is not None]
+    known = [value for value in ratio.flatten().tolist() if math.isfinite(value)]
     return statistics.median(known) if known else None
 
 

@@ -25,16 +25,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import kept
 import tables
 import torch
 from timing import environment, timed
 
 import coupfast
 from coupfast.data import load_images
-from coupfast_kernels.files import write_whole
 
 FACTOR = 10.0  # slower than this is a fault
 _BUSY = "print(flush=True)\nwhile True: pass"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
@@ -54,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row(name, contenders[name][0], seconds[name, False], seconds[name, True]) for name in contenders]
     settings = {name: getattr(options, name) for name in ("images", "num_steps", "engine", "repeats", "turns")}
     document = {"settings": {**settings, "cores": cores}, "environment": environment(torch.device("cpu")), "rows": rows}
-    if options.json is not None:
-        write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
+    kept.save(options.json, document)
     header = ("", "threads", "forward, quiet", "busy", "ratio", "gradient, quiet", "busy", "ratio")
     print("\n".join(tables.lines([header, *map(cells, rows)])))
     slowest = max(rows[0][kind]["ratio"] for kind in ("forward", "gradient"))

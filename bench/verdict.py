@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import torch
 from timing import environment
@@ -102,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "rows": rows,
                 "goal": [goal(rows, each) for each in options.defenses],
             }
-            if options.json is not None:
-                write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
+            kept.save(options.json, document)
     for found in document["goal"]:
         print(told(found))
     if options.plot is not None:

@@ -14,7 +14,6 @@ two kinds it is said how many of the judge's verdicts differ.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,13 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kept
 import tables
 import torch
 from timing import environment
 
 from coupfast.evaluation import Spec, evaluate
 from coupfast.evaluation import plan as planning
-from coupfast_kernels.files import write_whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": [row(name, *layouts[name], turns[name]) for name in layouts],
         "ratio": {clock: ratio(turns, clock) for clock in ("seconds", "work_seconds")},
     }
-    if options.json is not None:
-        write_whole(options.json, (json.dumps(document, indent=1) + "\n").encode())
+    kept.save(options.json, document)
     if not repeatable:
         print(f"a run is not repeatable: fingerprints {fingerprints}", file=sys.stderr)
         return 1

@@ -1,24 +1,13 @@
 """`bench/gradient_signal.py`: signal and noise of gradients whose law is known, and a tiny run."""
 
 import json
-import pathlib
-import sys
 
+import gradient_signal as signal
 import pytest
 import torch
 
-BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 
-
-@pytest.fixture
-def signal(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    yield __import__("gradient_signal")
-    for name in ("gradient_signal", "timing", "tables"):
-        sys.modules.pop(name, None)
-
-
-def test_signal_and_noise_are_those_of_a_known_law(signal):
+def test_signal_and_noise_are_those_of_a_known_law():
     """Mean 2 in each of 50 values, noise of variance 9 with a correlation of 0.64 from point to point; four images."""
     draws, values = 4000, 50
     generator = torch.Generator().manual_seed(0)
@@ -40,14 +29,14 @@ def test_signal_and_noise_are_those_of_a_known_law(signal):
     assert signal.measured(other, exact, work=10)["cosine"] == pytest.approx(0.5**0.5, rel=0.01)
 
 
-def test_few_draws_do_not_bias_it(signal):
+def test_few_draws_do_not_bias_it():
     """Without any signal three draws find none, on average; the plain square of their mean would be a third of the noise."""
     g = torch.randn(1, 3, 3000, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found, noise = signal.moments(g, dim=1)
     assert abs(float(found.mean())) < 0.02 * float(noise.mean()) and float(noise.mean()) == pytest.approx(20, rel=0.02)
 
 
-def test_a_tiny_run(signal, tmp_path, capsys):
+def test_a_tiny_run(tmp_path, capsys):
     options = ["--images", 1, "--t", 0.01, "--num-steps", 3, "--coarse-steps", 2, "--ensemble", 2, "--draws", 2]
     options += ["--points", 2, "--defenses", "coup", "--batch", 3, "--json", tmp_path / "s.json"]
     assert signal.main(list(map(str, options))) == 0

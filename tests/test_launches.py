@@ -1,9 +1,8 @@
 """The table of operations a step."""
 
 import itertools
-import pathlib
-import sys
 
+import launches
 import pytest
 import torch
 
@@ -11,20 +10,8 @@ from coupfast.doctor.gpu import QUICK_CASES, QUICK_CONFIGS
 from coupfast_kernels import registry
 from coupfast_kernels.convolution.gpu_tuning import trying
 
-BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 
-
-@pytest.fixture
-def launches(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import launches
-
-    yield launches
-    for name in ("launches", "cases"):
-        sys.modules.pop(name, None)
-
-
-def test_fewer_in_every_row(launches, capsys):
+def test_fewer_in_every_row(capsys):
     assert launches.main(["--network", "tiny"]) == 0
     printed = capsys.readouterr().out
     assert "counted from graphs, not measured" in printed
@@ -40,7 +27,7 @@ def test_fewer_in_every_row(launches, capsys):
 KERNEL_SECONDS = 1.5
 
 
-def test_a_quick_look_of_the_doctors_compiles_for_less_than_two_minutes(launches):
+def test_a_quick_look_of_the_doctors_compiles_for_less_than_two_minutes():
     """By the number of kernels; those of the cases, and those of the engine's step and transpose of the shipped networks."""
     pytest.importorskip("triton", reason="Triton is not installed: what it would compile is NOT counted here")
     from machine_code import MachineCode

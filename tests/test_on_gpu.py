@@ -79,7 +79,8 @@ def test_a_stage_over_its_limit_says_where_it_was(tmp_path):
     script = tmp_path / "slow.py"
     lines = ["import json, sys, time", "def sleeping():", "    time.sleep(60)", "with open(sys.argv[-1], 'w') as file:"]
     script.write_text("\n".join([*lines, "    json.dump({'rows': [1]}, file)", "sleeping()"]))
-    run = on_gpu_module._Run("cpu", tmp_path, os.environ | {"PYTHONFAULTHANDLER": "1"})
+    # As on a GPU, though the script asks for none: a stand-in's stage has no limit.
+    run = on_gpu_module._Run("cuda", tmp_path, os.environ | {"PYTHONFAULTHANDLER": "1"})
     stage = on_gpu_module.Stage("slow", 4, (str(script),))  # in which Python has begun, also on a busy machine
     row = run.stage(stage, tmp_path, time.monotonic() + 100)
     assert row["status"] == "out of time" and row["seconds"] < 60

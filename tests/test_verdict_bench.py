@@ -1,23 +1,11 @@
 """`bench/verdict.py`: runs that are continued, work that is counted, and a goal that is stated as it was found."""
 
 import json
-import pathlib
-import sys
 
-import pytest
-
-BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
+import verdict
 
 
-@pytest.fixture
-def verdict(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    yield __import__("verdict")
-    for name in ("verdict", "timing"):
-        sys.modules.pop(name, None)
-
-
-def test_a_tiny_study(verdict, tmp_path, capsys):
+def test_a_tiny_study(tmp_path, capsys):
     options = ["--out", tmp_path / "runs", "--json", tmp_path / "v.json", "--plot", tmp_path / "v.png", "--t", 0.01]
     options += ["--limit", 1, "--defenses", "coup", "--curves", "rand", "transfer through 3", "--points", 1, "--sizes", 0.01]
     options += ["--eot-iter", 1, "--num-steps", 4, "--draws", 2, "--shard", 1]
@@ -38,7 +26,7 @@ def test_a_tiny_study(verdict, tmp_path, capsys):
     assert json.loads((tmp_path / "v.json").read_text())["rows"] == document["rows"]
 
 
-def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol(verdict):
+def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol():
     def row(curve, share, work, value):
         robust = {protocol: {"value": value, "bootstrap": (value - 0.1, value + 0.1)} for protocol in verdict.PROTOCOLS}
         return {
@@ -56,7 +44,7 @@ def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol(verdict
     assert verdict.goal(rows, "diffpure") is None
 
 
-def test_sizes_keep_the_proportion_of_nothing_below_one(verdict):
+def test_sizes_keep_the_proportion_of_nothing_below_one():
     half = verdict.CURVES["pgd-eot"].at(0.25, 8 / 255)
     assert half == {"attack": "pgd-eot", "mode": "full", "iterations": 50, "step_size": 0.007}
     cut = verdict.CURVES["cascade, fast"].at(1e-6, 0.02)

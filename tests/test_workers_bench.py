@@ -1,33 +1,23 @@
 """`bench/workers.py` and `bench/oversubscribed.py`: what they compare, and what they refuse to say."""
 
 import json
-import pathlib
-import sys
 
+import oversubscribed
 import pytest
-
-BENCH = str(pathlib.Path(__file__).resolve().parent.parent / "bench")
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    yield __import__
-    for name in ("workers", "oversubscribed", "timing", "tables"):
-        sys.modules.pop(name, None)
+import workers
 
 
-def test_a_run_is_timed_by_both_clocks(bench):
+def test_a_run_is_timed_by_both_clocks():
     """In one worker of one thread: two threads on a core that others want are what is to be measured."""
-    workers, options = bench("workers"), ["--images", 2, "--shard", 1, "--num-steps", 1, "--iterations", 1, "--eot-iter", 1]
+    options = ["--images", 2, "--shard", 1, "--num-steps", 1, "--iterations", 1, "--eot-iter", 1]
     found = workers.run(1, 1, workers.parse_options([*map(str, options), "--count", "2", "--engine", "eager"]))
     assert 0 < found["work_seconds"] < found["seconds"] and found["peak_bytes"] > 2**25
     assert len(found["verdicts"]) == 2 * 2 * 2 and set(found["verdicts"]) <= {0, 1}  # clean and attacked, images, draws
 
 
-def test_no_ratio_of_runs_that_are_not_repeatable(bench, monkeypatch, tmp_path, capsys):
+def test_no_ratio_of_runs_that_are_not_repeatable(monkeypatch, tmp_path, capsys):
     """Of one kind, that is; of two kinds the verdicts that differ are counted."""
-    workers, made = bench("workers"), iter("abba")
+    made = iter("abba")
 
     def differing(workers, threads, options):
         found = {"seconds": float(threads), "work_seconds": 1.0, "peak_bytes": 1, "verdicts": [1, 1, int(threads == 1)]}
@@ -46,8 +36,8 @@ def test_no_ratio_of_runs_that_are_not_repeatable(bench, monkeypatch, tmp_path, 
         workers.parse_options(["--images", "4", "--shard", "4", "--count", "2"])
 
 
-def test_a_busy_core_is_measured_against_a_quiet_one(bench, tmp_path, capsys, monkeypatch):
-    oversubscribed, running = bench("oversubscribed"), []
+def test_a_busy_core_is_measured_against_a_quiet_one(tmp_path, capsys, monkeypatch):
+    running = []
     measured, busied = oversubscribed.measured, oversubscribed.busied
 
     def slowed(threads, policy, options):

@@ -32,7 +32,7 @@ ENGINE_OPTIONS = ("graphs", "compile", "triton")
 
 _SEED, _STEPS = 2**63 + 5, 3
 
-#: Of a quick look: cases of a kernel, and configs of a convolution that are tried.
+#: Of a quick look: cases of a kernel, and configs of a convolution that the engine tries; cases have their own.
 QUICK_CASES, QUICK_CONFIGS = 2, 1
 
 

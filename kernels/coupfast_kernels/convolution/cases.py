@@ -200,7 +200,7 @@ def _conv2d(shape: tuple[int, ...], out_channels: int, kernel: int, stride: int,
         return Trial(
             run,
             definition,
-            # Winograd's own error is of the transforms: kernels/README.md has it beside the direct sum's.
+            # Winograd's own error is of the transforms: docs/how/kernels-cpu.md has it beside the direct sum's.
             (_rounding(terms) if tile == DIRECT else Agreement(limit=FLOAT32_LIMIT),),
             flop=2 * kernel**2 * shape[1] * out_channels * shape[0] * (shape[2] // stride) * (shape[3] // stride),
             others={"pytorch, channels last": lambda: definition(torch.float32)},

@@ -5,7 +5,7 @@
 
 Winograd's F(2 x 2) takes 2.25 times fewer multiplications than the direct sum, F(4 x 4) four times fewer; the definition is
 `conv2d_ref`. Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308; the points at
-which F(4 x 4) evaluates, 0, ±5/8, ±3/2 and infinity, were chosen for their rounding error (kernels/README.md).
+which F(4 x 4) evaluates, 0, ±5/8, ±3/2 and infinity, were chosen for their rounding error (docs/how/kernels-cpu.md).
 """
 
 from __future__ import annotations

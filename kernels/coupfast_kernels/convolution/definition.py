@@ -63,7 +63,7 @@ def conv3x3_ref(
 
 
 #: F(4 × 4, 3 × 3) is interpolated at 0, at plus and minus these, and at infinity. They halve the error of the usual 1 and 2,
-#: and all constants of the transforms of maps are exact in binary (kernels/README.md, `bench/winograd_points.py`).
+#: and all constants of the transforms of maps are exact in binary (docs/how/kernels-cpu.md, `bench/winograd_points.py`).
 WINOGRAD_POINTS = (5 / 8, 3 / 2)
 
 
@@ -117,7 +117,7 @@ def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
 
 
 def tf32x3_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A model of what `precision="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
+    """A model of what `algorithm="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
 
     big = TF32(x), small = TF32(x − big), likewise for the weight; x · w ≈ small · big + big · small + big · big. What rounding
     leaves of a number is at most 2⁻²³ of it: x − big has 12 bits and a sign, of which small keeps 11. With small · small, at

@@ -11,7 +11,7 @@ serves both passes with other packed weights. Never a gradient of weights. Bound
 peak.
 
 K runs over taps, then over channels. In `ieee` an output is one chain of 9 · in_channels fused multiply-adds in that order,
-whatever the config: the tuner's choice moves no bit. `kernels/README.md` says what the other algorithms' bits depend on.
+whatever the config: the tuner's choice moves no bit. `docs/how/kernels-gpu.md` says what the other algorithms' bits depend on.
 
 `tf32x3-halves` is `tf32x3` with weights that were split once, when they were packed, and lie as [out_channels, K], which is how
 tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. `winograd` is another way

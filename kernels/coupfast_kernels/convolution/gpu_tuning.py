@@ -30,6 +30,19 @@ class Config(NamedTuple):
     num_stages: int
 
 
+#: Of 32 terms a pass, where the tensor cores read weights as they were packed.
+_OF_32_TERMS = (
+    Config(128, 128, 32, 8, 3),
+    Config(128, 64, 32, 4, 3),
+    Config(64, 128, 32, 4, 3),
+    Config(128, 32, 32, 4, 3),
+    Config(64, 64, 32, 4, 3),
+    Config(32, 32, 32, 4, 3),
+    Config(128, 16, 32, 4, 3),
+    Config(16, 32, 32, 4, 3),
+    Config(16, 16, 32, 2, 3),
+)
+
 #: What the tuner chooses from, by algorithm: large tiles, then one for three channels out, then two for small maps of few
 #: images. The tensor cores' sums depend on BLOCK_K, so an algorithm has one there; `ieee` does not depend on it.
 CONFIGS: dict[str, tuple[Config, ...]] = {
@@ -56,17 +69,9 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(16, 32, 16, 2, 4),
         Config(16, 16, 16, 2, 4),
     ),
-    "tf32": (
-        Config(128, 128, 32, 8, 3),
-        Config(128, 64, 32, 4, 3),
-        Config(64, 128, 32, 4, 3),
-        Config(128, 32, 32, 4, 3),
-        Config(64, 64, 32, 4, 3),
-        Config(32, 32, 32, 4, 3),
-        Config(128, 16, 32, 4, 3),
-        Config(16, 32, 32, 4, 3),
-        Config(16, 16, 32, 2, 3),
-    ),
+    "tf32": _OF_32_TERMS,
+    # The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
+    "tf32x3-halves": _OF_32_TERMS,
     # Rows are tiles of outputs; a run of a sum is two blocks of terms.
     "winograd": (
         Config(128, 128, 16, 8, 3),
@@ -78,18 +83,6 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(128, 16, 16, 4, 3),
         Config(16, 32, 16, 2, 3),
         Config(16, 16, 16, 2, 3),
-    ),
-    # The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
-    "tf32x3-halves": (
-        Config(128, 128, 32, 8, 3),
-        Config(128, 64, 32, 4, 3),
-        Config(64, 128, 32, 4, 3),
-        Config(128, 32, 32, 4, 3),
-        Config(64, 64, 32, 4, 3),
-        Config(32, 32, 32, 4, 3),
-        Config(128, 16, 32, 4, 3),
-        Config(16, 32, 32, 4, 3),
-        Config(16, 16, 32, 2, 3),
     ),
 }
 LARGEST_BLOCK_M = max(config.block_m for configs in CONFIGS.values() for config in configs)

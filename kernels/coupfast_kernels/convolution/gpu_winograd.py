@@ -6,6 +6,7 @@
 
 The points are 0, ±5/8, ±3/2 and infinity, and the sums over channels are taken in runs of 32: together they keep the error
 below that of a direct sum of float32 (`bench/winograd_points.py`). U = G w Gᵀ is made once, when weights are packed.
+`winograd3x3_ref` is this algorithm, and `conv3x3_ref` what it has to give.
 
 Three kernels, on as many tiles at a time as let V and M stay in the L2 cache; how many changes no bit, nor does the config: an
 output is one sum in one order.
@@ -110,11 +111,14 @@ if triton is not None:
         )
 
     @triton.jit
-    def _places_kernel(tile, height, width, tile_rows, tile_columns):
-        """Of tiles: image, row and column of their first output."""
-        tiles = tile_rows * tile_columns
+    def _program_kernel(first, tile_rows, tile_columns, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+        """Of a transform's program: its tiles from `first` on, its channels, and image, row and column of tiles' outputs."""
+        blocks = tl.cdiv(channels, BLOCK_C)
+        t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+        channel = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+        tile, tiles = first + t, tile_rows * tile_columns
         place = tile % tiles
-        return tile // tiles, place // tile_columns * 4, place % tile_columns * 4
+        return t, channel, tile // tiles, place // tile_columns * 4, place % tile_columns * 4
 
     @triton.jit(do_not_specialize=["first", "count", "at_once", "height", "width", "tile_rows", "tile_columns"])
     def _input_kernel(
@@ -132,10 +136,7 @@ if triton is not None:
         BLOCK_C: tl.constexpr,
     ):
         """V of tiles first … first + count, [36, at_once, in_channels]. Memory-bound: reads x 36 / 16 times, writes V."""
-        blocks = tl.cdiv(in_channels, BLOCK_C)
-        t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-        channel = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        image, h, w = _places_kernel(first + t, height, width, tile_rows, tile_columns)
+        t, channel, image, h, w = _program_kernel(first, tile_rows, tile_columns, in_channels, BLOCK_T, BLOCK_C)
         top, left = h - 1, w - 1
         inside = t < count
         known = channel < in_channels  # [1, BLOCK_C]
@@ -210,10 +211,7 @@ if triton is not None:
         BLOCK_C: tl.constexpr,
     ):
         """y of tiles first … first + count. Memory-bound: reads M (from L2) and the residual, writes y."""
-        blocks = tl.cdiv(out_channels, BLOCK_C)
-        t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-        channel = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        image, h, w = _places_kernel(first + t, height, width, tile_rows, tile_columns)
+        t, channel, image, h, w = _program_kernel(first, tile_rows, tile_columns, out_channels, BLOCK_T, BLOCK_C)
         inside = t < count
         known = channel < out_channels  # [1, BLOCK_C]
         mask = inside[:, None] & known

@@ -173,7 +173,7 @@ class DirectBlock {
     if (s_.flat && !s_.few) {
       const bool foresee = panel == 0 && s_.pixel >= DirectShape::kStrided;
       const float* const first = start(line, column);
-      float* const to = s_.finishes ? result(line, column, panel) : nullptr;
+      float* const to = result(line, column, panel);
       const auto even = [&](int64_t p) {
         const float* const found = first + p * s_.pixel;
         if (foresee)
@@ -203,7 +203,7 @@ class DirectBlock {
     }
     // Those of several lines do in small units, where the width is made of such.
     const float* next = start(line, column);
-    float* to = s_.finishes ? result(line, column, panel) : nullptr;
+    float* to = result(line, column, panel);
     int64_t result_line = line, result_column = column;
     const auto following_result = [&](int64_t) {
       float* const found = to;
@@ -269,8 +269,9 @@ class DirectBlock {
     return c_.x + (image * c_.height + row * c_.stride) * c_.width * c_.x_pixel + column * s_.pixel;
   }
 
-  // Where a result of the product belongs; lines count as in `start`.
+  // Where a result of the product belongs, null where the product does not write it; lines count as in `start`.
   float* result(int64_t line, int64_t column, int64_t panel) const {
+    if (!s_.finishes) return nullptr;
     const uint32_t height = static_cast<uint32_t>(c_.out_height), all = static_cast<uint32_t>(first_ + line);
     const int64_t image = all / height, row = all % height;
     return c_.y + s_.target.pixel(image, row, column) * c_.y_pixel + panel * kPanel;

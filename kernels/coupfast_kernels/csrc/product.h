@@ -27,7 +27,7 @@ struct Terms {
   static constexpr int64_t kShortest = 16;
 };
 
-// Most of a Winograd convolution's error is made in its sums (kernels/README.md); a direct one's rounds less as it is.
+// Most of a Winograd convolution's error is made in its sums (docs/how/kernels-cpu.md); a direct one's rounds less as it is.
 constexpr int64_t kWinogradRun = 32, kDirectRun = 128;
 constexpr int kUnrolled = 4;
 

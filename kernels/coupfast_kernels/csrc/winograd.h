@@ -40,8 +40,8 @@ struct WinogradShape {
 
 // --- Winograd's transforms -----------------------------------------------------------------------------------------------------
 
-// F(4x4, 3x3) at the points 0, +-5/8, +-3/2 and infinity. They halve the error of the usual 0, +-1, +-2 (kernels/README.md),
-// and all constants of the transforms are exact in binary.
+// F(4x4, 3x3) at the points 0, +-5/8, +-3/2 and infinity. They halve the error of the usual 0, +-1, +-2
+// (docs/how/kernels-cpu.md), and all constants of the transforms are exact in binary.
 constexpr float kA = 0.625f, kB = 1.5f;
 constexpr float kA2 = kA * kA, kB2 = kB * kB, kA3 = kA2 * kA, kB3 = kB2 * kB;
 

@@ -13,7 +13,7 @@ of x and v_eps of eps_hat that the later step left, u = b v + v_eps, and then
 
 Memory-bound: reads a tensor a term, writes one, makes the noise in registers; judge it by its share of copy bandwidth. What it
 reads besides (coefficients, step, seed, image ids, draws) lies in device memory, so that one captured CUDA graph serves every
-step, seed and image. Bits equal to the definition's: `kernels/README.md`.
+step, seed and image. Bits equal to the definition's: `docs/how/kernels.md`.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ def _launch(y, x, eps_hat, guidance, coefficients, step, seed, ids, draw, x_in, 
             STRIDED=strided,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # bits, not ulps: see kernels/README.md
+            enable_fp_fusion=False,  # bits, not ulps: see docs/how/kernels.md
         )
 
 
