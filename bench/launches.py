@@ -78,6 +78,7 @@ def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
 def _eager(program: EagerProgram, x: torch.Tensor) -> tuple[int, int]:
     zeros = torch.zeros(len(x), dtype=torch.int64)
     noise = CounterNoise(0, zeros, zeros)
+    program.step(0, x, noise, "slopes")  # traces the classifier
     with _Counter() as forward:
         _, saved = program.step(0, x, noise, "slopes")
     with _Counter() as backward:

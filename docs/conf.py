@@ -22,7 +22,7 @@ extensions = [
     "rendered",
     "docstrings",
 ]
-exclude_patterns = ["_build", "_ext", "pictures/README.md"]
+exclude_patterns = ["_build", "_ext"]
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -88,8 +88,6 @@ def check_line(line: str, *, run: bool) -> None:
         words = words[1:]
     if not words:
         return
-    if words[0] == "srun":
-        words = words[1:]
     if words[0] == "coupfast":
         argv = words[1:]
         if run:
