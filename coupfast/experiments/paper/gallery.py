@@ -8,7 +8,8 @@ import numpy as np
 
 from coupfast.data import CIFAR10_CLASSES
 from coupfast.evaluation.report import Picture
-from coupfast.experiments import figures, images
+from coupfast.evaluation.report.pictures import image_grid, to_png
+from coupfast.experiments import images
 from coupfast.experiments.defenses import NAMES, defense
 from coupfast.experiments.experiment import Results
 from coupfast.experiments.paper import fig2b
@@ -45,13 +46,15 @@ def picture(results: Results, title: str, chosen: np.ndarray, methods: Sequence[
 
     columns = {"original": measured["clean"][chosen], "attacked": measured["attacked"][chosen]}
     classes = measured[f"{methods[0]} confidences"].shape[1]
-    texts = {"original": [f"{class_name(label, classes)} ({image})" for label, image in zip(labels, chosen, strict=True)]}
-    good = {"original": [True] * len(chosen)}
+    below: dict[str, list[tuple[str, bool | None]]] = {
+        "original": [(f"{class_name(label, classes)} ({image})", True) for label, image in zip(labels, chosen, strict=True)]
+    }
     for method in methods:
         confidences = measured[f"{method} confidences"][chosen]
         said = confidences.argmax(axis=1)
         columns[NAMES[method]] = measured[f"{method} images"][chosen]
-        pairs = zip(said, confidences, strict=True)
-        texts[NAMES[method]] = [f"{class_name(cls, classes)} {row[cls]:.2f}" for cls, row in pairs]
-        good[NAMES[method]] = (said == labels).tolist()
-    return figures.grid(title, columns, texts, good, note)
+        below[NAMES[method]] = [
+            (f"{class_name(cls, classes)} {row[cls]:.2f}", bool(cls == label))
+            for cls, row, label in zip(said, confidences, labels, strict=True)
+        ]
+    return Picture(title, to_png(image_grid(columns, below)), note)
