@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sqlite3
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from coupfast.cli import main
 from coupfast.evaluation.ledger import DATABASE
-from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, make, two_gaussians
+from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, check, make, two_gaussians
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
@@ -52,7 +53,9 @@ def test_every_one_runs(name, out, capsys):
     # Every table has as many cells in each row as in its header, none of them empty.
     for table in found["tables"][1:]:
         assert table["rows"] and all(len(row) == len(table["header"]) and all(row) for row in table["rows"]), table["title"]
-    for file in re.findall(r"!\[.*?\]\((.*?)\)", page):
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert not pictures or EXPERIMENTS[name].pictured
+    for file in pictures:
         pixels = np.asarray(Image.open(out / "pages" / file).convert("RGB"))
         assert pixels.shape[1] > 250 and pixels.std() > 10
 
@@ -131,6 +134,15 @@ def test_errors_before_any_work(words, said, tmp_path, capsys):
     assert reproduce(*words, "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert re.search(said, captured.err) and not captured.out and not (tmp_path / "out").exists()
+
+
+def test_pictures_can_be_drawn_or_nothing_begins(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert reproduce("fig3b", *SMALL, "--out", tmp_path / "out") == 2
+    assert re.search(r"pip install.*coupfast\[demo\]", capsys.readouterr().err) and not (tmp_path / "out").exists()
+    pictured = [name for name, found in EXPERIMENTS.items() if found.pictured]
+    assert {"table1", "table2", "table3", "table4"} == set(EXPERIMENTS) - set(pictured)
+    check(EXPERIMENTS["table1"], Scale(images=1, budget=1e-6, steps=1))
 
 
 def test_cifar100_with_networks_of_ones_own(tmp_path, capsys):

@@ -15,6 +15,7 @@ import numpy as np
 from coupfast.evaluation import Spec, evaluate
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import read
+from coupfast.evaluation.report.pictures import check_matplotlib
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole
@@ -28,7 +29,10 @@ def check(experiment: Experiment, scale: Scale) -> None:
     Raises:
         MissingNetworks: see `Scale.check`.
         ValueError, OSError: if images are not there, or what the experiment itself needs is not.
+        ImportError: if its pictures cannot be drawn.
     """
+    if experiment.pictured:
+        check_matplotlib()
     experiment.check(scale)
     scale.check(
         experiment.needs,

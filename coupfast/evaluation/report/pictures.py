@@ -196,16 +196,23 @@ def image_grid(columns: Mapping[str, np.ndarray], below: Mapping[str, Sequence[t
     return figure
 
 
+def check_matplotlib() -> None:
+    """ImportError if Matplotlib is missing; the message names the extra."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
+
+
 def new_figure(width: float, height: float) -> Any:
     """An empty Matplotlib figure, in inches.
 
     Raises:
-        ImportError: if Matplotlib is missing; the message names the extra.
+        ImportError: see `check_matplotlib`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     # Not pyplot: it keeps figures and looks for a display.
     return Figure(figsize=(width, height), layout="constrained")
 

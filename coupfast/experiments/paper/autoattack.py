@@ -65,6 +65,7 @@ def experiment(name: str, norm: str, place: str, setting: str, published: dict[s
         cases=cases,
         sections=sections,
         concludes=concludes,
+        pictured=False,
     )
 
 

@@ -63,6 +63,7 @@ EXPERIMENT = Experiment(
     ],
     sections=_sections,
     concludes=_concludes,
+    pictured=False,
     assumptions=(
         "The step size and the draws of a gradient are not legible: 2/255 and 15 are assumed.",
         "DiffPure's protocol counts an image as fallen if the mean logits of 15 draws, and then of 150, are wrong. Here the "
