@@ -15,6 +15,7 @@ from PIL import Image
 from coupfast.cli import main
 from coupfast.evaluation.ledger import DATABASE
 from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, check, make, two_gaussians
+from coupfast.experiments import scale as scale_module
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
@@ -205,6 +206,17 @@ def test_table_4_shows_what_the_benchmark_wrote():
     assert [row[1] for row in table.rows].count("published, V100") == 3
     here = {row[0] for row in table.rows if row[1] == "cpu"}
     assert "COUP" in here and EXPERIMENTS["table4"].concludes(results)
+
+
+def test_a_network_is_tried_once_for_all_experiments(monkeypatch):
+    loads = []
+    for kind in ("score", "classifier"):
+        load = getattr(scale_module, f"load_{kind}")
+        monkeypatch.setattr(scale_module, f"load_{kind}", lambda *a, load=load, **k: loads.append(a) or load(*a, **k))
+    scale = Scale(images=1, budget=1e-6, steps=1)
+    for name in ("table1", "fig4a", "fig2b"):
+        check(EXPERIMENTS[name], scale)
+    assert loads == [("cifar10-tiny",), ("cifar10-tiny",), ("cifar10-tiny-silu",)]
 
 
 def test_roles_replace_networks():
