@@ -85,6 +85,7 @@ def test_a_run_that_two_need_is_made_once(out, capsys):
     after = {path: path.stat().st_mtime_ns for path in (out / "runs").glob(f"*/{DATABASE}")}
     assert set(before) == set(after)
     assert capsys.readouterr().err.count("which has begun") == 2
+    assert len(list((out / "measured").glob("gallery-*.npz"))) == 1
 
 
 def test_what_was_stopped_goes_on(tmp_path, out):

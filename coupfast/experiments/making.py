@@ -84,7 +84,8 @@ def _measured(experiment: Experiment, scale: Scale, out: Path, folders: dict[str
     # What it follows from: the runs, which their folders' names tell, and, for networks and images, all of the size.
     size: Any = (scale.paths, scale.seed) if experiment.simulates else dataclasses.asdict(scale)
     key = _digest([experiment.version, size, sorted(folder.name for folder in folders.values())])
-    path = out / MEASURED / f"{experiment.name}-{key}.npz"
+    # Named by where it is defined: two experiments may show one measurement.
+    path = out / MEASURED / f"{experiment.measure.__module__.rpartition('.')[2]}-{key}.npz"
     if not path.is_file():
         _say(f"{experiment.name}: measuring")
         found = experiment.measure(scale, {name: str(folder) for name, folder in folders.items()})
