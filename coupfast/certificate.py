@@ -183,7 +183,7 @@ class GradientCertificate:
             f"  method:   {_said(self.settings['method'])}; {self.num_steps} steps",
             f"  engine {self.engine}, {self.settings['engine']['precision']}, {self.dtype} on {self.device}, "
             f"torch {self.torch}",
-            f"  loss: {self.loss}; {len(self.ids)} images, seed {self.seed}, draw 0",
+            f"  loss: {self.loss}; {len(self.ids)} image{'s' * (len(self.ids) != 1)}, seed {self.seed}, draw 0",
             "",
             f"against float64 back-propagation through every step ({self.steps_at_once} at once, "
             f"{self.predicted_bytes / 2**20:.0f} MiB predicted)",

@@ -113,6 +113,12 @@ def test_legends_cover_no_curve(runs):
                 assert not legend.get_window_extent().overlaps(panel.get_window_extent())
 
 
+def test_a_single_image_is_drawn_alone():
+    figure = pictures.image_grid({"clean": np.zeros((1, 3, 8, 8))}, {"clean": [("cat", False)]})
+    (panel,) = figure.axes
+    assert panel.get_xlabel() == "✗ cat" and panel.get_title() == "clean"
+
+
 def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
     copies = [tmp_path / part / "same" / "run" for part in ("one", "two")]
     for copy in copies:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sqlite3
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 
 from coupfast.cli import main
 from coupfast.evaluation.ledger import DATABASE
-from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, make, two_gaussians
+from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, check, make, two_gaussians
+from coupfast.experiments import scale as scale_module
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
@@ -52,7 +54,9 @@ def test_every_one_runs(name, out, capsys):
     # Every table has as many cells in each row as in its header, none of them empty.
     for table in found["tables"][1:]:
         assert table["rows"] and all(len(row) == len(table["header"]) and all(row) for row in table["rows"]), table["title"]
-    for file in re.findall(r"!\[.*?\]\((.*?)\)", page):
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert not pictures or EXPERIMENTS[name].pictured
+    for file in pictures:
         pixels = np.asarray(Image.open(out / "pages" / file).convert("RGB"))
         assert pixels.shape[1] > 250 and pixels.std() > 10
 
@@ -81,6 +85,7 @@ def test_a_run_that_two_need_is_made_once(out, capsys):
     after = {path: path.stat().st_mtime_ns for path in (out / "runs").glob(f"*/{DATABASE}")}
     assert set(before) == set(after)
     assert capsys.readouterr().err.count("which has begun") == 2
+    assert len(list((out / "measured").glob("gallery-*.npz"))) == 1
 
 
 def test_what_was_stopped_goes_on(tmp_path, out):
@@ -131,6 +136,15 @@ def test_errors_before_any_work(words, said, tmp_path, capsys):
     assert reproduce(*words, "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert re.search(said, captured.err) and not captured.out and not (tmp_path / "out").exists()
+
+
+def test_pictures_can_be_drawn_or_nothing_begins(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert reproduce("fig3b", *SMALL, "--out", tmp_path / "out") == 2
+    assert re.search(r"pip install.*coupfast\[demo\]", capsys.readouterr().err) and not (tmp_path / "out").exists()
+    pictured = [name for name, found in EXPERIMENTS.items() if found.pictured]
+    assert {"table1", "table2", "table3", "table4"} == set(EXPERIMENTS) - set(pictured)
+    check(EXPERIMENTS["table1"], Scale(images=1, budget=1e-6, steps=1))
 
 
 def test_cifar100_with_networks_of_ones_own(tmp_path, capsys):
@@ -193,6 +207,17 @@ def test_table_4_shows_what_the_benchmark_wrote():
     assert [row[1] for row in table.rows].count("published, V100") == 3
     here = {row[0] for row in table.rows if row[1] == "cpu"}
     assert "COUP" in here and EXPERIMENTS["table4"].concludes(results)
+
+
+def test_a_network_is_tried_once_for_all_experiments(monkeypatch):
+    loads = []
+    for kind in ("score", "classifier"):
+        load = getattr(scale_module, f"load_{kind}")
+        monkeypatch.setattr(scale_module, f"load_{kind}", lambda *a, load=load, **k: loads.append(a) or load(*a, **k))
+    scale = Scale(images=1, budget=1e-6, steps=1)
+    for name in ("table1", "fig4a", "fig2b"):
+        check(EXPERIMENTS[name], scale)
+    assert loads == [("cifar10-tiny",), ("cifar10-tiny",), ("cifar10-tiny-silu",)]
 
 
 def test_roles_replace_networks():

@@ -146,7 +146,7 @@ def _checked(names: list[str], scale: Scale, *, skip: bool) -> list[str]:
     for name in names:
         try:
             check(EXPERIMENTS[name], scale)
-        except (ValueError, OSError) as error:
+        except (ImportError, ValueError, OSError) as error:
             if not skip:
                 raise
             print(f"left out: {error}", file=sys.stderr, flush=True)

@@ -126,8 +126,9 @@ class Certification:
         quarters = np.arange(0.0, self.largest_radius, 0.25).tolist()
         radii = [radius for radius in quarters if radius == 0.0 or self.accuracy(radius) > 0.0]
         lines = [
-            f"certified accuracy of {len(self.images)} images, L2 on [0, 1], sigma {self.sigma:g}: {self.draws} draws, "
-            f"{self.selection_draws} to choose the class, each certificate wrong with probability {self.alpha:g} at most",
+            f"certified accuracy of {len(self.images)} image{'s' * (len(self.images) != 1)}, L2 on [0, 1], "
+            f"sigma {self.sigma:g}: {self.draws} draws, {self.selection_draws} to choose the class, "
+            f"each certificate wrong with probability {self.alpha:g} at most",
             "  radius    " + "  ".join(f"{radius:6.2f}" for radius in radii),
             "  accuracy  " + "  ".join(f"{100 * self.accuracy(radius):5.1f}%" for radius in radii),
             f"abstained of {100 * self.abstained:.1f} %; largest radius of so many draws {self.largest_radius:.3f}",

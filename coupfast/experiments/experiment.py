@@ -71,6 +71,7 @@ class Experiment:
         roles: Networks that are needed beside those of the cases.
         assumptions: Where the paper's text lost a number or does not say it: what is assumed, and other differences that do not
             follow from the size.
+        pictured: Whether there are pictures among its sections.
         simulates: Whether `Scale.paths` is a part of it, and images are not.
         check: What must hold before any work; raises an error that says what to do.
     """
@@ -87,6 +88,7 @@ class Experiment:
     version: int = 1
     roles: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
+    pictured: bool = True
     simulates: bool = False
     check: Callable[[Scale], None] = lambda scale: None
 

@@ -62,34 +62,3 @@ def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequ
     axes.set_ylim(0, 104)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return Picture(title, to_png(axes.figure), note)
-
-
-def grid(
-    title: str,
-    columns: Mapping[str, np.ndarray],
-    texts: Mapping[str, Sequence[str]],
-    right: Mapping[str, Sequence[bool]],
-    note: str,
-) -> Picture:
-    """Images, a row each.
-
-    Args:
-        columns: Images in [0, 1], (n, 3, height, width), by title.
-        texts: What stands below them.
-        right: Whether that is the label; blue, or orange and marked.
-    """
-    count = len(next(iter(columns.values())))
-    figure = new_figure(1.6 * len(columns), 1.95 * count + 0.2)
-    panels = figure.subplots(count, len(columns), squeeze=False)
-    for column, (name, images) in enumerate(columns.items()):
-        for row in range(count):
-            panel = panels[row, column]
-            panel.imshow(images[row].transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if row == 0:
-                panel.set_title(name, fontsize=9)
-            if name in texts:
-                mark, colour = ("", COLOURS[0]) if right[name][row] else ("✗ ", COLOURS[1])
-                panel.set_xlabel(f"{mark}{texts[name][row]}", fontsize=8, color=colour)
-    return Picture(title, to_png(figure), note)

@@ -15,6 +15,7 @@ import numpy as np
 from coupfast.evaluation import Spec, evaluate
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import read
+from coupfast.evaluation.report.pictures import check_matplotlib
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole
@@ -28,7 +29,10 @@ def check(experiment: Experiment, scale: Scale) -> None:
     Raises:
         MissingNetworks: see `Scale.check`.
         ValueError, OSError: if images are not there, or what the experiment itself needs is not.
+        ImportError: if its pictures cannot be drawn.
     """
+    if experiment.pictured:
+        check_matplotlib()
     experiment.check(scale)
     scale.check(
         experiment.needs,
@@ -80,7 +84,8 @@ def _measured(experiment: Experiment, scale: Scale, out: Path, folders: dict[str
     # What it follows from: the runs, which their folders' names tell, and, for networks and images, all of the size.
     size: Any = (scale.paths, scale.seed) if experiment.simulates else dataclasses.asdict(scale)
     key = _digest([experiment.version, size, sorted(folder.name for folder in folders.values())])
-    path = out / MEASURED / f"{experiment.name}-{key}.npz"
+    # Named by where it is defined: two experiments may show one measurement.
+    path = out / MEASURED / f"{experiment.measure.__module__.rpartition('.')[2]}-{key}.npz"
     if not path.is_file():
         _say(f"{experiment.name}: measuring")
         found = experiment.measure(scale, {name: str(folder) for name, folder in folders.items()})

@@ -56,7 +56,7 @@ class Page:
         return "\n\n".join(block for block in blocks if block)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: tables as they are shown, every run's accuracies, and what was measured, as far as it is numbers."""
+        """As JSON has it: tables as they are shown, what is said of them, and every run's accuracies and configuration."""
         return {
             "name": self.experiment.name,
             "place": self.experiment.place,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -142,6 +143,11 @@ class Scale:
     def network(self, role: str) -> Network:
         return self.roles.get(role, SETS[self.networks].networks[role])
 
+    @functools.cached_property
+    def _loaded(self) -> set[tuple[str, Network]]:
+        """Kinds and networks that have loaded."""
+        return set()
+
     def steps_of(self, t: float) -> int:
         """Steps of a purification from time t."""
         return max(1, round((self.steps or PUBLISHED_STEPS) * t / PUBLISHED_T))
@@ -194,7 +200,7 @@ class Scale:
         return max(1, round(count * math.sqrt(self.budget)))
 
     def check(self, roles: Iterable[str], *, experiment: str, otherwise: str) -> None:
-        """Load every network once.
+        """Load every network once, and none a second time for another experiment.
 
         Args:
             roles: That are needed.
@@ -208,13 +214,16 @@ class Scale:
         missing = []
         for role in roles:
             network = self.network(role)
-            flag = f"--{role}-weights"
+            flag, kind = f"--{role}-weights", "score" if role == "score" else "classifier"
             source = SETS[self.networks].sources.get(role) if role not in self.roles else None
+            if (kind, network) in self._loaded:
+                continue
             try:
                 if network.weights is None and needs_weights(network.name):
                     missing.append(f"{ROLES[role]} {network.name} ({flag} FILE{f'; it is {source}' if source else ''})")
                     continue
-                (load_score if role == "score" else load_classifier)(network.name, weights=network.weights)
+                (load_score if kind == "score" else load_classifier)(network.name, weights=network.weights)
+                self._loaded.add((kind, network))
             except (ImportError, OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 missing.append(f"{ROLES[role]} {network.name}: {reason}{f' ({flag} FILE; it is {source})' if source else ''}")

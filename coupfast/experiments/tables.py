@@ -18,14 +18,6 @@ NONE = "–"
 SHOWN = {OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """Figures of the paper, in per cent, for a row of a table; None where it has none."""
-
-    clean: float | None = None
-    robust: float | None = None
-
-
 def per_cent(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 

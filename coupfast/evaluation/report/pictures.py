@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,43 +147,72 @@ def gallery(run: Run) -> Picture:
         columns.append(("attacked, purified", shown["attacked_purified"], "attacked"))
     if "clean_purified" not in shown:  # nothing is purified: what the classifier says stands below the images themselves
         columns = [(title, images, title if title in ("clean", "attacked") else kind) for title, images, kind in columns]
+    labels = run.verdicts["clean"].labels[shown["images"]]
+    below: dict[str, list[tuple[str, bool | None]]] = {}
+    for title, _, kind in columns:
+        if kind is not None:
+            said = zip(shown[f"{kind}_logits"][0], labels, strict=True)
+            below[title] = [_said(run, logits, label) for logits, label in said]
+        elif title == "clean":
+            numbers = zip(shown["images"], labels, strict=True)
+            below[title] = [(f"{class_name(run, label)} ({image})", None) for image, label in numbers]
+    return Picture(
+        f"{run.name}: gallery",
+        to_png(image_grid({title: images for title, images, _ in columns}, below)),
+        "Below: the class that the defense says and its confidence, at the judge's first draw (✗ and orange: wrong).",
+        f"Rows of images, one for each of {count}: {', '.join(title for title, _, _ in columns)}.",
+    )
+
+
+def _said(run: Run, logits: np.ndarray, label: int) -> tuple[str, bool | None]:
+    """What is said of an image and how surely, and whether it is right."""
+    predicted = int(logits.argmax())
+    confidence = float(np.exp(logits[predicted] - logits.max()) / np.exp(logits - logits.max()).sum())
+    return f"{class_name(run, predicted)} {confidence:.2f}", predicted == int(label)
+
+
+def image_grid(columns: Mapping[str, np.ndarray], below: Mapping[str, Sequence[tuple[str, bool | None]]]) -> Any:
+    """A figure of images, one a row.
+
+    Args:
+        columns: Images in [0, 1], (n, 3, height, width), by title.
+        below: By title, what stands below each image, and whether it is right: blue, or orange and marked; None: neither.
+    """
+    count = len(next(iter(columns.values())))
     figure = new_figure(1.6 * len(columns), 1.95 * count + 0.2)
-    axes = np.atleast_2d(figure.subplots(count, len(columns)).reshape(count, len(columns)))
-    labels = run.verdicts["clean"].labels
-    for row, image in enumerate(shown["images"]):
-        for column, (title, images, kind) in enumerate(columns):
-            panel = axes[row, column]
+    panels = figure.subplots(count, len(columns), squeeze=False)
+    for column, (title, images) in enumerate(columns.items()):
+        for row in range(count):
+            panel = panels[row, column]
             panel.imshow(images[row].transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
                 panel.set_title(title, fontsize=9)
-            if column == 0 and kind is None:
-                panel.set_xlabel(f"{class_name(run, labels[image])} ({image})", fontsize=8)
-            if kind is not None:
-                logits = shown[f"{kind}_logits"][0, row]
-                predicted = int(logits.argmax())
-                confidence = float(np.exp(logits[predicted] - logits.max()) / np.exp(logits - logits.max()).sum())
-                mark, colour = ("", "#0072b2") if predicted == labels[image] else ("✗ ", "#d55e00")
-                panel.set_xlabel(f"{mark}{class_name(run, predicted)} {confidence:.2f}", fontsize=8, color=colour)
-    return Picture(
-        f"{run.name}: gallery",
-        to_png(figure),
-        "Below: the class that the defense says and its confidence, at the judge's first draw (✗ and orange: wrong).",
-        f"Rows of images, one for each of {count}: {', '.join(title for title, _, _ in columns)}.",
-    )
+            if title in below:
+                text, right = below[title][row]
+                look = {} if right is None else {"color": COLOURS[not right]}
+                panel.set_xlabel(f"{'✗ ' if right is False else ''}{text}", fontsize=8, **look)
+    return figure
+
+
+def check_matplotlib() -> None:
+    """ImportError if Matplotlib is missing; the message names the extra."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
 
 
 def new_figure(width: float, height: float) -> Any:
     """An empty Matplotlib figure, in inches.
 
     Raises:
-        ImportError: if Matplotlib is missing; the message names the extra.
+        ImportError: see `check_matplotlib`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     # Not pyplot: it keeps figures and looks for a display.
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -347,7 +347,8 @@ def certificate(run: Run) -> list[Section]:
         for name, value in fields.items()
         if not isinstance(value, (list, dict))
     ]
-    note = f"Of {len(certificate['ids'])} images, against float64 back-propagation through the definition; see check-gradient."
+    count = len(certificate["ids"])
+    note = f"Of {count} image{'s' * (count != 1)}, against float64 back-propagation through the definition; see check-gradient."
     return [Table(f"{run.name}: certificate of the gradient that the attack followed", ("what", "value"), rows, note)]
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from coupfast.evaluation.protocols import OFFICIAL
 from coupfast.evaluation.report import Section, Table
+from coupfast.evaluation.report.published import Figures
 from coupfast.experiments import tables
 from coupfast.experiments.defenses import NAMES, defense, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
-from coupfast.experiments.tables import Published, per_cent
+from coupfast.experiments.tables import per_cent
 
 _SUITES = {"rand": "autoattack-rand", "standard": "autoattack-standard"}
 _DEFENDED = ("diffpure", "coup")
 
 
-def experiment(name: str, norm: str, place: str, setting: str, published: dict[str, Published]) -> Experiment:
+def experiment(name: str, norm: str, place: str, setting: str, published: dict[str, Figures]) -> Experiment:
     """The table for a norm; published figures by method."""
     cases = [Case(_name("none", "standard"), {**defense("none"), "attack": _SUITES["standard"], **threat(norm)})]
     for method in _DEFENDED:
@@ -64,6 +65,7 @@ def experiment(name: str, norm: str, place: str, setting: str, published: dict[s
         cases=cases,
         sections=sections,
         concludes=concludes,
+        pictured=False,
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from coupfast.data import CIFAR10_CLASSES
 from coupfast.evaluation.report import Picture, Section, Table
 from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
+from coupfast.evaluation.report.read import class_name
 from coupfast.experiments import images
 from coupfast.experiments.defenses import EOT_ASSUMED, NAMES, defense
 from coupfast.experiments.experiment import Experiment, Results
@@ -78,7 +78,7 @@ def _ways(results: Results, title: str, chosen: np.ndarray) -> Picture:
         wrong = next(cls for cls in last.values() if cls != labels[image])
         for method, style in zip(_METHODS, ("-", "--"), strict=True):
             for colour, cls in zip(COLOURS, (labels[image], wrong), strict=False):
-                name = CIFAR10_CLASSES[cls] if ways[method].shape[1] == len(CIFAR10_CLASSES) else str(cls)
+                name = class_name(results.runs[fig2b.case("reverse-sde").name], cls)
                 true = " (true)" if cls == labels[image] else ""
                 panel.plot(ways[method][:, cls], style, color=colour, linewidth=1.5, label=f"{name}{true}, {NAMES[method]}")
         panel.set_title(f"image {image}", fontsize=9)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from coupfast.data import CIFAR10_CLASSES
 from coupfast.evaluation.report import Picture
-from coupfast.experiments import figures, images
+from coupfast.evaluation.report.pictures import image_grid, to_png
+from coupfast.evaluation.report.read import class_name
+from coupfast.experiments import images
 from coupfast.experiments.defenses import NAMES, defense
 from coupfast.experiments.experiment import Results
 from coupfast.experiments.paper import fig2b
@@ -37,21 +38,18 @@ def right(results: Results, method: str) -> np.ndarray:
 
 def picture(results: Results, title: str, chosen: np.ndarray, methods: Sequence[str], note: str) -> Picture:
     """Rows: the chosen images."""
-    measured = results.measured
+    measured, run = results.measured, results.runs[ATTACKED.name]
     labels = measured["labels"][chosen]
-
-    def class_name(cls: int, classes: int) -> str:
-        return CIFAR10_CLASSES[cls] if classes == len(CIFAR10_CLASSES) else str(cls)
-
     columns = {"original": measured["clean"][chosen], "attacked": measured["attacked"][chosen]}
-    classes = measured[f"{methods[0]} confidences"].shape[1]
-    texts = {"original": [f"{class_name(label, classes)} ({image})" for label, image in zip(labels, chosen, strict=True)]}
-    good = {"original": [True] * len(chosen)}
+    below: dict[str, list[tuple[str, bool | None]]] = {
+        "original": [(f"{class_name(run, label)} ({image})", True) for label, image in zip(labels, chosen, strict=True)]
+    }
     for method in methods:
         confidences = measured[f"{method} confidences"][chosen]
         said = confidences.argmax(axis=1)
         columns[NAMES[method]] = measured[f"{method} images"][chosen]
-        pairs = zip(said, confidences, strict=True)
-        texts[NAMES[method]] = [f"{class_name(cls, classes)} {row[cls]:.2f}" for cls, row in pairs]
-        good[NAMES[method]] = (said == labels).tolist()
-    return figures.grid(title, columns, texts, good, note)
+        below[NAMES[method]] = [
+            (f"{class_name(run, cls)} {row[cls]:.2f}", bool(cls == label))
+            for cls, row, label in zip(said, confidences, labels, strict=True)
+        ]
+    return Picture(title, to_png(image_grid(columns, below)), note)

@@ -7,6 +7,7 @@ from typing import Any
 
 from coupfast.evaluation.report import Section, Table
 from coupfast.experiments import figures, tables
+from coupfast.experiments.defenses import APGD_CE, EOT_ASSUMED, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
 
 _PROTOCOL = "average"
@@ -22,10 +23,14 @@ def experiment(
     across: str,
     points: Sequence[float],
     lines: Mapping[str, Callable[[float], dict[str, Any]]],
-    attack: dict[str, Any],
-    assumptions: tuple[str, ...],
+    tried: str,
 ) -> Experiment:
-    """A run for each point of each line: what the purification is there, under one attack."""
+    """A run for each point of each line, under APGD-CE in Linf.
+
+    Args:
+        lines: What the purification is at a point, by defense.
+        tried: What of the points is assumed.
+    """
 
     def run_name(line: str, point: float) -> str:
         return f"{line} at {point:g}"
@@ -76,9 +81,11 @@ def experiment(
         asks=asks,
         setting=setting,
         cases=[
-            Case(run_name(line, point), {**purifier(point), **attack}) for line, purifier in lines.items() for point in points
+            Case(run_name(line, point), {**purifier(point), **APGD_CE, **threat("Linf")})
+            for line, purifier in lines.items()
+            for point in points
         ],
         sections=sections,
         concludes=concludes,
-        assumptions=assumptions,
+        assumptions=(tried, EOT_ASSUMED),
     )

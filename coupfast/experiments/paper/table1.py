@@ -1,7 +1,7 @@
 """Table 1."""
 
+from coupfast.evaluation.report.published import TABLE_1
 from coupfast.experiments.paper import autoattack
-from coupfast.experiments.tables import Published
 
 EXPERIMENT = autoattack.experiment(
     "table1",
@@ -9,5 +9,5 @@ EXPERIMENT = autoattack.experiment(
     "Table 1",
     "512 images of CIFAR-10, WRN-28-10, t* = 0.1 in 100 steps, Linf 8/255, the gradient of a continuous adjoint, one "
     "evaluation",
-    {"none": Published(96.09, 0.0), "diffpure": Published(89.02, 70.64), "coup": Published(90.04, 73.05)},
+    TABLE_1,
 )
