@@ -89,6 +89,9 @@ def absent(gpu: types.SimpleNamespace) -> Iterator[None]:
             if forget is not None:
                 forget()
                 stack.callback(forget)
+        # What an operation gives is remembered too, for all tests of a process, some of which had no GPU to ask about formats.
+        FakeTensorMode.cache_clear()
+        stack.callback(FakeTensorMode.cache_clear)
         for name, value in device.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
             if hasattr(interfaces.CudaInterface, name):
