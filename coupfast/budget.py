@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from coupfast.engine import StepMemory
 from coupfast.integrate import Storage
+from coupfast.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,9 @@ class Plan:
         if self.storage.kept_steps:
             kept.append(f"the activations of the last {self.storage.kept_steps} steps")
         counts = ", ".join(f"{count} {kind}" for kind, count in self.evaluations.items())
-        images, piece, steps = (
-            f"{count} {word}{'s' * (count != 1)}"
-            for count, word in ((self.batch, "image"), (self.storage.piece, "image"), (self.num_steps, "step"))
-        )
         return (
-            f"{images}, {steps}, engine {self.engine}, {piece} at a time\n"
+            f"{counted(self.batch, 'image')}, {counted(self.num_steps, 'step')}, engine {self.engine}, "
+            f"{counted(self.storage.piece, 'image')} at a time\n"
             f"keeps {', '.join(kept)}\n"
             f"transformed weights {self.weights_bytes / 2**20:.1f} MiB; "
             f"predicted peak {self.peak_bytes / 2**20:.1f} MiB above all weights (budget {self.budget_bytes / 2**20:.1f}, "

@@ -8,6 +8,8 @@ import math
 import statistics
 from typing import Any
 
+from coupfast.wording import counted
+
 #: Relative errors up to which a gradient that claims to be exact is accepted. In float32 a ReLU within rounding of its kink may
 #: fall on either side, which moves a gradient by up to a few percent; the wrong gradients in use are 8 to 120 % off.
 BOUNDS = {"float64": 1e-7, "float32": 3e-2}
@@ -183,7 +185,7 @@ class GradientCertificate:
             f"  method:   {_said(self.settings['method'])}; {self.num_steps} steps",
             f"  engine {self.engine}, {self.settings['engine']['precision']}, {self.dtype} on {self.device}, "
             f"torch {self.torch}",
-            f"  loss: {self.loss}; {len(self.ids)} image{'s' * (len(self.ids) != 1)}, seed {self.seed}, draw 0",
+            f"  loss: {self.loss}; {counted(len(self.ids), 'image')}, seed {self.seed}, draw 0",
             "",
             f"against float64 back-propagation through every step ({self.steps_at_once} at once, "
             f"{self.predicted_bytes / 2**20:.0f} MiB predicted)",

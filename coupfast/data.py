@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coupfast.cache import cache_directory
+from coupfast.wording import counted
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -81,7 +82,7 @@ def load_images(
         raise ValueError(f"`channels` is 1 (grey), 3 (RGB) or None, got {channels!r}")
     x, y = _read(source, limit, root, tuple(classes), channels, labels_needed)
     if limit is not None and len(x) < limit:
-        warnings.warn(f"{source} has {len(x)} image{'s' * (len(x) > 1)}, fewer than limit={limit}", UserWarning, stacklevel=2)
+        warnings.warn(f"{source} has {counted(len(x), 'image')}, fewer than limit={limit}", UserWarning, stacklevel=2)
     return x, y
 
 

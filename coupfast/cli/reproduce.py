@@ -15,6 +15,7 @@ from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.experiments import DEFAULTS, EXPERIMENTS, QUICK, ROLES, SETS, Network, Page, Scale, check, make
 from coupfast.gradients import GRADIENTS
 from coupfast.options import check_name
+from coupfast.wording import counted
 from coupfast_kernels.files import write_whole
 
 ALL = "all"
@@ -135,7 +136,7 @@ def listed() -> str:
     lines = []
     for name, found in EXPERIMENTS.items():
         networks = ", ".join(ROLES[role] for role in found.needs) or "no networks"
-        runs = f"{len(found.cases)} run{'s' * (len(found.cases) != 1)}" if found.cases else "no runs"
+        runs = counted(len(found.cases), "run") if found.cases else "no runs"
         lines.append(f"{name:14s}{found.place:16s}{found.title}\n{'':30s}{runs}; {networks}")
     return "\n".join(lines)
 

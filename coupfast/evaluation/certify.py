@@ -32,6 +32,7 @@ from coupfast.models.checkpoints import state_dict_sha256
 from coupfast.options import check_integer
 from coupfast.purify import PurifiedClassifier
 from coupfast.trials import check_images
+from coupfast.wording import counted
 
 ABSTAINED = -1
 
@@ -126,7 +127,7 @@ class Certification:
         quarters = np.arange(0.0, self.largest_radius, 0.25).tolist()
         radii = [radius for radius in quarters if radius == 0.0 or self.accuracy(radius) > 0.0]
         lines = [
-            f"certified accuracy of {len(self.images)} image{'s' * (len(self.images) != 1)}, L2 on [0, 1], "
+            f"certified accuracy of {counted(len(self.images), 'image')}, L2 on [0, 1], "
             f"sigma {self.sigma:g}: {self.draws} draws, {self.selection_draws} to choose the class, "
             f"each certificate wrong with probability {self.alpha:g} at most",
             "  radius    " + "  ".join(f"{radius:6.2f}" for radius in radii),

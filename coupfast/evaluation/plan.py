@@ -32,6 +32,7 @@ from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
 from coupfast.models.zoo import needs_weights
 from coupfast.purify import PurifiedClassifier, Purifier
+from coupfast.wording import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Plan:
     def __str__(self) -> str:
         probe = self.probe
         lines = [
-            f"probe: {probe.images} image{'s' * (probe.images > 1)}, {probe.forward:.3g} s an image without and "
+            f"probe: {counted(probe.images, 'image')}, {probe.forward:.3g} s an image without and "
             f"{probe.gradient:.3g} s with a gradient"
             + (f", scaled from {probe.steps} of {probe.of_steps} steps" if probe.steps < probe.of_steps else ""),
             f"{'at most, no image falling:':28s}{'images':>8s}{'forward':>12s}{'gradient':>12s}{'time':>12s}{'memory':>12s}"
@@ -152,7 +153,7 @@ class Plan:
         forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
         work = sum(stage.seconds for stage in self.stages)
         lines.append(f"{'all purifications':36s}{forward:12d}{gradient:12d}{duration(work):>12s}")
-        lines.append(f"{self.workers} worker{'s' * (self.workers > 1)}: {duration(self.seconds)}")
+        lines.append(f"{counted(self.workers, 'worker')}: {duration(self.seconds)}")
         if self.expected:
             lines.append(f"with the survival of {self.pilot}:")
             lines += map(str, self.expected)

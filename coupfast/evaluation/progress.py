@@ -14,6 +14,7 @@ from coupfast.evaluation.attacks import Cost
 from coupfast.evaluation.ledger import Record
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.units import CLEAN, JUDGE, Schedule, Unit
+from coupfast.wording import counted
 
 EVERY = 30.0  # seconds from one line of progress to the next
 
@@ -69,8 +70,7 @@ class Progress:
 
     def _state(self) -> str:
         rate = (self._purified + self._in_flight.total()) / max(time.monotonic() - self._started, 1e-9)
-        fooled, units = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((self._fooled, "image"), (self._units, "unit")))
-        return f"{fooled} fooled, {units} done, {rate:.3g} purifications/s"
+        return f"{counted(self._fooled, 'image')} fooled, {counted(self._units, 'unit')} done, {rate:.3g} purifications/s"
 
     def _say(self) -> None:
         self._said = time.monotonic()

@@ -17,6 +17,7 @@ import numpy as np
 from coupfast.evaluation.configuration import image_keys
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast.wording import counted
 
 RESAMPLES = 2000
 
@@ -180,12 +181,12 @@ def told(draws: int) -> list[int]:
 
 def describe(protocol: str, draws: int) -> str:
     """A protocol's name with its number of draws."""
-    counted = f"{draws} draw{'s' * (draws != 1)}"
-    names = {OFFICIAL: "official, one fresh draw a stage", "single": "one fresh draw", "worst": f"worst of {counted}"}
-    names |= {"majority": f"majority of {counted}", "average": f"average over {counted}"}
+    of = counted(draws, "draw")
+    names = {OFFICIAL: "official, one fresh draw a stage", "single": "one fresh draw", "worst": f"worst of {of}"}
+    names |= {"majority": f"majority of {of}", "average": f"average over {of}"}
     names |= {RESUBMISSION: f"{draws}-resubmission, all {draws} right"}
     names |= {protocol: f"inside the attack, {protocol.split()[1]} of {draws}" for protocol in INSIDE}
-    return names.get(protocol, f"{protocol} of {counted}")
+    return names.get(protocol, f"{protocol} of {of}")
 
 
 def judged(ledger: Ledger) -> dict[str, Judged]:
@@ -287,7 +288,7 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
     said = f"official: {looks} draws must all be right where there was an attack, one where there was none"
     if left := verdicts["attacked"].left:
         said += (
-            f" ({left} image{'s' * (left > 1)} that stand{'s' * (left == 1)} here had fallen by the test of an attack: fewer "
+            f" ({counted(left, 'image')} that stand{'s' * (left == 1)} here had fallen by the test of an attack: fewer "
             f"draws, and no later attack)"
         )
     if len(clean.logits) < looks:

@@ -20,6 +20,7 @@ from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, RESUBMISSION, Accuracy, Judged
 from coupfast.evaluation.spec import GIVEN, Spec
+from coupfast.wording import counted
 from coupfast_kernels.files import write_whole
 
 _COLUMNS = ("run", "kind", "protocol", "accuracy", "images", "draws", "low", "high", "bootstrap_low", "bootstrap_high")
@@ -137,7 +138,7 @@ class Evaluation:
             attack += f", {spec['norm']} {radius(spec['norm'], spec['eps'])}"
         if spec.get("start_from") is not None:
             attack += f", begun from the adversarial images of {spec['start_from']}"
-        return f"{defense} under {attack}, {count} image{'s' * (count > 1)}"
+        return f"{defense} under {attack}, {counted(count, 'image')}"
 
     def table(self) -> str:
         """Accuracies by every protocol, with Wilson's intervals of 95 %, in text; below it what speaks against them."""

@@ -12,6 +12,7 @@ from coupfast.evaluation.report import Run, Table
 from coupfast.evaluation.result import radius
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
+from coupfast.wording import counted
 
 NONE = "–"
 #: Protocols that tables here have, with their names there.
@@ -137,7 +138,7 @@ def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
 
 def _of(count: int | None, word: str) -> str:
     """So many, in words; None is all of them."""
-    return f"all {word}s" if count is None else f"{count} {word}{'s' * (count != 1)}"
+    return f"all {word}s" if count is None else counted(count, word)
 
 
 def differences(experiment: Experiment, scale: Scale) -> list[str]:

@@ -21,6 +21,7 @@ from coupfast.evaluation.report.parts import Picture, Section, Table, Text
 from coupfast.evaluation.report.read import Run, read, told_apart
 from coupfast.evaluation.report.render import to_html, to_markdown
 from coupfast.evaluation.result import csv_of, row
+from coupfast.wording import counted
 from coupfast_kernels.files import write_whole
 
 __all__ = ["Picture", "Run", "Section", "Table", "Text", "read", "sections", "to_html", "to_markdown", "write"]
@@ -42,7 +43,7 @@ def write(folders: Sequence[str | Path], target: str | Path) -> list[Path]:
     lower = tables.lowers(runs)
     parts = _sections(runs, lower)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    about = f"{len(folders)} run{'s' * (len(folders) > 1)}; reported on {today}."
+    about = f"{counted(len(folders), 'run')}; reported on {today}."
     found = {run.name: run.found for run in runs} | _lower(lower)
     texts = (to_html(parts, about), to_markdown(parts, about), json.dumps(found, indent=1) + "\n", csv_of(found))
     paths = [Path(target).with_suffix(suffix) for suffix in SUFFIXES]

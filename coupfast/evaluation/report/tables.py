@@ -17,6 +17,7 @@ from coupfast.evaluation.report.read import Run, class_name
 from coupfast.evaluation.result import radius
 from coupfast.evaluation.spec import GIVEN
 from coupfast.evaluation.suites import SUITES, stated_errors, told_errors
+from coupfast.wording import counted
 
 _PLAIN = {OFFICIAL: "official", "average": "average over draws", "worst": "worst of the draws"}
 _TELLING = tuple(_PLAIN)
@@ -208,7 +209,7 @@ def _described(run: Run) -> str:
         f"{stage}: " + ", ".join(f"{key} {value}" for key, value in fields.items() if _says(key, value))
         for stage, fields in stages.items()
     )
-    return f"{run.count} image{'s' * (run.count != 1)}, {name}; {_attack(run)}" + (f" ({sizes})" if sizes else "")
+    return f"{counted(run.count, 'image')}, {name}; {_attack(run)}" + (f" ({sizes})" if sizes else "")
 
 
 def _says(knob: str, value: Any) -> bool:
@@ -347,8 +348,8 @@ def certificate(run: Run) -> list[Section]:
         for name, value in fields.items()
         if not isinstance(value, (list, dict))
     ]
-    count = len(certificate["ids"])
-    note = f"Of {count} image{'s' * (count != 1)}, against float64 back-propagation through the definition; see check-gradient."
+    of = counted(len(certificate["ids"]), "image")
+    note = f"Of {of}, against float64 back-propagation through the definition; see check-gradient."
     return [Table(f"{run.name}: certificate of the gradient that the attack followed", ("what", "value"), rows, note)]
 
 
