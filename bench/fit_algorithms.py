@@ -119,32 +119,40 @@ def _times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
+def work_of(row: dict[str, Any]) -> dict[str, float]:
+    """What the choice goes by, of each algorithm."""
+    maps = row["layer"].split(",")[0].split(" -> ")  # "32x16x8 -> 64x16x8, 3x3"
+    (channels, *_), (out_channels, *size) = ([int(number) for number in shape.split("x")] for shape in maps)
+    if row["direction"] == "transposed":
+        channels, out_channels = out_channels, channels
+    arguments = (channels, out_channels, *size, row["batch"], LANES[row["isa"]])
+    return {name: algorithms.work(size, *arguments) for name, size in NUMBERS.items()}
+
+
+def losses(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean logarithms: of the chosen algorithm's time over the best one's; of errors in ratios to the direct one's.
+
+    Args:
+        rows: Of convolutions that every algorithm can run.
+    """
+    lost = wrong = 0.0
+    for row in rows:
+        times, work = {name: row["microseconds"][name] for name in NUMBERS}, work_of(row)
+        lost += math.log(times[min(work, key=work.__getitem__)] / min(times.values()))
+        for name in ("F2", "F4"):
+            wrong += min(0.3, abs(math.log(work[name] / work["direct"] * times["direct"] / times[name])))
+    return lost / len(rows), wrong / len(rows)
+
+
 def _fit(rows: list[dict[str, Any]], tries: int) -> None:
     rows = [row for row in rows if "F4" in row["microseconds"]]
-    for row in rows:  # "32x16x8 -> 64x16x8, 3x3"
-        maps = row["layer"].split(",")[0].split(" -> ")
-        (channels, *_), (out_channels, *size) = ([int(number) for number in shape.split("x")] for shape in maps)
-        if row["direction"] == "transposed":
-            channels, out_channels = out_channels, channels
-        row["arguments"] = (channels, out_channels, *size, row["batch"], LANES[row["isa"]])
     f2, f4 = (algorithms._EFFORT[size] for size in (kernels.F2, kernels.F4))
     committed = [f2.product, f2.input, f2.output, f4.product, f4.input, f4.output, algorithms._FEW, algorithms._BYTE]
     committed.append(algorithms._RESIDENT)
 
-    def loss(constants: list[float]) -> tuple[float, float]:
-        """Mean logarithms: of the chosen algorithm's time over the best one's; of errors in ratios to the direct one's."""
-        lost = wrong = 0.0
-        with _taking(constants):
-            for row in rows:
-                times = {name: row["microseconds"][name] for name in NUMBERS}
-                work = {name: algorithms.work(size, *row["arguments"]) for name, size in NUMBERS.items()}
-                lost += math.log(times[min(work, key=work.__getitem__)] / min(times.values()))
-                for name in ("F2", "F4"):
-                    wrong += min(0.3, abs(math.log(work[name] / work["direct"] * times["direct"] / times[name])))
-        return lost / len(rows), wrong / len(rows)
-
     def score(constants: list[float]) -> float:
-        lost, wrong = loss(constants)
+        with _taking(constants):
+            lost, wrong = losses(rows)
         return 4 * lost + 0.3 * wrong
 
     rng = random.Random(1)
@@ -155,11 +163,11 @@ def _fit(rows: list[dict[str, Any]], tries: int) -> None:
         if found <= least:
             best, least = moved, found
     for name, constants in (("committed", committed), ("fitted", best)):
-        lost, wrong = loss(constants)
+        with _taking(constants):
+            lost, wrong = losses(rows)
         print(f"{name}: {[float(f'{value:.3g}') for value in constants]}, lost {100 * lost:.2f} %, ratios off by {wrong:.3f}")
     for row in rows:
-        work = {name: algorithms.work(size, *row["arguments"]) for name, size in NUMBERS.items()}
-        times = row["microseconds"]
+        work, times = work_of(row), row["microseconds"]
         ratio = min(times["eager"], times["channels_last"]) / times[min(work, key=work.__getitem__)]
         if ratio < 1:
             print(f"{row['isa']} {row['layer']} {row['direction']} batch {row['batch']}: {ratio:.2f} x PyTorch")

@@ -26,7 +26,7 @@ def check_images(x: Any, *, bounded: bool = True) -> None:
         bounded: Whether their values have to be in [0, 1], up to rounding.
     """
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"images are a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"images are a torch.Tensor, got {type(x).__name__}; of an array `torch.as_tensor(x)` makes one")
     if x.dim() != 4:
         raise ValueError(f"images have shape (batch, channels, height, width), got {tuple(x.shape)}")
     if x.shape[0] == 0 or x.numel() == 0:

@@ -332,6 +332,13 @@ def test_wrong_usage(arguments, capsys):
     assert "usage: coupfast" in capsys.readouterr().err
 
 
+def test_an_option_of_another_command(photos, capsys):
+    assert run("check-gradient", photos, "--defense", "mine.py:build") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("coupfast check-gradient: error: --defense mine.py:build: not among its options")
+    assert error.count("\n") == 1
+
+
 def test_a_device_that_is_not_there(photos, capsys):
     for device in ["warp"] + ([] if torch.cuda.is_available() else ["cuda"]):
         with pytest.raises(SystemExit):

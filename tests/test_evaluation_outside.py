@@ -395,6 +395,13 @@ def test_noise_that_no_seed_fixes_is_said(caplog):
     assert "has noise that does not follow torch.manual_seed" in caplog.text
 
 
+def test_probabilities_in_the_place_of_logits_are_said(caplog):
+    evaluate(pixel_classifier(), *labelled(2), attack="none", **SMALL).close()
+    assert "probabilities?" not in caplog.text
+    evaluate(nn.Sequential(pixel_classifier(), nn.Softmax(dim=1)).eval(), *labelled(2), attack="none", **SMALL).close()
+    assert "add up to 1: probabilities?" in caplog.text
+
+
 def test_a_gradient_that_an_attack_is_not_made_for_is_said(caplog):
     evaluate(purified("cpu"), *labelled(2), attack="bpda-eot", iterations=1, eot_iter=1, **SMALL).close()
     assert "bpda-eot is made for the purifier's gradient 'bpda', and this one has 'exact'" in caplog.text

@@ -12,7 +12,7 @@ from coupfast.models import robustbench_import
 from coupfast.models.dm_wide_resnet import DMWideResNet
 from coupfast.models.wide_resnet import WideResNet
 
-FILE = Path(__file__).resolve().parent.parent / "coupfast" / "models" / "robustbench_import.py"
+FILE = Path(robustbench_import.__file__)
 
 ROBUSTBENCH = {
     "robustbench/__init__.py": "from .eval import benchmark\n",

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv else ""
     try:
         import_references(argv)
-        options = parser(argv).parse_args(argv)
+        options, unknown = parser(argv).parse_known_args(argv)
+        if unknown:
+            raise ValueError(f"{' '.join(unknown)}: not among its options; `coupfast {options.command} --help` lists them")
         options.argv = argv
         status: int = options.run(options)
         return status

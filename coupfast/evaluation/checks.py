@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +13,10 @@ import torch
 from coupfast.evaluation.attacks import Attack
 from coupfast.evaluation.metered import Metered
 
+logger = logging.getLogger(__name__)
+
 _SEEDS = (1, 2)  # of looks at a defense that nobody counts
+_ROUNDED = 1e-3  # how far probabilities may be from adding up to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +49,9 @@ def checked_images(x: torch.Tensor, y: torch.Tensor, *, paths: int | Sequence[in
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"images have values in [0, 1], got [{low:.6g}, {high:.6g}]; leave normalisation to the classifier")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        hint = "of one row an image `y.argmax(dim=1)` makes them" if y.dim() == 2 else "of other integers `y.long()` makes them"
         raise ValueError(
-            f"labels are int64, one per image: {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}; of other integers "
-            "`y.long()` makes them"
+            f"labels are int64, one per image: {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}; {hint}"
         )
     if not isinstance(paths, int) and paths and paths[-1] >= len(x):
         raise ValueError(f"`paths` names image {paths[-1]}, and there are {len(x)}, numbered from 0")
@@ -82,6 +86,8 @@ def classes_of(defense: Metered, x: torch.Tensor, device: torch.device) -> int:
 
     Raises:
         ValueError: if what it gives are no logits; the message says what they lack.
+
+    Logs a warning if they look like probabilities.
     """
     # Of a purifier the classifier alone: that is soon done.
     model = defense.model if defense.purified is None else defense.purified.classifier
@@ -97,6 +103,11 @@ def classes_of(defense: Metered, x: torch.Tensor, device: torch.device) -> int:
         raise ValueError(f"a defense gives logits of shape (batch, classes >= 2); of one image this one gives {found}")
     if not logits.is_floating_point():
         raise ValueError(f"a defense gives logits, which are floating-point numbers, and this one {logits.dtype}: predictions?")
+    if bool((logits >= 0.0).all()) and abs(float(logits.sum()) - 1.0) < _ROUNDED:
+        logger.warning(
+            "the logits of an image are all from 0 on and add up to 1: probabilities? Losses and guidance take a softmax of "
+            "logits; after another one their gradients are small, and attacks fail by that: leave the network's own out"
+        )
     return logits.shape[1]
 
 

@@ -257,7 +257,8 @@ def _unknown(content: Any, kind: Kind | None) -> CheckpointError:
     known = ", ".join(family.arch for family in registry.families(kind) if family.recognise is not None)
     return CheckpointError(
         f"unknown architecture: expected the names and shapes of {known}, found {some(list(state))}; give `config` where it is "
-        "one of these in another size, or build the network yourself and pass the module"
+        "one of these in another size, or build the network yourself and pass the module (on the command line: --defense "
+        "FILE.py:FUNCTION)"
     )
 
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 sys.path[:0] = [str(ROOT / "bench")]
 
+import fit_algorithms  # noqa: E402  of bench/
 from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
 
 Row = dict[str, Any]
@@ -346,6 +347,19 @@ def slower(name: str) -> dict[str, str]:
     return {"count": str(sum(r < 1 for r in ratios)), "all": str(len(ratios)), "least": f"{min(ratios):.2f}"}
 
 
+def algorithms() -> dict[str, str]:
+    """What choosing convolutions by the formula loses against the best choice, and by how much a 1 x 1 convolution of one image is
+    slower than the faster of PyTorch's at most, 0 % if none is."""
+    rows = [json.loads(line) for line in (RESULTS / "algorithms-epyc-zen4.jsonl").read_text().splitlines()]
+    lost, _ = fit_algorithms.losses([each for each in rows if "F4" in each["microseconds"]])
+    slowest = max(
+        each["microseconds"]["direct"] / min(each["microseconds"]["eager"], each["microseconds"]["channels_last"])
+        for each in rows
+        if each["batch"] == 1 and each["layer"].endswith(", 1x1")
+    )
+    return {"lost": percent(lost), "slower": percent(max(0.0, slowest - 1))}
+
+
 def whole_networks() -> str:
     """Whole networks, times faster than eager PyTorch."""
     body = []
@@ -501,7 +515,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients),
-        *(solvers, winograd, layers, slower, whole_networks, guided_step_cpu, kernel_times, slower_kernels, files),
+        *(solvers, winograd, algorithms, layers, slower, whole_networks, guided_step_cpu, kernel_times, slower_kernels, files),
     )
 }
 
