@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -64,6 +65,21 @@ def test_the_wheel_works_from_outside(built, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path)) and "sde-dpm-solver++-2m" in done.stdout
+
+
+def test_tests_of_the_sdist_pass_against_the_wheel(built, tmp_path):
+    with zipfile.ZipFile(built[0]) as wheel:
+        wheel.extractall(tmp_path / "site")
+    with tarfile.open(built[1]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("coupfast-*")
+    for package in ("coupfast", "kernels/coupfast_kernels"):
+        shutil.rmtree(unpacked / package)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "tests")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    some = ["tests/test_sde.py", "tests/test_registry.py::test_the_command_line_knows_them"]
+    done = subprocess.run([*command, *some], cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_versions_agree():
