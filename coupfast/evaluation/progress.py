@@ -77,7 +77,8 @@ class Progress:
         done = self._done + self._in_flight.total()
         left = (self._said - self._started) * (self._total - done) / max(done - self._before, 1)
         share = f"{100 * done / self._total:.0f} %"
-        print(f"evaluate: {share}, {self._state()}, at most {duration(left)} left", file=sys.stderr, flush=True)
+        rest = f", at most {duration(left)} left" if done < self._total else ""
+        print(f"evaluate: {share}, {self._state()}{rest}", file=sys.stderr, flush=True)
 
     def _count(self, record: Record) -> int:
         """What a unit that is done takes off the work, at most."""

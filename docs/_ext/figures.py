@@ -348,8 +348,8 @@ def slower(name: str) -> dict[str, str]:
 
 
 def algorithms() -> dict[str, str]:
-    """What choosing convolutions by the formula loses against the best choice, and by how much a 1 x 1 convolution of one image is
-    slower than the faster of PyTorch's at most, 0 % if none is."""
+    """What choosing convolutions by the formula loses against the best choice, and by how much a 1 x 1 convolution of one image
+    is slower than the faster of PyTorch's at most, 0 % if none is."""
     rows = [json.loads(line) for line in (RESULTS / "algorithms-epyc-zen4.jsonl").read_text().splitlines()]
     lost, _ = fit_algorithms.losses([each for each in rows if "F4" in each["microseconds"]])
     slowest = max(
