@@ -3,7 +3,8 @@
 #
 # Needs: torchattacks
 #
-# torchattacks pins an old `requests`: `pip install --no-deps torchattacks` leaves yours alone.
+# torchattacks pins an old `requests`: `pip install --no-deps torchattacks` leaves yours alone. The wheel of 3.5.1 also
+# has a package `robustbench`, which overwrites RobustBench's: use an environment without that.
 
 # %%
 import torchattacks

@@ -44,7 +44,7 @@ def test_foolbox(defense, batch):
 
 
 def test_torchattacks(defense, batch):
-    # Not in the extra `test`: it pins an old requests. pip install --no-deps torchattacks
+    # Not in the extra `test`: it pins an old requests, and its wheel overwrites RobustBench. pip install --no-deps torchattacks
     torchattacks = pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks")
     x, y = batch
     x_adv = torchattacks.PGD(defense, eps=8 / 255, alpha=2 / 255, steps=3)(x, y)
