@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def _calls(layer: layers.Layer, batch: int, transposed: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    source = (layer.out_channels, *layer.out_size) if transposed else (layer.channels, layer.height, layer.width)
+    source = layer.source(transposed)
     x = torch.randn(batch, *source)
     last, weights_bytes = x.contiguous(memory_format=torch.channels_last), layer.weight.nbytes
     for name, image, layout in (("eager", x, torch.contiguous_format), ("channels_last", last, torch.channels_last)):

@@ -23,6 +23,7 @@ from evaluation_cases import SMALL, dies_once, labelled, plain, purified, purifi
 from coupfast.evaluation import Spec, evaluate, launch, pools, progress
 from coupfast.evaluation import configuration as configuration_module
 from coupfast.evaluation import ledger as ledger_module
+from coupfast.evaluation import spec as spec_module
 from coupfast.evaluation.attacks import Attack, Cost, Result
 from coupfast.evaluation.ledger import DATABASE, Ledger, LedgerError, Outcome
 from coupfast.evaluation.metered import Metered
@@ -586,6 +587,20 @@ def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
     with pytest.raises(ValueError, match="3 workers need a GPU each, and there are 2; use fewer --workers"):
         launch._devices("cuda", 3)
     assert launch._devices("cpu", 3) == ["cpu"] * 3
+
+
+@pytest.mark.parametrize(("threads", "shard", "count"), [(1, 2, 3), (2, 2, 2), (5, 2, 1), (1, 6, 1)])
+def test_as_many_workers_as_fit(monkeypatch, threads, shard, count):
+    monkeypatch.setattr(spec_module, "machine", lambda: {"cores": 4})
+    assert SMALL.but(threads=threads, shard=shard).fitting("auto", images=6) == count
+
+
+def test_workers_that_do_not_fit_are_refused_before_any_work():
+    for workers in ("all", 0):
+        with pytest.raises(ValueError, match=f"`workers` is at least 1, or 'auto', got {workers!r}"):
+            evaluate(SMALL, *labelled(2), defense=pytest.fail, workers=workers)
+    with pytest.raises(ValueError, match="`workers` is a number on a cluster"):
+        evaluate(SMALL, *labelled(2), defense=pytest.fail, workers="auto", cluster="ray")
 
 
 def test_too_few_gpus_are_refused_before_any_work(tmp_path, monkeypatch):

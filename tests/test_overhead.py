@@ -15,12 +15,13 @@ REASON = native.unavailable()
 
 
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
-def test_shares_are_of_a_whole(tmp_path):
-    command = [sys.executable, "bench/overhead.py", "--network", "tiny", "--threads", "1", "--repeats", "2"]
+@pytest.mark.parametrize(("options", "part"), [((), "kernels"), (("--by-kernel",), "F(4x4)")], ids=["whole", "by kernel"])
+def test_shares_are_of_a_whole(tmp_path, options, part):
+    command = [sys.executable, "bench/overhead.py", "--network", "tiny", "--threads", "1", "--repeats", "2", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=ROOT, env=environment, check=True)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["step"] for row in rows] == ["forward", "backward"]
     for row in rows:
-        assert sum(row["shares"].values()) == pytest.approx(1.0)
+        assert sum(row["shares"].values()) == pytest.approx(1.0) and {part, "PyTorch", "outside"} <= row["shares"].keys()
         assert all(0.0 < share < 1.0 for share in row["shares"].values())

@@ -52,6 +52,16 @@ def add_command(commands: Any, name: str, run: Command, summary: str, more: str 
     return added
 
 
+def add_workers(group: Any, what: str) -> None:
+    group.add_argument(
+        "--workers",
+        type=lambda said: int(said) if said.lstrip("-").isdigit() else said,
+        default=1,
+        metavar="N",
+        help=f"{what}; auto: one for as many --threads of this machine's cores, or for each GPU",
+    )
+
+
 def add_option(group: Any, option: Option, *, note: str | None = None) -> None:
     """An option that is in the namespace only where it is given."""
     told = f" (default: {spelled(option.default)})" if _is_told(option.default) else ""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from coupfast.cli.arguments import add_command
+from coupfast.cli.arguments import add_command, add_workers
 from coupfast.cli.reports import command_line
 from coupfast.cli.spec import add_spec, spec_of
 from coupfast.cli.stopping import said_how_to_go_on
@@ -29,7 +29,7 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
     )
     parser.add_argument("--out", metavar="RUN", help="folder of a new run")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, with its own options")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
+    add_workers(parser, "units at a time, which changes no bit of the result")
     parser.add_argument("--plan", action="store_true", help="probe first; keep what it will take beside the run, once")
     parser.add_argument("--price", type=float, metavar="P", help="with --plan: of a worker and hour, in any currency")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from coupfast.cli.arguments import add_command
+from coupfast.cli.arguments import add_command, add_workers
 from coupfast.cli.spec import add_spec, flag, said, spec_of
 from coupfast.evaluation import plan
 from coupfast.evaluation.ledger import Ledger
@@ -22,7 +22,7 @@ def add(commands: Any, method: str | None, attack: str | None) -> None:
         "Of networks that do not ship with the package no weights are needed: random ones take as long, and the plan says so.",
     )
     parser.add_argument("--run", dest="run_", metavar="RUN", help="compare this run with the plan that it was started with")
-    parser.add_argument("--workers", type=int, metavar="N", help="that share the work")
+    add_workers(parser, "that share the work")
     parser.add_argument("--probe-images", type=int, metavar="N", help="batch of the probe; a run has --shard of them")
     parser.add_argument("--probe-steps", type=int, metavar="K", help="steps of the probe's purification")
     parser.add_argument(

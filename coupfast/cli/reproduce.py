@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coupfast.cli.arguments import add_command, default_device
+from coupfast.cli.arguments import add_command, add_workers, default_device
 from coupfast.cli.reports import command_line
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.experiments import DEFAULTS, EXPERIMENTS, QUICK, ROLES, SETS, Network, Page, Scale, check, make
@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
     )
     group.add_argument("--seed", type=int, default=121, metavar="S", help="fixes all randomness")
     group.add_argument("--shard", type=int, default=16, metavar="N", help="images of a unit of work, which is a batch")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="units at a time; changes no bit of the result")
+    add_workers(group, "units at a time, which changes no bit of the result")
     group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of a worker")
     group.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type, help="of the networks")
 

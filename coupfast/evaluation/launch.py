@@ -23,7 +23,7 @@ from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.pools import InProcess, Pool, Processes
 from coupfast.evaluation.result import Evaluation
-from coupfast.evaluation.spec import GIVEN, Spec
+from coupfast.evaluation.spec import AUTO, GIVEN, Spec, checked_workers
 from coupfast.evaluation.worker import Rules, Worker
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def evaluate(
     defense: Given | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    workers: int = 1,
+    workers: int | str = 1,
     cluster: str = "none",
     command: str = "",
     notes: Mapping[str, Callable[[], Any]] | None = None,
@@ -68,7 +68,8 @@ def evaluate(
         out: The run's folder, which keeps ledger, logits and attacked images; None takes a temporary one that goes with the
             result.
         resume: Continue the run that is there; its configuration must be this one.
-        workers: How many units at a time. Their number changes no bit of the result.
+        workers: How many units at a time; "auto" takes as many as this machine has cores for `threads` each, or GPUs, and
+            units to give them. Their number changes no bit of the result; memory is needed as many times.
         cluster: "none": one worker is this process, several are processes of this machine; "ray": workers on a Ray cluster.
         command: What a reader has to type to repeat the run.
         notes: What makes something to keep beside the results (a plan, a certificate), as JSON has it. Called when all checks
@@ -95,8 +96,9 @@ def evaluate(
     if isinstance(x, (str, Path)):
         raise TypeError(f"`x` are images, got {x!r}; the run's folder is `out`")
     spec, defense = _what(subject, defense, options)
-    if workers < 1:
-        raise ValueError(f"`workers` is at least 1, got {workers}")
+    checked_workers(workers)
+    if workers == AUTO and cluster != "none":
+        raise ValueError(f"`workers` is a number on a cluster ({cluster!r}), whose size is not known here, got 'auto'")
     if cluster not in CLUSTERS:
         raise ValueError(f"`cluster` is one of {', '.join(CLUSTERS)}, got {cluster!r}")
     if (x is None) != (y is None):
@@ -104,11 +106,12 @@ def evaluate(
     if resume and out is None:
         raise ValueError("`resume` continues the run in the folder `out`, which is not given")
     build = spec.builder() if defense is None else building.builder(defense)
-    devices = _devices(spec.device, workers if cluster == "none" else 1)
     given = x is not None
     if x is None or y is None:
         x, y = spec.load()
     x, y = checks.checked_images(x, y, paths=spec.paths)
+    workers = spec.fitting(workers, len(x))
+    devices = _devices(spec.device, workers if cluster == "none" else 1)
     stages, device = spec.stages(), torch.device(devices[0])
     metered = Metered(build(devices[0]))
     with _borrowed(metered, _recorded(Path(out)) if resume and out is not None else None):

@@ -66,7 +66,7 @@ def certificate(spec: Spec, images: int, *, folder: Path | None = None, progress
 
 
 def predict(
-    spec: Spec, *, workers: int, price: float | None, resumed: Path | None, say: Callable[[Plan], object]
+    spec: Spec, *, workers: int | str, price: float | None, resumed: Path | None, say: Callable[[Plan], object]
 ) -> dict[str, Any]:
     """What a run is to take, as JSON has it.
 

@@ -25,7 +25,7 @@ from coupfast.evaluation.attacks import Attack
 from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
-from coupfast.evaluation.spec import GIVEN, Spec
+from coupfast.evaluation.spec import GIVEN, Spec, checked_workers
 from coupfast.evaluation.starts import check_source
 from coupfast.evaluation.suites import stated_errors, told_errors
 from coupfast.evaluation.units import CLEAN, JUDGE
@@ -172,7 +172,7 @@ def plan(
     spec: Spec,
     *,
     defense: Given | None = None,
-    workers: int = 1,
+    workers: int | str = 1,
     probe_images: int = 1,
     probe_steps: int = 2,
     price: float | None = None,
@@ -184,7 +184,7 @@ def plan(
         spec: What would be evaluated. Networks take as long with random weights as with others: a name whose weights are not
             given gets them. Of a named set of images that is not here, the size is known, and its images are not read.
         defense: In the place of the one that `spec` names.
-        workers: That would share it.
+        workers: That would share it, as `evaluate` takes them.
         probe_images: Batch of the probe.
         probe_steps: Steps of the probe's purification, of the steps that a purification has.
         price: Of a worker and hour.
@@ -194,8 +194,9 @@ def plan(
     Raises:
         ValueError: if the pilot is not finished, has no stage of a name, or images left one of its attacks by another rule.
     """
-    if workers < 1 or probe_images < 1 or probe_steps < 1:
-        raise ValueError(f"numbers of workers, images and steps are at least 1, got {workers}, {probe_images}, {probe_steps}")
+    checked_workers(workers)
+    if probe_images < 1 or probe_steps < 1:
+        raise ValueError(f"numbers of images and steps are at least 1, got {probe_images}, {probe_steps}")
     own = spec.defense is None and defense is None
     random: tuple[str, ...] = ()
     if own:
@@ -231,6 +232,7 @@ def plan(
     expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
     pilot = "" if pilot is None else str(pilot)
     errors = stated_errors({stage: attack.to_dict() for stage, attack in spec.stages().items()})
+    workers = spec.fitting(workers, count)
     return Plan(tuple(stages), workers, measured, price, random, pilot, expected, spec.start_from or "", errors)
 
 

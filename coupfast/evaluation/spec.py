@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from coupfast.data import CIFAR10_CLASSES, load_images
+from coupfast.environment import machine
 from coupfast.evaluation import purification, suites
 from coupfast.evaluation.attacks import PGD, Attack, Cost, InBall, Iterative, knobs
 from coupfast.evaluation.building import Builder, Named, Networks
@@ -27,6 +28,7 @@ SEEDINGS = ("unit", "autoattack")
 MODES = ("full", "fast")
 #: What a ledger says in the place of a name, where images or a defense were objects that Python had.
 GIVEN = "given from Python"
+AUTO = "auto"  # as many workers as fit
 _NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")
 
 
@@ -290,6 +292,15 @@ class Spec:
         regroup = self.seeding == "autoattack"
         return Schedule(images, self.shard, tuple(self.stages()), regroup=regroup, attack_all=attack_all and not regroup)
 
+    def fitting(self, workers: int | str, images: int) -> int:
+        """How many workers a run on that many images has. "auto": a CPU's cores by `threads`, or all GPUs, but none without a
+        unit: several workers with a thread each do more than one with several threads (`bench/workers.py`).
+        """
+        if isinstance(workers, int):
+            return workers
+        places = machine()["cores"] // self.threads if self.device == "cpu" else torch.cuda.device_count()
+        return max(1, min(places, -(-images // self.shard)))
+
     def costs(self) -> dict[str, Cost]:
         """What one image takes at each stage, at most; of an attack with the verdict on one fresh draw that follows it."""
         stages = self.stages()
@@ -305,6 +316,13 @@ class Spec:
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+
+def checked_workers(workers: int | str) -> int | str:
+    """A number of workers as it came in, or ValueError."""
+    if workers != AUTO and (not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"`workers` is at least 1, or {AUTO!r}, got {workers!r}")
+    return workers
 
 
 def paper(norm: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def check(experiment: Experiment, scale: Scale) -> None:
         case.spec(scale)
 
 
-def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", workers: int = 1) -> Results:
+def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", workers: int | str = 1) -> Results:
     """All runs and measurements of an experiment; those that are there are read, and those that were stopped go on.
 
     Args:
@@ -54,7 +54,7 @@ def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", 
         scale: How large.
         out: Folder of the runs of all experiments: one that two of them need is made once.
         command: What a reader has to type to repeat it.
-        workers: Units of a run at a time; their number changes no bit.
+        workers: Units of a run at a time, as `evaluate` takes them; their number changes no bit.
     """
     folders: dict[str, Path] = {}
     for number, case in enumerate(experiment.cases, start=1):

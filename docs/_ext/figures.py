@@ -227,16 +227,17 @@ def kept() -> str:
     """What keeping activations is worth."""
     body = []
     for label, name in (
-        ("the paper's networks, batch 1, one thread, scaled from 1 step", "gradient-paper-b1-kept-zen4.json"),
-        ("the shipped small networks, batch 1, two threads, scaled from 10 steps", "gradient-tiny-b1-kept-zen4.json"),
+        ("the paper's networks, batch 1, scaled from 1 step", "gradient-paper-b1-kept-zen4.json"),
+        ("the same, batch 8, scaled from 1 step", "gradient-paper-b8-kept-zen4.json"),
+        ("the shipped small networks, batch 1, scaled from 10 steps", "gradient-tiny-b1-kept-zen4.json"),
         ("the same, batch 20, scaled from 2 steps", "gradient-tiny-b20-kept-zen4.json"),
         ("the same, batch 256, scaled from 1 step", "gradient-tiny-b256-kept-zen4.json"),
     ):
         none, all_ = (row(name, engine="cpu", memory_budget=budget) for budget in ("least", "activations"))
         cells = [
             times(none["seconds_per_image"] / all_["seconds_per_image"]),
-            f"{none['ratio_to_eager_engine']:.1f}",
-            f"{all_['ratio_to_eager_engine']:.1f}",
+            f"{none['ratio_to_eager_engine']:.2f}",
+            f"{all_['ratio_to_eager_engine']:.2f}",
         ]
         body.append([label, *cells, source(name)])
     head = ["exact gradient", "cpu that keeps none ÷ cpu that keeps all", "eager ÷ cpu, neither keeps"]
@@ -333,7 +334,10 @@ def layers(*names: str) -> str:
             algorithm = {"F2": "F(2 × 2)", "F4": "F(4 × 4)"}.get(other["algorithm"], other["algorithm"])
             cells.append(f"{faster:.2f} ({algorithm}, {percent(other['share_of_sgemm'], 0)})")
         body.append([each["network"], each["layer"].replace("x", " × ").replace("->", "→"), each["direction"], *cells])
+    batches = [rows[0]["batch"] for rows in columns]
     heads = ["AVX2" if "avx2" in name else "AVX-512" for name in names]
+    if len(set(batches)) > 1:
+        heads = [f"batch {batch}" for batch in batches]
     return markdown(["network", "convolution", "pass", *heads], body)
 
 
@@ -347,34 +351,72 @@ def slower(name: str) -> dict[str, str]:
     return {"count": str(sum(r < 1 for r in ratios)), "all": str(len(ratios)), "least": f"{min(ratios):.2f}"}
 
 
-def algorithms() -> dict[str, str]:
-    """What choosing convolutions by the formula loses against the best choice, and by how much a 1 x 1 convolution of one image
-    is slower than the faster of PyTorch's at most, 0 % if none is."""
+def lost_by_choosing() -> str:
+    """What choosing convolutions by the formula loses against the best choice for each."""
     rows = [json.loads(line) for line in (RESULTS / "algorithms-epyc-zen4.jsonl").read_text().splitlines()]
     lost, _ = fit_algorithms.losses([each for each in rows if "F4" in each["microseconds"]])
-    slowest = max(
-        each["microseconds"]["direct"] / min(each["microseconds"]["eager"], each["microseconds"]["channels_last"])
-        for each in rows
-        if each["batch"] == 1 and each["layer"].endswith(", 1x1")
-    )
-    return {"lost": percent(lost), "slower": percent(max(0.0, slowest - 1))}
+    return percent(lost)
+
+
+LAYERS = tuple(
+    f"layers-{run}-epyc-zen4.json"
+    for run in ("tiny-b1", "tiny-b8", "tiny-b20", "tiny-b20-t1", "tiny-b20-avx2", "tiny-b64", "paper-b1", "paper-b8")
+)
 
 
 def whole_networks() -> str:
-    """Whole networks, times faster than eager PyTorch."""
+    """Of every run of `bench/layers.py`: whole networks, times faster than eager PyTorch, and how many layers are slower."""
     body = []
-    files = [
-        ("layers-tiny-b20-epyc-zen4.json", "layers-tiny-b20-avx2-epyc-zen4.json"),
-        ("layers-paper-b1-epyc-zen4.json", None),
+    for name in LAYERS:
+        rows = [each for each in results(name)["rows"] if each["kind"] == "network"]
+        first, found = rows[0], slower(name)
+        label = f"{'small' if 'tiny' in name else 'paper'}, batch {first['batch']}"
+        cells = ["AVX2" if "avx2" in name else "AVX-512", str(first["threads"])]
+        body.append([label, *cells, *(f"{each['ratio_to_eager']:.2f}" for each in rows)])
+        body[-1] += [f"{found['count']} of {found['all']}", found["least"], source(name)]
+    networks = ["score, forward", "with vjp", "classifier, forward", "with vjp"]
+    return markdown(["networks", "kernels", "threads", *networks, "slower alone", "the least", "measured in"], body)
+
+
+def worst_error(name: str) -> str:
+    """The largest error of a chosen convolution in units of eager's on the same images."""
+    rows = [each for each in results(name)["rows"] if each["kind"] == "layer" and each["chosen"]]
+    return f"{max(each['relative_error'] / each['relative_error_eager'] for each in rows):.1f}"
+
+
+def step_shares(*names: str) -> str:
+    """What a step of COUP and its transpose spend their time on, by kernel."""
+    columns = [(each["shares"], name) for name in names for each in results(name)["rows"]]
+    parts = dict.fromkeys(part for shares, _ in columns for part in shares)
+    body = [[part, *(percent(shares.get(part, 0.0)) for shares, _ in columns)] for part in parts]
+    networks = {name: "small" if "tiny" in name else "paper" for name in names}
+    heads = [f"{networks[name]}, batch {each['batch']}, {each['step']}" for name in names for each in results(name)["rows"]]
+    return markdown(["part", *heads], body)
+
+
+def workers() -> str:
+    name = "workers-epyc-zen4.json"
+    found = results(name)
+    body = [
+        [
+            f"{each['workers']} × {each['threads']}",
+            *(seconds(each[name]) for name in ("seconds", "work_seconds")),
+            size(each["peak_bytes"]),
+        ]
+        for each in found["rows"]
     ]
-    for first, second in files:
-        for each in results(first)["rows"]:
-            if each["kind"] == "network":
-                key = {k: each[k] for k in ("kind", "network", "direction")}
-                other = "–" if second is None else f"{row(second, **key)['ratio_to_eager']:.2f}"
-                label = f"{each['network']}, batch {each['batch']}"
-                body.append([label, each["direction"], f"{each['ratio_to_eager']:.2f}", other])
-    return markdown(["network", "pass", "AVX-512", "AVX2"], body)
+    return markdown(["workers × threads", "seconds", "in the units", "memory of all"], body)
+
+
+def oversubscribed() -> str:
+    """What another busy process costs."""
+    labels = {"threads": "a thread for each core", "passive": "the same, `OMP_WAIT_POLICY=passive`"}
+    labels["one less"] = "a core left to it"
+    body = [
+        [labels[each["name"]], *(times(each[work]["ratio"]) for work in ("forward", "gradient"))]
+        for each in results("oversubscribed-epyc-zen4.json")["rows"]
+    ]
+    return markdown(["COUP, small networks", "forward, times as long", "with its gradient"], body)
 
 
 def guided_step_cpu() -> str:
@@ -515,7 +557,8 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients),
-        *(solvers, winograd, algorithms, layers, slower, whole_networks, guided_step_cpu, kernel_times, slower_kernels, files),
+        *(solvers, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, workers),
+        *(oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )
 }
 
