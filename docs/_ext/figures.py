@@ -358,6 +358,33 @@ def lost_by_choosing() -> str:
     return percent(lost)
 
 
+VERDICT = "verdict-100-epyc-zen4.json"
+
+
+def verdict() -> str:
+    """What each attack found, and its work as a share of `rand`'s."""
+    rows = results(VERDICT)["rows"]
+    reference = {each["defense"]: each for each in rows if each["curve"] == "rand"}
+    body = []
+    for each in rows:
+        full = reference[each["defense"]]
+        label = each["curve"] if each["share"] == 1 else f"{each['curve']}, {each['attack']['iterations']} iterations"
+        cells = [f"{each['image_steps'] / full['image_steps']:.3f}", f"{each['seconds'] / full['seconds']:.2f}"]
+        for protocol in ("average", "worst", "majority"):
+            found = each["robust"][protocol]
+            cells.append(f"{percent(found['value'])} ({interval(found['bootstrap'])})")
+        body.append([NAMES[each["defense"]], label, *cells])
+    return markdown(["defense", "attack", "image-steps", "seconds", "average", "worst of ten", "majority"], body)
+
+
+def verdict_shares() -> str:
+    """The smallest and the largest share of `rand`'s image-steps that the fast cascade took."""
+    rows = [each for each in results(VERDICT)["rows"] if each["share"] == 1]
+    by = {(each["defense"], each["curve"]): each["image_steps"] for each in rows}
+    shares = [by[defense, "cascade, fast"] / by[defense, "rand"] for defense in dict.fromkeys(each["defense"] for each in rows)]
+    return f"{min(shares):.2f} to {max(shares):.2f}"
+
+
 LAYERS = tuple(
     f"layers-{run}-epyc-zen4.json"
     for run in ("tiny-b1", "tiny-b8", "tiny-b20", "tiny-b20-t1", "tiny-b20-avx2", "tiny-b64", "paper-b1", "paper-b8")
