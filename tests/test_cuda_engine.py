@@ -535,7 +535,7 @@ class TestPrecision:
 
             return run
 
-        monkeypatch.setattr(bound_module, "Inductor", lambda device: compiled)
+        monkeypatch.setattr(bound_module, "Inductor", lambda device, **_: compiled)
         with torch.no_grad(), pytest.raises(RuntimeError, match="'slopes' differs from PyTorch's on this device"):
             purifier(score, classifier, options={"compile": True, "graphs": False})(images, seed=1)
 
@@ -588,7 +588,7 @@ class TestRefuses:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"graph": False}, "are compile, graphs, triton; got 'graph'"), ({"graphs": 1}, r"is True or False, got 1")],
+        [({"graph": False}, "are compile, graphs, triton; got 'graph'"), ({"graphs": 1}, r"is True or False, got 1"), ({"compile": 1}, "False or 'auto', got 1")],
     )
     def test_options_that_do_not_exist(self, score, classifier, options, message):
         with pytest.raises(ValueError, match=message):
@@ -740,7 +740,7 @@ def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, fla
 
         return run
 
-    monkeypatch.setattr(bound_module, "Inductor", lambda device: compiled)
+    monkeypatch.setattr(bound_module, "Inductor", lambda device, **_: compiled)
     both_ways(purifier(score, flattening, options={"compile": True}), images)
     assert len(strides) == 5 and all(len(seen) == 1 for seen in strides.values())
 

@@ -100,7 +100,7 @@ def prepare(
         precision: One of `PRECISIONS`: "strict" and "fast" compute in IEEE float32 (calibration allows errors of four times the
             library's, and up to 1e-5); "3xtf32" takes 3x3 convolutions on tensor cores, with every product split in three;
             "tf32" allows TF32 in all convolutions and matrix products.
-        options: Parts to switch off, see `Options`.
+        options: Parts to switch on or off, see `Options`.
 
     Raises:
         ValueError: for a dtype or device that is not this engine's, or options that do not exist or contradict each other.
@@ -114,10 +114,11 @@ def prepare(
         if example.device.type == "cuda" and example.dtype == torch.float32:
             raise RuntimeError(f"{reason}; engine='eager' runs without")
         raise ValueError(f"{reason}; engine='eager' does")
-    compiler = Inductor(example.device) if chosen.compile else None
+    compiler = Inductor(example.device, always=chosen.compile is True) if chosen.compile else None
     choose = None
     if chosen.triton:
-        calibration = Calibration(example.device, precision=precision, compiler=compiler)
+        alone = Inductor(example.device) if chosen.compile else None  # a convolution of its own would never be worth it
+        calibration = Calibration(example.device, precision=precision, compiler=alone)
 
         def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
             shape = ConvolutionShape(batch, in_channels, out_channels, height, width)

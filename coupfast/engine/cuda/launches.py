@@ -7,7 +7,7 @@ same in both. But for a bias: cuDNN leaves it to a pass of its own, which a comp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class _Count(TorchDispatchMode):
         super().__init__()
         self.launches = 0
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: torch._ops.OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in VIEWS and func.namespace != "prim":  # which ask for a tensor's device
             biased = func is aten.convolution.default and args[2] is not None
             self.launches += 2 if biased else 1
