@@ -3,8 +3,8 @@
     silu(GroupNorm((x + image bias + residual) · scale)), and its transpose       `coupfast::group_norm_silu`, `…_vjp`
     (3 × 3 convolution + bias + image bias + residual) · scale, and its transpose `coupfast::conv3x3`
 
-1 × 1 convolutions become matrix products: a map [batch, channels, height, width] in channels last is a matrix [pixels, channels]
-as it lies in memory, and cuBLAS adds the bias where cuDNN leaves it to a pass of its own.
+1 × 1 convolutions become matrix products: a map [batch, channels, height, width] in channels last is a matrix
+[pixels, channels] as it lies in memory, and cuBLAS adds the bias where cuDNN leaves it to a pass of its own.
 
 The graph computes the same, up to the rounding of sums taken in another order.
 """
