@@ -28,6 +28,8 @@ from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
 #: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own. Above 16 a step's time grows
 #: with its images: half steps, too.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+#: Kernels of so few images leave most of a GPU idle: guidance then runs beside the score network. With more, either fills it.
+SMALL_BUCKET = 4
 #: Programs that are kept: each holds graphs and their memory.
 KEPT_PROGRAMS = 4
 
@@ -72,8 +74,7 @@ class BoundCudaEngine:
         return self.networks.pieces.weights_bytes()
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        kinds = self.networks.eager.evaluations()
-        return kinds | {"activations": kinds["slopes"]}
+        return self.networks.eager.evaluations()
 
 
 def bucket_of(batch: int) -> int:
@@ -107,6 +108,7 @@ def prepare(
         RuntimeError: where the device, PyTorch or Triton is not up to it.
     """
     chosen = Options.of(options)
+    beside = {"auto": SMALL_BUCKET, True: BUCKETS[-1], False: 0}[chosen.beside]
     if precision == "3xtf32" and not chosen.triton:
         raise ValueError("precision='3xtf32' is a precision of this project's convolutions: it needs engine_options 'triton'")
     reason = unavailable(example.dtype, example.device)
@@ -139,5 +141,6 @@ def prepare(
         choose=choose,
         fuse_norms=chosen.triton,
         workspace=workspace_bytes(example.device) if chosen.triton else 0,
+        beside=beside,
     )
     return BoundCudaEngine(networks)

@@ -16,11 +16,14 @@ class Options:
             that their operations start.
         graphs: Capture a step as a CUDA graph and replay it.
         triton: Use this project's convolutions and group norms where calibration chooses them.
+        beside: Run guidance beside the score network, on a second stream of the captured step. "auto": with up to four images
+            at a time, which leave most of a GPU idle.
     """
 
     compile: bool | Literal["auto"] = "auto"
     graphs: bool = True
     triton: bool = True
+    beside: bool | Literal["auto"] = "auto"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
@@ -37,4 +40,7 @@ class Options:
             if not isinstance(value, bool) and not (decides and value == "auto"):
                 values = "True, False or 'auto'" if decides else "True or False"
                 raise ValueError(f"`engine_options[{name!r}]` is {values}, got {value!r}")
-        return cls(**(given or {}))
+        options = cls(**(given or {}))
+        if options.beside is True and not options.graphs:
+            raise ValueError("`engine_options['beside']` is about captured steps: it needs 'graphs', which is False")
+        return options
