@@ -497,11 +497,11 @@ class TestGuidanceBesideTheScoreNetwork:
         backend = bound_of(run, images[:3]).for_batch(3).runner.backend
         wait_stream = Stream.wait_stream
 
-        def wait_but_there(stream, other):
+        def wait_or_leave_out(stream, other):
             if (stream is backend.second) != (wait == "fork"):
                 wait_stream(stream, other)
 
-        monkeypatch.setattr(Stream, "wait_stream", wait_but_there)
+        monkeypatch.setattr(Stream, "wait_stream", wait_or_leave_out)
         with torch.no_grad(), pytest.raises(RuntimeError, match=f"cannot be captured as a graph .CaptureError: .*{message}"):
             run(images[:3], seed=1)
 

@@ -55,7 +55,7 @@ class CudaProgram:
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
         state += self._more_buffers(image)
         backend = None if networks.backend is None else networks.backend()
-        # What is found on a second stream, with which guidance runs beside the score network; None: it runs before it.
+        # What guidance finds on a second stream, beside the score network; None: it has none, and comes after it.
         self._beside = image() if backend is not None and networks.runs_beside(bucket) else None
         results = [] if self._beside is None else [self._beside]  # slopes and p, too, when they are made
         self._results = results
