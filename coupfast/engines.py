@@ -40,8 +40,8 @@ class Engine:
             and nothing with more than four times PyTorch's own rounding error. `"fast"` allows fp32 algorithms with errors up
             to 1e-5. `"3xtf32"` and `"tf32"` use a GPU's tensor cores (engine `"cuda"` only): with every product of the 3x3
             convolutions split in three, close to fp32; and with products of 11 bits.
-        options: Of the cuda engine, parts to switch off, to find out which is at fault: `compile`, `graphs`, `triton`. Of the
-            cpu engine `largest_tile`, see `coupfast.engine.cpu.Options`.
+        options: Of the cuda engine, parts to switch off, to find out which is at fault: `compile`, `graphs`, `triton` and
+            `beside`, see `coupfast.engine.cuda.Options`. Of the cpu engine `largest_tile`, see `coupfast.engine.cpu.Options`.
 
     Example:
         >>> import coupfast

@@ -11,12 +11,12 @@ import weakref
 import pytest
 import torch
 from conftest import allows_tf32, bound_of, relu_classifier, silu_classifier, small_score
-from graph_backend import Graph, OutOfMemory, StandIn
+from graph_backend import Graph, OutOfMemory, Pool, StandIn, Stream
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coupfast import Purifier, engines, trials
+from coupfast import Purifier, budget, engines, trials
 from coupfast.engine import CounterNoise, cuda
 from coupfast.engine.cuda import bound as bound_module
 from coupfast.engine.cuda import pieces as pieces_module
@@ -24,9 +24,10 @@ from coupfast.engine.cuda import support
 from coupfast.engine.cuda.calibration import Choice
 from coupfast.engine.cuda.capture import CudaBackend, Runner
 from coupfast.engine.cuda.networks import CudaNetworks
-from coupfast.engine.cuda.pieces import Pieces
+from coupfast.engine.cuda.pieces import HALVES, Pieces
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance, pack_bits
+from coupfast.integrate import Storage
 from coupfast_kernels.convolution.gpu import pack_weight
 from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
 from coupfast_kernels.noise import standard_normal_ref
@@ -60,11 +61,12 @@ def backends(monkeypatch):
     monkeypatch.setattr(bound_module, "CudaBackend", backend)
     monkeypatch.setattr(bound_module, "Calibration", OurKernels)
     monkeypatch.setattr(Pieces, "make", remembered_piece)
+    monkeypatch.setattr(Pieces, "kept_bytes", remembered_bytes)
     OurKernels.chosen = []
     return made
 
 
-PIECE = Pieces.make
+PIECE, KEPT_BYTES = Pieces.make, Pieces.kept_bytes
 PIECES: dict = {}
 
 
@@ -77,6 +79,18 @@ def remembered_piece(self, name, bucket, piece=PIECE):
     if key not in PIECES:
         PIECES[key] = piece(self, name, bucket)
     return PIECES[key]
+
+
+def remembered_bytes(self, bucket):
+    key = (bucket, self.fuse_norms, tuple(self.example.shape))
+    if key not in PIECES:
+        PIECES[key] = KEPT_BYTES(self, bucket)
+    return PIECES[key]
+
+
+def stored(monkeypatch, slopes, kept_steps):
+    """Plans of runs to come: whether slopes are kept, and of how many of the last steps all activations."""
+    monkeypatch.setattr(budget, "choose_storage", lambda need, *_: Storage(need.batch, slopes, kept_steps))
 
 
 @pytest.fixture
@@ -205,19 +219,19 @@ class TestGraphs:
             run(images, seed=1)
         assert loads == [0]
 
-    @pytest.mark.parametrize("memory_budget, kept", [("least", False), (10**9, True)], ids=["rebuilt", "kept"])
-    def test_one_graph_forwards_and_one_backwards(self, backends, score, classifier, images, memory_budget, kept):
-        """Whether a step's slopes were kept or are found again within the same graph."""
-        run = purifier(score, classifier, memory_budget=memory_budget)
-        both_ways(run, images)
+    @pytest.mark.parametrize("kept, left", [((False, 0), 0), ((True, 0), 1), ((True, 4), 4)], ids=["rebuilt", "slopes", "all"])
+    def test_one_graph_forwards_and_one_backwards(self, backends, score, classifier, images, monkeypatch, kept, left):
+        """Whether a step's slopes and activations were kept or are found again within the same graph."""
+        stored(monkeypatch, *kept)
+        both_ways(purifier(score, classifier), images)
         (backend,) = backends
         forward, backward = backend.graphs
         assert (forward.replays, backward.replays) == (1 + 4, 1 + 4)
         guided = torch.ops.coupfast.guided_step_out.default
         assert [graph.operations.count(guided) for graph in (forward, backward)] == [1, 1]
-        # The score net has softmaxes of its own, as many in either; slopes that are found again come with one more.
+        # The score net has three softmaxes of its own; slopes that are found again come with one more.
         ours, theirs = (graph.operations.count(torch.ops.aten._softmax.default) for graph in (forward, backward))
-        assert ours - theirs == kept
+        assert (ours, theirs) == (4, 4 - left)
 
     def test_a_changed_state_is_loaded_again(self, backends, score, classifier, images):
         bound = bound_of(purifier(score, classifier), images)
@@ -455,6 +469,85 @@ class TestGraphs:
         assert waited == [1]
 
 
+class TestGuidanceBesideTheScoreNetwork:
+    """On a second stream of the captured step. The stand-in refuses work that no event puts after what it depends on."""
+
+    @pytest.mark.parametrize(
+        ("make_classifier", "kept"),
+        [*((relu_classifier, kept) for kept in ((False, 0), (True, 0), (True, 4))), (silu_classifier, (False, 0))],
+    )
+    def test_changes_no_bit(self, backends, score, images, monkeypatch, make_classifier, kept):
+        stored(monkeypatch, *kept)
+        x, classifier = images[:3], make_classifier(torch.float32)
+        found, expected = (
+            both_ways(purifier(score, classifier, options={"beside": beside}), x) for beside in ("auto", False)
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+        beside, alone = backends
+        assert [len(graph.begun) for graph in beside.graphs] == [2, 2]  # streams, forwards and backwards
+        assert [len(graph.begun) for graph in alone.graphs] == [1, 1]
+
+    @pytest.mark.parametrize(
+        ("wait", "message"),
+        [("fork", "is on a stream that is not being captured"), ("join", "reads what is still being written")],
+    )
+    def test_a_wait_that_is_left_out_is_seen(self, backends, score, classifier, images, monkeypatch, wait, message):
+        run = purifier(score, classifier)
+        backend = bound_of(run, images[:3]).for_batch(3).runner.backend
+        wait_stream = Stream.wait_stream
+
+        def wait_or_leave_out(stream, other):
+            if (stream is backend.second) != (wait == "fork"):
+                wait_stream(stream, other)
+
+        monkeypatch.setattr(Stream, "wait_stream", wait_or_leave_out)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=f"cannot be captured as a graph .CaptureError: .*{message}"):
+            run(images[:3], seed=1)
+
+    def test_work_that_nobody_waits_for_is_seen(self):
+        backend, x, y = StandIn(), torch.zeros(3), torch.zeros(3)
+
+        def function():
+            backend.second.wait_stream(backend.streams.current)
+            with backend.streams.on(backend.second):
+                x.add_(1.0)
+            y.add_(1.0)
+
+        with pytest.raises(RuntimeError, match="ended while another stream had work that nobody waited for"):
+            backend.capture(function)
+
+    def test_memory_that_goes_from_stream_to_stream_is_seen(self, backends, score, classifier, images, monkeypatch):
+        monkeypatch.setattr(Pool, "owner", lambda self: None)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="CaptureError: .*writes (what|where)"):
+            purifier(score, classifier)(images[:3], seed=1)
+
+    @pytest.mark.parametrize(
+        ("batch", "options", "beside", "twice"),
+        [
+            (4, {}, True, 4),
+            (5, {}, False, 4),
+            (5, {"beside": True}, True, 8),
+            (4, {"beside": False}, False, 0),
+            (4, {"graphs": False}, False, 0),
+        ],
+        ids=str,
+    )
+    def test_by_the_number_of_images(self, backends, score, classifier, images, batch, options, beside, twice):
+        """And memory is counted twice as far as this goes: neither stream gets what the other one let go."""
+        bound = bound_of(purifier(score, classifier, options=options), images)
+        assert (bound.for_batch(batch)._beside is not None) == beside
+        one, planned, images_in_all = bound.networks.eager.memory(1), bound.memory(batch), bound_module.bucket_of(batch) + twice
+        workspaces = (2 if twice else 1) * bound.networks.workspace
+        assert planned.forward == images_in_all * one.forward + workspaces
+        assert planned.transpose == images_in_all * one.transpose + workspaces
+        assert bound.memory(1).forward < planned.forward and bound.memory(1).transpose < planned.transpose
+
+    def test_without_guidance_there_is_one_stream(self, backends, score, images):
+        bound = bound_of(purifier(score, None, method="reverse-sde"), images)
+        assert bound.for_batch(1)._beside is None
+
+
 @pytest.mark.parametrize(
     "candidate, ours, copied", [("library", 0, 0), ("library-contiguous", 0, 1), ("compiled", 0, 0), ("triton-ieee", 1, 0)]
 )
@@ -477,6 +570,83 @@ def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, s
     assert workspace > 0
     assert with_ours.forward - without.forward == with_ours.transpose - without.transpose == workspace
     assert with_ours.slopes == without.slopes
+
+
+class TestActivations:
+    @pytest.mark.parametrize("make_classifier", [relu_classifier, silu_classifier, None])
+    def test_kept_in_the_last_steps_they_change_no_bit(self, backends, score, images, monkeypatch, make_classifier):
+        """Operation by operation; a compiler may round another way where a piece ends elsewhere."""
+        classifier = None if make_classifier is None else make_classifier(torch.float32)
+        method, results = "reverse-sde" if classifier is None else "coup", []
+        for slopes, kept_steps in ((False, 0), (True, 2), (False, 4)):
+            stored(monkeypatch, slopes, kept_steps)
+            results.append(both_ways(purifier(score, classifier, method=method), images))
+        for found in results[1:]:
+            for ours, theirs in zip(found, results[0], strict=True):
+                assert torch.equal(ours, theirs)
+        assert [len(backend.graphs) for backend in backends] == [2, 4, 2]
+
+    def test_nothing_is_computed_again(self, backends, score, classifier, images, monkeypatch):
+        stored(monkeypatch, True, 4)
+        both_ways(purifier(score, classifier), images)
+        (forward, backward), ours = backends[0].graphs, torch.ops.coupfast
+        assert backward.operations.count(ours.group_norm_silu.default) == 0
+        norms = forward.operations.count(ours.group_norm_silu.default)
+        assert norms == backward.operations.count(ours.group_norm_silu_vjp.default) > 0
+        # Of the score network's, one each way; the classifier's two go forwards, backwards, and both for the Hessian.
+        convolutions = [graph.operations.count(ours.conv3x3.default) for graph in (forward, backward)]
+        assert convolutions[0] == convolutions[1]
+
+    @pytest.mark.parametrize("make_classifier", [relu_classifier, None])
+    def test_the_plan_knows_what_they_take(self, backends, score, images, make_classifier):
+        classifier = None if make_classifier is None else make_classifier(torch.float32)
+        run = purifier(score, classifier, method="reverse-sde" if classifier is None else "coup")
+        bound = bound_of(run, images)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        program, planned = bound.for_batch(5), bound.memory(5)
+        _, kept = program.step(0, images, noise, "activations")
+        size = sum({tensor.data_ptr(): tensor.nbytes for tensor in kept.activations}.values())
+        assert size == sum(tensor.nbytes for tensor in kept.activations)
+        assert planned.activations - planned.slopes == size
+        # As many again where all steps leave them, and where the way back finds them.
+        assert planned.forward_keeping == planned.forward + size + planned.activations
+        assert planned.transpose_kept >= size
+        # A norm's and an attention's inputs, where autograd keeps their results, too.
+        eager = bound.networks.eager.memory(8)
+        assert size < (eager.activations - eager.slopes) / 2
+
+    def test_as_many_steps_as_fit(self, backends, score, classifier, images):
+        seen = []
+        for memory in ("least", None, 2**33):
+            run = purifier(score, classifier, memory_budget=memory or plan.peak_bytes + 2 * plan.step.activations)  # noqa: F821
+            plan = run.plan(5, image_shape=(3, 8, 8))
+            seen.append(plan.storage.kept_steps)
+            assert plan.evaluations["score forward"] == 8 - seen[-1]
+        assert seen[0] == 0 < seen[1] <= seen[2] == 4
+
+    def test_found_by_another_program(self, backends, score, classifier, images):
+        """One that was made anew in between has none of its own."""
+        bound = bound_of(purifier(score, classifier), images)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        first, second = CudaProgram(bound.networks, 8), CudaProgram(bound.networks, 8)
+        _, kept = first.step(0, images, noise, "activations")
+        assert torch.equal(second.step_vjp(0, images, kept, images), first.step_vjp(0, images, kept, images))
+        assert torch.equal(first.step_vjp(0, images, None, images), second.step_vjp(0, images, None, images))
+
+    def test_a_replay_that_leaves_others_is_not_used(self, backends, score, classifier, images, monkeypatch):
+        stored(monkeypatch, True, 4)
+        replay = Graph.replay
+
+        def careless(self):
+            replay(self)
+            program._left["step with noise, keeping activations"][3].mul_(1.001)
+
+        monkeypatch.setattr(Graph, "replay", careless)
+        run = purifier(score, classifier)
+        program = bound_of(run, images).for_batch(5)
+        with pytest.raises(RuntimeError, match="replaying 'step with noise, keeping activations' gives something else"):
+            both_ways(run, images)
+        assert not program._left
 
 
 class TestPrecision:
@@ -535,7 +705,7 @@ class TestPrecision:
 
             return run
 
-        monkeypatch.setattr(bound_module, "Inductor", lambda device: compiled)
+        monkeypatch.setattr(bound_module, "Inductor", lambda device, **_: compiled)
         with torch.no_grad(), pytest.raises(RuntimeError, match="'slopes' differs from PyTorch's on this device"):
             purifier(score, classifier, options={"compile": True, "graphs": False})(images, seed=1)
 
@@ -588,7 +758,13 @@ class TestRefuses:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"graph": False}, "are compile, graphs, triton; got 'graph'"), ({"graphs": 1}, r"is True or False, got 1")],
+        [
+            ({"graph": False}, "are compile, graphs, triton, beside; got 'graph'"),
+            ({"graphs": 1}, r"is True or False, got 1"),
+            ({"compile": "sometimes"}, r"is True, False or 'auto', got 'sometimes'"),
+            ({"beside": 4}, r"is True, False or 'auto', got 4"),
+            ({"beside": True, "graphs": False}, "is about captured steps: it needs 'graphs', which is False"),
+        ],
     )
     def test_options_that_do_not_exist(self, score, classifier, options, message):
         with pytest.raises(ValueError, match=message):
@@ -740,7 +916,7 @@ def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, fla
 
         return run
 
-    monkeypatch.setattr(bound_module, "Inductor", lambda device: compiled)
+    monkeypatch.setattr(bound_module, "Inductor", lambda device, **_: compiled)
     both_ways(purifier(score, flattening, options={"compile": True}), images)
     assert len(strides) == 5 and all(len(seen) == 1 for seen in strides.values())
 
@@ -762,7 +938,7 @@ def test_making_a_piece_computes_nothing_on_its_bucket(score, make_classifier):
     table = purifier(score, classifier, engine="eager").recipe.table
     networks = CudaNetworks(score.requires_grad_(False), Guidance(classifier, example), table, example, True)
     with Convolutions():
-        for name in networks.pieces.names():
+        for name in [*networks.pieces.names(), *HALVES]:
             networks.pieces.make(name, 64)
     assert set(Convolutions.batches) <= {1, 2, 3}  # traces
 

@@ -9,6 +9,8 @@ from flat_networks import Functions, assert_close, channels_last, counts, dead, 
 from torch import nn
 
 from coupfast.engine.cuda.flat import VIEWS, flatten, fold_constants, writes
+from coupfast.engine.cuda.halves import COPIES, split
+from coupfast.engine.cuda.substitution import fuse_kernels
 from coupfast.engine.cuda.traced import TracedClassifier, TracedScore
 from coupfast.guidance import PiecewiseLinearGraph, scaled_logits
 from coupfast.tracing import trace
@@ -218,3 +220,45 @@ def test_formats_of_weights():
             assert constant.is_contiguous(memory_format=torch.channels_last) and channels_last(constant) is constant
         else:
             assert constant.data_ptr() in own
+
+
+class TestHalves:
+    """A value and its derivative in one graph, and in two."""
+
+    @pytest.mark.parametrize("name", GRAPHS)
+    def test_compute_what_the_whole_does(self, name):
+        net, x = Functions(network(name)), images(2)
+
+        def both(x, v, *constants):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                value = net._call(leaf, constants)
+                return value.detach(), torch.autograd.grad(value, leaf, v)[0]
+
+        v = channels_last(torch.randn(net.network(x).shape, generator=torch.Generator().manual_seed(2)))
+        whole = flatten(both, (x, v), net.constants)
+        fuse_kernels(whole, lambda *shape: "ieee", norms=True)
+        before = str(whole.module.graph)
+        halves = split(whole)
+        value, *kept = halves.forward(x)
+        (derivative,) = halves.backward(x, v, *kept)
+        for found, expected in zip((value, derivative), whole(x, v), strict=True):
+            assert torch.equal(found, expected)
+        assert str(whole.module.graph) == before
+        # Every operation is in one half alone, and what is kept is memory of its own.
+        ours = [counts(half) for half in (halves.forward, halves.backward)]
+        copies = {str(copy).split(".")[1] for copy in COPIES}
+        assert {n: c for n, c in (ours[0] + ours[1]).items() if n not in copies} == {
+            n: c for n, c in counts(whole).items() if n not in copies
+        }
+        assert not dead(halves.forward) and not dead(halves.backward)
+        assert halves.kept_bytes() == sum(tensor.nbytes for tensor in kept)
+        kept = [tensor for tensor in kept if tensor.numel()]
+        memory = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        assert len(memory) == len(kept) and x.untyped_storage().data_ptr() not in memory
+
+    def test_of_what_does_not_depend_on_the_input(self):
+        x = torch.randn(2, 3)
+        halves = split(flatten(lambda x, v, a: (a * 2.0, torch.zeros_like(v)), (x, x), (x.clone(),)))
+        value, *kept = halves.forward(x)
+        assert not kept and torch.equal(halves.backward(x, x + 1.0)[0], torch.zeros_like(x))

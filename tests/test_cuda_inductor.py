@@ -7,6 +7,7 @@ Triton's interpreter, with every buffer full of NaN before it is written.
 import copy
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from test_cuda_fake_device import bound
 from test_noise import run_interpreted
 
 from coupfast.engine import CounterNoise
+from coupfast.engine.cuda.compiled import WORTH
+from coupfast.engine.cuda.launches import launches_of_code, launches_of_operations
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.engine.cuda.substitution import CONTIGUOUS
 
@@ -74,6 +77,27 @@ if not INTERPRETED:
         for buffer in buffers:
             shape, stride = strides[buffer]
             assert torch.empty(shape).stride() == stride, (buffer, shape, stride)
+
+    @pytest.mark.parametrize(
+        ("name", "products", "launches"), [("score", {"addmm": 13}, 86), ("score vjp", {"addmm": 13, "mm": 13}, 179)]
+    )
+    def test_1x1_convolutions_are_products_of_maps_as_they_lie(sources, name, products, launches):
+        """As convolutions they came with 105 and 217 launches: a pass for every bias, copies into other formats and back."""
+        text = (sources / name).read_text()
+        found = Counter(re.findall(r"extern_kernels\.(\w+)\(", text))
+        assert "convolution" not in text.partition("def call(")[2]
+        assert {operation: found[operation] for operation in found if operation != "bmm"} == products
+        assert launches_of_code(text) <= launches
+
+    def test_which_pieces_are_worth_compiling(sources):
+        """Most of a classifier's; of a score network with this project's norms, none."""
+        worth = {}
+        for (make_classifier, ours, name), id in zip(PIECES, IDS, strict=True):
+            graph = bound(make_classifier, ours, 2)[1][name]
+            operations = launches_of_operations(graph.module, graph.example_inputs())
+            worth[id] = launches_of_code((sources / id).read_text()) <= WORTH * operations
+        left = {"score", "score vjp", "score, contiguous", "cotangent, library"}
+        assert worth == {id: id not in left for id in IDS}
 
     def test_generated_code_in_the_interpreter(sources, monkeypatch):
         monkeypatch.setenv("GENERATED", str(sources))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import small_score
 from cpu_networks import GRAPHS, Net, conv, network
-from flat_networks import Functions, assert_close, copied, counts, dead, flat, frozen, images
+from flat_networks import EPS, Functions, assert_close, copied, counts, dead, flat, frozen, images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -186,7 +186,8 @@ class TestSpecialNetworks:
                     if choose is every:
                         assert found["conv3x3"] == convolutions
                     assert found["group_norm_silu"] == (norms if with_norms else 0)
-                    assert found["conv3x3"] + found["convolution"] == before["convolution"]
+                    products = sum(found[name] - before[name] for name in ("addmm", "mm"))
+                    assert found["conv3x3"] + found["convolution"] + products == before["convolution"]
                     assert found["group_norm_silu"] + found["native_group_norm"] == before["native_group_norm"]
 
 
@@ -277,6 +278,59 @@ class TestContiguousMaps:
         convolutions = [node for node in graph.operations() if node.target is torch.ops.aten.convolution.default]
         made = [(*node.args[0].meta["val"].shape, len(node.args[1].meta["val"])) for node in convolutions]
         assert sorted((b, i, o, h, w) for b, i, h, w, o in made) == sorted(shapes)
+
+
+class TestProducts:
+    """1 x 1 convolutions as matrix products."""
+
+    @pytest.mark.parametrize("on", ["cpu", "gpu"])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("size", [8, (5, 7), 1], ids=str)
+    def test_same_values_without_a_copy(self, size, bias, on):
+        functions = Functions(frozen(Net({"a": conv(24, 40, 1, bias=bias)}, lambda n, x: n["a"](x))))
+        x, products = images(3, channels=24, size=size), {"forward": "addmm" if bias else "mm", "vjp": "mm"}
+        weight, *biases = (tensor.double() for tensor in functions.constants)
+        for kind, (graph, arguments) in functions.both(x, on).items():
+            fuse_kernels(graph, None, norms=False)
+            assert counts(graph) == {products[kind]: 1} and not dead(graph)
+            given, read = arguments[-1], []
+
+            class Read(TorchDispatchMode):
+                def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                    if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                        read.append(args[-2].data_ptr())  # noqa: B023
+                    return func(*args, **(kwargs or {}))
+
+            with Read():
+                (found,) = graph(*arguments)
+            assert read == [given.data_ptr()]
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            matrix = weight[:, :, 0, 0] if kind == "forward" else weight[:, :, 0, 0].t()
+            terms = [given.double().movedim(1, -1), matrix.t()]
+            expected, size_of_terms = terms[0] @ terms[1], terms[0].abs() @ terms[1].abs()
+            if kind == "forward" and bias:
+                expected, size_of_terms = expected + biases[0], size_of_terms + biases[0].abs()
+            # A product and a sum for each channel, and the bias's sum: each rounds half a unit of no more than all terms.
+            error = (found.double().movedim(1, -1) - expected).abs()
+            assert bool((error <= (matrix.shape[1] + 1) * EPS * size_of_terms).all())
+
+    @pytest.mark.parametrize("options", [dict(stride=2), dict(padding=1), dict(groups=2)], ids=str)
+    def test_others_are_left(self, options):
+        functions = Functions(frozen(Net({"a": nn.Conv2d(4, 6, 1, **options)}, lambda n, x: n["a"](x))))
+        for kind, (graph, arguments) in functions.both(images(2, channels=4)).items():
+            fuse_kernels(graph, None, norms=False)
+            assert counts(graph) == {"convolution" if kind == "forward" else "convolution_backward": 1}
+            assert_close(graph(*arguments)[0], getattr(functions, kind)(*arguments, *functions.constants)[0])
+
+    def test_transposed_ones_and_contiguous_maps_are_left(self):
+        transposed = Functions(frozen(Net({"a": nn.ConvTranspose2d(4, 6, 1)}, lambda n, x: n["a"](x))))
+        graph, (x,) = transposed.both(images(2, channels=4))["forward"]
+        fuse_kernels(graph, None, norms=False)
+        assert counts(graph) == {"convolution": 1}
+        weight = torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+        graph = flat(lambda x, weight: (F.conv2d(x, weight),), (x.contiguous(),), [weight])
+        fuse_kernels(graph, None, norms=False)
+        assert counts(graph) == {"convolution": 1}
 
 
 class TestPackedWeights:

@@ -176,7 +176,7 @@ def bound_cuda(columns: str | CoefficientTable, smooth: bool) -> BoundCudaEngine
     """On the CPU, with graphs that a stand-in records; pieces, which depend on no factor, are traced once."""
     score, classifier = networks(smooth, torch.float32)
     example, chosen = torch.zeros(1, 3, 8, 8), table(columns) if isinstance(columns, str) else columns
-    made = CudaNetworks(score, Guidance(classifier, example), chosen, example, True, backend=StandIn)
+    made = CudaNetworks(score, Guidance(classifier, example), chosen, example, True, backend=StandIn, beside=2)
     if chosen.m is None:  # its pieces have the table's own numbers
         made.pieces = PIECES.setdefault(smooth, made.pieces)
     return BoundCudaEngine(made)
@@ -188,6 +188,16 @@ def test_cuda(columns, batch, counted, smooth):
     for storage in (Storage(batch), Storage(batch, slopes=True)):
         ours = found(bound, columns, batch, counted, torch.float32, storage)
         assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F32)
+
+
+@pytest.mark.parametrize(
+    ("columns", "batch", "counted", "smooth"),
+    [("efpq", 1, True, False), ("efpq", 3, False, False), ("pqms", 3, True, True)],
+    ids=str,
+)
+def test_cuda_with_activations(columns, batch, counted, smooth):
+    ours = found(bound_cuda(columns, smooth), columns, batch, counted, torch.float32, Storage(batch, slopes=True, kept_steps=2))
+    assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F32)
 
 
 ENGINES = {

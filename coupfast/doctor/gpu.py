@@ -28,7 +28,7 @@ from coupfast_kernels.parity import FLOAT32_FACTOR, relative_error
 FLIPPED_RELU, FLIPPED_RELU_GRADIENT = 1e-2, 1e-3
 
 #: What engine "cuda" can run without, one by one where it is wrong.
-ENGINE_OPTIONS = ("graphs", "compile", "triton")
+ENGINE_OPTIONS = ("graphs", "compile", "triton", "beside")
 
 _SEED, _STEPS = 2**63 + 5, 3
 

@@ -28,6 +28,8 @@ from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
 #: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own. Above 16 a step's time grows
 #: with its images: half steps, too.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+#: Kernels of so few images leave most of a GPU idle: guidance then runs beside the score network. With more, either fills it.
+SMALL_BUCKET = 4
 #: Programs that are kept: each holds graphs and their memory.
 KEPT_PROGRAMS = 4
 
@@ -72,8 +74,7 @@ class BoundCudaEngine:
         return self.networks.pieces.weights_bytes()
 
     def evaluations(self) -> dict[str, dict[str, int]]:
-        kinds = self.networks.eager.evaluations()
-        return kinds | {"activations": kinds["slopes"]}
+        return self.networks.eager.evaluations()
 
 
 def bucket_of(batch: int) -> int:
@@ -100,13 +101,14 @@ def prepare(
         precision: One of `PRECISIONS`: "strict" and "fast" compute in IEEE float32 (calibration allows errors of four times the
             library's, and up to 1e-5); "3xtf32" takes 3x3 convolutions on tensor cores, with every product split in three;
             "tf32" allows TF32 in all convolutions and matrix products.
-        options: Parts to switch off, see `Options`.
+        options: Parts to switch on or off, see `Options`.
 
     Raises:
         ValueError: for a dtype or device that is not this engine's, or options that do not exist or contradict each other.
         RuntimeError: where the device, PyTorch or Triton is not up to it.
     """
     chosen = Options.of(options)
+    beside = {"auto": SMALL_BUCKET, True: BUCKETS[-1], False: 0}[chosen.beside]
     if precision == "3xtf32" and not chosen.triton:
         raise ValueError("precision='3xtf32' is a precision of this project's convolutions: it needs engine_options 'triton'")
     reason = unavailable(example.dtype, example.device)
@@ -114,10 +116,11 @@ def prepare(
         if example.device.type == "cuda" and example.dtype == torch.float32:
             raise RuntimeError(f"{reason}; engine='eager' runs without")
         raise ValueError(f"{reason}; engine='eager' does")
-    compiler = Inductor(example.device) if chosen.compile else None
+    compiler = Inductor(example.device, always=chosen.compile is True) if chosen.compile else None
     choose = None
     if chosen.triton:
-        calibration = Calibration(example.device, precision=precision, compiler=compiler)
+        alone = Inductor(example.device) if chosen.compile else None  # a convolution of its own would never be worth it
+        calibration = Calibration(example.device, precision=precision, compiler=alone)
 
         def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
             shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
@@ -138,5 +141,6 @@ def prepare(
         choose=choose,
         fuse_norms=chosen.triton,
         workspace=workspace_bytes(example.device) if chosen.triton else 0,
+        beside=beside,
     )
     return BoundCudaEngine(networks)

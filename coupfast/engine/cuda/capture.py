@@ -11,7 +11,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: What a replay may differ by from the calls before it where those already differ from each other.
 ROUNDING = 1e-4
+
+Result = TypeVar("Result")
 
 
 class Recording(Protocol):
@@ -40,6 +42,14 @@ class Backend(Protocol):
         """Where a warm-up runs; what ran before is done when it begins, and it is done when anything runs after."""
         ...
 
+    def both(self, function: Callable[[], Result], beside: Callable[[], object]) -> Result:
+        """What `function` returns, `beside` being done at the same time if the device has room for it.
+
+        What ran before is done when either begins, and both are done when anything runs after. `beside` leaves what it finds in
+        buffers that are there all the time: memory that it allocates may be handed out again when it has come to its end.
+        """
+        ...
+
     def out_of_memory(self) -> type[BaseException]:
         """The error that the device raises."""
         ...
@@ -50,12 +60,12 @@ _CAPTURE = threading.Lock()
 
 
 class CudaBackend:
-    """CUDA graphs with a memory pool and a stream of their own: graphs captured on one stream share its workspaces."""
+    """CUDA graphs with a memory pool and streams of their own: graphs captured on one stream share its workspaces."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.second = torch.cuda.Stream(device), torch.cuda.Stream(device)
         # Newer versions of PyTorch leave pointers to a graph whose capture failed: it must outlive them.
         self._failed: list[torch.cuda.CUDAGraph] = []
 
@@ -91,6 +101,18 @@ class CudaBackend:
                     yield
             finally:
                 outer.wait_stream(self.stream)
+
+    def both(self, function: Callable[[], Result], beside: Callable[[], object]) -> Result:
+        # A stream that waits for one which is being captured belongs to the capture until that one waits for it. The allocator
+        # hands out what a stream let go to the same stream again, so neither gets memory that the other one works on.
+        outer = torch.cuda.current_stream(self.device)
+        self.second.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self.second):
+                beside()
+            return function()
+        finally:
+            outer.wait_stream(self.second)
 
     def out_of_memory(self) -> type[BaseException]:
         return torch.cuda.OutOfMemoryError

@@ -6,6 +6,7 @@ graph serves every step here, too. What a step does not read has the factor zero
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,19 +57,18 @@ class ColumnsProgram(CudaProgram):
                 self._fill(self.x_in, x_in)
                 self._fill(self.x_before, x_before)
                 self._fill(self.eps_before, eps_before)
-            self._make(self._guided("score", "evaluate", "cotangent", smooth="gradient"))
+            name = self._make_step(counter is not None, keep)
             if counter is not None or not self.networks.noisy:
-                name = "step" if counter is None else "step with noise"
-                self.runner.run(name, lambda: self._step(counter is not None))
+                self._run_step(name, counter is not None)
             else:
-                self._step_on_path(k, batch, noise, list(extra))
+                self._step_on_path(k, batch, noise, list(extra), name)
             x_next = self.x[:batch].clone(memory_format=torch.contiguous_format)
             eps_hat = None
             if self.eps_before is not None:
                 eps_hat = self.eps_before[:batch].clone(memory_format=torch.contiguous_format)
             after = (x_k, eps_hat) if self.table.two_step else (None, None)
             self._forward = Continuation(k + 1, noise, x_next, x_in, *after)
-            kept = self._keep(keep)
+            kept = self._keep(keep, name)
         return (x_next, kept, eps_hat) if self.table.two_step else (x_next, kept)
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Cotangent:
@@ -93,8 +93,8 @@ class ColumnsProgram(CudaProgram):
 
     # --- what is captured -------------------------------------------------------------------------------------------------
 
-    def _step(self, counted: bool) -> None:
-        eps_hat, g = self._eps_hat_and_guidance()
+    def _step(self, counted: bool, name: str = "") -> None:
+        eps_hat, g = self._eps_hat_and_guidance(name)
         y = guided_step(
             self.x,
             eps_hat,
@@ -120,10 +120,10 @@ class ColumnsProgram(CudaProgram):
         self.x.copy_(y)
         self.step_index.add_(1)
 
-    def _step_on_path(self, k: int, batch: int, noise: Noise, names: list[str]) -> None:
+    def _step_on_path(self, k: int, batch: int, noise: Noise, extra: list[str], name: str) -> None:
         """A step with explicit noise, in the order of its terms; not captured: a path is for comparisons."""
         row, like = self.table.row(k), self.x[:batch]
-        eps_hat, g = self._eps_hat_and_guidance()
+        eps_hat, g = self._eps_hat_and_guidance(name)
         y = self.x.clone()
         y[:batch] = guided_step_ref(
             like,
@@ -132,7 +132,7 @@ class ColumnsProgram(CudaProgram):
             row,
             noise.z(k, like) if row[3] != 0.0 else None,
             z2=noise.z2(k, like) if row[5] != 0.0 else None,
-            **{name: getattr(self, name)[:batch] for name in names},
+            **{name: getattr(self, name)[:batch] for name in extra},
         )
         self._move_on(eps_hat, g, y)
 
@@ -141,9 +141,7 @@ class ColumnsProgram(CudaProgram):
         assert self._shifts is not None
         return self._shifts.index_select(0, step.view(1))[0]
 
-    def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
-        if rebuilds:
-            self._evaluate(self.x_back)
+    def _transpose(self, curved: bool, *, rebuilds: bool, at_kept: bool = False) -> None:
         row = self.networks.coefficients.index_select(0, self.step_back.view(1))[0]  # [8]
         back, u = row * self._row_keeps + self._row_adds, self.v
         if self.v_eps is not None:
@@ -154,7 +152,7 @@ class ColumnsProgram(CudaProgram):
         if self._shifts is not None:
             assert self.v_eps is not None  # there is a column q
             tangent = row[2] * self.v + self._shift(self.step_back) * self.v_eps
-        u, w = self._score_vjp(u), self._hvp(curved, tangent)
+        u, w = self._both(functools.partial(self._score_vjp, u, at_kept), self._hvp(curved, tangent, rebuilds=rebuilds))
         v_x = guided_step(self.v, u, w, back, self.step_back, x_before=self.v_before)
         if self.v_in is not None:
             self.v_in.add_(row[4] * self.v)

@@ -4,15 +4,21 @@ Not by `torch.compile`: its guards watch the whole process (the number of thread
 compile a piece anew after it was checked when anything of that changes. What is compiled here is one function of its inputs. It
 is kept in the user's cache, beside the choices of convolutions, since another compilation may choose other kernels and so give
 other bits: the compiler's own cache, which is wiped more easily, then decides nothing.
+
+What is left of a score network beside this project's kernels and the library's products is little: its compiled code starts
+about as many kernels as its operations do. So launches are counted, before and after, and a piece that gains little stays as it
+is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ import torch
 from torch import fx
 
 from coupfast.cache import cache_directory
+from coupfast.engine.cuda.launches import launches_of_code, launches_of_operations
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
@@ -30,7 +37,13 @@ FORMAT = 1
 #: Deterministic: which kernels there are is decided without timing any. Graphs are captured by the engine itself, and the
 #: formats of convolutions are those that calibration chose.
 OPTIONS = {"config_patches": {"deterministic": True, "triton.cudagraphs": False, "layout_optimization": False}}
+#: A piece is worth its compiled code if that starts at most so many kernels for each that the operations start.
+WORTH = 0.75
 PATIENCE_SECONDS = 1200.0  # wait so long for another process that compiles the same piece, then compile it, too
+
+#: Kernels that a piece starts compiled, and operation by operation.
+Launches = tuple[int, int]
+_COMPILING = threading.Lock()  # the compiler tells all who compile where to leave its code
 
 #: (module, inputs like those to come) → what computes the module's results on such inputs.
 Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[..., Any]]
@@ -42,16 +55,17 @@ class Inductor:
     Args:
         device: Where they run.
         folder: Where they are kept; None takes `compiled` in the user's cache (`coupfast.cache`).
+        always: Whether to compile what is not worth it (`WORTH`), too, rather than leave it as it is.
 
     Processes may compile at once: the first one's result is everyone's.
     """
 
-    def __init__(self, device: torch.device | str, folder: str | Path | None = None) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str, folder: str | Path | None = None, *, always: bool = True) -> None:
+        self.device, self.always = torch.device(device), always
         self.folder = Path(folder) if folder is not None else cache_directory("compiled")
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        """The compiled module; a minute for a large one that is not there yet.
+        """The compiled module, or the module itself; a minute for a large one that is not there yet.
 
         Raises:
             Exception: whatever the compiler raises.
@@ -60,11 +74,7 @@ class Inductor:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(file.with_suffix(".lock"), work="compiles a piece of a network", patience=PATIENCE_SECONDS):
-                found = _load(file)
-                if found is None:
-                    found = _compile(module, inputs)
-                    _save(found, file)
-                return found
+                return self._chosen(module, inputs, file)
         except OSError as error:
             logger.warning(
                 "compiled pieces cannot be kept in %s (%s); every process compiles them anew, and bits may differ between two; "
@@ -72,7 +82,25 @@ class Inductor:
                 self.folder,
                 error,
             )
-        return _compile(module, inputs)
+        return self._chosen(module, inputs, None)
+
+    def _chosen(self, module: fx.GraphModule, inputs: Sequence[torch.Tensor], file: Path | None) -> Callable[..., Any]:
+        """What is compiled, or the module where that is not worth it; as it was chosen before, if it was."""
+        if self.always:
+            return _made(module, inputs, file)
+        launches = None if file is None else _read_launches(file)
+        if launches is not None:
+            return _made(module, inputs, file) if _is_worth(launches) else module
+        with _shown_code() as sources:
+            made = _made(module, inputs, file)
+        if not sources:
+            logger.warning("this PyTorch does not show what it compiled: its launches are not counted, and it is taken")
+            return made
+        launches = sum(map(launches_of_code, sources)), launches_of_operations(module, inputs)
+        logger.info("a piece starts %d kernels compiled, %d operation by operation", *launches)
+        if file is not None:
+            write_whole(file.with_suffix(".json"), (json.dumps(launches) + "\n").encode())
+        return made if _is_worth(launches) else module
 
     def _digest(self, module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> str:
         """Of all that the result depends on: the operations, the inputs' formats, device, versions and options."""
@@ -90,6 +118,47 @@ def _compile(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
         return torch._inductor.standalone_compile(
             module, list(inputs), dynamic_shapes="from_example_inputs", options=OPTIONS
         )
+
+
+def _made(module: fx.GraphModule, inputs: Sequence[torch.Tensor], file: Path | None) -> Any:
+    """The compiled module, from its file if it has one."""
+    found = None if file is None else _load(file)
+    if found is None:
+        found = _compile(module, inputs)
+        if file is not None:
+            _save(found, file)
+    return found
+
+
+def _is_worth(launches: Launches) -> bool:
+    compiled, operations = launches
+    return compiled <= WORTH * operations
+
+
+@contextlib.contextmanager
+def _shown_code() -> Iterator[list[str]]:
+    """The code of what is compiled or loaded inside."""
+    from torch._inductor.graph import GraphLowering  # takes seconds, which only those who compile should
+
+    sources: list[str] = []
+    with _COMPILING:
+        before, GraphLowering.save_output_code = GraphLowering.save_output_code, sources.append
+        try:
+            yield sources
+        finally:
+            GraphLowering.save_output_code = before
+
+
+def _read_launches(file: Path) -> Launches | None:
+    """What was counted beside a kept piece; None where nothing was, or it cannot be read."""
+    try:
+        compiled, operations = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        return int(compiled), int(operations)
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError) as error:
+        logger.warning("%s is damaged (%s); what it tells is counted anew", file.with_suffix(".json"), one_line(error))
+        return None
 
 
 def _load(file: Path) -> Any:

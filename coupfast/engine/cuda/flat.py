@@ -6,6 +6,7 @@ are inputs. It can be compiled whole, captured, counted, and run on tensors with
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,10 @@ class FlatGraph:
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.module(*inputs, *self.constants)
+
+    def copy(self) -> FlatGraph:
+        """Another graph of the same constants."""
+        return FlatGraph(copy.deepcopy(self.module), self.varying, list(self.constants))
 
     def example_inputs(self) -> list[torch.Tensor]:
         """Zeros in the formats of the varying inputs, and the constants."""

@@ -30,6 +30,7 @@ class CudaNetworks:
         choose: Which algorithm a convolution takes; None leaves all to the library.
         fuse_norms: Whether this project's group norms replace the library's.
         workspace: Bytes that a convolution which `choose` gives may take beside its result.
+        beside: The most images of a bucket whose guidance runs beside the score network, on a second stream.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class CudaNetworks:
         choose: Conv3x3Choice | None = None,
         fuse_norms: bool = False,
         workspace: int = 0,
+        beside: int = 0,
     ) -> None:
         self.guidance, self.table = guidance, table
         self.differentiate_guidance = differentiate_guidance
         self.precision, self.backend, self.compiler = precision, backend, compiler
-        self.workspace = workspace
+        self.workspace, self.beside = workspace, beside
         self.example = torch.zeros_like(example[:1])
         self.eager = EagerProgram(score, guidance, table, example, differentiate_guidance)
         self.pieces = Pieces(
@@ -66,11 +68,29 @@ class CudaNetworks:
         self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
         self.noisy = bool((table.d != 0.0).any() or (table.f is not None and (table.f != 0.0).any()))
 
+    def runs_beside(self, bucket: int) -> bool:
+        """Whether guidance runs beside the score network."""
+        return self.guidance is not None and self.backend is not None and bucket <= self.beside
+
+    def peaks(self, bucket: int) -> tuple[int, int, int]:
+        """Of a step, its transpose, and that at kept activations: as PyTorch would need it operation by operation, which is
+        more than compiled pieces take; and the workspace.
+
+        All once more where guidance runs beside the score network: neither stream gets what the other one let go. In larger
+        buckets, where it does not, as much as in the largest one where it does: more images never need less.
+        """
+        parts = [self.eager.memory(bucket)]
+        if self.runs_beside(1):
+            parts.append(self.eager.memory(min(bucket, self.beside)))
+        needs = [(part.forward, part.transpose, part.transpose_kept) for part in parts]
+        forward, transpose, at_kept = (sum(most) + len(parts) * self.workspace for most in zip(*needs, strict=True))
+        return forward, transpose, at_kept
+
     def memory(self, bucket: int) -> StepMemory:
-        """As PyTorch would need it operation by operation, which is more than compiled pieces take; and the workspace."""
-        eager = self.eager.memory(bucket)
-        forward, transpose = eager.forward + self.workspace, eager.transpose + self.workspace
-        return StepMemory(forward, forward, transpose, transpose, eager.slopes, eager.slopes)
+        """`peaks`, and what is kept: of the score network once more where every step of the bucket leaves and finds it."""
+        forward, transpose, at_kept = self.peaks(bucket)
+        slopes, kept = self.eager.memory(bucket).slopes, self.pieces.kept_bytes(bucket)
+        return StepMemory(forward, forward + 2 * kept + slopes, transpose, at_kept + kept, slopes, kept + slopes)
 
 
 def _clip_columns(table: CoefficientTable, example: torch.Tensor) -> torch.Tensor | None:

@@ -4,6 +4,9 @@
     score vjp   x, step, v → Jᵀv               cotangent   u, slopes → Jᵀu
                                                tangent     v, slopes → J v
 
+Where a step keeps its activations, `score keeping` (x, step → ε̂, activations) and `score vjp kept` (x, step, v, activations →
+Jᵀv) take the place of the first two: the same operations, none of them done again on the way back (`halves`).
+
 Guidance and its Hessian are made of the last three where the classifier is piecewise linear (g = Jᵀ(e_ŷ − p),
 H v = −Jᵀ(diag p − p pᵀ) J v), so that a step and its transpose use the same slopes to the bit, kept or rebuilt. A smooth
 classifier has `gradient` (x → g) and `hvp` (x, v → H v) instead.
@@ -20,11 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine.cuda.flat import FlatGraph, Folded, flatten, fold_constants
+from coupfast.engine.cuda.halves import split
 from coupfast.engine.cuda.substitution import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.cuda.traced import TracedClassifier, TracedLogits, TracedScore
 from coupfast.engine.rows import clipped
 from coupfast.guidance import Guidance, log_confidence
 from coupfast.tracing import Trace, trace
+
+#: The pieces of a step that keeps its activations, and what they are made of.
+HALVES = ("score keeping", "score vjp kept")
+JOINT = "score and vjp"
 
 
 class Pieces:
@@ -67,6 +75,9 @@ class Pieces:
         self._traced_score: TracedScore | None = None
         self._traced_classifier: TracedClassifier | None = None
         self._traced_logits: TracedLogits | None = None
+        self._joint: tuple[int, FlatGraph] | None = None  # ε̂ and Jᵀv of a bucket, no kernels in it
+        self._halves: dict[tuple[str, int], FlatGraph] = {}  # the other one of a pair that was made
+        self._kept: tuple[int, int] | None = None  # a bucket, and the bytes that its step keeps
         self._lock = threading.RLock()
 
     def weights_bytes(self) -> int:
@@ -90,6 +101,8 @@ class Pieces:
         """One flat graph of a bucket, with this project's kernels in it, not compiled."""
         x = self.example.new_zeros(bucket, *self.example.shape[1:]).contiguous(memory_format=torch.channels_last)
         with self._lock:  # traces and packed weights are shared
+            if name in HALVES:
+                return self._half(name, bucket)
             if name.startswith("score"):
                 flat = self._score_piece(name, x)
             elif self.piecewise_linear:
@@ -99,6 +112,33 @@ class Pieces:
             fold_constants(flat, self.folded)
             fuse_kernels(flat, self.choose, norms=self.fuse_norms, packed=self.packed)
         return flat
+
+    def kept_bytes(self, bucket: int) -> int:
+        """Activations of the score network that a step keeps, in proportion to those of the bucket that was first asked for."""
+        with self._lock:
+            if self._kept is None:
+                graph = self._joint_graph(bucket)
+                fuse_kernels(graph, None, norms=self.fuse_norms)  # which convolutions there are changes nothing that is kept
+                self._kept = bucket, split(graph).kept_bytes()
+            known, size = self._kept
+            return -(-size * bucket // known)
+
+    def _half(self, name: str, bucket: int) -> FlatGraph:
+        if (name, bucket) not in self._halves:
+            graph = self._joint_graph(bucket)
+            fuse_kernels(graph, self.choose, norms=self.fuse_norms, packed=self.packed)
+            halves = split(graph)
+            self._joint = None  # both are there
+            self._halves = {(HALVES[0], bucket): halves.forward, (HALVES[1], bucket): halves.backward}
+        return self._halves.pop((name, bucket))
+
+    def _joint_graph(self, bucket: int) -> FlatGraph:
+        if self._joint is None or self._joint[0] != bucket:
+            x = self.example.new_zeros(bucket, *self.example.shape[1:]).contiguous(memory_format=torch.channels_last)
+            graph = self._score_piece(JOINT, x)
+            fold_constants(graph, self.folded)
+            self._joint = bucket, graph
+        return self._joint[1].copy()
 
     def _score_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
         traced = self._score_trace()
@@ -115,17 +155,19 @@ class Pieces:
             with torch.no_grad():
                 return (score(x, step, *constants),)
 
-        def vjp(x: torch.Tensor, step: torch.Tensor, v: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def both(x: torch.Tensor, step: torch.Tensor, v: torch.Tensor, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
                 eps_hat = score(leaf, step, *constants)
                 if not eps_hat.requires_grad:  # constant in x: its transpose is zero
-                    return (torch.zeros_like(v),)
-                return torch.autograd.grad(eps_hat, leaf, v)
+                    return eps_hat, torch.zeros_like(v)
+                return eps_hat.detach(), torch.autograd.grad(eps_hat, leaf, v)[0]
 
         if name == "score":
             return flatten(evaluate, (x, step), own)
-        return flatten(vjp, (x, step, x), own)
+        if name == JOINT:
+            return flatten(both, (x, step, x), own)
+        return flatten(lambda *inputs: both(*inputs)[1:], (x, step, x), own)
 
     def _piecewise_linear_piece(self, name: str, x: torch.Tensor) -> FlatGraph:
         assert self.guidance is not None and self.guidance.graph is not None

@@ -24,11 +24,15 @@ from coupfast_kernels.noise import seed_tensor
 
 @dataclasses.dataclass
 class _Kept:
-    """What a step leaves for its transpose: masks as bits, indices of pools, and the softmax."""
+    """What a step leaves for its transpose: masks as bits, indices of pools, the softmax; the score network's activations."""
 
-    bits: torch.Tensor | None
-    indices: list[torch.Tensor]
-    p: torch.Tensor
+    bits: torch.Tensor | None = None
+    indices: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    p: torch.Tensor | None = None
+    activations: list[torch.Tensor] | None = None
+
+
+KEEPING = ", keeping activations"  # at the end of a step's name
 
 
 class CudaProgram:
@@ -51,9 +55,15 @@ class CudaProgram:
         state = [self.x, self.v, self.x_back, self.step_index, self.step_back, self.seed, self.ids, self.draw]
         state += self._more_buffers(image)
         backend = None if networks.backend is None else networks.backend()
-        results: list[torch.Tensor] = []  # slopes and p, when they are made
+        # What guidance finds on a second stream, beside the score network; None: it has none, and comes after it.
+        self._beside = image() if backend is not None and networks.runs_beside(bucket) else None
+        results = [] if self._beside is None else [self._beside]  # slopes and p, too, when they are made
         self._results = results
-        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket), lambda: results)
+        # Activations, by the recording that leaves them: memory of its own, and nobody else's as long as they are here.
+        left: dict[str, list[torch.Tensor]] = {}
+        self._left = left
+        self._found: list[torch.Tensor] | None = None  # some of them, which the way back finds those of a step in
+        self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket), lambda: _told(results, left))
         self._pieces: dict[str, Piece] = {}
         self._turn = threading.RLock()
         self._order = _Order(example.device)
@@ -83,15 +93,14 @@ class CudaProgram:
             before, self._forward = self._forward, None  # after an error nobody knows what the buffers hold
             if before is None or not before.leads_to(k, noise, x_k):
                 self._load(k, x_k, counter)
-            self._make(self._guided("score", "evaluate", "cotangent", smooth="gradient"))
-            name = "step" if counter is None else "step with noise"
-            self.runner.run(name, lambda: self._step(counter is not None))
+            name = self._make_step(counter is not None, keep)
+            self._run_step(name, counter is not None)
             d = self.table.row(k)[3]
             if counter is None and d != 0.0:
                 self.x[:batch].copy_(self.x[:batch] + d * noise.z(k, x_k))
             x_next = self.x[:batch].clone(memory_format=torch.contiguous_format)
             self._forward = Continuation(k + 1, noise, x_next)
-            kept = self._keep(keep)
+            kept = self._keep(keep, name)
         return x_next, kept
 
     def step_vjp(self, k: int, x_k: torch.Tensor, saved: Any, v: torch.Tensor, *, more: Cotangent | None = None) -> Any:
@@ -109,40 +118,65 @@ class CudaProgram:
         """The noise, if it is one that the step's own kernel makes."""
         return noise if isinstance(noise, CounterNoise) and self.networks.noisy else None
 
-    def _run_back(self, x_k: torch.Tensor, saved: Any) -> None:
+    def _make_step(self, counted: bool, keep: Keep) -> str:
+        """Make the pieces of a step; returns the step's name."""
+        keeping = keep == "activations"
+        self._make(self._guided("score keeping" if keeping else "score", "evaluate", "cotangent", smooth="gradient"))
+        return f"step{' with noise' if counted else ''}{KEEPING if keeping else ''}"
+
+    def _run_step(self, name: str, counted: bool) -> None:
+        try:
+            self.runner.run(name, lambda: self._step(counted, name))
+        except BaseException:
+            self._left.pop(name, None)  # which may lie in memory of a capture that came to nothing
+            raise
+
+    def _run_back(self, x_k: torch.Tensor, saved: _Kept | None) -> None:
         """The transpose at `x_k` of what the buffers hold."""
         networks = self.networks
         self._put(self.x_back, x_k)
         curved = networks.guidance is not None and networks.differentiate_guidance
-        if curved:
-            self._make(self._guided("score vjp", "evaluate", "tangent", "cotangent", smooth="hvp"))
-        else:
-            self._make(["score vjp"])
-        rebuilds = curved and networks.pieces.piecewise_linear and saved is None
-        if curved and networks.pieces.piecewise_linear and not rebuilds:
+        at_kept = saved is not None and saved.activations is not None
+        score = "score vjp kept" if at_kept else "score vjp"
+        self._make(self._guided(score, "evaluate", "tangent", "cotangent", smooth="hvp") if curved else [score])
+        rebuilds = curved and networks.pieces.piecewise_linear and (saved is None or saved.p is None)
+        if saved is not None:
             self._restore(saved)
-        name = "step and transpose" if rebuilds else "transpose"
-        self.runner.run(name, lambda: self._transpose(curved, rebuilds=rebuilds))
+        name = f"{'step and transpose' if rebuilds else 'transpose'}{' at kept activations' if at_kept else ''}"
+        self.runner.run(name, lambda: self._transpose(curved, rebuilds=rebuilds, at_kept=at_kept))
 
     # --- what is captured -------------------------------------------------------------------------------------------------
 
-    def _step(self, counted: bool) -> None:
-        eps_hat, g = self._eps_hat_and_guidance()
+    def _step(self, counted: bool, name: str = "") -> None:
+        eps_hat, g = self._eps_hat_and_guidance(name)
         noise = (self.seed, self.ids, self.draw) if counted else None
         guided_step(self.x, eps_hat, g, self.networks.coefficients, self.step_index, noise=noise, out=self.x)
         self.step_index.add_(1)
 
-    def _eps_hat_and_guidance(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ε̂ and g at `x`, in its format."""
-        networks = self.networks
-        (eps_hat,) = self._piece("score")(self.x, self.step_index)
-        g = None
-        if networks.guidance is not None:
-            if networks.pieces.piecewise_linear:
-                g = self._guide(self.x)
-            else:
-                (g,) = self._piece("gradient")(self.x)
-        return _aligned(eps_hat), None if g is None else _aligned(g)
+    def _eps_hat_and_guidance(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ε̂ and g at `x`, in its format; activations stay where the recording of this name leaves them, if it is to."""
+
+        def score() -> torch.Tensor:
+            if not name.endswith(KEEPING):
+                return _aligned(self._piece("score")(self.x, self.step_index)[0])
+            eps_hat, *self._left[name] = self._piece("score keeping")(self.x, self.step_index)
+            return _aligned(eps_hat)
+
+        def guide() -> torch.Tensor:
+            piecewise_linear = self.networks.pieces.piecewise_linear
+            return _aligned(self._guide(self.x) if piecewise_linear else self._piece("gradient")(self.x)[0])
+
+        return self._both(score, None if self.networks.guidance is None else guide)
+
+    def _both(
+        self, score: Callable[[], torch.Tensor], guidance: Callable[[], torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What both find, which read nothing of each other: at once, where the second stream is there for it."""
+        if self._beside is None or guidance is None:
+            return score(), None if guidance is None else guidance()
+        backend, buffer = self.runner.backend, self._beside
+        assert backend is not None
+        return backend.both(score, lambda: buffer.copy_(guidance())), buffer
 
     def _guide(self, x: torch.Tensor) -> torch.Tensor:
         """g = Jᵀ(e_ŷ − p) at x; slopes and p stay in their buffers."""
@@ -159,27 +193,31 @@ class CudaProgram:
         torch._foreach_copy_(self._slopes, slopes)
         return self._p
 
-    def _transpose(self, curved: bool, *, rebuilds: bool) -> None:
-        if rebuilds:
-            self._evaluate(self.x_back)
-        u, w = self._score_vjp(self.v), self._hvp(curved, self.v)
+    def _transpose(self, curved: bool, *, rebuilds: bool, at_kept: bool = False) -> None:
+        u, w = self._both(lambda: self._score_vjp(self.v, at_kept), self._hvp(curved, self.v, rebuilds=rebuilds))
         guided_step(self.v, u, w, self.networks.coefficients, self.step_back, out=self.v)
         self.step_back.sub_(1)
 
-    def _score_vjp(self, u: torch.Tensor) -> torch.Tensor:
+    def _score_vjp(self, u: torch.Tensor, at_kept: bool) -> torch.Tensor:
         """J_ε(x_back)ᵀ u."""
-        return _aligned(self._piece("score vjp")(self.x_back, self.step_back, u)[0])
+        piece, kept = ("score vjp kept", self._found or []) if at_kept else ("score vjp", [])
+        return _aligned(self._piece(piece)(self.x_back, self.step_back, u, *kept)[0])
 
-    def _hvp(self, curved: bool, v: torch.Tensor) -> torch.Tensor | None:
-        """H(x_back) v."""
-        networks, w = self.networks, None
-        if curved and networks.pieces.piecewise_linear:
+    def _hvp(self, curved: bool, v: torch.Tensor, *, rebuilds: bool) -> Callable[[], torch.Tensor] | None:
+        """What finds H(x_back) v, with slopes that are there or are found again."""
+        if not curved:
+            return None
+        if not self.networks.pieces.piecewise_linear:
+            return lambda: _aligned(self._piece("hvp")(self.x_back, v)[0])
+
+        def piecewise_linear() -> torch.Tensor:
+            if rebuilds:
+                self._evaluate(self.x_back)
             assert self._p is not None
             (q,) = self._piece("tangent")(v, *self._slopes)
-            (w,) = self._piece("cotangent")(hessian_cotangent(self._p, q), *self._slopes)
-        elif curved:
-            (w,) = self._piece("hvp")(self.x_back, v)
-        return None if w is None else _aligned(w)
+            return _aligned(self._piece("cotangent")(hessian_cotangent(self._p, q), *self._slopes)[0])
+
+        return piecewise_linear
 
     # --- buffers ----------------------------------------------------------------------------------------------------------
 
@@ -203,15 +241,25 @@ class CudaProgram:
         buffer[: len(values)].copy_(values)
         buffer[len(values) :].zero_()  # what was left there could grow without bound over many runs
 
-    def _keep(self, keep: Keep) -> _Kept | None:
-        """What the last step leaves for its transpose."""
-        if keep == "nothing" or self._p is None or not self.networks.differentiate_guidance:
-            return None
-        masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
-        bits = pack_bits(torch.cat([mask.reshape(-1) for mask in masks])) if masks else None
-        return _Kept(bits, [slope.clone() for slope in self._slopes if slope.dtype != torch.bool], self._p.clone())
+    def _keep(self, keep: Keep, name: str) -> _Kept | None:
+        """What the last step, of this name, leaves for its transpose."""
+        kept = _Kept()
+        if keep == "activations":
+            kept.activations = [tensor.clone() for tensor in self._left[name]]
+        if keep != "nothing" and self._p is not None and self.networks.differentiate_guidance:
+            masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
+            kept.bits = pack_bits(torch.cat([mask.reshape(-1) for mask in masks])) if masks else None
+            kept.indices = [slope.clone() for slope in self._slopes if slope.dtype != torch.bool]
+            kept.p = self._p.clone()
+        return None if kept.activations is None and kept.p is None else kept
 
     def _restore(self, kept: _Kept) -> None:
+        if kept.activations is not None:
+            if self._found is None:
+                self._found = next(iter(self._left.values()), None) or list(map(torch.empty_like, kept.activations))
+            torch._foreach_copy_(self._found, kept.activations)
+        if kept.p is None:
+            return
         assert self._p is not None
         self._p.copy_(kept.p)
         masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
@@ -245,7 +293,11 @@ class CudaProgram:
             graph, compiler = networks.pieces.make(name, self.bucket), networks.compiler
             run = graph.module if compiler is None else compiler(graph.module, graph.example_inputs())
             piece = lambda *inputs: run(*inputs, *graph.constants)  # noqa: E731
-            check_piece(name, piece, networks.eager, self.bucket, self._slopes, tf32=networks.precision == "tf32")
+            whole, as_a_whole = piece, name
+            if name == "score vjp kept":
+                whole, as_a_whole = functools.partial(_both_ways, self._piece("score keeping"), piece), "score vjp"
+            tf32 = networks.precision == "tf32"
+            check_piece(as_a_whole, whole, networks.eager, self.bucket, self._slopes, tf32=tf32)
             self._pieces[name] = piece
         return self._pieces[name]
 
@@ -255,12 +307,23 @@ class CudaProgram:
             yield
 
 
+def _both_ways(keeping: Piece, back: Piece, x: torch.Tensor, step: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Jᵀv by way of the activations."""
+    return back(x, step, v, *keeping(x, step)[1:])
+
+
 def _needs(networks: CudaNetworks, bucket: int) -> str:
-    memory = networks.memory(bucket)
+    forward, transpose, _ = networks.peaks(bucket)
     return (
-        f"a step of {bucket} images is predicted to need up to {memory.forward / 2**20:.0f} MiB, its transpose "
-        f"{memory.transpose / 2**20:.0f} MiB, above weights"
+        f"a step of {bucket} images is predicted to need up to {forward / 2**20:.0f} MiB, its transpose "
+        f"{transpose / 2**20:.0f} MiB, above weights and what is kept"
     )
+
+
+def _told(results: list[torch.Tensor], left: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What a step leaves; of activations, which would be a copy of them all, what their sums tell."""
+    sums = [[tensor.sum(dtype=torch.float64) for tensor in tensors] for tensors in left.values()]
+    return [*results, *(torch.stack(each) for each in sums if each)]
 
 
 class Continuation:

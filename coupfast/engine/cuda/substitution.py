@@ -3,13 +3,16 @@
     silu(GroupNorm((x + image bias + residual) · scale)), and its transpose       `coupfast::group_norm_silu`, `…_vjp`
     (3 × 3 convolution + bias + image bias + residual) · scale, and its transpose `coupfast::conv3x3`
 
+1 × 1 convolutions become matrix products: a map [batch, channels, height, width] in channels last is a matrix
+[pixels, channels] as it lies in memory, and cuBLAS adds the bias where cuDNN leaves it to a pass of its own.
+
 The graph computes the same, up to the rounding of sums taken in another order.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +52,7 @@ def fuse_kernels(graph: FlatGraph, choose: Conv3x3Choice | None, *, norms: bool,
         _Convolutions(graph, choose, {} if packed is None else packed).replace()
     if norms:
         _Norms(graph).replace()
+    _Products(graph).replace()
     _LibraryNorms(graph).guard()
     graph.module.graph.eliminate_dead_code()
     graph.module.graph.lint()
@@ -346,6 +350,54 @@ class _Norms(_Pass):
         if self.is_image(first) and self.is_image(second) and self.value(first).shape == self.value(second).shape:
             return first, None, second, scale
         return x, None, None, 1.0
+
+
+class _Products(_Pass):
+    """1 × 1 convolutions of maps in channels last; of others a product would have to copy the map first."""
+
+    def replace(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.target is aten.convolution.default:
+                x, weight, bias, *options = node.args
+                if self._is_1x1(x, weight, options):
+                    node.replace_all_uses_with(self._product(node, x, weight, bias, transposed=False))
+            elif node.target is aten.convolution_backward.default:
+                gy, _, weight, _, *options, mask = node.args
+                if list(mask) == [True, False, False] and self._is_1x1(gy, weight, options):
+                    new = self._product(node, gy, weight, None, transposed=True)
+                    for item in list(node.users):
+                        item.replace_all_uses_with(new)
+                        self.graph.erase_node(item)
+                    self.graph.erase_node(node)
+
+    def _is_1x1(self, x: Any, weight: Any, options: Sequence[Any]) -> bool:
+        stride, padding, _, transposed, _, groups = options  # whatever the dilation, there is nothing to dilate
+        return (
+            self.is_image(x)
+            and self.value(x).is_contiguous(memory_format=torch.channels_last)
+            and tuple(self.value(weight).shape[2:]) == (1, 1)
+            and set(stride) == {1}
+            and set(padding) == {0}
+            and not transposed
+            and groups == 1
+        )
+
+    def _product(self, place: fx.Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> fx.Node:
+        batch, channels, height, width = self.value(x).shape
+        out = self.value(weight).shape[1 if transposed else 0]
+        rows = self._view(place, self.channels_last(place, x), aten.permute.default, [0, 2, 3, 1])
+        rows = self._view(place, rows, aten.reshape.default, [batch * height * width, channels])
+        matrix = self._view(place, weight, aten.reshape.default, list(self.value(weight).shape[:2]))  # [out, in] of the network
+        if not transposed:
+            matrix = self._view(place, matrix, aten.permute.default, [1, 0])
+        value = self.value(x).new_empty(batch * height * width, out)
+        target, args = (aten.mm.default, (rows, matrix)) if bias is None else (aten.addmm.default, (bias, rows, matrix))
+        result = self.call(place, target, args, value)
+        result = self._view(place, result, aten.reshape.default, [batch, height, width, out])
+        return self._view(place, result, aten.permute.default, [0, 3, 1, 2])
+
+    def _view(self, place: fx.Node, node: fx.Node, target: Any, shape: list[int]) -> fx.Node:
+        return self.call(place, target, (node, shape), target(self.value(node), shape))
 
 
 class _LibraryNorms(_Pass):
