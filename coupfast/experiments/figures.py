@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.protocols import Accuracy
 from coupfast.evaluation.report import Picture
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 
 _MARKS, _LINES, _HATCHES = "os^Dvp*", ("-", "--", ":", "-."), ("", "///", "...", "xx", "\\\\\\")
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from coupfast.evaluation import Spec, evaluate
+from coupfast.evaluation.drawing import check_matplotlib
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import read
-from coupfast.evaluation.report.pictures import check_matplotlib
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole

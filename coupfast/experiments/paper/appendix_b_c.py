@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.protocols import OFFICIAL
 from coupfast.evaluation.report import Picture, Section, Table
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 from coupfast.experiments import figures, images, tables, two_gaussians
 from coupfast.experiments.defenses import EOT_ASSUMED, NAMES
 from coupfast.experiments.experiment import Experiment, Results

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.report import Picture, Section, Table
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 from coupfast.evaluation.report.read import class_name
 from coupfast.experiments import images
 from coupfast.experiments.defenses import EOT_ASSUMED, NAMES, defense
@@ -40,9 +40,7 @@ def _ends(results: Results, attacked: str) -> dict[str, np.ndarray]:
 
 def _kinds(results: Results, attacked: str) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of images on which the reverse SDE fails and COUP does not, and of the opposite kind."""
-    ends = _ends(results, attacked)
-    fails = ends["reverse-sde"], ends["coup"]
-    return np.flatnonzero(~fails[0] & fails[1]), np.flatnonzero(fails[0] & ~fails[1])
+    return images.opposite(*_ends(results, attacked).values())
 
 
 def _sections(results: Results) -> list[Section]:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from coupfast.evaluation.report import Section, Table
+from coupfast.experiments import images
 from coupfast.experiments.defenses import EOT_ASSUMED
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import gallery
@@ -12,8 +13,7 @@ _PAIR = ("reverse-sde", "coup")
 
 
 def _kinds(results: Results) -> tuple[np.ndarray, np.ndarray]:
-    reverse, coup = (gallery.right(results, method) for method in _PAIR)
-    return np.flatnonzero(~reverse & coup), np.flatnonzero(reverse & ~coup)
+    return images.opposite(*(gallery.right(results, method) for method in _PAIR))
 
 
 def _sections(results: Results) -> list[Section]:
