@@ -15,9 +15,22 @@ import torch
 from PIL import Image
 
 from coupfast.cli import main
+from coupfast.evaluation import configuration
 from coupfast.evaluation.ledger import DATABASE
 from coupfast.evaluation.protocols import mcnemar
-from coupfast.experiments import EXPERIMENTS, Network, Page, Results, Scale, announced, check, make, study, two_gaussians
+from coupfast.experiments import (
+    EXPERIMENTS,
+    Network,
+    Page,
+    Results,
+    Scale,
+    announced,
+    check,
+    make,
+    study,
+    tables,
+    two_gaussians,
+)
 from coupfast.experiments import scale as scale_module
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
@@ -79,8 +92,8 @@ def test_published_stands_beside_measured(name, figures, out):
 def test_a_run_that_two_need_is_made_once(out, capsys):
     scale = Scale(images=1, budget=1e-6, steps=1, draws=2)
     both = {name: {case.name: case.spec(scale).to_dict() for case in EXPERIMENTS[name].cases} for name in ("fig2b", "fig4b")}
-    assert both["fig4b"]["COUP at 1"] == both["fig2b"]["COUP, first classifier"]
-    assert both["fig4b"]["COUP at 0"] == both["fig2b"]["reverse SDE, first classifier"]
+    assert both["fig4b"]["COUP at 1"] == both["fig2b"]["COUP (first classifier)"]
+    assert both["fig4b"]["COUP at 0"] == both["fig2b"]["reverse SDE (first classifier)"]
     reproduce("fig2b", *SMALL, "--out", out)
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob(f"*/{DATABASE}")}
     capsys.readouterr()
@@ -91,7 +104,7 @@ def test_a_run_that_two_need_is_made_once(out, capsys):
     assert len(list((out / "measured").glob("gallery-*.npz"))) == 1
 
 
-def test_what_was_stopped_goes_on(tmp_path, out):
+def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     """A run whose last units are lost comes to the same results."""
     scale = Scale(images=1, budget=1e-6, steps=1, draws=2)
     experiment = EXPERIMENTS["tableE1"]
@@ -102,20 +115,29 @@ def test_what_was_stopped_goes_on(tmp_path, out):
     again = make(experiment, scale, tmp_path)
     assert {n: run.fingerprint for n, run in again.runs.items()} == {n: run.fingerprint for n, run in whole.runs.items()}
     assert len(list((tmp_path / "runs").iterdir())) == 3
+    # What is done is shown, too, where the software is another one; what is not is refused.
+    monkeypatch.setattr(configuration, "sources_sha256", lambda *packages: "other")
+    older = make(experiment, scale, tmp_path)
+    assert {n: run.fingerprint for n, run in older.runs.items()} == {n: run.fingerprint for n, run in whole.runs.items()}
+    assert "Of other versions of the software than the page: 3 runs" in tables.work(older).note
+    with sqlite3.connect(whole.runs[name].folder / DATABASE) as ledger:
+        ledger.execute("DELETE FROM units WHERE stage != 'clean'")
+    with pytest.raises(ValueError, match="started with another configuration: environment.sources_sha256"):
+        make(experiment, scale, tmp_path)
 
 
 def test_the_budget_scales_what_multiplies():
     scale = Scale(budget=0.01, steps=20)
     cases = {case.name: case for case in EXPERIMENTS["table1"].cases}
-    rand, standard = (cases[f"COUP, {suite}"].spec(scale) for suite in ("rand", "standard"))
+    rand, standard = (cases[f"COUP ({suite})"].spec(scale) for suite in ("rand", "standard"))
     assert rand.attack_options == {"iterations": 10, "eot_iter": 2}
     assert standard.attack_options == {"iterations": 10, "target_classes": 1, "queries": 50}
     assert rand.settings().num_steps == 20
     full = dataclasses.replace(scale, budget=1.0, steps=None)
-    assert cases["COUP, rand"].spec(full).attack_options == {} and cases["COUP, rand"].spec(full).settings().num_steps == 100
+    assert cases["COUP (rand)"].spec(full).attack_options == {} and cases["COUP (rand)"].spec(full).settings().num_steps == 100
     assert {case.spec(full).settings().num_steps for case in EXPERIMENTS["table2"].cases[1:]} == {75}
     other = dataclasses.replace(scale, gradient="adjoint")
-    assert cases["COUP, rand"].spec(other).settings().gradient.name == "adjoint"
+    assert cases["COUP (rand)"].spec(other).settings().gradient.name == "adjoint"
     assert {case.spec(other).settings().gradient.name for case in EXPERIMENTS["table3"].cases} == {"bpda"}
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="above 0 and at most 1"):

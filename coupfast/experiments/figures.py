@@ -37,10 +37,14 @@ def bars(
         colour = COLOURS[number % len(COLOURS)]
         look = {"color": colour, "alpha": 0.75, "hatch": _HATCHES[number % len(_HATCHES)]}
         axes.bar(at, values, 0.9 * width, yerr=error, capsize=3, label=name, **look)
+        # Of a bar of height 0 nothing else would say which it is.
+        axes.plot(at, values, _MARKS[number % len(_MARKS)], color=colour, markeredgecolor="black", markersize=7, clip_on=False)
         told = published or {}
         marks = [(x, told[group][name]) for x, group in zip(at, groups, strict=True) if name in told.get(group, {})]
         if marks:
-            axes.plot(*zip(*marks, strict=True), "kD", markersize=6, label="published" if number == 0 else None)
+            # Beside the interval, which may end there.
+            beside = [(x + 0.3 * width, value) for x, value in marks]
+            axes.plot(*zip(*beside, strict=True), "kD", markersize=6, label="published" if number == 0 else None)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)

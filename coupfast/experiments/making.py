@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from coupfast.evaluation import Spec, evaluate
+from coupfast.evaluation import Evaluation, Spec, evaluate
+from coupfast.evaluation.configuration import OtherConfiguration
 from coupfast.evaluation.drawing import check_matplotlib
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import Run, read
@@ -76,9 +78,20 @@ def _runs(name: str, scale: Scale, out: Path, cases: Sequence[Case], *, command:
         folder = out / RUNS / name_of(spec)
         begun = Ledger.begun(folder)
         _say(f"{name}, run {number} of {len(cases)}: {case.name}{', which has begun' if begun else ''}")
-        evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
+        try:
+            evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
+        except OtherConfiguration as other:
+            # What is done is shown by whatever comes later; only to go on would mix the work of two.
+            if not (other.software and _is_finished(folder)):
+                raise
         found[case.name] = dataclasses.replace(read(folder), name=case.name)
     return found
+
+
+def _is_finished(folder: Path) -> bool:
+    with contextlib.closing(Evaluation(folder)) as evaluation, contextlib.suppress(ValueError):
+        return bool(evaluation.verdicts)
+    return False
 
 
 def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:

@@ -146,7 +146,7 @@ class Design:
             for norm in self.norms
             for of, what in ((_of, "exact gradient"), (_published, "published gradient"))
         }
-        note = f"By {PRIMARY}, each defense at its t*; bars are intervals of 95 % over images."
+        note = f"By {PRIMARY}, each defense at its t*; lines are intervals of 95 % over images."
         return [
             *said,
             self._choice(results),

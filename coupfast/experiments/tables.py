@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from coupfast.evaluation import Spec, protocols
+from coupfast.evaluation.configuration import environment
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison, wilson_interval
 from coupfast.evaluation.report import Run, Table
@@ -17,6 +20,8 @@ from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
 NONE = "–"
 #: Of fewer images a page says what they cannot show.
 _MANY = 100
+#: Of fewer images no difference is said to be one.
+_FEW = 30
 #: Protocols that tables here have, with their names there.
 SHOWN = {OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"}
 
@@ -93,6 +98,11 @@ def compare(results: Results, first: str, second: str, protocol: str = OFFICIAL)
     return protocols.compare(one, other, protocol)
 
 
+def decided(found: Comparison) -> int:
+    """`Comparison.conclusion`, of enough images: fewer that are resampled vary less than they would if they were drawn anew."""
+    return found.conclusion if found.images >= _FEW else 0
+
+
 def points(found: Comparison) -> str:
     low, high = found.interval
     return f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -103,7 +113,7 @@ def says(results: Results, first: str, second: str, protocol: str = "average") -
     found = compare(results, first, second, protocol)
     how = f"by {100 * abs(found.difference):.1f} points"
     interval = f"{SHOWN[protocol]}; 95 % interval of the difference {points(found).partition(' ')[2]}, {found.images} images"
-    if not found.conclusion:
+    if not decided(found):
         return f"Under attack {first} and {second} cannot be told apart: they differ {how} ({interval})."
     better, worse = (first, second) if found.conclusion > 0 else (second, first)
     return f"Under attack {better} is more accurate than {worse} {how} ({interval})."
@@ -215,9 +225,13 @@ def work(results: Results) -> Table:
         stages = run.happened
         seconds, asked = sum(stage.seconds for stage in stages), sum(stage.forward + stage.gradient for stage in stages)
         rows.append((name, run.folder.name, str(asked), duration(seconds), run.fingerprint[:16]))
+    here = environment(torch.device(results.scale.device))
+    older = sum(run.configuration["environment"] != here for run in results.runs.values())
+    told = f" Of other versions of the software than the page: {counted(older, 'run')}." if older else ""
     return Table(
         "Runs",
         ("run", "folder", "images through the defense", "work", "fingerprint"),
         rows,
-        "Folders of `coupfast report`, for everything else about a run.",
+        "Folders of `coupfast report`, for everything else about a run. Work: on the clock while its units ran, whatever else "
+        f"the machine did.{told}",
     )

@@ -80,7 +80,7 @@ def _sections(results: Results) -> list[Section]:
             "DiffPure adds noise first and the others do not. Mean distances of images in [0, 1]; class changed: the "
             "classifier says another one of the purified image than of the image itself.",
         ),
-        figures.bars("Accuracy with and without noising first", groups, "t* = 0.1; bars are intervals of 95 % over images."),
+        figures.bars("Accuracy with and without noising first", groups, "t* = 0.1; lines are intervals of 95 % over images."),
         tables.compared(results, [(fig2b.case("reverse-sde").name, fig2b.case("diffpure").name)]),
     ]
 

@@ -23,10 +23,13 @@ def _sections(results: Results) -> list[Section]:
     sections: list[Section] = [
         Table("How many there are", ("images", "only COUP is right", "only the reverse SDE is right"), [row])
     ]
-    note = "The first of their kind in the order of the data, at one draw of the noise; attacked through the reverse SDE."
+    note = "The first ones in the order of the data, at one draw of the noise; attacked through the reverse SDE."
     for title, chosen in (("COUP is right, the reverse SDE is not", helped), ("The reverse SDE is right, COUP is not", hurt)):
         if len(chosen):
             sections.append(gallery.picture(results, title, chosen[:_SHOWN], _PAIR, note))
+    if not len(helped) + len(hurt):
+        title = "Neither kind was found: the first images"
+        sections.append(gallery.picture(results, title, np.arange(min(_SHOWN, count)), _PAIR, note))
     return sections
 
 
