@@ -56,7 +56,7 @@ def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequ
     """Accuracies over a number, with bands of 95 %."""
     axes = new_figure(6.6, 4.0).add_subplot()
     for number, (name, found) in enumerate(lines.items()):
-        colour = COLOURS[number // 2 % len(COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         ends = 100 * np.array([one.bootstrap or one.wilson for one in found])
         style = f"{_MARKS[number % len(_MARKS)]}{_LINES[number % 2]}"
         axes.plot(x, [100 * one.value for one in found], style, color=colour, label=name, markersize=5)
