@@ -3,6 +3,7 @@
 Nothing is unpickled. Pillow, torchvision and foolbox are imported only where a source needs them.
 """
 
+import functools
 import importlib.util
 import io
 import re
@@ -29,6 +30,8 @@ _CIFAR10_ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automo
 _CIFAR10_ARCHIVE = ("https://www.cs.toronto.edu/~kriz", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
 #: How far beyond [0, 1] rounding may carry a value: a few float32 ulps of 1. It is clipped.
 _ROUNDING = 1e-6
+#: Some images of a source: "cifar10-20[16:20]".
+_PART = re.compile(r"(?P<source>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 #: Named sets of its images and how many they are.
 CIFAR10_SETS = {"cifar10-20": 20, "cifar10-512": 512, "cifar10": 10_000}
@@ -55,7 +58,8 @@ def load_images(
               are classes: each is named by its label (``3``) or by an entry of `classes` (``cat``), in any case;
             * an ``.npz`` file with ``x`` or ``images`` (uint8, or floats in [0, 1]; NCHW or NHWC, 1 or 3 channels) or with
               ``jpeg``, ``offsets`` (JPEG files end to end, image i in ``jpeg[offsets[i]:offsets[i + 1]]``),
-              and optionally ``y`` or ``labels``.
+              and optionally ``y`` or ``labels``;
+            * any of these with ``[start:stop]`` behind it, for its images start to stop − 1, counted from 0.
         limit: Keep at most this many images, the first ones. More than a named set has is an error, more than a folder or file
             has is warned of.
         root: Where torchvision looks for CIFAR-10 and downloads it to; default ``$XDG_CACHE_HOME/coupfast/data``
@@ -80,7 +84,16 @@ def load_images(
         raise ValueError(f"`limit` is a number of images, at least 1, got {limit}; leave it out to load all")
     if channels not in (None, 1, 3):
         raise ValueError(f"`channels` is 1 (grey), 3 (RGB) or None, got {channels!r}")
-    x, y = _read(source, limit, root, tuple(classes), channels, labels_needed)
+    read = functools.partial(_read, root=root, classes=tuple(classes), channels=channels, labels_needed=labels_needed)
+    part = None if Path(source).exists() else _PART.fullmatch(str(source))
+    if part is None:
+        x, y = read(source, limit)
+    else:
+        start, stop = int(part["start"]), int(part["stop"])
+        x, y = read(part["source"], stop)
+        if not start < stop <= len(x):
+            raise ValueError(f"{source} asks for images {start} to {stop - 1} of the {len(x)} of {part['source']}")
+        x, y = x[start:stop][:limit], None if y is None else y[start:stop][:limit]
     if limit is not None and len(x) < limit:
         warnings.warn(f"{source} has {counted(len(x), 'image')}, fewer than limit={limit}", UserWarning, stacklevel=2)
     return x, y

@@ -61,6 +61,18 @@ class TestFoolboxImages:
         assert torch.equal(few, x[:3])
         assert torch.equal(labels, y[:3])
 
+    def test_a_part_is_of_the_whole(self, tmp_path):
+        x, y = data.load_images("cifar10-20")
+        some, labels = data.load_images("cifar10-20[16:20]")
+        assert torch.equal(some, x[16:]) and torch.equal(labels, y[16:])
+        assert len(data.load_images("cifar10-20[16:20]", limit=1)[0]) == 1
+        np.savez(tmp_path / "all.npz", x=x.numpy())
+        some, labels = data.load_images(f"{tmp_path}/all.npz[3:5]")
+        assert torch.equal(some, x[3:5]) and labels is None
+        for part in ("[18:21]", "[4:4]"):
+            with pytest.raises(ValueError, match=r"asks for images|has 20"):
+                data.load_images(f"cifar10-20{part}")
+
     def test_foolbox_is_not_imported(self):
         before = "foolbox" in sys.modules
         data.load_images("cifar10-20", limit=1)

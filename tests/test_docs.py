@@ -28,7 +28,7 @@ BLOCK = re.compile(
 PAGES = sorted(
     page
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    if "experiments" not in page.parts and re.search(r"^```(python|sh)$", page.read_text(), re.MULTILINE)
+    if "experiments" not in page.relative_to(ROOT).parts and re.search(r"^```(python|sh)$", page.read_text(), re.MULTILINE)
 )
 
 

@@ -1,7 +1,9 @@
 """The paper's experiments: every one runs at a tiny size, says what it ran and what is published, shares runs and goes on."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 import sqlite3
 import sys
@@ -13,15 +15,29 @@ import torch
 from PIL import Image
 
 from coupfast.cli import main
+from coupfast.evaluation import configuration
 from coupfast.evaluation.ledger import DATABASE
-from coupfast.experiments import EXPERIMENTS, Network, Results, Scale, check, make, two_gaussians
+from coupfast.evaluation.protocols import mcnemar
+from coupfast.experiments import (
+    EXPERIMENTS,
+    Network,
+    Page,
+    Results,
+    Scale,
+    announced,
+    check,
+    make,
+    study,
+    tables,
+    two_gaussians,
+)
 from coupfast.experiments import scale as scale_module
 from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
 SMALL = ["--images", "1", "--budget", "1e-6", "--steps", "1", "--draws", "2", "--paths", "500"]
-#: Not here: networks of its own, and a measurement of time.
-OTHERS = {"cifar100", "table4"}
+#: Not here: networks of its own, a measurement of time, and what has a test of its own.
+OTHERS = {"cifar100", "table4", "study"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +53,7 @@ def reproduce(*words):
 def test_all_are_listed(capsys):
     assert reproduce("--list") == 0
     lines = capsys.readouterr().out.splitlines()
-    wanted = "table1 table2 table2c table3 cifar100 fig2a fig2b fig3b fig4a fig4b fig5 fig6 tableE1 table4 appendix-b-c"
+    wanted = "table1 table2 table2c table3 cifar100 fig2a fig2b fig3b fig4a fig4b fig5 fig6 tableE1 table4 appendix-b-c study"
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == wanted.split() == list(EXPERIMENTS)
 
 
@@ -76,8 +92,8 @@ def test_published_stands_beside_measured(name, figures, out):
 def test_a_run_that_two_need_is_made_once(out, capsys):
     scale = Scale(images=1, budget=1e-6, steps=1, draws=2)
     both = {name: {case.name: case.spec(scale).to_dict() for case in EXPERIMENTS[name].cases} for name in ("fig2b", "fig4b")}
-    assert both["fig4b"]["COUP at 1"] == both["fig2b"]["COUP, first classifier"]
-    assert both["fig4b"]["COUP at 0"] == both["fig2b"]["reverse SDE, first classifier"]
+    assert both["fig4b"]["COUP at 1"] == both["fig2b"]["COUP (first classifier)"]
+    assert both["fig4b"]["COUP at 0"] == both["fig2b"]["reverse SDE (first classifier)"]
     reproduce("fig2b", *SMALL, "--out", out)
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob(f"*/{DATABASE}")}
     capsys.readouterr()
@@ -88,7 +104,7 @@ def test_a_run_that_two_need_is_made_once(out, capsys):
     assert len(list((out / "measured").glob("gallery-*.npz"))) == 1
 
 
-def test_what_was_stopped_goes_on(tmp_path, out):
+def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     """A run whose last units are lost comes to the same results."""
     scale = Scale(images=1, budget=1e-6, steps=1, draws=2)
     experiment = EXPERIMENTS["tableE1"]
@@ -99,20 +115,29 @@ def test_what_was_stopped_goes_on(tmp_path, out):
     again = make(experiment, scale, tmp_path)
     assert {n: run.fingerprint for n, run in again.runs.items()} == {n: run.fingerprint for n, run in whole.runs.items()}
     assert len(list((tmp_path / "runs").iterdir())) == 3
+    # What is done is shown, too, where the software is another one; what is not is refused.
+    monkeypatch.setattr(configuration, "sources_sha256", lambda *packages: "other")
+    older = make(experiment, scale, tmp_path)
+    assert {n: run.fingerprint for n, run in older.runs.items()} == {n: run.fingerprint for n, run in whole.runs.items()}
+    assert "Of other versions of the software than the page: 3 runs" in tables.work(older).note
+    with sqlite3.connect(whole.runs[name].folder / DATABASE) as ledger:
+        ledger.execute("DELETE FROM units WHERE stage != 'clean'")
+    with pytest.raises(ValueError, match="started with another configuration: environment.sources_sha256"):
+        make(experiment, scale, tmp_path)
 
 
 def test_the_budget_scales_what_multiplies():
     scale = Scale(budget=0.01, steps=20)
     cases = {case.name: case for case in EXPERIMENTS["table1"].cases}
-    rand, standard = (cases[f"COUP, {suite}"].spec(scale) for suite in ("rand", "standard"))
+    rand, standard = (cases[f"COUP ({suite})"].spec(scale) for suite in ("rand", "standard"))
     assert rand.attack_options == {"iterations": 10, "eot_iter": 2}
     assert standard.attack_options == {"iterations": 10, "target_classes": 1, "queries": 50}
     assert rand.settings().num_steps == 20
     full = dataclasses.replace(scale, budget=1.0, steps=None)
-    assert cases["COUP, rand"].spec(full).attack_options == {} and cases["COUP, rand"].spec(full).settings().num_steps == 100
+    assert cases["COUP (rand)"].spec(full).attack_options == {} and cases["COUP (rand)"].spec(full).settings().num_steps == 100
     assert {case.spec(full).settings().num_steps for case in EXPERIMENTS["table2"].cases[1:]} == {75}
     other = dataclasses.replace(scale, gradient="adjoint")
-    assert cases["COUP, rand"].spec(other).settings().gradient.name == "adjoint"
+    assert cases["COUP (rand)"].spec(other).settings().gradient.name == "adjoint"
     assert {case.spec(other).settings().gradient.name for case in EXPERIMENTS["table3"].cases} == {"bpda"}
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
@@ -157,6 +182,85 @@ def test_cifar100_with_networks_of_ones_own(tmp_path, capsys):
     own = ["--score", "cifar10-tiny", "--classifier", tmp_path / "hundred.safetensors", "--data", tmp_path / "images.npz"]
     assert reproduce("cifar100", *SMALL, *own, "--out", tmp_path / "out") == 0
     assert "38.67" in capsys.readouterr().out
+
+
+def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
+    """Of two defenses, by a single attack; the announcement stands before the first run and is not written again."""
+    defenses = {"reverse SDE": {"method": "reverse-sde"}, "COUP": {"method": "coup"}}
+    design = study.Design(defenses, [("COUP", "reverse SDE")], ["Linf"], [0.1], {"attack": "pgd-eot"})
+    experiment, scale = design.experiment(), Scale(images=3, budget=1e-6, steps=1, draws=2)
+    check(experiment, scale)
+    results = make(experiment, scale, tmp_path)
+    said = capsys.readouterr().err
+    assert said.index("What 2 images can show") < said.index("run 1 of 2") < said.index("COUP, Linf, published gradient")
+    choosing = [run for name, run in results.runs.items() if "choosing" in name]
+    assert {run.configuration["spec"]["images"] for run in choosing} == {"cifar10-20[2:3]"}
+    judged = [run for run in results.runs.values() if run not in choosing]
+    assert len(judged) == 5 and {run.configuration["spec"]["images"] for run in judged} == {"cifar10-20[0:2]"}
+    gradients = [run.configuration["defense"]["gradient"]["name"] for run in judged[1:]]
+    assert gradients == ["exact", "adjoint", "exact", "adjoint"]
+    (path,) = (tmp_path / "announced").iterdir()
+    assert json.loads(path.read_text())["at"] == results.announced <= min(run.started for run in results.runs.values())
+    page = Page(experiment, results, "coupfast reproduce study").write(tmp_path).read_text()
+    for what in ("Choice of t", "p after Holm", "inside worst", results.announced, "2 images show"):
+        assert what in page
+
+
+def test_the_whole_study_is_as_it_is_asked_for():
+    cases = EXPERIMENTS["study"].cases
+    scale = Scale(images=250, budget=0.04, steps=20)
+    specs = [case.spec(scale) for case in cases]
+    assert {spec.images for spec in specs} == {"cifar10-20[200:250]"} and {spec.mode for spec in specs} == {"fast"}
+    balls = {(spec.norm, round(spec.eps * 510)) for spec in specs}
+    assert balls == {("Linf", 16), ("L2", 255)} and len(cases) == 2 * 6 * 3
+    scales = {spec.settings().to_dict()["method"].get("guidance_scale") for spec in specs}
+    assert {0.5, 1.0, 2.0, 4.0} <= scales
+    assert EXPERIMENTS["study"].alone
+    with pytest.raises(ValueError, match="of 2 images none is between 80% and 100%"):
+        cases[0].spec(dataclasses.replace(scale, images=2))
+
+
+def test_holm_is_bonferroni_on_every_subset():
+    """The definition: a hypothesis falls if every subset that has it falls by Bonferroni's correction."""
+    p = {"a": 0.03, "b": 0.004, "c": 0.5, "d": 0.012}
+    subsets = [set(names) for size in range(1, 5) for names in itertools.combinations(p, size)]
+    closed = {one: max(min(1.0, len(s) * min(p[n] for n in s)) for s in subsets if one in s) for one in p}
+    found = announced.holm(p)
+    assert list(found) == list(p)
+    np.testing.assert_allclose([found[n] for n in p], [closed[n] for n in p], rtol=1e-15)
+
+
+@pytest.mark.parametrize(("discordant", "difference"), [(0.6, 0.5), (0.5, -0.2), (0.3, 0.3)])
+def test_power_is_the_chance_of_a_small_p(discordant, difference):
+    """The definition: over everything that 12 images can be, right by one only, by the other only, or neither."""
+    n, level = 12, 0.05
+    first, second = (discordant + difference) / 2, (discordant - difference) / 2
+    wanted = 0.0
+    for b in range(n + 1):
+        for c in range(n - b + 1):
+            ways = math.comb(n, b) * math.comb(n - b, c)
+            chance = ways * first**b * second**c * (1 - discordant) ** (n - b - c)
+            wanted += chance * (mcnemar(b, c) <= level)
+    # A hundred terms of either way of counting, and the incomplete beta function's own.
+    assert announced.power(n, discordant, difference, level) == pytest.approx(wanted, rel=1e-12)
+    assert announced.power(n, discordant, 0.0, level) <= level
+
+
+def test_what_can_be_detected():
+    least = announced.detectable(200, 0.2)
+    assert announced.power(200, 0.2, least) >= 0.8 > announced.power(200, 0.2, least - 2e-4)
+    assert announced.detectable(4, 0.3) is None  # four of four differ: p = 1/8
+    assert announced.detectable(200, 0.2, level=0.05 / 12) > least
+    with pytest.raises(ValueError, match="needs as many discordant images"):
+        announced.power(200, 0.1, 0.2)
+
+
+def test_flipped_signs_are_mcnemars_test_where_that_can_be_made():
+    differences = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 5)
+    # Four standard errors of so many flips.
+    p = mcnemar(9, 2)
+    assert abs(announced.sign_flips(differences) - p) < 4 * math.sqrt(p / announced.FLIPS) + 1 / announced.FLIPS
+    assert announced.sign_flips(np.zeros(5)) == 1.0
 
 
 def test_two_gaussians_against_the_definition():

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "is made once, and what was stopped goes on with the same command. What came out is printed, and written as a page "
         "with its figures. The published size is --networks paper with everything else left out.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or {ALL}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or {ALL} of the paper's")
     parser.add_argument("--list", action="store_true", help="say which experiments there are, and nothing else")
     parser.add_argument("--out", default="reproduced", metavar="DIR", help="folder of the runs of all experiments")
     parser.add_argument("--page", metavar="DIR", help="folder of the pages, figures and their index (default: pages in --out)")
@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not options.names:
         raise ValueError(f"say what to reproduce: {', '.join(EXPERIMENTS)}, or {ALL}; --list says what each is")
-    names = list(dict.fromkeys(name for given in options.names for name in (EXPERIMENTS if given == ALL else [given])))
+    of_all = [name for name, found in EXPERIMENTS.items() if not found.alone]
+    names = list(dict.fromkeys(name for given in options.names for name in (of_all if given == ALL else [given])))
     for name in names:
         check_name("experiment", name, [*EXPERIMENTS, ALL])
     if options.json not in (None, "-") and Path(options.json).is_dir():

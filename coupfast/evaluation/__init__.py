@@ -17,7 +17,7 @@ protocols      verdicts over images and draws
 certify        certified radii of denoised smoothing
 result         what came out, as an object
 plan           what a run will take
-report/        what came out, to read
+report/        what came out, to read; drawing: figures by Matplotlib
 """
 
 from coupfast.evaluation.attacks import Attack, Cost, Result, count, knob

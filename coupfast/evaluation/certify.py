@@ -25,6 +25,7 @@ from scipy import special
 from tqdm import tqdm
 
 from coupfast.evaluation.configuration import environment
+from coupfast.evaluation.drawing import new_figure
 from coupfast.evaluation.journal import Journal, digest, read_about
 from coupfast.evaluation.purification import describe, settled
 from coupfast.methods import DenoisedSmoothing, method_name
@@ -142,19 +143,14 @@ class Certification:
         Raises:
             ImportError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(f'matplotlib draws the plot ({error}); install it with: pip install "coupfast[demo]"') from error
-        figure = Figure(figsize=(5.0, 3.2), layout="constrained")
-        axes = figure.subplots()
+        axes = new_figure(5.0, 3.2).add_subplot()
         radii, accuracies = zip(*self.curve(), (self.largest_radius, 0.0), strict=True)
         # What is certified at a radius is so below it: a value holds to the left of its place.
         axes.step(radii, [100.0 * accuracy for accuracy in accuracies], where="pre")
         axes.set(xlabel="L2 radius, images in [0, 1]", ylabel="certified accuracy, %", ylim=(0.0, 100.0), xlim=(0.0, None))
         axes.set_title(f"sigma = {self.sigma:g}, {self.draws} draws, alpha = {self.alpha:g}", fontsize=10)
         axes.grid(alpha=0.3)
-        figure.savefig(path)
+        axes.figure.savefig(path)
 
 
 def lower_bound(successes: int, trials: int, alpha: float) -> float:

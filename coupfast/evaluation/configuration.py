@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,22 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         **({"gpu": machine_key(device)} if device.type == "cuda" else {}),
     }
+
+
+class OtherConfiguration(ValueError):
+    """A run was started with another configuration.
+
+    Args:
+        folder: The run's.
+        began, found: The configurations.
+
+    Attributes:
+        software: Whether the software is all that differs: what is done of the run is what this one would have begun with.
+    """
+
+    def __init__(self, folder: Path, began: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        super().__init__(f"the run in {folder} was started with another configuration: {difference(began, found)}")
+        self.software = not difference({**began, "environment": None}, {**found, "environment": None})
 
 
 def difference(wanted: Any, found: Any, name: str = "") -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from coupfast.environment import machine
 from coupfast.evaluation import building, checks, starts
 from coupfast.evaluation.building import Given
-from coupfast.evaluation.configuration import configuration, difference, environment
+from coupfast.evaluation.configuration import OtherConfiguration, configuration, difference, environment
 from coupfast.evaluation.dispatch import dispatch
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
@@ -163,8 +163,8 @@ def evaluate(
                 now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
                 ledger = Ledger.create(folder, found, command=command, started=now)
             with ledger:
-                if changed := difference(ledger.configuration, found):
-                    raise ValueError(f"the run in {folder} was started with another configuration: {changed}")
+                if difference(ledger.configuration, found):
+                    raise OtherConfiguration(folder, ledger.configuration, found)
                 if start is not None:
                     start.keep(folder)
                 kept = ledger.notes()

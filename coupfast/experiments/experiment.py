@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from coupfast.evaluation import Spec
-from coupfast.evaluation.report import Run, Section
-from coupfast.experiments.scale import Scale
+from coupfast.evaluation.report import Run, Section, Table
+from coupfast.experiments.scale import WHOLE, Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,16 @@ class Case:
         name: What tables and figures call it; unique in an experiment.
         keywords: Of `Spec.of`, at the published size.
         classifier: Role of the network that is attacked.
+        part: Of the images, from and to which share of them.
     """
 
     name: str
     keywords: Mapping[str, Any]
     classifier: str = "classifier"
+    part: tuple[float, float] = WHOLE
 
     def spec(self, scale: Scale) -> Spec:
-        return scale.spec(self.keywords, classifier=self.classifier)
+        return scale.spec(self.keywords, classifier=self.classifier, part=self.part)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -45,11 +47,15 @@ class Results:
         scale: That it was made at.
         runs: By the name of their case, in order.
         measured: See `Experiment.measure`.
+        cases: Of the runs, those of `Experiment.then` among them.
+        announced: When what `Experiment.announces` was written down; "" where nothing is.
     """
 
     scale: Scale
     runs: Mapping[str, Run]
     measured: Mapping[str, np.ndarray]
+    cases: Sequence[Case] = ()
+    announced: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Experiment:
         sections: Makes tables and pictures.
         concludes: Makes sentences: what one may conclude. The first is the headline.
         cases: The runs.
+        then: Makes more of them, from what the first ones found.
+        announces: Tables of what is said before the first run: kept with its date.
         measure: What else is computed, arrays by name; it is given the size, and the folders of the runs. Kept, and not
             computed again for equal runs.
         version: Of `measure`: what is kept of another is computed again.
@@ -73,6 +81,7 @@ class Experiment:
             follow from the size.
         pictured: Whether there are pictures among its sections.
         simulates: Whether `Scale.paths` is a part of it, and images are not.
+        alone: Whether it runs only if it is named: "all" leaves it out.
         check: What must hold before any work; raises an error that says what to do.
     """
 
@@ -84,12 +93,15 @@ class Experiment:
     sections: Callable[[Results], list[Section]]
     concludes: Callable[[Results], list[str]]
     cases: Sequence[Case] = ()
+    then: Callable[[Mapping[str, Run]], Sequence[Case]] | None = None
+    announces: Callable[[Scale], list[Table]] | None = None
     measure: Callable[[Scale, Mapping[str, str]], dict[str, np.ndarray]] | None = None
     version: int = 1
     roles: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     pictured: bool = True
     simulates: bool = False
+    alone: bool = False
     check: Callable[[Scale], None] = lambda scale: None
 
     def __post_init__(self) -> None:

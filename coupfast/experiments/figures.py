@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.protocols import Accuracy
 from coupfast.evaluation.report import Picture
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 
 _MARKS, _LINES, _HATCHES = "os^Dvp*", ("-", "--", ":", "-."), ("", "///", "...", "xx", "\\\\\\")
 
@@ -37,10 +37,14 @@ def bars(
         colour = COLOURS[number % len(COLOURS)]
         look = {"color": colour, "alpha": 0.75, "hatch": _HATCHES[number % len(_HATCHES)]}
         axes.bar(at, values, 0.9 * width, yerr=error, capsize=3, label=name, **look)
+        # Of a bar of height 0 nothing else would say which it is.
+        axes.plot(at, values, _MARKS[number % len(_MARKS)], color=colour, markeredgecolor="black", markersize=7, clip_on=False)
         told = published or {}
         marks = [(x, told[group][name]) for x, group in zip(at, groups, strict=True) if name in told.get(group, {})]
         if marks:
-            axes.plot(*zip(*marks, strict=True), "kD", markersize=6, label="published" if number == 0 else None)
+            # Beside the interval, which may end there.
+            beside = [(x + 0.3 * width, value) for x, value in marks]
+            axes.plot(*zip(*beside, strict=True), "kD", markersize=6, label="published" if number == 0 else None)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)
@@ -52,7 +56,7 @@ def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequ
     """Accuracies over a number, with bands of 95 %."""
     axes = new_figure(6.6, 4.0).add_subplot()
     for number, (name, found) in enumerate(lines.items()):
-        colour = COLOURS[number // 2 % len(COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         ends = 100 * np.array([one.bootstrap or one.wilson for one in found])
         style = f"{_MARKS[number % len(_MARKS)]}{_LINES[number % 2]}"
         axes.plot(x, [100 * one.value for one in found], style, color=colour, label=name, markersize=5)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from coupfast.evaluation import Evaluation, Spec
@@ -49,3 +50,8 @@ def quiet(model: PurifiedClassifier, x: torch.Tensor, batch: int = 16) -> torch.
             _, states = model.purifier(part, noise=silence, return_trajectory=True)
             found.append(torch.stack([model.classifier(((x_k + 1) / 2).clamp(0, 1)).softmax(dim=1) for x_k in states]))
     return torch.cat(found, dim=1)
+
+
+def opposite(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the images on which the second of two defenses is right and the first is not, and of the opposite kind."""
+    return np.flatnonzero(~first & second), np.flatnonzero(first & ~second)

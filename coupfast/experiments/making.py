@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import io
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coupfast.evaluation import Spec, evaluate
+from coupfast.evaluation import Evaluation, Spec, evaluate
+from coupfast.evaluation.configuration import OtherConfiguration
+from coupfast.evaluation.drawing import check_matplotlib
 from coupfast.evaluation.ledger import Ledger
-from coupfast.evaluation.report import read
-from coupfast.evaluation.report.pictures import check_matplotlib
-from coupfast.experiments.experiment import Experiment, Results
+from coupfast.evaluation.report import Run, read
+from coupfast.experiments import tables
+from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole
 
-RUNS, MEASURED = "runs", "measured"
+RUNS, MEASURED, ANNOUNCED = "runs", "measured", "announced"
 
 
 def check(experiment: Experiment, scale: Scale) -> None:
@@ -56,15 +62,50 @@ def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", 
         command: What a reader has to type to repeat it.
         workers: Units of a run at a time, as `evaluate` takes them; their number changes no bit.
     """
-    folders: dict[str, Path] = {}
-    for number, case in enumerate(experiment.cases, start=1):
+    announced = _announced(experiment, scale, out)
+    run = functools.partial(_runs, experiment.name, scale, out, command=command, workers=workers)
+    cases, runs = list(experiment.cases), run(experiment.cases)
+    if experiment.then is not None:
+        more = experiment.then(runs)
+        cases, runs = [*cases, *more], runs | run(more)
+    return Results(scale, runs, _measured(experiment, scale, out, runs), cases, announced)
+
+
+def _runs(name: str, scale: Scale, out: Path, cases: Sequence[Case], *, command: str, workers: int) -> dict[str, Run]:
+    found = {}
+    for number, case in enumerate(cases, start=1):
         spec = case.spec(scale)
-        folder = folders[case.name] = out / RUNS / name_of(spec)
+        folder = out / RUNS / name_of(spec)
         begun = Ledger.begun(folder)
-        _say(f"{experiment.name}, run {number} of {len(experiment.cases)}: {case.name}{', which has begun' if begun else ''}")
-        evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
-    runs = {name: dataclasses.replace(read(folder), name=name) for name, folder in folders.items()}
-    return Results(scale, runs, _measured(experiment, scale, out, folders))
+        _say(f"{name}, run {number} of {len(cases)}: {case.name}{', which has begun' if begun else ''}")
+        try:
+            evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
+        except OtherConfiguration as other:
+            # What is done is shown by whatever comes later; only to go on would mix the work of two.
+            if not (other.software and _is_finished(folder)):
+                raise
+        found[case.name] = dataclasses.replace(read(folder), name=case.name)
+    return found
+
+
+def _is_finished(folder: Path) -> bool:
+    with contextlib.closing(Evaluation(folder)) as evaluation, contextlib.suppress(ValueError):
+        return bool(evaluation.verdicts)
+    return False
+
+
+def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:
+    """When what is said before the first run was written down; "" where nothing is. Other words are another announcement."""
+    if experiment.announces is None:
+        return ""
+    said = experiment.announces(scale)
+    content = [tables.to_dict(table) for table in said]
+    path = out / ANNOUNCED / f"{experiment.name}-{_digest(content)}.json"
+    if not path.is_file():
+        _say("\n\n".join(["announced before the first run:", *map(tables.plain, said)]))
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        write_whole(path, (json.dumps({"at": now, "tables": content}, indent=1) + "\n").encode())
+    return str(json.loads(path.read_text())["at"])
 
 
 def name_of(spec: Spec) -> str:
@@ -78,17 +119,17 @@ def _digest(fields: Any) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _measured(experiment: Experiment, scale: Scale, out: Path, folders: dict[str, Path]) -> dict[str, np.ndarray]:
+def _measured(experiment: Experiment, scale: Scale, out: Path, runs: Mapping[str, Run]) -> dict[str, np.ndarray]:
     if experiment.measure is None:
         return {}
     # What it follows from: the runs, which their folders' names tell, and, for networks and images, all of the size.
     size: Any = (scale.paths, scale.seed) if experiment.simulates else dataclasses.asdict(scale)
-    key = _digest([experiment.version, size, sorted(folder.name for folder in folders.values())])
+    key = _digest([experiment.version, size, sorted(run.folder.name for run in runs.values())])
     # Named by where it is defined: two experiments may show one measurement.
     path = out / MEASURED / f"{experiment.measure.__module__.rpartition('.')[2]}-{key}.npz"
     if not path.is_file():
         _say(f"{experiment.name}: measuring")
-        found = experiment.measure(scale, {name: str(folder) for name, folder in folders.items()})
+        found = experiment.measure(scale, {name: str(run.folder) for name, run in runs.items()})
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **found)  # type: ignore[arg-type]
         write_whole(path, buffer.getvalue())

@@ -30,7 +30,7 @@ class Page:
     def __init__(self, experiment: Experiment, results: Results, command: str) -> None:
         self.experiment, self.results, self.command = experiment, results, command
         self.sections = experiment.sections(results)
-        self.concludes = experiment.concludes(results)
+        self.concludes = experiment.concludes(results) + tables.few(results)
 
     @property
     def title(self) -> str:
@@ -47,11 +47,11 @@ class Page:
 
     def text(self) -> str:
         """For a terminal."""
-        blocks = [self.title, _plain(tables.setting(self.experiment, self.results.scale))]
+        blocks = [self.title, tables.plain(tables.setting(self.experiment, self.results.scale))]
         if self.experiment.cases:
-            blocks.append(_plain(tables.attacks(self.experiment, self.results.scale)))
-        blocks += [_plain(part) for part in self.sections if isinstance(part, Table)]
-        blocks += [_list("What differs from the paper", tables.differences(self.experiment, self.results.scale))]
+            blocks.append(tables.plain(tables.attacks(self.results)))
+        blocks += [tables.plain(part) for part in self.sections if isinstance(part, Table)]
+        blocks += [_list("What differs from the paper", tables.differences(self.experiment, self.results))]
         blocks += [_list("Assumptions", self.experiment.assumptions), _list("What one may conclude", self.concludes)]
         return "\n\n".join(block for block in blocks if block)
 
@@ -65,8 +65,8 @@ class Page:
             "command": self.command,
             "made": self.made,
             "networks": self.results.scale.networks,
-            "tables": [_table(part) for part in self._tables()],
-            "differences": tables.differences(self.experiment, self.results.scale),
+            "tables": [tables.to_dict(part) for part in self._tables()],
+            "differences": tables.differences(self.experiment, self.results),
             "assumptions": list(self.experiment.assumptions),
             "concludes": self.concludes,
             "runs": {
@@ -77,7 +77,7 @@ class Page:
 
     def _tables(self) -> list[Table]:
         here = [tables.setting(self.experiment, self.results.scale)]
-        here += [tables.attacks(self.experiment, self.results.scale)] if self.experiment.cases else []
+        here += [tables.attacks(self.results)] if self.experiment.cases else []
         here += [part for part in self.sections if isinstance(part, Table)]
         return here + ([tables.work(self.results)] if self.results.runs else [])
 
@@ -104,8 +104,8 @@ class Page:
         blocks = [f"# {self.title}", experiment.asks, f"```\n{self.command}\n```", f"Page of {self.made}, by this command."]
         blocks += [_section(tables.setting(experiment, scale))]
         if experiment.cases:
-            blocks.append(_section(tables.attacks(experiment, scale)))
-        blocks += [_bullets("What differs from the paper", tables.differences(experiment, scale))]
+            blocks.append(_section(tables.attacks(self.results)))
+        blocks += [_bullets("What differs from the paper", tables.differences(experiment, self.results))]
         blocks += [_section(part, pictures) for part in self.sections]
         blocks += [_bullets("What one may conclude", self.concludes), _bullets("Assumptions", experiment.assumptions)]
         if self.results.runs:
@@ -128,7 +128,7 @@ def index(folder: Path) -> str:
 
 
 def _order(place: str) -> tuple[int, str]:
-    return ("Table Fig. Section Appendix".split().index(place.split()[0]), place)
+    return ("Table Fig. Section Appendix Study".split().index(place.split()[0]), place)
 
 
 def _slug(title: str) -> str:
@@ -149,15 +149,3 @@ def _bullets(title: str, lines: Any) -> str:
 
 def _list(title: str, lines: Any) -> str:
     return f"{title}:\n" + "\n".join(f"  - {line}" for line in lines) if lines else ""
-
-
-def _plain(table: Table) -> str:
-    rows = [table.header, *table.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
-    shown = rows if any(table.header) else rows[1:]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    return "\n".join([table.title, *(f"  {line}" for line in lines)])
-
-
-def _table(table: Table) -> dict[str, Any]:
-    return {"title": table.title, "header": list(table.header), "rows": [list(row) for row in table.rows], "note": table.note}

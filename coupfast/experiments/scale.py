@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from coupfast.data import load_images
 from coupfast.evaluation import Spec, suites
 from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.models.zoo import load_classifier, load_score, needs_weights
@@ -22,6 +23,8 @@ ROLES = {
 #: Knobs of attacks whose product is the work for an image, with the least that a budget leaves of each; and queries.
 _COUNTS = {"iterations": 2, "eot_iter": 1, "target_classes": 1}
 _QUERIES = {"queries": 10}
+#: All images.
+WHOLE = (0.0, 1.0)
 #: The published number of steps at t = 0.1, one every 1e-3.
 PUBLISHED_STEPS, PUBLISHED_T = 100, 0.1
 
@@ -152,18 +155,18 @@ class Scale:
         """Steps of a purification from time t."""
         return max(1, round((self.steps or PUBLISHED_STEPS) * t / PUBLISHED_T))
 
-    def spec(self, keywords: Mapping[str, Any], *, classifier: str = "classifier") -> Spec:
+    def spec(self, keywords: Mapping[str, Any], *, classifier: str = "classifier", part: tuple[float, float] = WHOLE) -> Spec:
         """A run at this size.
 
         Args:
             keywords: Of `Spec.of`, as published; `t` among them sets the steps, and the root of the budget of `draws` is the
                 least.
             classifier: The role of the network that is attacked.
+            part: Of the images, from and to which share of them.
         """
         attacked, score = self.network(classifier), self.network("score")
         said: dict[str, Any] = {
-            "images": self.source,
-            "limit": self.images,
+            **self._images(part),
             "classifier": attacked.name,
             "classifier_weights": attacked.weights,
             "seed": self.seed,
@@ -183,6 +186,24 @@ class Scale:
                 said["num_steps"] = self.steps_of(keywords["t"])
         spec = Spec.of(**said)
         return dataclasses.replace(spec, attack_options={**spec.attack_options, **self.scaled(spec)})
+
+    def _images(self, part: tuple[float, float]) -> dict[str, Any]:
+        if part == WHOLE:
+            return {"images": self.source, "limit": self.images}
+        start, stop = self.part(part)
+        return {"images": f"{self.source}[{start}:{stop}]", "limit": None}
+
+    def part(self, part: tuple[float, float]) -> tuple[int, int]:
+        """The images from one share of them to another.
+
+        Raises:
+            ValueError: if there are none in it.
+        """
+        count = self.images or len(load_images(self.source)[0])
+        start, stop = (round(count * share) for share in part)
+        if start == stop:
+            raise ValueError(f"of {count} images none is between {part[0]:.0%} and {part[1]:.0%} of them: take more (--images)")
+        return start, stop
 
     def scaled(self, spec: Spec) -> dict[str, int]:
         """What the budget leaves of an attack's counts, by knob; nothing where it is the published work."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 
 from coupfast.evaluation import Spec, protocols
+from coupfast.evaluation.configuration import environment
 from coupfast.evaluation.plan import duration
-from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison
+from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison, wilson_interval
 from coupfast.evaluation.report import Run, Table
 from coupfast.evaluation.result import radius
 from coupfast.experiments.experiment import Experiment, Results
@@ -15,6 +19,10 @@ from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
 from coupfast.wording import counted
 
 NONE = "–"
+#: Of fewer images a page says what they cannot show.
+_MANY = 100
+#: Of fewer images no difference is said to be one.
+_FEW = 30
 #: Protocols that tables here have, with their names there.
 SHOWN = {OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"}
 
@@ -40,6 +48,20 @@ def robust(run: Run, protocol: str = OFFICIAL) -> str:
 def lower(first: Run, second: Run, protocol: str = OFFICIAL) -> Accuracy:
     """The lower of one defense's accuracies under two attacks."""
     return protocols.lower(first.verdicts["attacked"], second.verdicts["attacked"], protocol)[0]
+
+
+def plain(table: Table) -> str:
+    """For a terminal."""
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+    shown = rows if any(table.header) else rows[1:]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+
+
+def to_dict(table: Table) -> dict[str, Any]:
+    """As JSON has it."""
+    return {"title": table.title, "header": list(table.header), "rows": [list(row) for row in table.rows], "note": table.note}
 
 
 def by_protocol(results: Results) -> Table:
@@ -77,6 +99,11 @@ def compare(results: Results, first: str, second: str, protocol: str = OFFICIAL)
     return protocols.compare(one, other, protocol)
 
 
+def decided(found: Comparison) -> int:
+    """`Comparison.conclusion`, of enough images: fewer that are resampled vary less than they would if they were drawn anew."""
+    return found.conclusion if found.images >= _FEW else 0
+
+
 def points(found: Comparison) -> str:
     low, high = found.interval
     return f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -87,10 +114,22 @@ def says(results: Results, first: str, second: str, protocol: str = "average") -
     found = compare(results, first, second, protocol)
     how = f"by {100 * abs(found.difference):.1f} points"
     interval = f"{SHOWN[protocol]}; 95 % interval of the difference {points(found).partition(' ')[2]}, {found.images} images"
-    if not found.conclusion:
+    if not decided(found):
         return f"Under attack {first} and {second} cannot be told apart: they differ {how} ({interval})."
     better, worse = (first, second) if found.conclusion > 0 else (second, first)
     return f"Under attack {better} is more accurate than {worse} {how} ({interval})."
+
+
+def few(results: Results) -> list[str]:
+    """In words, what so few images cannot show."""
+    images = max((run.count for run in results.runs.values()), default=_MANY)
+    if images >= _MANY:
+        return []
+    half = wilson_interval(images // 2, images)
+    return [
+        f"{counted(images, 'image')} show that this runs and what it looks like, and not which defense is better: the interval "
+        f"of 95 % of {images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
+    ]
 
 
 def setting(experiment: Experiment, scale: Scale) -> Table:
@@ -113,12 +152,13 @@ def setting(experiment: Experiment, scale: Scale) -> Table:
     return Table("Setting", ("", ""), rows)
 
 
-def attacks(experiment: Experiment, scale: Scale) -> Table:
+def attacks(results: Results) -> Table:
     """Sizes of the attacks, beside the published ones."""
     rows: dict[tuple[str, ...], None] = {}
     note = "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn."
+    scale = results.scale
     whole = dataclasses.replace(scale, budget=1.0)
-    for case in experiment.cases:
+    for case in results.cases:
         spec = case.spec(scale)
         said = _counts(sizes(spec), sizes(case.spec(whole)))
         ball = f"{spec.norm}, {radius(str(spec.norm), float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
@@ -129,20 +169,21 @@ def attacks(experiment: Experiment, scale: Scale) -> Table:
 def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
     words = {"iterations": "iteration", "eot_iter": "draw", "target_classes": "target", "queries": "question"}
     said = [
-        f"{_of(count, words[name])}" + (f" (published {full[name]})" if full[name] != count else "")
+        f"{counted(count, words[name])}" + (f" (published {full[name]})" if full[name] != count else "")
         for name, count in found.items()
         if full[name] > 1
     ]
     return ", ".join(said) or NONE
 
 
-def _of(count: int | None, word: str) -> str:
+def counted(count: int | None, word: str) -> str:
     """So many, in words; None is all of them."""
     return f"all {word}s" if count is None else counted(count, word)
 
 
-def differences(experiment: Experiment, scale: Scale) -> list[str]:
+def differences(experiment: Experiment, results: Results) -> list[str]:
     """In words, what is not as published."""
+    scale = results.scale
     if experiment.simulates:
         return []
     found = []
@@ -156,12 +197,13 @@ def differences(experiment: Experiment, scale: Scale) -> list[str]:
     if not experiment.cases:
         return found
     if scale.source != default.data or (scale.images or 512) != 512:
-        found.append(f"{_of(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
+        found.append(f"{counted(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
     if scale.steps is not None and scale.steps_of(0.1) != 100:
-        found.append(f"{_of(scale.steps_of(0.1), 'step')} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
+        steps = counted(scale.steps_of(0.1), "step")
+        found.append(f"{steps} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
     whole = dataclasses.replace(scale, budget=1.0)
-    specs = [case.spec(scale) for case in experiment.cases]
-    if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(experiment.cases, specs, strict=True)):
+    specs = [case.spec(scale) for case in results.cases]
+    if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(results.cases, specs, strict=True)):
         found.append("smaller attacks than published: robust accuracies here are above what the published size would find")
     if any(_follows_exact(spec) for spec in specs):
         found.append(
@@ -184,9 +226,13 @@ def work(results: Results) -> Table:
         stages = run.happened
         seconds, asked = sum(stage.seconds for stage in stages), sum(stage.forward + stage.gradient for stage in stages)
         rows.append((name, run.folder.name, str(asked), duration(seconds), run.fingerprint[:16]))
+    here = environment(torch.device(results.scale.device))
+    older = sum(run.configuration["environment"] != here for run in results.runs.values())
+    told = f" Of other versions of the software than the page: {counted(older, 'run')}." if older else ""
     return Table(
         "Runs",
         ("run", "folder", "images through the defense", "work", "fingerprint"),
         rows,
-        "Folders of `coupfast report`, for everything else about a run.",
+        "Folders of `coupfast report`, for everything else about a run. Work: on the clock while its units ran, whatever else "
+        f"the machine did.{told}",
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.report.parts import Picture
 from coupfast.evaluation.report.read import Run, class_name
 
-# Distinguishable also without colour vision (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MAGNIFIED = 10
 
 
@@ -196,27 +194,6 @@ def image_grid(columns: Mapping[str, np.ndarray], below: Mapping[str, Sequence[t
     return figure
 
 
-def check_matplotlib() -> None:
-    """ImportError if Matplotlib is missing; the message names the extra."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(f'matplotlib draws the pictures ({error}); install it with: pip install "coupfast[demo]"') from error
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty Matplotlib figure, in inches.
-
-    Raises:
-        ImportError: see `check_matplotlib`.
-    """
-    check_matplotlib()
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps figures and looks for a display.
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _framed(axes: Any, what: str, share: str) -> Any:
     """The figure of these axes, with curves of shares in per cent over whole numbers."""
     axes.set_xlabel(what)
@@ -225,10 +202,3 @@ def _framed(axes: Any, what: str, share: str) -> Any:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # below, where no curve is
     return axes.figure
-
-
-def to_png(figure: Any) -> bytes:
-    """A figure's file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()

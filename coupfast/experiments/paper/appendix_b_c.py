@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.protocols import OFFICIAL
 from coupfast.evaluation.report import Picture, Section, Table
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 from coupfast.experiments import figures, images, tables, two_gaussians
 from coupfast.experiments.defenses import EOT_ASSUMED, NAMES
 from coupfast.experiments.experiment import Experiment, Results
@@ -80,7 +80,7 @@ def _sections(results: Results) -> list[Section]:
             "DiffPure adds noise first and the others do not. Mean distances of images in [0, 1]; class changed: the "
             "classifier says another one of the purified image than of the image itself.",
         ),
-        figures.bars("Accuracy with and without noising first", groups, "t* = 0.1; bars are intervals of 95 % over images."),
+        figures.bars("Accuracy with and without noising first", groups, "t* = 0.1; lines are intervals of 95 % over images."),
         tables.compared(results, [(fig2b.case("reverse-sde").name, fig2b.case("diffpure").name)]),
     ]
 

@@ -70,4 +70,4 @@ def experiment(name: str, norm: str, place: str, setting: str, published: dict[s
 
 
 def _name(method: str, suite: str) -> str:
-    return f"{NAMES[method]}, {suite}"
+    return f"{NAMES[method]} ({suite})"

@@ -39,7 +39,7 @@ def _sections(results: Results) -> list[Section]:
     marks = {"APGD-CE": {name: published for name, (_, published) in _METHODS.items()}}
     return [
         table,
-        figures.bars("Robust accuracy", bars, "Bars are intervals of 95 % over images.", marks),
+        figures.bars("Robust accuracy", bars, "Lines are intervals of 95 % over images.", marks),
         tables.by_protocol(results),
         tables.compared(results, [("LM + COUP", "LM")]),
     ]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.report import Picture, Section, Table
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 from coupfast.evaluation.report.read import class_name
 from coupfast.experiments import images
 from coupfast.experiments.defenses import EOT_ASSUMED, NAMES, defense
@@ -40,9 +40,7 @@ def _ends(results: Results, attacked: str) -> dict[str, np.ndarray]:
 
 def _kinds(results: Results, attacked: str) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of images on which the reverse SDE fails and COUP does not, and of the opposite kind."""
-    ends = _ends(results, attacked)
-    fails = ends["reverse-sde"], ends["coup"]
-    return np.flatnonzero(~fails[0] & fails[1]), np.flatnonzero(fails[0] & ~fails[1])
+    return images.opposite(*_ends(results, attacked).values())
 
 
 def _sections(results: Results) -> list[Section]:
@@ -64,18 +62,20 @@ def _sections(results: Results) -> list[Section]:
     for title, chosen in (("COUP is right, the reverse SDE fails", helped), ("The reverse SDE is right, COUP fails", hurt)):
         if len(chosen):
             sections.append(_ways(results, title, chosen[:_SHOWN]))
+    if not len(helped) + len(hurt):
+        sections.append(_ways(results, "Neither kind was found: the first images", np.arange(len(ends["coup"]))[:_SHOWN]))
     return sections
 
 
 def _ways(results: Results, title: str, chosen: np.ndarray) -> Picture:
-    """Confidence of the label, and of the class that the failing method ends at."""
+    """Confidence of the label, and of the class that the failing method ends at (or of the next best, where none fails)."""
     labels = results.measured["labels"]
     figure = new_figure(3.0 * len(chosen) + 1.0, 3.4)
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for panel, image in zip(panels, chosen, strict=True):
         ways = {method: results.measured[f"reverse-sde: {method}"][:, image] for method in _METHODS}
-        last = {method: way[-1].argmax() for method, way in ways.items()}
-        wrong = next(cls for cls in last.values() if cls != labels[image])
+        ends, ranked = [way[-1].argmax() for way in ways.values()], ways["reverse-sde"][-1].argsort()[::-1]
+        wrong = next(cls for cls in (*ends, *ranked) if cls != labels[image])
         for method, style in zip(_METHODS, ("-", "--"), strict=True):
             for colour, cls in zip(COLOURS, (labels[image], wrong), strict=False):
                 name = class_name(results.runs[fig2b.case("reverse-sde").name], cls)
@@ -83,14 +83,15 @@ def _ways(results: Results, title: str, chosen: np.ndarray) -> Picture:
                 panel.plot(ways[method][:, cls], style, color=colour, linewidth=1.5, label=f"{name}{true}, {NAMES[method]}")
         panel.set_title(f"image {image}", fontsize=9)
         panel.set_ylim(-0.02, 1.02)
-        panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=1)
-    figure.supxlabel("step of the purification", fontsize=9)
+        panel.set_xlabel("step", fontsize=9)
+        panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
     figure.supylabel("confidence", fontsize=9)
     return Picture(
         title,
         to_png(figure),
         "Confidence along the purification without noise, of images that were attacked through the reverse SDE: the true "
-        "class and the class that the failing method ends at. The first ones of their kind in the order of the data.",
+        "class and the class that the failing method ends at, or the next best where none fails. The first ones in the order "
+        "of the data.",
     )
 
 

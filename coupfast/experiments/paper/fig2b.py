@@ -11,7 +11,7 @@ _ROLES = {"classifier": "first classifier", "second": "second classifier"}
 
 
 def _name(method: str, role: str) -> str:
-    return f"{NAMES[method]}, {_ROLES[role]}"
+    return f"{NAMES[method]} ({_ROLES[role]})"
 
 
 def case(method: str, role: str = "classifier") -> Case:
@@ -29,7 +29,7 @@ def _sections(results: Results) -> list[Section]:
             rows.append((NAMES[method], results.scale.network(role).name, tables.clean(run), tables.robust(run)))
     pairs = [(_name("coup", role), _name(other, role)) for role in _ROLES for other in ("reverse-sde", "diffpure")]
     return [
-        figures.bars("Robust accuracy under APGD-CE", groups, "Official verdicts; bars are intervals of 95 % over images."),
+        figures.bars("Robust accuracy under APGD-CE", groups, "Official verdicts; lines are intervals of 95 % over images."),
         Table(
             "APGD-CE in Linf on two classifiers",
             ("defense", "classifier", "clean", "robust"),

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.protocols import wilson_interval
 from coupfast.evaluation.report import Picture, Section, Table
-from coupfast.evaluation.report.pictures import COLOURS, new_figure, to_png
 from coupfast.experiments import two_gaussians
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import Scale

@@ -3,6 +3,7 @@
 import numpy as np
 
 from coupfast.evaluation.report import Section, Table
+from coupfast.experiments import images
 from coupfast.experiments.defenses import EOT_ASSUMED
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import gallery
@@ -12,8 +13,7 @@ _PAIR = ("reverse-sde", "coup")
 
 
 def _kinds(results: Results) -> tuple[np.ndarray, np.ndarray]:
-    reverse, coup = (gallery.right(results, method) for method in _PAIR)
-    return np.flatnonzero(~reverse & coup), np.flatnonzero(reverse & ~coup)
+    return images.opposite(*(gallery.right(results, method) for method in _PAIR))
 
 
 def _sections(results: Results) -> list[Section]:
@@ -23,10 +23,13 @@ def _sections(results: Results) -> list[Section]:
     sections: list[Section] = [
         Table("How many there are", ("images", "only COUP is right", "only the reverse SDE is right"), [row])
     ]
-    note = "The first of their kind in the order of the data, at one draw of the noise; attacked through the reverse SDE."
+    note = "The first ones in the order of the data, at one draw of the noise; attacked through the reverse SDE."
     for title, chosen in (("COUP is right, the reverse SDE is not", helped), ("The reverse SDE is right, COUP is not", hurt)):
         if len(chosen):
             sections.append(gallery.picture(results, title, chosen[:_SHOWN], _PAIR, note))
+    if not len(helped) + len(hurt):
+        title = "Neither kind was found: the first images"
+        sections.append(gallery.picture(results, title, np.arange(min(_SHOWN, count)), _PAIR, note))
     return sections
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from coupfast.evaluation.drawing import to_png
 from coupfast.evaluation.report import Picture
-from coupfast.evaluation.report.pictures import image_grid, to_png
+from coupfast.evaluation.report.pictures import image_grid
 from coupfast.evaluation.report.read import class_name
 from coupfast.experiments import images
 from coupfast.experiments.defenses import NAMES, defense

@@ -63,7 +63,7 @@ def experiment(
             robust = {p: results.runs[run_name(line, p)].accuracies["attacked"][_PROTOCOL].value for p in points}
             best = max(robust, key=lambda point: robust[point])
             pairs = {p: (run_name(line, best), run_name(line, p)) for p in points if p != best}
-            worse = [p for p, pair in pairs.items() if tables.compare(results, *pair, _PROTOCOL).conclusion > 0]
+            worse = [p for p, pair in pairs.items() if tables.decided(tables.compare(results, *pair, _PROTOCOL)) > 0]
             which = ", ".join(f"{point:g}" for point in worse) or "none of the others"
             said.append(
                 f"{line} is most accurate under attack at {across} {best:g} ({100 * robust[best]:.1f} %); worse beyond "

@@ -8,12 +8,12 @@ from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.tables import NONE, per_cent
 
 _NORMS = {"Linf": "the threat it was trained for", "L2": "another threat"}
-_WORDS = {"none": "alone", "coup": "with COUP"}
+_WORDS = {"none": "no purification", "coup": "COUP"}
 _PUBLISHED = {("none", "Linf"): 70.90, ("coup", "Linf"): 77.15}
 
 
 def _name(method: str, norm: str) -> str:
-    return f"{_WORDS[method]}, {norm}"
+    return f"{_WORDS[method]} ({norm})"
 
 
 def _sections(results: Results) -> list[Section]:
@@ -25,7 +25,9 @@ def _sections(results: Results) -> list[Section]:
             rows.append((_name(method, norm), what, tables.clean(run), published, tables.robust(run)))
     pairs = [(_name("coup", norm), _name("none", norm)) for norm in _NORMS]
     bars = {
-        f"{norm}: {what}": {word: results.runs[f"{word}, {norm}"].accuracies["attacked"][OFFICIAL] for word in _WORDS.values()}
+        f"{norm}: {what}": {
+            word: results.runs[_name(method, norm)].accuracies["attacked"][OFFICIAL] for method, word in _WORDS.items()
+        }
         for norm, what in _NORMS.items()
     }
     return [
@@ -35,7 +37,7 @@ def _sections(results: Results) -> list[Section]:
             rows,
             f"In %, with 95 % intervals over images. {NONE}: the paper has no legible figure.",
         ),
-        figures.bars("Robust accuracy", bars, "Official verdicts; bars are intervals of 95 % over images."),
+        figures.bars("Robust accuracy", bars, "Official verdicts; lines are intervals of 95 % over images."),
         tables.by_protocol(results),
         tables.compared(results, pairs),
     ]

@@ -28,7 +28,7 @@ def _sections(results: Results) -> list[Section]:
     marks = {"clean": {}, "salt and pepper": {NAMES[method]: value for method, value in _PUBLISHED.items()}}
     return [
         table,
-        figures.bars("Accuracy", bars, "Bars are intervals of 95 % over images.", marks),
+        figures.bars("Accuracy", bars, "Lines are intervals of 95 % over images.", marks),
         tables.compared(results, [(NAMES["coup"], NAMES["reverse-sde"]), (NAMES["coup"], NAMES["none"])]),
     ]
 
