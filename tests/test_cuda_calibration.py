@@ -287,14 +287,14 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "names"),
         [
-            ("strict", {"triton-ieee", "triton-winograd"}),
-            ("fast", {"triton-ieee", "triton-winograd"}),
-            ("3xtf32", {"triton-ieee", "triton-winograd", "triton-tf32x3", "triton-tf32x3-halves"}),
-            ("tf32", {"triton-ieee", "triton-winograd", "triton-tf32"}),
+            ("strict", set()),
+            ("fast", set()),
+            ("3xtf32", {"triton-tf32x3", "triton-tf32x3-halves", "triton-tf32x3-halves-split"}),
+            ("tf32", {"triton-tf32"}),
         ],
     )
     def test_candidates_of_a_gpu(self, precision, names):
-        names |= {"library", "library-contiguous"}
+        names = names | {"library", "library-contiguous", "triton-ieee", "triton-ieee-split", "triton-winograd"}
         assert set(module._candidates(torch.device("cuda"), precision, None)) == names
         assert set(module._candidates(torch.device("cuda"), precision, lambda module, inputs: module)) == names | {"compiled"}
         assert set(module._candidates(CPU, precision, None)) == {"library", "library-contiguous"}
@@ -350,6 +350,14 @@ class TestPrecision:
             assert ("triton-winograd" in found.seconds | found.errors | found.refused) == (channels == 16)
         kept = Calibration(CPU, folder=tmp_path, candidates=candidates)
         assert kept.choose(dataclasses.replace(SHAPE, in_channels=16)) == found
+
+    @pytest.mark.parametrize(("height", "tried"), [(127 * 64, True), (127 * 64 + 1, False)])
+    def test_sums_are_not_split_where_results_fill_a_card(self, tmp_path, height, tried):
+        candidates = {"triton-ieee-split": module._Triton("ieee-split"), "library": right}
+        calibration = Calibration(CPU, folder=tmp_path, candidates=candidates, timer=lambda call: 1.0)
+        found = calibration.choose(ConvolutionShape(1, 1, 64, height, 1))
+        assert found.candidate == ("triton-ieee-split" if tried else "library")
+        assert set(found.seconds) == {"library"} | ({"triton-ieee-split"} if tried else set())
 
     def test_what_it_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="one of strict, fast, 3xtf32, tf32, got 'half'"):
@@ -545,5 +553,5 @@ class TestGpu:
         calibration = Calibration("cuda", folder=tmp_path)
         found = calibration.choose(ConvolutionShape(1, 256, 256, 16, 16))
         assert found.refused == {}
-        assert set(found.seconds) == {"library", "triton-ieee", "triton-winograd"}
+        assert set(found.seconds) == set(calibration.candidates)
         assert isinstance(found, Choice)

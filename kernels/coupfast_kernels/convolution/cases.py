@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from coupfast_kernels import native
-from coupfast_kernels.convolution import gpu_winograd
+from coupfast_kernels.convolution import gpu_split, gpu_winograd
 from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
-from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op
+from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op, launch_direct
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, trying
 from coupfast_kernels.inputs import by, normals
 from coupfast_kernels.parity import Agreement
@@ -112,13 +112,23 @@ def _interpret() -> None:
 
 
 def launch(shape: tuple[int, ...], out_channels: int, algorithm: str, config: Config, *, fused: bool = True) -> None:
-    """Launch the kernel for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones."""
+    """Launch the kernel for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones.
+
+    Of an algorithm that splits the sum: the kernel of the parts, to which nothing is added.
+    """
     x, packed = torch.empty(shape, memory_format=LAST), torch.empty(ALGORITHMS[algorithm].packed_shape(shape[1], out_channels))
     y = _new(x, out_channels)
     added: tuple[Any, Any, Any] = (None, None, None)
-    if fused:
+    if fused and not ALGORITHMS[algorithm].split:
         added = (torch.empty(out_channels), torch.empty(shape[0], out_channels), y)
-    _launch(y, x, packed, *added, 0.5, algorithm, config)
+    launch_direct(y, x, packed, *added, 0.5, algorithm, config)
+
+
+def launch_sum_of_parts(out_channels: int) -> None:
+    """Launch the kernel that adds the parts, for an image of 16 × 16, with everything that can be added."""
+    y = torch.empty(1, out_channels, 16, 16, memory_format=LAST)
+    parts = torch.empty(gpu_split.PARTS, y.numel())
+    gpu_split.launch_sum(y, parts, torch.empty(out_channels), torch.empty(1, out_channels), y, 0.5)
 
 
 def launch_winograd_part(part: str, in_channels: int, out_channels: int, config: Config | None = None) -> None:
@@ -150,6 +160,8 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
             "winograd, output, 20 channels": functools.partial(launch_winograd_part, "output", 128, 20),
         }
     found = {name(config): functools.partial(launch, shape, 128, algorithm, config) for config in configs}
+    if ALGORITHMS[algorithm].split:
+        found |= {f"{algorithm}, sum": functools.partial(launch_sum_of_parts, 128)}
     return found | {
         f"{algorithm}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, algorithm, configs[0]),
         f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3]),

@@ -106,6 +106,30 @@ def winograd3x3_ref(
     return y.permute(0, 1, 2, 4, 3, 5).reshape(batch, -1, 4 * rows, 4 * columns)[:, :, :height, :width]
 
 
+def sum_parts_ref(
+    parts: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    image_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The parts of a convolution's sum, [parts, batch, out_channels, height, width], and what `conv3x3_ref` adds to it.
+
+    In one order, from the left: (bias + image_bias + parts[0] + parts[1] + … + residual) · scale.
+    """
+    y = torch.zeros_like(parts[0])
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if image_bias is not None:
+        y = y + image_bias[:, :, None, None]
+    for part in parts:
+        y = y + part
+    if residual is not None:
+        y = y + residual
+    return y * scale
+
+
 def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     """The nearest float32 whose mantissa has 10 bits, ties away from zero, as the instruction `cvt.rna.tf32.f32` has it.
 

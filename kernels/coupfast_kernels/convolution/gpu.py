@@ -14,8 +14,9 @@ K runs over taps, then over channels. In `ieee` an output is one chain of 9 · i
 whatever the config: the tuner's choice moves no bit. `docs/how/kernels-gpu.md` says what the other algorithms' bits depend on.
 
 `tf32x3-halves` is `tf32x3` with weights that were split once, when they were packed, and lie as [out_channels, K], which is how
-tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. `winograd` is another way
-altogether (`gpu_winograd.py`).
+tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. In `ieee-split` and
+`tf32x3-halves-split` a program takes one tap, for results that are too small to fill a card otherwise (`gpu_split.py`).
+`winograd` is another way altogether (`gpu_winograd.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import torch
 from torch import library
 
 from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, round_to_tf32
+from coupfast_kernels.convolution.gpu_split import MOST_BYTES, PARTS, is_small, launch_sum
 from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
-from coupfast_kernels.convolution.gpu_winograd import launch_winograd, pack_winograd, tiles_of, unpack_winograd
+from coupfast_kernels.convolution.gpu_winograd import launch_winograd, pack_winograd, tiles_of, unpack_winograd, workspace_bytes
 
 try:
     import triton
@@ -93,6 +95,7 @@ class Algorithm:
         unpack: Packed weights → weights, as far as packing kept them.
         out_axis: Which axis of packed weights is that of the output channels.
         least_channels: From how many input channels on it is as exact as its products are.
+        split: Whether a program takes one tap, and another kernel adds the nine.
     """
 
     products: str
@@ -102,6 +105,11 @@ class Algorithm:
     unpack: Callable[[torch.Tensor], torch.Tensor]
     out_axis: int = 1
     least_channels: int = 1
+    split: bool = False
+
+    def suits(self, batch: int, in_channels: int, out_channels: int, height: int, width: int) -> bool:
+        """Whether it is worth trying: as exact as its products are and, where it splits the sum, too few programs otherwise."""
+        return in_channels >= self.least_channels and (not self.split or is_small(batch * height * width, out_channels))
 
 
 def _taps(products: str) -> Algorithm:
@@ -114,18 +122,22 @@ def _taps(products: str) -> Algorithm:
     )
 
 
+_HALVES = Algorithm(
+    "tf32x3",
+    pack_halves,
+    lambda channels, out_channels: (2, out_channels, 9 * channels),
+    "(2, out_channels, 9 · in_channels)",
+    _unpack_halves,
+)
+
 #: By name; `gpu_tuning.CONFIGS` has the same names.
 ALGORITHMS: dict[str, Algorithm] = {
     "ieee": _taps("ieee"),
     "tf32x3": _taps("tf32x3"),
     "tf32": _taps("tf32"),
-    "tf32x3-halves": Algorithm(
-        "tf32x3",
-        pack_halves,
-        lambda channels, out_channels: (2, out_channels, 9 * channels),
-        "(2, out_channels, 9 · in_channels)",
-        _unpack_halves,
-    ),
+    "tf32x3-halves": _HALVES,
+    "ieee-split": dataclasses.replace(_taps("ieee"), split=True),
+    "tf32x3-halves-split": dataclasses.replace(_HALVES, split=True),
     # Of few channels the transforms round more than a direct sum does.
     "winograd": Algorithm(
         "ieee",
@@ -157,6 +169,7 @@ if triton is not None:
         in_channels,
         out_channels,
         INPUT_PRECISION: tl.constexpr,
+        SPLIT: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
@@ -165,6 +178,7 @@ if triton is not None:
 
         With `small_ptr` the weights are halves: `packed_ptr` has the large ones, and the three products are taken here. What
         the tensor cores read of the pixels' small halves, unrounded, is off by 2⁻²² of the pixel at most. Infinity becomes NaN.
+        SPLIT takes the tap that the program has on the grid's second axis, and writes results of taps one behind the other.
 
         No spills but where `gpu_tuning` says so, and an SM holds at least 256 threads, with every config (sm_80, sm_90, sm_100;
         Triton 3.7.1 and 3.9.0).
@@ -199,7 +213,12 @@ if triton is not None:
         if image_bias_ptr is not None:
             image = first // plane + place // plane
             sums += tl.load(image_bias_ptr + (image[:, None] * out_channels + column[None, :]), mask=mask, other=0.0)
-        for i in range(9 * blocks):
+        begin = 0
+        passes = 9 * blocks
+        if SPLIT:
+            begin = tl.program_id(1) * blocks
+            passes = blocks
+        for i in range(begin, begin + passes):
             tap, channel = i // blocks, i % blocks * BLOCK_K
             moved = ((tap // 3 - 1) * width + (tap % 3 - 1)) * in_channels + channel
             a = tl.load(
@@ -226,6 +245,8 @@ if triton is not None:
                 # A pass is a sum of its own on the tensor cores, whose rounding is not documented.
                 sums += tl.dot(a_big, big, part, input_precision="tf32")
 
+        if SPLIT:
+            first += tl.program_id(1).to(tl.int64) * pixels
         offset = first * out_channels + (row[:, None] * out_channels + column[None, :])  # [BLOCK_M, BLOCK_N]
         y = sums
         if residual_ptr is not None:
@@ -343,37 +364,53 @@ conv3x3_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config):
     """Writes `y`, which no other argument may overlap."""
-    if algorithm == "winograd":
-        with torch.cuda.device_of(x):
-            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
-        return
-    batch, in_channels, height, width = x.shape
-    pixels, out_channels = batch * height * width, y.shape[1]
-    big, small = packed if packed.dim() == 3 else (packed, None)
     # The current device, not the tensors', is where Triton launches.
     with torch.cuda.device_of(x):
-        _conv3x3_kernel[(triton.cdiv(pixels, config.block_m) * triton.cdiv(out_channels, config.block_n),)](
-            y,
-            x,
-            big,
-            small,
-            bias,
-            image_bias,
-            residual,
-            float(scale),
-            pixels=pixels,
-            height=height,
-            width=width,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            INPUT_PRECISION=ALGORITHMS[algorithm].products,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,  # said, since Triton's default changes with its version
-        )
+        if algorithm == "winograd":
+            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
+        elif ALGORITHMS[algorithm].split:
+            parts = torch.empty(PARTS, y.numel(), dtype=y.dtype, device=y.device)
+            launch_direct(parts, x, packed, None, None, None, 1.0, algorithm, config)
+            launch_sum(y, parts, bias, image_bias, residual, scale)
+        else:
+            launch_direct(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
+
+
+def launch_direct(y, x, packed, bias, image_bias, residual, scale: float, algorithm: str, config: Config) -> None:
+    """Writes `y`; where the sum is split that of each tap, [9, pixels, out_channels], to which nothing is added."""
+    batch, in_channels, height, width = x.shape
+    split, out_axis = ALGORITHMS[algorithm].split, ALGORITHMS[algorithm].out_axis
+    pixels, out_channels = batch * height * width, packed.shape[out_axis]
+    big, small = packed if packed.dim() == 3 else (packed, None)
+    tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(out_channels, config.block_n)
+    _conv3x3_kernel[(tiles, PARTS if split else 1)](
+        y,
+        x,
+        big,
+        small,
+        bias,
+        image_bias,
+        residual,
+        float(scale),
+        pixels=pixels,
+        height=height,
+        width=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        INPUT_PRECISION=ALGORITHMS[algorithm].products,
+        SPLIT=split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said, since Triton's default changes with its version
+    )
+
+
+def most_workspace(device: torch.device) -> int:
+    """The most bytes that a convolution which suits its algorithm takes beside its result."""
+    return max(workspace_bytes(device), MOST_BYTES)
 
 
 def _new(x: torch.Tensor, out_channels: int) -> torch.Tensor:
