@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 
+import numpy as np
 import pytest
 import torch
 from test_noise import assert_same_bits, run_interpreted
@@ -22,6 +23,8 @@ from coupfast_kernels.convolution import gpu as module
 from coupfast_kernels.convolution import gpu_split, gpu_winograd
 from coupfast_kernels.convolution import gpu_tuning as tuning
 from coupfast_kernels.convolution.definition import (
+    FLOAT32_LIMIT,
+    TF32_LIMIT,
     conv3x3_ref,
     round_to_tf32,
     sum_parts_ref,
@@ -79,17 +82,17 @@ def counted(algorithm, channels):
     Winograd's: 1 of the transformed weights; two passes of two multiply-adds, which the interpreter rounds twice; a run of 32
     and the runs; two passes of a difference and two multiply-adds.
     """
-    if algorithm == "winograd":
-        return 1 + 2 * 4 + 33 + math.ceil(channels / 32) + 2 * 5
-    split, halves = ALGORITHMS[algorithm].split, ALGORITHMS[algorithm].pack is pack_halves
-    return (channels + 9 if split else 9 * channels) + (7 if halves else 0)
+    way, halves = ALGORITHMS[algorithm].way, 7 if "halves" in algorithm else 0
+    if way == "winograd":
+        return 1 + 2 * 4 + 33 + math.ceil(channels / 32) + 2 * 5 + halves
+    return (channels + 9 if way == "split" else 9 * channels) + halves
 
 
 def size_of(algorithm, x, weight):
     """The convolution of absolute values, in float64; Winograd's with its transforms' absolute values, which do not cancel."""
     matrices = tuple(matrix.abs() for matrix in winograd_matrices(torch.float64))
     x, weight = x.double().abs(), weight.double().abs()
-    return winograd3x3_ref(x, weight, matrices) if algorithm == "winograd" else conv3x3_ref(x, weight)
+    return winograd3x3_ref(x, weight, matrices) if ALGORITHMS[algorithm].way == "winograd" else conv3x3_ref(x, weight)
 
 
 def assert_close_to_exact(y, x, weight, bias, options, algorithm="ieee"):
@@ -615,6 +618,7 @@ if INTERPRETED:
                 (Config(16, 32, 32, 1, 1), "tf32x3-halves-split"),
                 (CONFIGS["ieee-split"][0], "ieee-split"),
                 (CONFIGS["winograd"][0], "winograd"),
+                (Config(16, 32, 32, 1, 1), "winograd-tf32x3-halves"),
                 (IEEE_CONFIGS[0], "ieee"),
                 (IEEE_CONFIGS[-1], "ieee"),
             ],
@@ -632,6 +636,32 @@ if INTERPRETED:
             weight = torch.arange(-54, 54, dtype=torch.float32).reshape(4, 3, 3, 3)
             found = self.launch(x, weight, None, {}, algorithm=algorithm)
             assert_same_bits(found, conv3x3_ref(x.double(), weight.double()).float())
+
+        def test_three_products_of_tf32_are_as_good_as_float32_and_one_is_not(self, monkeypatch):
+            """On tensor cores that cut off what TF32 does not hold, the worst that PTX leaves open, and add in float32."""
+            from triton.runtime import interpreter
+
+            multiply, tf32 = interpreter.interpreter_builder.create_dot, interpreter._ir.INPUT_PRECISION.TF32
+
+            def cut(a, b, d, input_precision, max_num_imprecise_acc):
+                assert input_precision == tf32
+                for factor in (a, b):
+                    factor.data = (np.ascontiguousarray(factor.data).view(np.int32) & -0x2000).view(np.float32)
+                return multiply(a, b, d, input_precision, max_num_imprecise_acc)
+
+            monkeypatch.setattr(interpreter.interpreter_builder, "create_dot", cut)
+            x, weight, bias, options = layer((1, 72, 8, 8), 16, seed=3)
+            exact = conv3x3_ref(x.double(), weight.double(), bias.double(), **doubles(options))
+            config = Config(64, 16, 32, 1, 1)
+            errors = {
+                algorithm: relative_error(self.launch(x, weight, bias, options, config, algorithm), exact)
+                for algorithm in ("tf32", "tf32x3-halves", "winograd-tf32x3-halves")
+            }
+            assert 1e-4 < errors.pop("tf32") < TF32_LIMIT
+            with strict_float32("cpu"):
+                library = relative_error(conv3x3_ref(x, weight, bias, **options), exact)
+            for error in errors.values():
+                assert error <= STRICT_FACTOR * library < FLOAT32_LIMIT
 
         @pytest.mark.parametrize("channels", [16, 72])
         def test_winograd_is_within_what_strict_allows(self, channels):

@@ -21,6 +21,7 @@ from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 SHAPE = ConvolutionShape(2, 5, 4, 6, 7)
 CPU = torch.device("cpu")
+THREE_PRODUCTS = ("tf32x3", "tf32x3-halves", "tf32x3-halves-split", "winograd-tf32x3-halves")
 
 
 def right(x, weight, bias):
@@ -289,7 +290,7 @@ class TestPrecision:
         [
             ("strict", set()),
             ("fast", set()),
-            ("3xtf32", {"triton-tf32x3", "triton-tf32x3-halves", "triton-tf32x3-halves-split"}),
+            ("3xtf32", {f"triton-{way}" for way in THREE_PRODUCTS}),
             ("tf32", {"triton-tf32"}),
         ],
     )

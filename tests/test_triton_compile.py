@@ -172,7 +172,7 @@ CONVOLUTIONS = [
     *(
         ((8, 128, 32, 32), 128, algorithm, number, True, capability)
         for algorithm, configs in CONFIGS.items()
-        if algorithm != "winograd" and not ALGORITHMS[algorithm].split
+        if ALGORITHMS[algorithm].way == "direct"
         for number in range(len(configs))
         for capability in TARGETS
     ),
@@ -192,7 +192,7 @@ TENSOR_CORE = {80: "mma.sync.aligned.m16n8k8", 90: "wgmma.mma_async.sync.aligned
 
 
 #: Bytes a thread, by algorithm, config and architecture.
-SPILLED = {("tf32x3-halves", 0, 80): 56}
+SPILLED = {("tf32x3-halves", 0, 80): 56, ("winograd-tf32x3-halves", 0, 80): 56}
 
 
 every_convolution = pytest.mark.parametrize(
@@ -322,9 +322,9 @@ WINOGRAD = {"input": (128, 128), "output": (128, 128), "input, 20 channels": (20
 
 
 @functools.cache
-def built_winograd(part: str, number: int, capability: int) -> Compiled:
+def built_winograd(part: str, number: int, capability: int, algorithm: str = "winograd") -> Compiled:
     kind, *_ = part.split(",")
-    more = (128, 128, CONFIGS["winograd"][number]) if kind == "product" else WINOGRAD[part]
+    more = (128, 128, CONFIGS[algorithm][number], algorithm) if kind == "product" else WINOGRAD[part]
     return compile_offline(launched(convolution.launch_winograd_part, kind, *more), capability)
 
 
@@ -348,6 +348,29 @@ def test_a_product_of_winograds_is_runs_of_multiply_adds(number, capability):
     # Predicted with runs of 32: 2.25 multiply-adds and 0.07 additions an output and channel, where a direct sum has 9.
     per_output = 36 / 16 * (found["fma"] + found["add"]) / (results * 32)
     assert per_output == 2.25 * (1 + 1 / 32)
+
+
+@pytest.mark.parametrize(("number", "capability"), [*((number, 90) for number in range(8)), (0, 80), (1, 80), (0, 100)])
+def test_a_product_of_halves_is_runs_on_tensor_cores(number, capability):
+    """A pass of the loop takes 32 terms in one run of three products, and adds it to the others' sum in float32."""
+    algorithm = "winograd-tf32x3-halves"
+    config, built = CONFIGS[algorithm][number], built_winograd("product", number, capability, algorithm)
+    assert config.block_k == 32
+    assert built.programs_per_sm >= 1
+    assert built.tensor_core > 0
+    assert not re.search(r"\.f64|\.approx|\.full|cvt\.rna?\.tf32", built.ptx)
+    pixels = config.block_m * config.block_k // built.threads  # of a thread, at least
+    found, results = float32_operations(built), config.block_m * config.block_n // built.threads
+    assert found["fma"] == found["mul"] == 0
+    assert found["add"] >= results + pixels  # the runs' sums, and the pixels' small halves
+    if triton.__version__ in FIGURES_OF:
+        assert built.spill_bytes <= SPILLED.get((algorithm, number, capability), 0)
+        assert built.wide_copies == built.copies
+        assert built.wide_stores == built.stores == results // 4
+        assert built.programs_per_sm * built.threads >= 256
+        if (number, capability) == (0, 90):
+            # Predicted: what a direct sum's pass takes, 300 at most, less the taps' masks.
+            assert built.loop_instructions <= 270
 
 
 @pytest.mark.parametrize(

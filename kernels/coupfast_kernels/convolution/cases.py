@@ -119,7 +119,7 @@ def launch(shape: tuple[int, ...], out_channels: int, algorithm: str, config: Co
     x, packed = torch.empty(shape, memory_format=LAST), torch.empty(ALGORITHMS[algorithm].packed_shape(shape[1], out_channels))
     y = _new(x, out_channels)
     added: tuple[Any, Any, Any] = (None, None, None)
-    if fused and not ALGORITHMS[algorithm].split:
+    if fused and ALGORITHMS[algorithm].way == "direct":
         added = (torch.empty(out_channels), torch.empty(shape[0], out_channels), y)
     launch_direct(y, x, packed, *added, 0.5, algorithm, config)
 
@@ -131,7 +131,9 @@ def launch_sum_of_parts(out_channels: int) -> None:
     gpu_split.launch_sum(y, parts, torch.empty(out_channels), torch.empty(1, out_channels), y, 0.5)
 
 
-def launch_winograd_part(part: str, in_channels: int, out_channels: int, config: Config | None = None) -> None:
+def launch_winograd_part(
+    part: str, in_channels: int, out_channels: int, config: Config | None = None, algorithm: str = "winograd"
+) -> None:
     """Launch one kernel of Winograd's for 8 images of 32 × 32: "input", "product" by a config, or "output" with everything."""
     x, y = (torch.empty(8, channels, 32, 32, memory_format=LAST) for channels in (in_channels, out_channels))
     tiles = gpu_winograd.tiles_of(x)
@@ -142,7 +144,8 @@ def launch_winograd_part(part: str, in_channels: int, out_channels: int, config:
         gpu_winograd.launch_output(y, m, torch.empty(out_channels), torch.empty(8, out_channels), y, 0.5, 0, tiles)
     else:
         assert config is not None
-        gpu_winograd.launch_product(m, v, torch.empty(36, in_channels, out_channels), tiles, config)
+        packed = torch.empty(ALGORITHMS[algorithm].packed_shape(in_channels, out_channels))
+        gpu_winograd.launch_product(m, v, packed, tiles, config)
 
 
 def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
@@ -151,8 +154,11 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
     def name(config: Config) -> str:
         return f"{algorithm} {config.block_m} × {config.block_n} × {config.block_k}"
 
-    if algorithm == "winograd":
-        products = {name(config): functools.partial(launch_winograd_part, "product", 128, 128, config) for config in configs}
+    if ALGORITHMS[algorithm].way == "winograd":
+        product = functools.partial(launch_winograd_part, "product", 128, 128, algorithm=algorithm)
+        products = {name(config): functools.partial(product, config) for config in configs}
+        if algorithm != "winograd":  # the transforms are the same
+            return products
         return products | {
             "winograd, input": functools.partial(launch_winograd_part, "input", 128, 128),
             "winograd, input, 20 channels": functools.partial(launch_winograd_part, "input", 20, 128),
@@ -160,7 +166,7 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
             "winograd, output, 20 channels": functools.partial(launch_winograd_part, "output", 128, 20),
         }
     found = {name(config): functools.partial(launch, shape, 128, algorithm, config) for config in configs}
-    if ALGORITHMS[algorithm].split:
+    if ALGORITHMS[algorithm].way == "split":
         found |= {f"{algorithm}, sum": functools.partial(launch_sum_of_parts, 128)}
     return found | {
         f"{algorithm}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, algorithm, configs[0]),

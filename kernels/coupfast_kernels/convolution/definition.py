@@ -140,6 +140,12 @@ def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isfinite(), rounded, x)
 
 
+def tf32_halves(x: torch.Tensor) -> torch.Tensor:
+    """big = TF32(x) and small = TF32(x − big), stacked: their sum is off by 2⁻²³ of x at most."""
+    big = round_to_tf32(x)
+    return torch.stack([big, round_to_tf32(x - big)])
+
+
 def tf32x3_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A model of what `algorithm="tf32x3"` computes before anything is added: each product from three of TF32 numbers.
 

@@ -95,6 +95,17 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(16, 32, 16, 2, 3),
         Config(16, 16, 16, 2, 3),
     ),
+    # A run of a sum is one block. The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
+    "winograd-tf32x3-halves": (
+        Config(128, 128, 32, 8, 3),
+        Config(128, 64, 32, 8, 3),
+        Config(64, 64, 32, 4, 3),
+        Config(64, 32, 32, 4, 3),
+        Config(32, 32, 32, 4, 3),
+        Config(128, 16, 32, 4, 3),
+        Config(16, 32, 32, 4, 3),
+        Config(16, 16, 32, 2, 3),
+    ),
 }
 LARGEST_BLOCK_M = max(config.block_m for configs in CONFIGS.values() for config in configs)
 
