@@ -102,7 +102,7 @@ class Algorithm:
         packed_shape: (in_channels, out_channels) → the shape that packed weights have; `form` says it in words.
         unpack: Packed weights → weights, as far as packing kept them.
         out_axis: Which axis of packed weights is that of the output channels.
-        least_channels: From how many input channels on it is as exact as its products are.
+        least_channels: From how many input channels on it is worth trying: as exact as its products are, a tap a pass at least.
         way: "direct"; "split", where a program takes one tap and another kernel adds the nine; or "winograd".
     """
 
@@ -116,7 +116,7 @@ class Algorithm:
     way: Literal["direct", "split", "winograd"] = "direct"
 
     def suits(self, batch: int, in_channels: int, out_channels: int, height: int, width: int) -> bool:
-        """Whether it is worth trying: as exact as its products are and, where it splits the sum, too few programs otherwise."""
+        """Whether it is worth trying: not of few channels, nor to split a sum where there are programs enough without."""
         return in_channels >= self.least_channels and (self.way != "split" or is_small(batch * height * width, out_channels))
 
 
@@ -144,8 +144,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "tf32x3": _taps("tf32x3"),
     "tf32": _taps("tf32"),
     "tf32x3-halves": _HALVES,
-    "ieee-split": dataclasses.replace(_taps("ieee"), way="split"),
-    "tf32x3-halves-split": dataclasses.replace(_HALVES, way="split"),
+    "ieee-split": dataclasses.replace(_taps("ieee"), way="split", least_channels=16),
+    "tf32x3-halves-split": dataclasses.replace(_HALVES, way="split", least_channels=16),
     # Of few channels the transforms round more than a direct sum does.
     "winograd": Algorithm(
         "ieee",
