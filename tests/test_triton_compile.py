@@ -369,8 +369,8 @@ def test_a_product_of_halves_is_runs_on_tensor_cores(number, capability):
         assert built.wide_stores == built.stores == results // 4
         assert built.programs_per_sm * built.threads >= 256
         if (number, capability) == (0, 90):
-            # Predicted: what a direct sum's pass takes, 300 at most, less the taps' masks.
-            assert built.loop_instructions <= 270
+            # Predicted: less than the 300 that a direct sum's pass may take, since no taps are masked.
+            assert 0 < built.loop_instructions < 300
 
 
 @pytest.mark.parametrize(
