@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 
+import numpy as np
 import pytest
 import torch
 from test_noise import assert_same_bits, run_interpreted
@@ -19,9 +20,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from coupfast.engine.cuda.calibration import STRICT_FACTOR
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import gpu as module
+from coupfast_kernels.convolution import gpu_split, gpu_winograd
 from coupfast_kernels.convolution import gpu_tuning as tuning
-from coupfast_kernels.convolution import gpu_winograd
-from coupfast_kernels.convolution.definition import conv3x3_ref, round_to_tf32, tf32x3_ref, winograd3x3_ref, winograd_matrices
+from coupfast_kernels.convolution.definition import (
+    FLOAT32_LIMIT,
+    TF32_LIMIT,
+    conv3x3_ref,
+    round_to_tf32,
+    sum_parts_ref,
+    tf32x3_ref,
+    winograd3x3_ref,
+    winograd_matrices,
+)
 from coupfast_kernels.convolution.gpu import ALGORITHMS, conv3x3, pack_halves, pack_weight
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, candidates, choose, tuned
 from coupfast_kernels.parity import relative_error
@@ -67,21 +77,22 @@ def doubles(options):
 def counted(algorithm, channels):
     """How many roundings a term of a sum goes through at most, of what `size_of` gives.
 
-    A direct sum's terms are 9 times the channels, however they are ordered. Halves lose as much as 7 more: 2⁻²³ of the weight,
-    which packing rounds to 22 bits; 2⁻²² for small · small; terms of 2⁻³³. Winograd's: 1 of the transformed weights; two passes
-    of two multiply-adds, which the interpreter rounds twice; a run of 32 and the runs; two passes of a difference and two
-    multiply-adds.
+    A direct sum's terms are 9 times the channels, however they are ordered; of one that is split, the channels, and nine parts.
+    Halves lose as much as 7 more: 2⁻²³ of the weight, which packing rounds to 22 bits; 2⁻²² for small · small; terms of 2⁻³³.
+    Winograd's: 1 of the transformed weights; two passes of two multiply-adds, which the interpreter rounds twice; a run of 32
+    and the runs; two passes of a difference and two multiply-adds.
     """
-    if algorithm == "winograd":
-        return 1 + 2 * 4 + 33 + math.ceil(channels / 32) + 2 * 5
-    return 9 * channels + (7 if algorithm == "tf32x3-halves" else 0)
+    way, halves = ALGORITHMS[algorithm].way, 7 if "halves" in algorithm else 0
+    if way == "winograd":
+        return 1 + 2 * 4 + 33 + math.ceil(channels / 32) + 2 * 5 + halves
+    return (channels + 9 if way == "split" else 9 * channels) + halves
 
 
 def size_of(algorithm, x, weight):
     """The convolution of absolute values, in float64; Winograd's with its transforms' absolute values, which do not cancel."""
     matrices = tuple(matrix.abs() for matrix in winograd_matrices(torch.float64))
     x, weight = x.double().abs(), weight.double().abs()
-    return winograd3x3_ref(x, weight, matrices) if algorithm == "winograd" else conv3x3_ref(x, weight)
+    return winograd3x3_ref(x, weight, matrices) if ALGORITHMS[algorithm].way == "winograd" else conv3x3_ref(x, weight)
 
 
 def assert_close_to_exact(y, x, weight, bias, options, algorithm="ieee"):
@@ -167,6 +178,30 @@ class TestDefinition:
             assert 4 * 36 * channels * found <= workspace
             assert found == tiles or 4 * 36 * channels * (found + 128) > workspace
         assert gpu_winograd.tiles_at_once(1024, 512, 1) == gpu_winograd.LEAST_TILES
+
+    def test_parts_add_up_to_the_convolution(self):
+        x, weight, bias, options = layer((2, 3, 5, 4), 6)
+        x, weight, bias, options = x.double(), weight.double(), bias.double(), doubles(options)
+        taps = [torch.zeros_like(weight) for _ in range(9)]
+        for number, tap in enumerate(taps):
+            tap[:, :, number // 3, number % 3] = weight[:, :, number // 3, number % 3]
+        parts = torch.stack([conv3x3_ref(x, tap) for tap in taps])
+        wanted = conv3x3_ref(x, weight, bias, **options)
+        tol = 31 * torch.finfo(torch.float64).eps  # as for the formula
+        torch.testing.assert_close(
+            sum_parts_ref(parts, bias, **options), wanted, rtol=tol, atol=tol * float(wanted.abs().max())
+        )
+
+    def test_what_is_small_leaves_a_large_gpu_idle_and_its_parts_fit_its_cache(self):
+        for pixels, out_channels, small in ((1, 1, True), (64 * 127, 64, True), (64 * 127 + 1, 64, False), (256, 2048, False)):
+            assert gpu_split.is_small(pixels, out_channels) == small
+            if small:
+                assert 4 * gpu_split.PARTS * pixels * out_channels <= gpu_split.MOST_BYTES <= 40 << 20
+        # Of DDPM++ deep: one image's maps but the largest.
+        layers = [(256, 4), (256, 8), (256, 16), (128, 32), (256, 32)]
+        ieee = ALGORITHMS["ieee-split"]
+        assert [ieee.suits(1, channels, channels, size, size) for channels, size in layers] == [True] * 5
+        assert [ieee.suits(4, channels, channels, size, size) for channels, size in layers] == [True] * 3 + [False] * 2
 
     def test_its_transpose_is_the_convolution_with_weights_turned_over(self):
         x, weight, _, _ = layer((2, 3, 5, 4), 6)
@@ -476,7 +511,7 @@ class TestTuning:
 
     def test_one_order_of_sums(self):
         """What the tensor cores' sums depend on is no choice of the tuner's."""
-        for algorithm in set(ALGORITHMS) - {"ieee"}:  # Winograd's runs, too, are two of these long
+        for algorithm in set(ALGORITHMS) - {"ieee", "ieee-split"}:  # Winograd's runs, too, are two of these long
             assert len({config.block_k for config in CONFIGS[algorithm]}) == 1
 
 
@@ -503,10 +538,29 @@ LAYERS = [
     ((1, 4, 1, 6), 17),
 ]
 #: The others have the code of `ieee`, and one flag.
-DIFFERENT = ["ieee", "tf32x3-halves"]
+DIFFERENT = ["ieee", "tf32x3-halves", "ieee-split"]
 
 
 if INTERPRETED:
+
+    def promised(elements):
+        """Zeros in memory of which almost none is touched."""
+        try:
+            memory = mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+        except OSError as error:
+            pytest.skip(f"this machine promises no {elements >> 28} GiB more ({error}): 64-bit addresses are NOT tested here")
+        return torch.frombuffer(memory, dtype=torch.float32)
+
+    def only_program(monkeypatch, *place):
+        """One program of many: the interpreter would run them all, and then copy the storage onto itself."""
+        from triton.runtime import interpreter
+
+        def program(axis):
+            number = place[axis] if axis < len(place) else 0
+            return interpreter.TensorHandle(interpreter.np.array([number], dtype=interpreter.np.int32), module.tl.int32)
+
+        monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", program)
+        monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
 
     class TestInterpreted:
         @pytest.fixture(autouse=True)
@@ -561,7 +615,10 @@ if INTERPRETED:
                 (Config(32, 16, 16, 1, 1), "tf32x3"),
                 (Config(16, 32, 32, 1, 1), "tf32"),
                 (Config(32, 16, 32, 1, 1), "tf32x3-halves"),
+                (Config(16, 32, 32, 1, 1), "tf32x3-halves-split"),
+                (CONFIGS["ieee-split"][0], "ieee-split"),
                 (CONFIGS["winograd"][0], "winograd"),
+                (Config(16, 32, 32, 1, 1), "winograd-tf32x3-halves"),
                 (IEEE_CONFIGS[0], "ieee"),
                 (IEEE_CONFIGS[-1], "ieee"),
             ],
@@ -580,6 +637,32 @@ if INTERPRETED:
             found = self.launch(x, weight, None, {}, algorithm=algorithm)
             assert_same_bits(found, conv3x3_ref(x.double(), weight.double()).float())
 
+        def test_three_products_of_tf32_are_as_good_as_float32_and_one_is_not(self, monkeypatch):
+            """On tensor cores that cut off what TF32 does not hold, the worst that PTX leaves open, and add in float32."""
+            from triton.runtime import interpreter
+
+            multiply, tf32 = interpreter.interpreter_builder.create_dot, interpreter._ir.INPUT_PRECISION.TF32
+
+            def cut(a, b, d, input_precision, max_num_imprecise_acc):
+                assert input_precision == tf32
+                for factor in (a, b):
+                    factor.data = (np.ascontiguousarray(factor.data).view(np.int32) & -0x2000).view(np.float32)
+                return multiply(a, b, d, input_precision, max_num_imprecise_acc)
+
+            monkeypatch.setattr(interpreter.interpreter_builder, "create_dot", cut)
+            x, weight, bias, options = layer((1, 72, 8, 8), 16, seed=3)
+            exact = conv3x3_ref(x.double(), weight.double(), bias.double(), **doubles(options))
+            config = Config(64, 16, 32, 1, 1)
+            errors = {
+                algorithm: relative_error(self.launch(x, weight, bias, options, config, algorithm), exact)
+                for algorithm in ("tf32", "tf32x3-halves", "winograd-tf32x3-halves")
+            }
+            assert 1e-4 < errors.pop("tf32") < TF32_LIMIT
+            with strict_float32("cpu"):
+                library = relative_error(conv3x3_ref(x, weight, bias, **options), exact)
+            for error in errors.values():
+                assert error <= STRICT_FACTOR * library < FLOAT32_LIMIT
+
         @pytest.mark.parametrize("channels", [16, 72])
         def test_winograd_is_within_what_strict_allows(self, channels):
             """Four times the error of PyTorch's float32, with everything that can be added; in chunks, the same bits."""
@@ -596,6 +679,20 @@ if INTERPRETED:
             gpu_winograd.launch_winograd(again, x, packed, bias, *added, SMALL, workspace=1)  # 16 of the 18 tiles, and two
             assert_same_bits(again, y)
 
+        @pytest.mark.parametrize("epilogue", EPILOGUES)
+        @pytest.mark.parametrize(("shape", "out_channels"), [((2, 5, 3, 7), 20), ((3, 5, 2, 2), 70)], ids=str)
+        def test_parts_are_added_in_one_order(self, shape, out_channels, epilogue):
+            _, _, bias, options = layer(shape, out_channels, epilogue)
+            buffer, y = poisoned((shape[0], out_channels, *shape[2:]))
+            parts = [numbers(*y.shape, seed=seed) * 10.0**seed for seed in range(9)]  # another order has other bits
+            rows = torch.stack([part.permute(0, 2, 3, 1).flatten() for part in parts])
+            added = (options.get("image_bias"), options.get("residual"), options.get("scale", 1.0))
+            gpu_split.launch_sum(y, rows, bias, *added)
+            assert_same_bits(y, sum_parts_ref(torch.stack(parts), bias, **options))
+            backwards = sum_parts_ref(torch.stack(parts[::-1]), bias, **options)
+            assert not torch.equal(y, backwards)
+            assert bool(torch.cat([buffer[:32], buffer[-32:]]).isnan().all())
+
         @pytest.mark.parametrize("algorithm", DIFFERENT)
         def test_infinity_stays_in_its_window(self, algorithm):
             x, weight, _, _ = layer((2, 5, 5, 7), 6, "plain")
@@ -607,32 +704,22 @@ if INTERPRETED:
 
         def test_addresses_beyond_32_bits(self, monkeypatch):
             """The last program of the second of two images of 8 GiB: memory that is promised, and almost none touched."""
-            from triton.runtime import interpreter
-
             channels, height, width, config = 16, 2**15 + 1, 4099, SMALL
             elements = 2 * height * width * channels
             assert elements > 2**32
-            try:
-                maps = [mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) for _ in "xyr"]
-            except OSError as error:
-                pytest.skip(f"this machine promises no 48 GiB of memory ({error}): 64-bit addresses are NOT tested here")
             shape, strides = (2, channels, height, width), (height * width * channels, 1, width * channels, channels)
-            x, y, residual = (torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, strides) for memory in maps)
+            x, y, residual = (promised(elements).as_strided(shape, strides) for _ in "xyr")
             crop, weight, bias, _ = layer((1, channels, 2, width), channels, "bias")
             x[1:, :, -2:] = crop
             last = (2 * height * width) % config.block_m or config.block_m  # pixels of the last program
             residual[1, :, -1, -last:] = numbers(channels, last, seed=9)
             image_bias = numbers(2, channels, seed=8)
 
-            # One program of 2²⁴: the interpreter would run them all, and then copy the storage onto itself.
-            number = -(-2 * height * width // config.block_m) - 1
-            program = interpreter.TensorHandle(interpreter.np.array([number], dtype=interpreter.np.int32), module.tl.int32)
-            monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", lambda axis: program)
-            monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
+            only_program(monkeypatch, -(-2 * height * width // config.block_m) - 1)
             module._conv3x3_kernel[(1,)](
                 y, x, pack_weight(weight), None, bias, image_bias, residual, SCALE,
                 pixels=2 * height * width, height=height, width=width, in_channels=channels, out_channels=channels,
-                INPUT_PRECISION="ieee", BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+                INPUT_PRECISION="ieee", SPLIT=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             )  # fmt: skip
 
             options = {"image_bias": image_bias[1:], "residual": torch.zeros_like(crop), "scale": SCALE}
@@ -641,3 +728,34 @@ if INTERPRETED:
             found[0, :, -1, -last:] = y[1, :, -1, -last:]
             assert_close_to_exact(found, crop, weight, bias, options)
             assert not bool(y[1, :, -1, : width - last].any())
+
+        def test_addresses_of_parts_beyond_32_bits(self, monkeypatch):
+            """The last tap of the last pixels but one row, written behind 8 GiB of other taps, and read again."""
+            channels, out_channels, height, width = 16, 64, 2049, 2048
+            pixels = height * width
+            assert 8 * pixels * out_channels > 2**31
+            parts, y = promised(9 * pixels * out_channels).view(9, pixels, out_channels), promised(pixels * out_channels)
+            x, weight = promised(pixels * channels).view(pixels, channels), numbers(out_channels, channels, 3, 3, seed=1)
+            x[-width:] = numbers(width, channels, seed=2)
+            maps = dict(pixels=pixels, out_channels=out_channels)
+            last = pixels - width  # behind the last pixel of that row
+            only_program(monkeypatch, last // SMALL.block_m * (out_channels // SMALL.block_n) - 1, 8)
+            module._conv3x3_kernel[(1,)](
+                parts, x, pack_weight(weight), None, None, None, None, 1.0,
+                height=height, width=width, in_channels=channels, **maps, INPUT_PRECISION="ieee", SPLIT=True,
+                BLOCK_M=SMALL.block_m, BLOCK_N=SMALL.block_n, BLOCK_K=SMALL.block_k,
+            )  # fmt: skip
+            found = parts[8, last - SMALL.block_m : last, -SMALL.block_n :]
+            below = torch.cat([x[-SMALL.block_m + 1 :], torch.zeros(1, channels)]).double()  # and to the right
+            corner = weight[-SMALL.block_n :, :, 2, 2].double()
+            bound = channels * 2 * U * (below.abs() @ corner.abs().T)
+            assert bool(((found.double() - below @ corner.T).abs() <= bound).all())
+            assert bool(found[:-1].all())
+
+            only_program(monkeypatch, last // gpu_split.SUM_M - 1)
+            gpu_split._sum_kernel[(1,)](
+                y, parts, None, None, None, 1.0, **maps, plane=pixels,
+                PARTS=gpu_split.PARTS, BLOCK_M=gpu_split.SUM_M, BLOCK_N=gpu_split.SUM_N,
+            )  # fmt: skip
+            rows = slice(last - gpu_split.SUM_M, last)
+            assert_same_bits(y.view(pixels, out_channels)[rows], parts[8, rows])

@@ -21,6 +21,7 @@ from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 SHAPE = ConvolutionShape(2, 5, 4, 6, 7)
 CPU = torch.device("cpu")
+THREE_PRODUCTS = ("tf32x3", "tf32x3-halves", "tf32x3-halves-split", "winograd-tf32x3-halves")
 
 
 def right(x, weight, bias):
@@ -287,14 +288,14 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "names"),
         [
-            ("strict", {"triton-ieee", "triton-winograd"}),
-            ("fast", {"triton-ieee", "triton-winograd"}),
-            ("3xtf32", {"triton-ieee", "triton-winograd", "triton-tf32x3", "triton-tf32x3-halves"}),
-            ("tf32", {"triton-ieee", "triton-winograd", "triton-tf32"}),
+            ("strict", set()),
+            ("fast", set()),
+            ("3xtf32", {f"triton-{way}" for way in THREE_PRODUCTS}),
+            ("tf32", {"triton-tf32"}),
         ],
     )
     def test_candidates_of_a_gpu(self, precision, names):
-        names |= {"library", "library-contiguous"}
+        names = names | {"library", "library-contiguous", "triton-ieee", "triton-ieee-split", "triton-winograd"}
         assert set(module._candidates(torch.device("cuda"), precision, None)) == names
         assert set(module._candidates(torch.device("cuda"), precision, lambda module, inputs: module)) == names | {"compiled"}
         assert set(module._candidates(CPU, precision, None)) == {"library", "library-contiguous"}
@@ -340,16 +341,24 @@ class TestPrecision:
         torch.testing.assert_close(doubled, 2 * right(x, weight, bias), rtol=0, atol=2 * tol)
         assert (len(packed), set(used)) == (2, {algorithm})
 
-    def test_few_channels_are_not_tried_where_they_are_less_exact(self, tmp_path):
+    def test_few_channels_are_not_tried_where_they_are_less_exact_or_less_than_a_pass(self, tmp_path):
         """On the CPU the operator is its definition, and every time is the same: what comes first is chosen, if it is there."""
-        candidates = {"triton-winograd": module._Triton("winograd"), "library": right}
+        candidates = {f"triton-{name}": module._Triton(name) for name in ("winograd", "ieee-split")} | {"library": right}
         calibration = Calibration(CPU, folder=tmp_path, candidates=candidates, timer=lambda call: 1.0)
         for channels, chosen in ((15, "library"), (16, "triton-winograd")):
             found = calibration.choose(dataclasses.replace(SHAPE, in_channels=channels))
             assert found.candidate == chosen
-            assert ("triton-winograd" in found.seconds | found.errors | found.refused) == (channels == 16)
+            assert set(found.seconds | found.errors | found.refused) == ({"library"} if channels == 15 else set(candidates))
         kept = Calibration(CPU, folder=tmp_path, candidates=candidates)
         assert kept.choose(dataclasses.replace(SHAPE, in_channels=16)) == found
+
+    @pytest.mark.parametrize(("height", "tried"), [(127 * 64, True), (127 * 64 + 1, False)])
+    def test_sums_are_not_split_where_results_fill_a_card(self, tmp_path, height, tried):
+        candidates = {"triton-ieee-split": module._Triton("ieee-split"), "library": right}
+        calibration = Calibration(CPU, folder=tmp_path, candidates=candidates, timer=lambda call: 1.0)
+        found = calibration.choose(ConvolutionShape(1, 16, 64, height, 1))
+        assert found.candidate == ("triton-ieee-split" if tried else "library")
+        assert set(found.seconds) == {"library"} | ({"triton-ieee-split"} if tried else set())
 
     def test_what_it_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="one of strict, fast, 3xtf32, tf32, got 'half'"):
@@ -545,5 +554,5 @@ class TestGpu:
         calibration = Calibration("cuda", folder=tmp_path)
         found = calibration.choose(ConvolutionShape(1, 256, 256, 16, 16))
         assert found.refused == {}
-        assert set(found.seconds) == {"library", "triton-ieee", "triton-winograd"}
+        assert set(found.seconds) == set(calibration.candidates)
         assert isinstance(found, Choice)

@@ -28,8 +28,7 @@ from coupfast.engine.cuda.pieces import HALVES, Pieces
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.guidance import Guidance, pack_bits
 from coupfast.integrate import Storage
-from coupfast_kernels.convolution.gpu import pack_weight
-from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
+from coupfast_kernels.convolution.gpu import most_workspace, pack_weight
 from coupfast_kernels.noise import standard_normal_ref
 
 EPS = torch.finfo(torch.float32).eps
@@ -566,7 +565,7 @@ def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, s
         bound_of(purifier(score, None, method="reverse-sde", options={"triton": triton}), images).memory(4)
         for triton in (True, False)
     )
-    workspace = workspace_bytes(images.device)
+    workspace = most_workspace(images.device)
     assert workspace > 0
     assert with_ours.forward - without.forward == with_ours.transpose - without.transpose == workspace
     assert with_ours.slopes == without.slopes

@@ -369,7 +369,7 @@ class TestPackedWeights:
             assert_close(graph(x)[0], F.conv2d(x, weight, padding=1))
             (node,) = (node for node in graph.operations() if node.target is torch.ops.coupfast.conv3x3.default)
             assert node.args[-1] == algorithm
-        assert len(packed) == len({algorithm.pack for algorithm in ALGORITHMS.values()}) == 3
+        assert len(packed) == len({algorithm.pack for algorithm in ALGORITHMS.values()}) == 4
 
     def test_a_weight_and_its_transpose_in_one_place(self):
         weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))

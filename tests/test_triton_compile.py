@@ -18,7 +18,8 @@ from test_noise import assert_same_bits, random_words
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast_kernels import registry
 from coupfast_kernels.convolution import cases as convolution
-from coupfast_kernels.convolution import gpu_winograd
+from coupfast_kernels.convolution import gpu_split, gpu_winograd
+from coupfast_kernels.convolution.gpu import ALGORITHMS, pack_halves
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS
 from coupfast_kernels.group_norm import cases as group_norm
 from coupfast_kernels.guided_step import cases as guided_step
@@ -171,9 +172,16 @@ CONVOLUTIONS = [
     *(
         ((8, 128, 32, 32), 128, algorithm, number, True, capability)
         for algorithm, configs in CONFIGS.items()
-        if algorithm != "winograd"
+        if ALGORITHMS[algorithm].way == "direct"
         for number in range(len(configs))
         for capability in TARGETS
+    ),
+    # The same kernel with the loop of one tap and nothing to add; first the largest tiles.
+    *(
+        ((1, 256, 8, 8), 256, algorithm, number, False, capability)
+        for algorithm in ("ieee-split", "tf32x3-halves-split")
+        for number in range(len(CONFIGS[algorithm]))
+        for capability in (TARGETS if number in (0, 5) else (90,))
     ),
     ((8, 3, 32, 32), 128, "ieee", 0, False, 90),
     ((8, 128, 32, 32), 3, "ieee", 6, False, 90),
@@ -184,7 +192,7 @@ TENSOR_CORE = {80: "mma.sync.aligned.m16n8k8", 90: "wgmma.mma_async.sync.aligned
 
 
 #: Bytes a thread, by algorithm, config and architecture.
-SPILLED = {("tf32x3-halves", 0, 80): 56}
+SPILLED = {("tf32x3-halves", 0, 80): 56, ("winograd-tf32x3-halves", 0, 80): 56}
 
 
 every_convolution = pytest.mark.parametrize(
@@ -204,7 +212,7 @@ def test_a_convolution_compiles_to_what_is_promised(shape, out_channels, algorit
     # An SM can run it. How well is the tuner's to find, which times every config: some versions spill a few words of some.
     assert built.programs_per_sm >= 1
     assert ".f64" not in built.ptx
-    if algorithm == "ieee":
+    if ALGORITHMS[algorithm].products == "ieee":
         # Float32 multiply-adds only, and no sum beside them but the epilogue's: chains.
         assert "tf32" not in built.ptx
         assert "mma" not in built.ptx
@@ -231,7 +239,7 @@ def test_figures_of_a_convolution(shape, out_channels, algorithm, number, fused,
     # stages but one before the loop, and for one in it.
     threads = 32 * config.num_warps
     results = config.block_m * config.block_n // (4 * threads)
-    weights = 2 if algorithm == "tf32x3-halves" else 1  # for each of the terms
+    weights = 2 if ALGORITHMS[algorithm].pack is pack_halves else 1  # for each of the terms
     copies = config.num_stages * (config.block_m + weights * config.block_n) * config.block_k // (4 * threads)
     if out_channels % 16 == 0:
         assert built.wide_stores == built.stores == results
@@ -242,7 +250,7 @@ def test_figures_of_a_convolution(shape, out_channels, algorithm, number, fused,
     elif shape[1] % 16 == 0:
         assert built.wide_copies == config.num_stages * config.block_m * config.block_k // (4 * threads)  # of pixels
 
-    if algorithm == "ieee":
+    if ALGORITHMS[algorithm].products == "ieee":
         # As many multiply-adds as there are products.
         fused_multiply_adds = len(re.findall(r"\bfma\.rn\.f32\s", built.ptx)) + 2 * len(
             re.findall(r"\bfma\.rn\.f32x2\s", built.ptx)
@@ -273,6 +281,32 @@ def test_weights_split_once_take_fewer_instructions():
     assert CONFIGS["tf32x3-halves"][0].block_k == 2 * CONFIGS["tf32x3"][0].block_k
 
 
+@figures
+@pytest.mark.parametrize(("algorithm", "whole"), [("ieee-split", "ieee"), ("tf32x3-halves-split", "tf32x3-halves")])
+def test_a_tap_takes_the_instructions_of_a_pass_nine_times_fewer(algorithm, whole):
+    """Predicted: a pass of the loop costs what it does in the whole sum, of which a program then has a ninth."""
+    config = CONFIGS[algorithm][0]
+    tap = built_convolution((1, 256, 8, 8), 256, algorithm, 0, False, 90)
+    full = built_convolution((8, 128, 32, 32), 128, whole, CONFIGS[whole].index(config), True, 90)
+    assert 0 < tap.loop_instructions <= 1.03 * full.loop_instructions
+    assert tap.instructions < full.instructions
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_the_sum_of_parts_computes_and_moves_what_was_counted(capability):
+    """Predicted an output: 9 parts, a residual and two biases added and one product; each number read and written once."""
+    built = compile_offline(launched(convolution.launch_sum_of_parts, 128), capability)
+    values = gpu_split.SUM_M * gpu_split.SUM_N // built.threads
+    assert float32_operations(built) == {"add": values * (gpu_split.PARTS + 3), "mul": values}
+    assert_no_contraction(built, capability)
+    assert built.spill_bytes == 0
+    if triton.__version__ in FIGURES_OF:
+        # A thread's values are one access of 128 bits: of the parts, the residual and the biases; of the result.
+        assert built.wide_loads == built.loads == gpu_split.PARTS + 3
+        assert built.wide_stores == built.stores == 1
+        assert built.threads_per_sm == 2048
+
+
 def float32_operations(built: Compiled) -> Counter:
     """Additions (and subtractions), products and multiply-adds of a thread in the PTX, those of pairs counted twice."""
     found = re.findall(r"^\s*(add|sub|mul|fma)(?:\.rn)?\.f32(x2)?\s", built.ptx, re.MULTILINE)
@@ -288,9 +322,9 @@ WINOGRAD = {"input": (128, 128), "output": (128, 128), "input, 20 channels": (20
 
 
 @functools.cache
-def built_winograd(part: str, number: int, capability: int) -> Compiled:
+def built_winograd(part: str, number: int, capability: int, algorithm: str = "winograd") -> Compiled:
     kind, *_ = part.split(",")
-    more = (128, 128, CONFIGS["winograd"][number]) if kind == "product" else WINOGRAD[part]
+    more = (128, 128, CONFIGS[algorithm][number], algorithm) if kind == "product" else WINOGRAD[part]
     return compile_offline(launched(convolution.launch_winograd_part, kind, *more), capability)
 
 
@@ -314,6 +348,29 @@ def test_a_product_of_winograds_is_runs_of_multiply_adds(number, capability):
     # Predicted with runs of 32: 2.25 multiply-adds and 0.07 additions an output and channel, where a direct sum has 9.
     per_output = 36 / 16 * (found["fma"] + found["add"]) / (results * 32)
     assert per_output == 2.25 * (1 + 1 / 32)
+
+
+@pytest.mark.parametrize(("number", "capability"), [*((number, 90) for number in range(8)), (0, 80), (1, 80), (0, 100)])
+def test_a_product_of_halves_is_runs_on_tensor_cores(number, capability):
+    """A pass of the loop takes 32 terms in one run of three products, and adds it to the others' sum in float32."""
+    algorithm = "winograd-tf32x3-halves"
+    config, built = CONFIGS[algorithm][number], built_winograd("product", number, capability, algorithm)
+    assert config.block_k == 32
+    assert built.programs_per_sm >= 1
+    assert built.tensor_core > 0
+    assert not re.search(r"\.f64|\.approx|\.full|cvt\.rna?\.tf32", built.ptx)
+    pixels = config.block_m * config.block_k // built.threads  # of a thread, at least
+    found, results = float32_operations(built), config.block_m * config.block_n // built.threads
+    assert found["fma"] == found["mul"] == 0
+    assert found["add"] >= results + pixels  # the runs' sums, and the pixels' small halves
+    if triton.__version__ in FIGURES_OF:
+        assert built.spill_bytes <= SPILLED.get((algorithm, number, capability), 0)
+        assert built.wide_copies == built.copies
+        assert built.wide_stores == built.stores == results // 4
+        assert built.programs_per_sm * built.threads >= 256
+        if (number, capability) == (0, 90):
+            # Predicted: less than the 300 that a direct sum's pass may take, since no taps are masked.
+            assert 0 < built.loop_instructions < 300
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", 
     return Results(scale, runs, _measured(experiment, scale, out, runs), cases, announced)
 
 
-def _runs(name: str, scale: Scale, out: Path, cases: Sequence[Case], *, command: str, workers: int) -> dict[str, Run]:
+def _runs(name: str, scale: Scale, out: Path, cases: Sequence[Case], *, command: str, workers: int | str) -> dict[str, Run]:
     found = {}
     for number, case in enumerate(cases, start=1):
         spec = case.spec(scale)

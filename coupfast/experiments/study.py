@@ -21,6 +21,7 @@ from coupfast.experiments import announced, figures, tables
 from coupfast.experiments.defenses import NAMES, RADII, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import Scale
+from coupfast.wording import counted
 
 _JUDGED, _CHOOSING = (0.0, 0.8), (0.8, 1.0)
 _NORMS, _TIMES = ("Linf", "L2"), (0.06, 0.1, 0.15)
@@ -125,7 +126,7 @@ class Design:
                 f"{announced.LEVEL:.0%} with Holm's correction over these {len(self.compared)}.",
             ),
             Table(
-                f"What {tables.counted(stop - start, 'image')} can show",
+                f"What {counted(stop - start, 'image')} can show",
                 ("right by one defense only", *(f"at {level:.2g}" for level in levels)),
                 [
                     (f"{share:.0%} of images", *(_points(announced.detectable(stop - start, share, level)) for level in levels))
@@ -169,7 +170,7 @@ class Design:
             "Choice of t*",
             ("defense", "norm", *(f"robust; clean at t* = {t:g}" for t in self.times), "chosen"),
             rows,
-            f"In %, with 95 % intervals over {tables.counted(stop - start, 'image')} that judge nothing; the average over the "
+            f"In %, with 95 % intervals over {counted(stop - start, 'image')} that judge nothing; the average over the "
             "judge's draws.",
         )
 
@@ -220,7 +221,7 @@ class Design:
         told = "; ".join(f"{name}: {tables.points(one.found)} points" for name, one in decided.items())
         start, stop = results.scale.part(_JUDGED)
         share, level = _DISCORDANT[1], announced.LEVEL / len(self.compared)
-        least, images = announced.detectable(stop - start, share, level), tables.counted(stop - start, "image")
+        least, images = announced.detectable(stop - start, share, level), counted(stop - start, "image")
         least_told = "no difference" if least is None else f"no less than {100 * least:.1f} points"
         shows = f"{images} show {least_told} at the strictest level"
         said = [

@@ -176,11 +176,6 @@ def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
     return ", ".join(said) or NONE
 
 
-def counted(count: int | None, word: str) -> str:
-    """So many, in words; None is all of them."""
-    return f"all {word}s" if count is None else counted(count, word)
-
-
 def differences(experiment: Experiment, results: Results) -> list[str]:
     """In words, what is not as published."""
     scale = results.scale
@@ -197,7 +192,8 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
     if not experiment.cases:
         return found
     if scale.source != default.data or (scale.images or 512) != 512:
-        found.append(f"{counted(scale.images, 'image')} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
+        images = "all images" if scale.images is None else counted(scale.images, "image")
+        found.append(f"{images} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
     if scale.steps is not None and scale.steps_of(0.1) != 100:
         steps = counted(scale.steps_of(0.1), "step")
         found.append(f"{steps} from t = 0.1, and not 100: a coarser discretisation of the same SDE")

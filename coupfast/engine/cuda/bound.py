@@ -23,7 +23,7 @@ from coupfast.engine.eager import guidance_of
 from coupfast.engine.precision import Precision
 from coupfast.engine.protocol import StepMemory
 from coupfast.solvers import CoefficientTable
-from coupfast_kernels.convolution.gpu_winograd import workspace_bytes
+from coupfast_kernels.convolution.gpu import most_workspace
 
 #: Batches are padded up to one of these, so that a smaller last batch needs no graph of its own. Above 16 a step's time grows
 #: with its images: half steps, too.
@@ -140,7 +140,7 @@ def prepare(
         compiler=compiler,
         choose=choose,
         fuse_norms=chosen.triton,
-        workspace=workspace_bytes(example.device) if chosen.triton else 0,
+        workspace=most_workspace(example.device) if chosen.triton else 0,
         beside=beside,
     )
     return BoundCudaEngine(networks)

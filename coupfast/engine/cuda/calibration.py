@@ -355,8 +355,8 @@ class _Triton:
         self._packed: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last weight: an engine packs once, too
 
     def suits(self, shape: ConvolutionShape) -> bool:
-        """Whether to try it: with fewer channels it is known to be less exact."""
-        return shape.in_channels >= ALGORITHMS[self.algorithm].least_channels
+        """Whether to try it."""
+        return ALGORITHMS[self.algorithm].suits(*dataclasses.astuple(shape))
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if self._packed is None or self._packed[0] is not weight:

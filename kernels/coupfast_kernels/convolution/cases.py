@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from coupfast_kernels import native
-from coupfast_kernels.convolution import gpu_winograd
+from coupfast_kernels.convolution import gpu_split, gpu_winograd
 from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
-from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op
+from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op, launch_direct
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, trying
 from coupfast_kernels.inputs import by, normals
 from coupfast_kernels.parity import Agreement
@@ -86,7 +86,7 @@ def _conv3x3(
 def _checks(algorithm: str) -> Iterator[Case]:
     # Border tiles in both directions; three channels in and out, as at the ends of a network. Of a network's shapes calibration
     # compares the config that it chooses; here two a shape are tried, since all would take minutes to compile.
-    # Winograd's has no such ends.
+    # Some have no such ends.
     shapes = [((2, 64, 16, 16), 96), ((3, 3, 9, 11), 20), ((2, 40, 8, 8), 3)]
     least = ALGORITHMS[algorithm].least_channels
     for shape, out_channels in [shapes[0], ((3, 40, 9, 11), 20)] if least > 3 else shapes:
@@ -112,16 +112,28 @@ def _interpret() -> None:
 
 
 def launch(shape: tuple[int, ...], out_channels: int, algorithm: str, config: Config, *, fused: bool = True) -> None:
-    """Launch the kernel for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones."""
+    """Launch the kernel for images of a shape; `fused`: with everything that can be added, as DDPM++'s second ones.
+
+    Of an algorithm that splits the sum: the kernel of the parts, to which nothing is added.
+    """
     x, packed = torch.empty(shape, memory_format=LAST), torch.empty(ALGORITHMS[algorithm].packed_shape(shape[1], out_channels))
     y = _new(x, out_channels)
     added: tuple[Any, Any, Any] = (None, None, None)
-    if fused:
+    if fused and ALGORITHMS[algorithm].way == "direct":
         added = (torch.empty(out_channels), torch.empty(shape[0], out_channels), y)
-    _launch(y, x, packed, *added, 0.5, algorithm, config)
+    launch_direct(y, x, packed, *added, 0.5, algorithm, config)
 
 
-def launch_winograd_part(part: str, in_channels: int, out_channels: int, config: Config | None = None) -> None:
+def launch_sum_of_parts(out_channels: int) -> None:
+    """Launch the kernel that adds the parts, for an image of 16 × 16, with everything that can be added."""
+    y = torch.empty(1, out_channels, 16, 16, memory_format=LAST)
+    parts = torch.empty(gpu_split.PARTS, y.numel())
+    gpu_split.launch_sum(y, parts, torch.empty(out_channels), torch.empty(1, out_channels), y, 0.5)
+
+
+def launch_winograd_part(
+    part: str, in_channels: int, out_channels: int, config: Config | None = None, algorithm: str = "winograd"
+) -> None:
     """Launch one kernel of Winograd's for 8 images of 32 × 32: "input", "product" by a config, or "output" with everything."""
     x, y = (torch.empty(8, channels, 32, 32, memory_format=LAST) for channels in (in_channels, out_channels))
     tiles = gpu_winograd.tiles_of(x)
@@ -132,7 +144,8 @@ def launch_winograd_part(part: str, in_channels: int, out_channels: int, config:
         gpu_winograd.launch_output(y, m, torch.empty(out_channels), torch.empty(8, out_channels), y, 0.5, 0, tiles)
     else:
         assert config is not None
-        gpu_winograd.launch_product(m, v, torch.empty(36, in_channels, out_channels), tiles, config)
+        packed = torch.empty(ALGORITHMS[algorithm].packed_shape(in_channels, out_channels))
+        gpu_winograd.launch_product(m, v, packed, tiles, config)
 
 
 def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
@@ -141,8 +154,11 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
     def name(config: Config) -> str:
         return f"{algorithm} {config.block_m} × {config.block_n} × {config.block_k}"
 
-    if algorithm == "winograd":
-        products = {name(config): functools.partial(launch_winograd_part, "product", 128, 128, config) for config in configs}
+    if ALGORITHMS[algorithm].way == "winograd":
+        product = functools.partial(launch_winograd_part, "product", 128, 128, algorithm=algorithm)
+        products = {name(config): functools.partial(product, config) for config in configs}
+        if algorithm != "winograd":  # the transforms are the same
+            return products
         return products | {
             "winograd, input": functools.partial(launch_winograd_part, "input", 128, 128),
             "winograd, input, 20 channels": functools.partial(launch_winograd_part, "input", 20, 128),
@@ -150,10 +166,11 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
             "winograd, output, 20 channels": functools.partial(launch_winograd_part, "output", 128, 20),
         }
     found = {name(config): functools.partial(launch, shape, 128, algorithm, config) for config in configs}
-    return found | {
-        f"{algorithm}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, algorithm, configs[0]),
-        f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3]),
-    }
+    if ALGORITHMS[algorithm].way == "split":
+        found |= {f"{algorithm}, sum": functools.partial(launch_sum_of_parts, 128)}
+    if ALGORITHMS[algorithm].least_channels <= 3:
+        found |= {f"{algorithm}, 3 channels in": functools.partial(launch, (8, 3, 32, 32), 128, algorithm, configs[0])}
+    return found | {f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3])}
 
 
 for each in ALGORITHMS:

@@ -106,6 +106,30 @@ def winograd3x3_ref(
     return y.permute(0, 1, 2, 4, 3, 5).reshape(batch, -1, 4 * rows, 4 * columns)[:, :, :height, :width]
 
 
+def sum_parts_ref(
+    parts: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    image_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The parts of a convolution's sum, [parts, batch, out_channels, height, width], and what `conv3x3_ref` adds to it.
+
+    In one order, from the left: (bias + image_bias + parts[0] + parts[1] + … + residual) · scale.
+    """
+    y = torch.zeros_like(parts[0])
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if image_bias is not None:
+        y = y + image_bias[:, :, None, None]
+    for part in parts:
+        y = y + part
+    if residual is not None:
+        y = y + residual
+    return y * scale
+
+
 def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     """The nearest float32 whose mantissa has 10 bits, ties away from zero, as the instruction `cvt.rna.tf32.f32` has it.
 
@@ -114,6 +138,12 @@ def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     bits = x.contiguous().view(torch.int32)
     rounded = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)  # a carry goes into the exponent, which is right
     return torch.where(x.isfinite(), rounded, x)
+
+
+def tf32_halves(x: torch.Tensor) -> torch.Tensor:
+    """big = TF32(x) and small = TF32(x − big), stacked: their sum is off by 2⁻²³ of x at most."""
+    big = round_to_tf32(x)
+    return torch.stack([big, round_to_tf32(x - big)])
 
 
 def tf32x3_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -14,21 +14,33 @@ K runs over taps, then over channels. In `ieee` an output is one chain of 9 · i
 whatever the config: the tuner's choice moves no bit. `docs/how/kernels-gpu.md` says what the other algorithms' bits depend on.
 
 `tf32x3-halves` is `tf32x3` with weights that were split once, when they were packed, and lie as [out_channels, K], which is how
-tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. `winograd` is another way
-altogether (`gpu_winograd.py`).
+tensor cores read them: a pass of the loop splits the pixels only, and takes 32 terms instead of 16. In `ieee-split` and
+`tf32x3-halves-split` a program takes one tap, for results that are too small to fill a card otherwise (`gpu_split.py`).
+`winograd` and `winograd-tf32x3-halves` are another way altogether (`gpu_winograd.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import library
 
-from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, round_to_tf32
+from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, tf32_halves
+from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
+from coupfast_kernels.convolution.gpu_split import MOST_BYTES, PARTS, is_small, launch_sum
 from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
-from coupfast_kernels.convolution.gpu_winograd import launch_winograd, pack_winograd, tiles_of, unpack_winograd
+from coupfast_kernels.convolution.gpu_winograd import (
+    launch_winograd,
+    pack_winograd,
+    pack_winograd_halves,
+    tiles_of,
+    unpack_winograd,
+    unpack_winograd_halves,
+    workspace_bytes,
+)
 
 try:
     import triton
@@ -61,16 +73,14 @@ def pack_halves(weight: torch.Tensor) -> torch.Tensor:
         weight: As `pack_weight` takes it.
 
     Returns:
-        Shape (2, out_channels, 9 · in_channels), contiguous: big = TF32(w) and small = TF32(w − big), which is off by 2⁻²³
-        of w at most; column (3 i + j) · in_channels + c has weight[:, c, i, j].
+        Shape (2, out_channels, 9 · in_channels), contiguous, the `tf32_halves`: column (3 i + j) · in_channels + c has those of
+        weight[:, c, i, j].
 
     Raises:
         TypeError, ValueError: for another dtype or shape.
     """
     check_weight3x3(weight)
-    rows = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    big = round_to_tf32(rows)
-    return torch.stack([big, round_to_tf32(rows - big)])
+    return tf32_halves(weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1))
 
 
 def _unpack_weight(packed: torch.Tensor) -> torch.Tensor:
@@ -92,7 +102,8 @@ class Algorithm:
         packed_shape: (in_channels, out_channels) → the shape that packed weights have; `form` says it in words.
         unpack: Packed weights → weights, as far as packing kept them.
         out_axis: Which axis of packed weights is that of the output channels.
-        least_channels: From how many input channels on it is as exact as its products are.
+        least_channels: From how many input channels on it is worth trying: as exact as its products are, a tap a pass at least.
+        way: "direct"; "split", where a program takes one tap and another kernel adds the nine; or "winograd".
     """
 
     products: str
@@ -102,6 +113,11 @@ class Algorithm:
     unpack: Callable[[torch.Tensor], torch.Tensor]
     out_axis: int = 1
     least_channels: int = 1
+    way: Literal["direct", "split", "winograd"] = "direct"
+
+    def suits(self, batch: int, in_channels: int, out_channels: int, height: int, width: int) -> bool:
+        """Whether it is worth trying: not of few channels, nor to split a sum where there are programs enough without."""
+        return in_channels >= self.least_channels and (self.way != "split" or is_small(batch * height * width, out_channels))
 
 
 def _taps(products: str) -> Algorithm:
@@ -114,18 +130,22 @@ def _taps(products: str) -> Algorithm:
     )
 
 
+_HALVES = Algorithm(
+    "tf32x3",
+    pack_halves,
+    lambda channels, out_channels: (2, out_channels, 9 * channels),
+    "(2, out_channels, 9 · in_channels)",
+    _unpack_halves,
+)
+
 #: By name; `gpu_tuning.CONFIGS` has the same names.
 ALGORITHMS: dict[str, Algorithm] = {
     "ieee": _taps("ieee"),
     "tf32x3": _taps("tf32x3"),
     "tf32": _taps("tf32"),
-    "tf32x3-halves": Algorithm(
-        "tf32x3",
-        pack_halves,
-        lambda channels, out_channels: (2, out_channels, 9 * channels),
-        "(2, out_channels, 9 · in_channels)",
-        _unpack_halves,
-    ),
+    "tf32x3-halves": _HALVES,
+    "ieee-split": dataclasses.replace(_taps("ieee"), way="split", least_channels=16),
+    "tf32x3-halves-split": dataclasses.replace(_HALVES, way="split", least_channels=16),
     # Of few channels the transforms round more than a direct sum does.
     "winograd": Algorithm(
         "ieee",
@@ -135,6 +155,16 @@ ALGORITHMS: dict[str, Algorithm] = {
         unpack_winograd,
         out_axis=2,
         least_channels=16,
+        way="winograd",
+    ),
+    "winograd-tf32x3-halves": Algorithm(
+        "tf32x3",
+        pack_winograd_halves,
+        lambda channels, out_channels: (2 * 36, out_channels, channels),
+        "(2 · 36, out_channels, in_channels)",
+        unpack_winograd_halves,
+        least_channels=16,
+        way="winograd",
     ),
 }
 
@@ -157,14 +187,15 @@ if triton is not None:
         in_channels,
         out_channels,
         INPUT_PRECISION: tl.constexpr,
+        SPLIT: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
         """`pixels` counts those of all images. Tiles of channels vary fastest, so that neighbours share their pixels in L2.
 
-        With `small_ptr` the weights are halves: `packed_ptr` has the large ones, and the three products are taken here. What
-        the tensor cores read of the pixels' small halves, unrounded, is off by 2⁻²² of the pixel at most. Infinity becomes NaN.
+        With `small_ptr` the weights are halves, and `packed_ptr` has the large ones. Infinity becomes NaN.
+        SPLIT takes the tap that the program has on the grid's second axis, and writes results of taps one behind the other.
 
         No spills but where `gpu_tuning` says so, and an SM holds at least 256 threads, with every config (sm_80, sm_90, sm_100;
         Triton 3.7.1 and 3.9.0).
@@ -199,7 +230,12 @@ if triton is not None:
         if image_bias_ptr is not None:
             image = first // plane + place // plane
             sums += tl.load(image_bias_ptr + (image[:, None] * out_channels + column[None, :]), mask=mask, other=0.0)
-        for i in range(9 * blocks):
+        begin = 0
+        passes = 9 * blocks
+        if SPLIT:
+            begin = tl.program_id(1) * blocks
+            passes = blocks
+        for i in range(begin, begin + passes):
             tap, channel = i // blocks, i % blocks * BLOCK_K
             moved = ((tap // 3 - 1) * width + (tap % 3 - 1)) * in_channels + channel
             a = tl.load(
@@ -219,13 +255,11 @@ if triton is not None:
                 there = (column < out_channels)[:, None] & (k < in_channels - channel)[None, :]
                 big = tl.trans(tl.load(packed_ptr + place_of_halves, mask=there, other=0.0))
                 small = tl.trans(tl.load(small_ptr + place_of_halves, mask=there, other=0.0))
-                # Half a unit of TF32's last place added, and cut off: rounded to nearest, in two instructions.
-                a_big = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-                part = tl.dot(a - a_big, big, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), input_precision="tf32")
-                part = tl.dot(a_big, small, part, input_precision="tf32")
                 # A pass is a sum of its own on the tensor cores, whose rounding is not documented.
-                sums += tl.dot(a_big, big, part, input_precision="tf32")
+                sums += sum_of_halves_kernel(a, big, small)
 
+        if SPLIT:
+            first += tl.program_id(1).to(tl.int64) * pixels
         offset = first * out_channels + (row[:, None] * out_channels + column[None, :])  # [BLOCK_M, BLOCK_N]
         y = sums
         if residual_ptr is not None:
@@ -302,7 +336,7 @@ def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm
         _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
     with torch.cuda.device_of(x):
-        rows = tiles_of(x) if algorithm == "winograd" else x.numel() // x.shape[1]
+        rows = tiles_of(x) if ALGORITHMS[algorithm].way == "winograd" else x.numel() // x.shape[1]
         launch(fastest((tuple(x.shape), y.shape[1], algorithm, x.device), rows, y.shape[1], algorithm, launch))
     return y
 
@@ -343,37 +377,54 @@ conv3x3_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config):
     """Writes `y`, which no other argument may overlap."""
-    if algorithm == "winograd":
-        with torch.cuda.device_of(x):
-            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
-        return
-    batch, in_channels, height, width = x.shape
-    pixels, out_channels = batch * height * width, y.shape[1]
-    big, small = packed if packed.dim() == 3 else (packed, None)
     # The current device, not the tensors', is where Triton launches.
     with torch.cuda.device_of(x):
-        _conv3x3_kernel[(triton.cdiv(pixels, config.block_m) * triton.cdiv(out_channels, config.block_n),)](
-            y,
-            x,
-            big,
-            small,
-            bias,
-            image_bias,
-            residual,
-            float(scale),
-            pixels=pixels,
-            height=height,
-            width=width,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            INPUT_PRECISION=ALGORITHMS[algorithm].products,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,  # said, since Triton's default changes with its version
-        )
+        way = ALGORITHMS[algorithm].way
+        if way == "winograd":
+            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
+        elif way == "split":
+            parts = torch.empty(PARTS, y.numel(), dtype=y.dtype, device=y.device)
+            launch_direct(parts, x, packed, None, None, None, 1.0, algorithm, config)
+            launch_sum(y, parts, bias, image_bias, residual, scale)
+        else:
+            launch_direct(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
+
+
+def launch_direct(y, x, packed, bias, image_bias, residual, scale: float, algorithm: str, config: Config) -> None:
+    """Writes `y`; where the sum is split that of each tap, [9, pixels, out_channels], to which nothing is added."""
+    batch, in_channels, height, width = x.shape
+    split, out_axis = ALGORITHMS[algorithm].way == "split", ALGORITHMS[algorithm].out_axis
+    pixels, out_channels = batch * height * width, packed.shape[out_axis]
+    big, small = packed if packed.dim() == 3 else (packed, None)
+    tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(out_channels, config.block_n)
+    _conv3x3_kernel[(tiles, PARTS if split else 1)](
+        y,
+        x,
+        big,
+        small,
+        bias,
+        image_bias,
+        residual,
+        float(scale),
+        pixels=pixels,
+        height=height,
+        width=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        INPUT_PRECISION=ALGORITHMS[algorithm].products,
+        SPLIT=split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,  # said, since Triton's default changes with its version
+    )
+
+
+def most_workspace(device: torch.device) -> int:
+    """The most bytes that a convolution which suits its algorithm takes beside its result."""
+    return max(workspace_bytes(device), MOST_BYTES)
 
 
 def _new(x: torch.Tensor, out_channels: int) -> torch.Tensor:

@@ -30,6 +30,19 @@ class Config(NamedTuple):
     num_stages: int
 
 
+#: Of sums that are chains of multiply-adds, for which it does not matter how many terms a pass has.
+_OF_CHAINS = (
+    Config(128, 128, 16, 8, 4),
+    Config(128, 64, 16, 4, 4),
+    Config(64, 128, 16, 4, 4),
+    Config(128, 32, 16, 4, 4),
+    Config(64, 64, 16, 2, 4),  # with four warps ptxas takes 96 registers where 112 are needed
+    Config(32, 32, 32, 4, 3),
+    Config(128, 16, 32, 4, 3),
+    Config(16, 32, 32, 4, 3),
+    Config(16, 16, 32, 2, 3),
+)
+
 #: Of 32 terms a pass, where the tensor cores read weights as they were packed.
 _OF_32_TERMS = (
     Config(128, 128, 32, 8, 3),
@@ -43,20 +56,17 @@ _OF_32_TERMS = (
     Config(16, 16, 32, 2, 3),
 )
 
+
+def _narrow(configs: tuple[Config, ...]) -> tuple[Config, ...]:
+    """Those for results that are too small for tiles of 128 channels."""
+    return tuple(config for config in configs if config.block_n < 128)
+
+
 #: What the tuner chooses from, by algorithm: large tiles, then one for three channels out, then two for small maps of few
-#: images. The tensor cores' sums depend on BLOCK_K, so an algorithm has one there; `ieee` does not depend on it.
+#: images. The tensor cores' sums depend on BLOCK_K, so an algorithm has one there; chains do not depend on it.
 CONFIGS: dict[str, tuple[Config, ...]] = {
-    "ieee": (
-        Config(128, 128, 16, 8, 4),
-        Config(128, 64, 16, 4, 4),
-        Config(64, 128, 16, 4, 4),
-        Config(128, 32, 16, 4, 4),
-        Config(64, 64, 16, 2, 4),  # with four warps ptxas takes 96 registers where 112 are needed
-        Config(32, 32, 32, 4, 3),
-        Config(128, 16, 32, 4, 3),
-        Config(16, 32, 32, 4, 3),
-        Config(16, 16, 32, 2, 3),
-    ),
+    "ieee": _OF_CHAINS,
+    "ieee-split": _narrow(_OF_CHAINS),
     # Of 32 terms a pass the halves of both factors do not fit into sm_80's registers.
     "tf32x3": (
         Config(128, 128, 16, 8, 4),
@@ -72,6 +82,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "tf32": _OF_32_TERMS,
     # The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
     "tf32x3-halves": _OF_32_TERMS,
+    "tf32x3-halves-split": _narrow(_OF_32_TERMS),
     # Rows are tiles of outputs; a run of a sum is two blocks of terms.
     "winograd": (
         Config(128, 128, 16, 8, 3),
@@ -83,6 +94,17 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(128, 16, 16, 4, 3),
         Config(16, 32, 16, 2, 3),
         Config(16, 16, 16, 2, 3),
+    ),
+    # A run of a sum is one block. The largest keeps 56 bytes a thread in memory on sm_80, nothing on the others.
+    "winograd-tf32x3-halves": (
+        Config(128, 128, 32, 8, 3),
+        Config(128, 64, 32, 8, 3),
+        Config(64, 64, 32, 4, 3),
+        Config(64, 32, 32, 4, 3),
+        Config(32, 32, 32, 4, 3),
+        Config(128, 16, 32, 4, 3),
+        Config(16, 32, 32, 4, 3),
+        Config(16, 16, 32, 2, 3),
     ),
 }
 LARGEST_BLOCK_M = max(config.block_m for configs in CONFIGS.values() for config in configs)

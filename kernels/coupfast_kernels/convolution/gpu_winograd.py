@@ -8,6 +8,9 @@ The points are 0, ±5/8, ±3/2 and infinity, and the sums over channels are take
 below that of a direct sum of float32 (`bench/winograd_points.py`). U = G w Gᵀ is made once, when weights are packed.
 `winograd3x3_ref` is this algorithm, and `conv3x3_ref` what it has to give.
 
+`winograd-tf32x3-halves` takes the products M on tensor cores, by three of TF32 for one; U is split when it is packed, and a run
+is a sum of its own there. All else stays in float32.
+
 Three kernels, on as many tiles at a time as let V and M stay in the L2 cache; how many changes no bit, nor does the config: an
 output is one sum in one order.
 """
@@ -16,7 +19,8 @@ from __future__ import annotations
 
 import torch
 
-from coupfast_kernels.convolution.definition import WINOGRAD_POINTS, check_weight3x3, winograd_matrices
+from coupfast_kernels.convolution.definition import WINOGRAD_POINTS, check_weight3x3, tf32_halves, winograd_matrices
+from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
 from coupfast_kernels.convolution.gpu_tuning import Config
 
 try:
@@ -49,11 +53,31 @@ def pack_winograd(weight: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ia,ocab,jb->ijco", g, weight.double(), g).reshape(PLACES, weight.shape[1], weight.shape[0]).float()
 
 
+def pack_winograd_halves(weight: torch.Tensor) -> torch.Tensor:
+    """Transformed weights in two TF32 numbers, as tensor cores read them.
+
+    Args:
+        weight: As `pack_winograd` takes it.
+
+    Returns:
+        Shape (2 · 36, out_channels, in_channels), contiguous: the `tf32_halves` of `pack_winograd`, one behind the other.
+
+    Raises:
+        TypeError, ValueError: for another dtype or shape.
+    """
+    return tf32_halves(pack_winograd(weight).transpose(1, 2).contiguous()).flatten(0, 1)
+
+
+def unpack_winograd_halves(packed: torch.Tensor) -> torch.Tensor:
+    """The weights that these come from, up to rounding."""
+    return unpack_winograd((packed[:PLACES] + packed[PLACES:]).transpose(1, 2))
+
+
 def unpack_winograd(packed: torch.Tensor) -> torch.Tensor:
     """The weights that these come from, up to rounding."""
     _, g, _ = winograd_matrices(torch.float64)
     inverse = torch.linalg.pinv(g).to(packed.device)
-    u = packed.double().view(SIZE, SIZE, *packed.shape[1:])
+    u = packed.double().reshape(SIZE, SIZE, *packed.shape[1:])
     return torch.einsum("ai,ijco,bj->ocab", inverse, u, inverse).float()
 
 
@@ -162,6 +186,7 @@ if triton is not None:
         m_ptr,
         v_ptr,
         u_ptr,
+        small_ptr,
         count,
         at_once,
         in_channels,
@@ -170,7 +195,10 @@ if triton is not None:
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
-        """M[ξ] = V[ξ] U[ξ], sums in runs of 2 BLOCK_K channels. Tiles of channels vary fastest, then those of rows."""
+        """M[ξ] = V[ξ] U[ξ], sums in runs of 32 channels. Tiles of channels vary fastest, then those of rows.
+
+        A run is two blocks; with `small_ptr`, where `u_ptr` has the large halves, one.
+        """
         column_tiles, row_tiles = tl.cdiv(out_channels, BLOCK_N), tl.cdiv(count, BLOCK_M)
         program = tl.program_id(0) // column_tiles
         column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,17 +206,27 @@ if triton is not None:
         k = tl.arange(0, BLOCK_K)
         rows, columns = (row < count)[:, None], (column < out_channels)[None, :]
         a_ptr = v_ptr + (place * at_once + row)[:, None] * in_channels + k[None, :]  # [BLOCK_M, BLOCK_K]
-        b_ptr = u_ptr + (place * in_channels + k)[:, None] * out_channels + column[None, :]  # [BLOCK_K, BLOCK_N]
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(0, in_channels, 2 * BLOCK_K):
-            left = in_channels - start
-            a = tl.load(a_ptr + start, mask=rows & (k < left)[None, :], other=0.0)
-            b = tl.load(b_ptr + start * out_channels, mask=(k < left)[:, None] & columns, other=0.0)
-            part = tl.dot(a, b, input_precision="ieee")
-            a = tl.load(a_ptr + (start + BLOCK_K), mask=rows & (k < left - BLOCK_K)[None, :], other=0.0)
-            b = tl.load(b_ptr + (start + BLOCK_K) * out_channels, mask=(k < left - BLOCK_K)[:, None] & columns, other=0.0)
-            # Two products a run: Triton makes one chain of a sum with a single product.
-            sums += tl.dot(a, b, part, input_precision="ieee")
+        if small_ptr is None:
+            b_ptr = u_ptr + (place * in_channels + k)[:, None] * out_channels + column[None, :]  # [BLOCK_K, BLOCK_N]
+            for start in range(0, in_channels, 2 * BLOCK_K):
+                left = in_channels - start
+                a = tl.load(a_ptr + start, mask=rows & (k < left)[None, :], other=0.0)
+                b = tl.load(b_ptr + start * out_channels, mask=(k < left)[:, None] & columns, other=0.0)
+                part = tl.dot(a, b, input_precision="ieee")
+                a = tl.load(a_ptr + (start + BLOCK_K), mask=rows & (k < left - BLOCK_K)[None, :], other=0.0)
+                b = tl.load(b_ptr + (start + BLOCK_K) * out_channels, mask=(k < left - BLOCK_K)[:, None] & columns, other=0.0)
+                # Two products a run: Triton makes one chain of a sum with a single product.
+                sums += tl.dot(a, b, part, input_precision="ieee")
+        else:
+            offset = (place * out_channels + column)[:, None] * in_channels + k[None, :]  # [BLOCK_N, BLOCK_K]
+            for start in range(0, in_channels, BLOCK_K):
+                known = (k < in_channels - start)[None, :]
+                a = tl.load(a_ptr + start, mask=rows & known, other=0.0)
+                there = (column < out_channels)[:, None] & known
+                big = tl.trans(tl.load(u_ptr + (start + offset), mask=there, other=0.0))
+                small = tl.trans(tl.load(small_ptr + (start + offset), mask=there, other=0.0))
+                sums += sum_of_halves_kernel(a, big, small)
         tl.store(m_ptr + (place * at_once + row)[:, None] * out_channels + column[None, :], sums, mask=rows & columns)
 
     @triton.jit(do_not_specialize=["first", "count", "at_once", "height", "width", "tile_rows", "tile_columns"])
@@ -276,11 +314,13 @@ def launch_input(v, x, first: int, count: int) -> None:
 
 def launch_product(m, v, packed, count: int, config: Config) -> None:
     """M of some tiles."""
+    u, small = packed.split(PLACES) if len(packed) > PLACES else (packed, None)
     programs = PLACES * triton.cdiv(count, config.block_m) * triton.cdiv(m.shape[2], config.block_n)
     _product_kernel[(programs,)](
         m,
         v,
-        packed,
+        u,
+        small,
         count=count,
         at_once=v.shape[1],
         in_channels=v.shape[2],
