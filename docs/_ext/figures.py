@@ -131,6 +131,18 @@ def speed() -> str:
     )
 
 
+def speed_avx512() -> str:
+    """COUP's steps on the cpu engine with AVX-512, beside eager PyTorch."""
+    body = []
+    for run in ("paper-b1", "paper-b8", "tiny-b1", "tiny-b20", "tiny-b256"):
+        name = f"speed-{run}-epyc-zen4.json"
+        eager, cpu = (row(name, engine=engine) for engine in ("eager", "cpu"))
+        label = f"{'small' if 'tiny' in run else 'paper'}, batch {cpu['batch']}"
+        cells = [seconds(each["seconds_per_image"]) for each in (eager, cpu)]
+        body.append([label, *cells, times(cpu["ratio_to_eager"]), str(cpu["steps_timed"]), source(name)])
+    return markdown(["networks", "eager, s an image", "cpu, s an image", "eager ÷ cpu", "steps timed", "measured in"], body)
+
+
 def speed_error() -> str:
     """The largest error of the cpu engine in the rows of `speed`, as a multiple of eager's in the same row."""
     found = [row(name, engine="cpu", method=method) for _, name, method in SPEED]
@@ -512,7 +524,7 @@ def files() -> str:
 
 def readme() -> str:
     """What coupfast measures against what else exists: the README's table."""
-    full = "speed-paper-b1-full-epyc-zen3.json"
+    full, wide = "speed-paper-b1-full-epyc-zen3.json", "speed-paper-b1-epyc-zen4.json"
     engines = "gradient-paper-b1-cpu-engine-epyc-zen3.json"
     errors = "gradient-tiny-b1-epyc-zen3.json"
     memory = "gradient-paper-b1-epyc-zen3.json"
@@ -531,6 +543,13 @@ def readme() -> str:
             f"{seconds(speed_cpu['seconds_per_image'])} s",
             f"{times(speed_cpu['ratio_to_reference'])} ×",
             of(full, "speed"),
+        ],
+        [
+            "the same with AVX-512 (Zen 4)",
+            f"{seconds(row(wide, engine='eager')['seconds_per_image'])} s, eager PyTorch",
+            f"{seconds(row(wide, engine='cpu')['seconds_per_image'])} s",
+            f"{times(row(wide, engine='cpu')['ratio_to_eager'])} ×",
+            of(wide, "speed"),
         ],
         [
             "its gradient",
@@ -582,7 +601,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         *(results, row, table, seconds, times, percent, small, size, interval, source),
-        *(speed, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
+        *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients),
         *(solvers, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, workers),
         *(oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
