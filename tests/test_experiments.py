@@ -7,6 +7,7 @@ import math
 import re
 import sqlite3
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from coupfast.cli import main
 from coupfast.evaluation import configuration
 from coupfast.evaluation.ledger import DATABASE
-from coupfast.evaluation.protocols import mcnemar
+from coupfast.evaluation.protocols import Comparison, mcnemar
 from coupfast.experiments import (
     EXPERIMENTS,
     Network,
@@ -204,6 +205,30 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
     page = Page(experiment, results, "coupfast reproduce study").write(tmp_path).read_text()
     for what in ("Choice of t", "p after Holm", "inside worst", results.announced, "2 images show"):
         assert what in page
+
+
+def test_the_study_takes_the_most_robust_time_and_then_the_most_accurate_one():
+    design = study.Design({}, [], [], [0.06, 0.1, 0.15], {})
+
+    def chosen(*pairs):
+        """By (robust, clean) at each time."""
+        runs = {}
+        for t, found in zip(design.times, pairs, strict=True):
+            robust, clean = ({"average": types.SimpleNamespace(value=value)} for value in found)
+            runs[f"COUP, L2, choosing t* = {t:g}"] = types.SimpleNamespace(accuracies={"attacked": robust, "clean": clean})
+        return design.chosen(runs, "COUP", "L2")
+
+    assert chosen((0.2, 0.9), (0.3, 0.5), (0.1, 1.0)) == 0.1
+    assert chosen((0.3, 0.7), (0.2, 0.9), (0.3, 0.8)) == 0.15
+    assert chosen((0.3, 0.7), (0.3, 0.7), (0.3, 0.6)) == 0.06
+
+
+def test_the_study_decides_by_the_corrected_p_alone():
+    """Of an average over draws the interval, which nothing corrects, may say another thing."""
+    found = Comparison(difference=-0.1, interval=(-0.2, 0.01), only_first=None, only_second=None, p=None)
+    assert study.Tested(found, p=0.004, adjusted=0.05).decided == -1 and found.conclusion == 0
+    found = dataclasses.replace(found, interval=(-0.2, -0.01))
+    assert study.Tested(found, p=0.01, adjusted=0.06).decided == 0 and found.conclusion == -1
 
 
 def test_the_whole_study_is_as_it_is_asked_for():

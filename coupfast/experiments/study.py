@@ -57,8 +57,9 @@ class Tested:
     adjusted: float
 
     @property
-    def decided(self) -> bool:
-        return self.adjusted <= announced.LEVEL
+    def decided(self) -> int:
+        """1: the first is better, −1: the second is, 0: they cannot be told apart."""
+        return int(np.sign(self.found.difference)) if self.adjusted <= announced.LEVEL else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +232,8 @@ class Design:
             f"(with a chance of {announced.POWER:.0%}).",
         ]
         for protocol in _OTHERS:
-            other = {name: one for name, one in self.tested(results, protocol).items() if one.decided}
-            against = [n for n, one in decided.items() if n in other and one.found.conclusion != other[n].found.conclusion]
+            other = self.tested(results, protocol)
+            against = [name for name, one in decided.items() if one.decided == -other[name].decided]
             said += [f"By {protocol} it is the other way round: {'; '.join(against)}."] if against else []
         return said + [
             "This is of these networks, of few steps and of one attack: a stronger one can change the order of defenses."
@@ -310,7 +311,7 @@ def _differences(found: Mapping[str, Tested]) -> Picture:
     axes = new_figure(7.4, 0.42 * len(found) + 1.1).add_subplot()
     rows = np.arange(len(found))[::-1]
     for row, one in zip(rows, found.values(), strict=True):
-        colour, mark = COLOURS[one.decided], "D" if one.decided else "o"
+        colour, mark = COLOURS[bool(one.decided)], "D" if one.decided else "o"
         axes.plot([100 * end for end in one.found.interval], [row, row], "-", color=colour, linewidth=2)
         axes.plot([100 * one.found.difference], [row], mark, color=colour, markersize=6)
     axes.axvline(0, color="black", linewidth=0.8)
