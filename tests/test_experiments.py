@@ -28,6 +28,7 @@ from coupfast.experiments import (
     announced,
     check,
     make,
+    making,
     study,
     tables,
     two_gaussians,
@@ -203,6 +204,8 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
     (path,) = (tmp_path / "announced").iterdir()
     assert json.loads(path.read_text())["at"] == results.announced <= min(run.started for run in results.runs.values())
     page = Page(experiment, results, "coupfast reproduce study").write(tmp_path).read_text()
+    making._announced(experiment, dataclasses.replace(scale, seed=1), tmp_path)
+    assert len(list((tmp_path / "announced").iterdir())) == 2  # what another seed brings was not announced
     for what in ("Choice of t", "p after Holm", "inside worst", results.announced, "2 images show"):
         assert what in page
 

@@ -95,10 +95,13 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:
-    """When what is said before the first run was written down; "" where nothing is. Other words are another announcement."""
+    """When what is said before the first run was written down; "" where nothing is.
+
+    Other words are another announcement, and so are other networks, images, sizes or seeds, which would else be tried under it.
+    """
     if experiment.announces is None:
         return ""
-    said = experiment.announces(scale)
+    said = [tables.setting(experiment, scale), *experiment.announces(scale)]
     content = [tables.to_dict(table) for table in said]
     path = out / ANNOUNCED / f"{experiment.name}-{_digest(content)}.json"
     if not path.is_file():
