@@ -156,6 +156,7 @@ def test_the_budget_scales_what_multiplies():
         (["cifar100"], "none ship.*Give --score NAME|FILE"),
         (["table1", "--budget", "2"], "above 0 and at most 1"),
         (["table1", "--images", "21"], "21"),
+        (["study", "--workers", "all"], "`workers` is at least 1, or 'auto', got 'all'"),
         (["table4", "--classifier", "cifar10-tiny-silu"], "--classifier names cifar10-tiny-silu: give weights of cifar10-tiny"),
     ],
 )

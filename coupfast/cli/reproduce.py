@@ -12,6 +12,7 @@ from typing import Any
 from coupfast.cli.arguments import add_command, add_workers, default_device
 from coupfast.cli.reports import command_line
 from coupfast.cli.stopping import said_how_to_go_on
+from coupfast.evaluation.spec import checked_workers
 from coupfast.experiments import DEFAULTS, EXPERIMENTS, QUICK, ROLES, SETS, Network, Page, Scale, check, make
 from coupfast.gradients import GRADIENTS
 from coupfast.options import check_name
@@ -95,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         check_name("experiment", name, [*EXPERIMENTS, ALL])
     if options.json not in (None, "-") and Path(options.json).is_dir():
         raise ValueError(f"--json names a file, and {options.json} is a folder")
+    checked_workers(options.workers)
     scale, out = scale_of(options), Path(options.out)
     left = _checked(names, scale, skip=ALL in options.names)
     command = command_line(options.argv)
