@@ -85,18 +85,47 @@ def load_images(
     if channels not in (None, 1, 3):
         raise ValueError(f"`channels` is 1 (grey), 3 (RGB) or None, got {channels!r}")
     read = functools.partial(_read, root=root, classes=tuple(classes), channels=channels, labels_needed=labels_needed)
-    part = None if Path(source).exists() else _PART.fullmatch(str(source))
+    named_count(source)  # a part that a named set does not have is found out before it is read
+    whole, part = _part_of(source)
     if part is None:
         x, y = read(source, limit)
     else:
-        start, stop = int(part["start"]), int(part["stop"])
-        x, y = read(part["source"], stop)
-        if not start < stop <= len(x):
-            raise ValueError(f"{source} asks for images {start} to {stop - 1} of the {len(x)} of {part['source']}")
-        x, y = x[start:stop][:limit], None if y is None else y[start:stop][:limit]
+        x, y = read(whole, part.stop)
+        _check_stop(source, part, len(x))
+        x, y = x[part][:limit], None if y is None else y[part][:limit]
     if limit is not None and len(x) < limit:
         warnings.warn(f"{source} has {counted(len(x), 'image')}, fewer than limit={limit}", UserWarning, stacklevel=2)
     return x, y
+
+
+def named_count(source: str | Path) -> int | None:
+    """How many images a named set, or a part of one, has; None of other sources, which are read to tell.
+
+    Raises:
+        ValueError: if the set has no such part.
+    """
+    whole, part = _part_of(source)
+    count = CIFAR10_SETS.get(whole) if isinstance(whole, str) else None
+    if count is None or part is None:
+        return count
+    _check_stop(source, part, count)
+    return int(part.stop - part.start)
+
+
+def _part_of(source: str | Path) -> tuple[str | Path, slice | None]:
+    """A source, and which of its images are asked for; None: all."""
+    found = None if Path(source).exists() else _PART.fullmatch(str(source))
+    if found is None:
+        return source, None
+    part = slice(int(found["start"]), int(found["stop"]))
+    if part.start >= part.stop:
+        raise ValueError(f"{source} asks for no image: [start:stop] are those from start to stop - 1, counted from 0")
+    return found["source"], part
+
+
+def _check_stop(source: str | Path, part: slice, count: int) -> None:
+    if part.stop > count:
+        raise ValueError(f"{source} asks for images up to {part.stop - 1}, counted from 0, and there are {count}")
 
 
 def _read(

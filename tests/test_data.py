@@ -69,9 +69,17 @@ class TestFoolboxImages:
         np.savez(tmp_path / "all.npz", x=x.numpy())
         some, labels = data.load_images(f"{tmp_path}/all.npz[3:5]")
         assert torch.equal(some, x[3:5]) and labels is None
-        for part in ("[18:21]", "[4:4]"):
-            with pytest.raises(ValueError, match=r"asks for images|has 20"):
-                data.load_images(f"cifar10-20{part}")
+        for source in ("cifar10-20", f"{tmp_path}/all.npz"):
+            with pytest.raises(ValueError, match="asks for images up to 20, counted from 0, and there are 20"):
+                data.load_images(f"{source}[18:21]")
+            with pytest.raises(ValueError, match="asks for no image"):
+                data.load_images(f"{source}[0:0]")
+
+    def test_the_size_of_a_named_set_is_known_unread(self):
+        assert data.named_count("cifar10-512") == 512 and data.named_count("cifar10[9000:9500]") == 500
+        assert data.named_count("photos") is None and data.named_count("photos.npz[1:3]") is None
+        with pytest.raises(ValueError, match="and there are 512"):
+            data.named_count("cifar10-512[500:513]")
 
     def test_foolbox_is_not_imported(self):
         before = "foolbox" in sys.modules

@@ -142,6 +142,8 @@ def test_impossible_plans(options):
 def test_more_images_than_exist():
     with pytest.raises(ValueError, match="asks for 21 images, and cifar10-20 has 20"):
         plan(dataclasses.replace(TINY, limit=21))
+    with pytest.raises(ValueError, match=r"asks for 5 images, and cifar10-20\[16:20\] has 4"):
+        plan(dataclasses.replace(TINY, images="cifar10-20[16:20]", limit=5))
 
 
 def test_no_memory_is_claimed_for_what_cannot_be_told():

@@ -159,7 +159,8 @@ def test_a_radius_is_named_where_there_is_one(runs):
 def test_only_cifar10_has_the_names_of_its_classes(runs):
     found = report.read(runs / "purified")
     label = int(found.verdicts["clean"].labels[0])
-    for images, name in (("cifar10-20", CIFAR10_CLASSES[label]), ("cifar10", CIFAR10_CLASSES[label]), ("svhn.npz", str(label))):
+    known = CIFAR10_CLASSES[label]
+    for images, name in (("cifar10-20", known), ("cifar10[3:9]", known), ("cifar10", known), ("svhn.npz", str(label))):
         spec = {**found.configuration["spec"], "images": images}
         other = dataclasses.replace(found, configuration={**found.configuration, "spec": spec})
         (table,) = tables.classes([other])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coupfast.data import CIFAR10_SETS
+from coupfast.data import named_count
 from coupfast.evaluation import purification
 from coupfast.evaluation.attacks import Attack
 from coupfast.evaluation.building import Given, builder
@@ -212,10 +212,10 @@ def plan(
         random = tuple(name for name, weights in [*networks, (spec.classifier, classifier)] if weights == "random")
     elif defense is not None:
         spec.refuse_own_defense()
-    if spec.images in CIFAR10_SETS:
-        count, shape = CIFAR10_SETS[spec.images] if spec.limit is None else spec.limit, torch.Size((3, 32, 32))
-        if count > CIFAR10_SETS[spec.images]:
-            raise ValueError(f"`limit` asks for {count} images, and {spec.images} has {CIFAR10_SETS[spec.images]}")
+    if (named := named_count(spec.images)) is not None:
+        count, shape = named if spec.limit is None else spec.limit, torch.Size((3, 32, 32))
+        if count > named:
+            raise ValueError(f"`limit` asks for {count} images, and {spec.images} has {named}")
     else:
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coupfast.data import CIFAR10_CLASSES, CIFAR10_SETS
+from coupfast.data import CIFAR10_CLASSES, named_count
 from coupfast.evaluation import plan
 from coupfast.evaluation.ledger import Record
 from coupfast.evaluation.protocols import Accuracy, Judged
@@ -104,5 +104,5 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
 
 def class_name(run: Run, label: int) -> str:
     # Other images may have ten classes, too, and these a classifier of more.
-    known, classes = run.configuration["spec"]["images"] in CIFAR10_SETS, run.verdicts["clean"].logits.shape[2]
+    known, classes = named_count(run.configuration["spec"]["images"]) is not None, run.verdicts["clean"].logits.shape[2]
     return CIFAR10_CLASSES[label] if known and classes == len(CIFAR10_CLASSES) else str(label)
