@@ -66,8 +66,8 @@ def experiment(
             worse = [p for p, pair in pairs.items() if tables.decided(tables.compare(results, *pair, _PROTOCOL)) > 0]
             which = ", ".join(f"{point:g}" for point in worse) or "none of the others"
             said.append(
-                f"{line} is most accurate under attack at {across} {best:g} ({100 * robust[best]:.1f} %); worse beyond "
-                f"doubt: {which} (paired, 95 %, not corrected for choosing the best)."
+                f"The robust accuracy of {line} was highest at {across} {best:g} ({100 * robust[best]:.1f} %); told apart from "
+                f"it: {which} (paired, 95 %, not corrected for choosing the best)."
             )
         return said + [
             "The setting is chosen and judged on the same images here: the accuracy at the best point is that of a choice made "
