@@ -131,9 +131,16 @@ def _bound(measured: Mapping[str, np.ndarray]) -> Picture:
     return Picture("Proposition 2, distance and bound", to_png(axes.figure), "Mean and 99 % quantile over paths, λ = 1.")
 
 
+def _fewest(counts: np.ndarray, paths: int) -> str:
+    """The λ with the fewest flips, and those whose intervals meet its."""
+    ends, best = [wilson_interval(int(count), paths) for count in counts], int(counts.argmin())
+    others = [f"{scale:g}" for i, scale in enumerate(_SCALES) if i != best and ends[i][0] <= ends[best][1]]
+    return f"{_SCALES[best]:g}" + (f" (intervals of {', '.join(others)} meet its)" if others else "")
+
+
 def _concludes(results: Results) -> list[str]:
     measured, paths = results.measured, int(results.measured["paths"])
-    best = {level: int(measured["ended"][:, j].argmin()) for j, level in enumerate(_LEVELS)}
+    best = ", ".join(f"ν = {level:g}: {_fewest(measured['ended'][:, j], paths)}" for j, level in enumerate(_LEVELS))
     clean, noisy = measured["ended"][:, 0] / paths, measured["ended"][:, -1] / paths
     only = int(measured["first only_guided"].sum())
     lead, above = float(measured["first gap"].min()), int(measured["second above"].sum())
@@ -141,13 +148,11 @@ def _concludes(results: Results) -> list[str]:
         f"With the true classifier, of paths from {two_gaussians.START:g}, {100 * clean[0]:.1f} % flip "
         f"at λ = 0 and {100 * clean[-1]:.1f} % at λ = {_SCALES[-1]:g}; with the noisiest (ν = {_LEVELS[-1]:g}) "
         f"{100 * noisy[0]:.1f} % and {100 * noisy[-1]:.1f} %.",
-        "The λ with the fewest flips, by noise of the classifier: "
-        + ", ".join(f"ν = {level:g}: {_SCALES[i]:g}" for level, i in best.items())
-        + ".",
+        f"The λ with the fewest flips, by noise of the classifier: {best}.",
         f"Proposition 1: of all pairs {only} had a guided path cross alone, and the least lead of a guided path was "
         f"{lead:.2g}; "
         + ("as it says." if only == 0 and lead >= 0 else "which contradicts it."),
-        f"Proposition 2: {above} paths of all were beyond their bound" + ("; it holds" if above == 0 else "; it does not hold")
+        f"Proposition 2: {above} paths of all were beyond their bound" + (", as it says" if above == 0 else ", which contradicts it")
         + f", and at t* = {_ENDS[3]:g} the bound's mean is "
         f"{measured['second bound'][3] / measured['second distance'][3]:.1f} times the mean distance.",
         "One dimension, known densities and a classifier whose errors do not depend on an attacker: it says nothing of images.",
