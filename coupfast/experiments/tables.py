@@ -193,7 +193,7 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
         return found
     if scale.source != default.data or (scale.images or 512) != 512:
         images = "all images" if scale.images is None else counted(scale.images, "image")
-        found.append(f"{images} of {scale.source}, and not the paper's 512 of CIFAR-10's test set")
+        found.append(f"{images} of {scale.source}, and not those of the paper")
     if scale.steps is not None and scale.steps_of(0.1) != 100:
         steps = counted(scale.steps_of(0.1), "step")
         found.append(f"{steps} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
