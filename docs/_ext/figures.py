@@ -389,12 +389,24 @@ def verdict() -> str:
     return markdown(["defense", "attack", "image-steps", "seconds", "average", "worst of ten", "majority"], body)
 
 
-def verdict_shares() -> str:
-    """The smallest and the largest share of `rand`'s image-steps that the fast cascade took."""
-    rows = [each for each in results(VERDICT)["rows"] if each["share"] == 1]
-    by = {(each["defense"], each["curve"]): each["image_steps"] for each in rows}
-    shares = [by[defense, "cascade, fast"] / by[defense, "rand"] for defense in dict.fromkeys(each["defense"] for each in rows)]
-    return f"{min(shares):.2f} to {max(shares):.2f}"
+def verdict_against(curve: str) -> dict[str, str]:
+    """Of an attack at its full size beside `rand`: its share of the image-steps, by how many points of the average it leaves
+    more, and the defenses on which it leaves no more than the upper ends of `rand`'s intervals, by every count of the draws.
+    """
+    at = {(each["defense"], each["curve"]): each for each in results(VERDICT)["rows"] if each["share"] == 1}
+    pairs = {defense: (at[defense, curve], at[defense, "rand"]) for defense in dict.fromkeys(defense for defense, _ in at)}
+    shares = [one["image_steps"] / rand["image_steps"] for one, rand in pairs.values()]
+    points = [100 * (one["robust"]["average"]["value"] - rand["robust"]["average"]["value"]) for one, rand in pairs.values()]
+    within = [
+        NAMES[defense]
+        for defense, (one, rand) in pairs.items()
+        if all(one["robust"][by]["value"] <= found["bootstrap"][1] for by, found in rand["robust"].items() if found["bootstrap"])
+    ]
+    return {
+        "shares": f"{min(shares):.2f} to {max(shares):.2f}",
+        "points": f"{min(points):+.1f} to {max(points):+.1f}".replace("-", "−"),
+        "within": ", ".join(within) or "none",
+    }
 
 
 LAYERS = tuple(
@@ -602,7 +614,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
     for function in (
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
-        *(peers, autoattack, attack_gradients),
+        *(peers, autoattack, attack_gradients, verdict, verdict_against),
         *(solvers, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, workers),
         *(oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )
