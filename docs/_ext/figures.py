@@ -445,6 +445,16 @@ def step_shares(*names: str) -> str:
     return markdown(["part", *heads], body)
 
 
+def winograd_gap(steps: str, convolutions: str) -> float:
+    """The part of a step and its transpose that F(4 × 4) spends on running below the rate of a matrix product."""
+    rows = [each for each in results(convolutions)["rows"] if each["kind"] == "layer" and each["algorithm"] == "F4"]
+    spent = sum(each["seconds"] * each["count"] for each in rows if each["chosen"])
+    needed = sum(each["seconds"] * each["count"] * each["share_of_sgemm"] for each in rows if each["chosen"])
+    whole = sum(each["seconds"] for each in results(steps)["rows"])
+    tiles = sum(each["seconds"] * each["shares"]["F(4x4)"] for each in results(steps)["rows"])
+    return float(tiles / whole * (1 - needed / spent))
+
+
 def workers() -> str:
     name = "workers-epyc-zen4.json"
     found = results(name)
@@ -615,8 +625,8 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against),
-        *(solvers, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, workers),
-        *(oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
+        *(solvers, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
+        *(workers, oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )
 }
 
