@@ -140,6 +140,7 @@ def listed() -> str:
     for name, found in EXPERIMENTS.items():
         networks = ", ".join(ROLES[role] for role in found.needs) or "no networks"
         runs = counted(len(found.cases), "run") if found.cases else "no runs"
+        runs += ", and more that follow from them" if found.then else ""
         lines.append(f"{name:14s}{found.place:16s}{found.title}\n{'':30s}{runs}; {networks}")
     return "\n".join(lines)
 

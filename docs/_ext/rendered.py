@@ -27,7 +27,7 @@ def command_line() -> str:
 def experiments_table() -> str:
     """Every experiment of `coupfast reproduce`: its name, its place in the paper, what it is, what it takes."""
     rows = [
-        [f"`{name}`", found.place, found.title, str(len(found.cases) or ""), ", ".join(ROLES[role] for role in found.needs)]
+        [f"`{name}`", found.place, found.title, f"{len(found.cases) or ''}{' and more' if found.then else ''}", ", ".join(ROLES[role] for role in found.needs)]
         for name, found in EXPERIMENTS.items()
     ]
     return figures.markdown(["name", "in the paper", "what", "runs", "networks"], rows)
