@@ -397,11 +397,10 @@ def verdict_against(curve: str) -> dict[str, str]:
     pairs = {defense: (at[defense, curve], at[defense, "rand"]) for defense in dict.fromkeys(defense for defense, _ in at)}
     shares = [one["image_steps"] / rand["image_steps"] for one, rand in pairs.values()]
     points = [100 * (one["robust"]["average"]["value"] - rand["robust"]["average"]["value"]) for one, rand in pairs.values()]
-    within = [
-        NAMES[defense]
-        for defense, (one, rand) in pairs.items()
-        if all(one["robust"][by]["value"] <= found["bootstrap"][1] for by, found in rand["robust"].items() if found["bootstrap"])
-    ]
+    within = []
+    for defense, (one, rand) in pairs.items():
+        ends = {by: found["bootstrap"][1] for by, found in rand["robust"].items() if found["bootstrap"]}
+        within += [NAMES[defense]] if all(one["robust"][by]["value"] <= end for by, end in ends.items()) else []
     return {
         "shares": f"{min(shares):.2f} to {max(shares):.2f}",
         "points": f"{min(points):+.1f} to {max(points):+.1f}".replace("-", "−"),

@@ -26,10 +26,10 @@ def command_line() -> str:
 
 def experiments_table() -> str:
     """Every experiment of `coupfast reproduce`: its name, its place in the paper, what it is, what it takes."""
-    rows = [
-        [f"`{name}`", found.place, found.title, f"{len(found.cases) or ''}{' and more' if found.then else ''}", ", ".join(ROLES[role] for role in found.needs)]
-        for name, found in EXPERIMENTS.items()
-    ]
+    rows = []
+    for name, found in EXPERIMENTS.items():
+        runs = f"{len(found.cases) or ''}{' and more' if found.then else ''}"
+        rows.append([f"`{name}`", found.place, found.title, runs, ", ".join(ROLES[role] for role in found.needs)])
     return figures.markdown(["name", "in the paper", "what", "runs", "networks"], rows)
 
 

@@ -152,7 +152,8 @@ def _concludes(results: Results) -> list[str]:
         f"Proposition 1: of all pairs {only} had a guided path cross alone, and the least lead of a guided path was "
         f"{lead:.2g}; "
         + ("as it says." if only == 0 and lead >= 0 else "which contradicts it."),
-        f"Proposition 2: {above} paths of all were beyond their bound" + (", as it says" if above == 0 else ", which contradicts it")
+        f"Proposition 2: {above} paths of all were beyond their bound, "
+        + ("as it says" if above == 0 else "which contradicts it")
         + f", and at t* = {_ENDS[3]:g} the bound's mean is "
         f"{measured['second bound'][3] / measured['second distance'][3]:.1f} times the mean distance.",
         "One dimension, known densities and a classifier whose errors do not depend on an attacker: it says nothing of images.",
