@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coupfast.data import image_files, load_images
+from coupfast.data import image_files, load_images, part_of
 from coupfast.purify import Purifier
 
 
@@ -53,9 +53,10 @@ def gather(inputs: Sequence[str], limit: int | None, channels: int | None = None
         if parts and x.shape[1:] != parts[0].shape[1:]:
             found, first = ("x".join(map(str, shape[1:])) for shape in (x.shape, parts[0].shape))
             raise ValueError(f"the images of {source} are {found}, those of {inputs[0]} {first}; purify them separately")
-        path = Path(source).expanduser()
+        whole, part = part_of(source)
+        path, start = Path(whole).expanduser(), 0 if part is None else part.start
         if path.is_dir():
-            files = image_files(path)[: len(x)]
+            files = image_files(path)[start : start + len(x)]
             stems += [file.stem for file in files]
             sources += list(map(str, files))
         elif path.is_file() and path.suffix.lower() != ".npz":
@@ -63,7 +64,7 @@ def gather(inputs: Sequence[str], limit: int | None, channels: int | None = None
             sources.append(str(path))
         else:
             stems += [path.stem] * len(x)
-            sources += [f"{source}[{i}]" for i in range(len(x))]
+            sources += [f"{whole}[{start + i}]" for i in range(len(x))]
         parts.append(x)
         if y is not None:
             labels.append(y.numpy())

@@ -86,13 +86,14 @@ def load_images(
         raise ValueError(f"`channels` is 1 (grey), 3 (RGB) or None, got {channels!r}")
     read = functools.partial(_read, root=root, classes=tuple(classes), channels=channels, labels_needed=labels_needed)
     named_count(source)  # a part that a named set does not have is found out before it is read
-    whole, part = _part_of(source)
+    whole, part = part_of(source)
     if part is None:
         x, y = read(source, limit)
     else:
         x, y = read(whole, part.stop)
         _check_stop(source, part, len(x))
-        x, y = x[part][:limit], None if y is None else y[part][:limit]
+        chosen = slice(part.start, part.stop)
+        x, y = x[chosen][:limit], None if y is None else y[chosen][:limit]
     if limit is not None and len(x) < limit:
         warnings.warn(f"{source} has {counted(len(x), 'image')}, fewer than limit={limit}", UserWarning, stacklevel=2)
     return x, y
@@ -104,26 +105,26 @@ def named_count(source: str | Path) -> int | None:
     Raises:
         ValueError: if the set has no such part.
     """
-    whole, part = _part_of(source)
+    whole, part = part_of(source)
     count = CIFAR10_SETS.get(whole) if isinstance(whole, str) else None
     if count is None or part is None:
         return count
     _check_stop(source, part, count)
-    return int(part.stop - part.start)
+    return len(part)
 
 
-def _part_of(source: str | Path) -> tuple[str | Path, slice | None]:
-    """A source, and which of its images are asked for; None: all."""
+def part_of(source: str | Path) -> tuple[str | Path, range | None]:
+    """A source without `[start:stop]`, and which of its images are asked for; None: all."""
     found = None if Path(source).exists() else _PART.fullmatch(str(source))
     if found is None:
         return source, None
-    part = slice(int(found["start"]), int(found["stop"]))
-    if part.start >= part.stop:
+    part = range(int(found["start"]), int(found["stop"]))
+    if not part:
         raise ValueError(f"{source} asks for no image: [start:stop] are those from start to stop - 1, counted from 0")
     return found["source"], part
 
 
-def _check_stop(source: str | Path, part: slice, count: int) -> None:
+def _check_stop(source: str | Path, part: range, count: int) -> None:
     if part.stop > count:
         raise ValueError(f"{source} asks for images up to {part.stop - 1}, counted from 0, and there are {count}")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from coupfast import data
+from coupfast.batches import gather
 
 Image = pytest.importorskip("PIL.Image", reason='Pillow is missing: pip install "coupfast[demo]"')
 
@@ -74,6 +75,12 @@ class TestFoolboxImages:
                 data.load_images(f"{source}[18:21]")
             with pytest.raises(ValueError, match="asks for no image"):
                 data.load_images(f"{source}[0:0]")
+
+    def test_images_of_a_part_have_their_own_names(self, tmp_path):
+        data.save_images(torch.rand(3, 3, 8, 8), tmp_path, ["a", "b", "c"])
+        some = gather([f"{tmp_path}[1:3]"], None)
+        assert some.stems == ["b", "c"] and some.sources == [str(tmp_path / "b.png"), str(tmp_path / "c.png")]
+        assert gather(["cifar10-20[16:18]"], None).sources == ["cifar10-20[16]", "cifar10-20[17]"]
 
     def test_the_size_of_a_named_set_is_known_unread(self):
         assert data.named_count("cifar10-512") == 512 and data.named_count("cifar10[9000:9500]") == 500
