@@ -40,7 +40,7 @@ from coupfast.evaluation.protocols import PROTOCOLS
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast_kernels.files import write_whole
 
-DEFENSES = ("coup", "reverse-sde", "diffpure")
+DEFENSES = {"coup": "COUP", "reverse-sde": "reverse SDE", "diffpure": "DiffPure"}
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of an attack's full number of iterations: the points of its curve
 
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for found in document["goal"]:
         print(told(found))
     if options.plot is not None:
-        write_whole(options.plot, picture(rows, options.protocol))
+        write_whole(options.plot, picture(rows, options.protocol, options.work))
     return 0
 
 
@@ -216,19 +216,20 @@ def line(row: Mapping[str, Any]) -> str:
     )
 
 
-def picture(rows: Sequence[Mapping[str, Any]], protocol: str) -> bytes:
+def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[str] = tuple(WORK)) -> bytes:
     """A panel for each defense and measure of work."""
     import io
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
-    figure = Figure(figsize=(9.0, 3.4 * len(defenses) + 0.6), layout="constrained")
-    panels = figure.subplots(len(defenses), 2, sharey=True, squeeze=False)
+    figure = Figure(figsize=(4.5 * len(works) + (len(works) == 1), 2.6 * len(defenses) + 0.6), layout="constrained")
+    panels = figure.subplots(len(defenses), len(works), sharey=True, squeeze=False)
     names = list(dict.fromkeys(row["curve"] for row in rows))
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#44aa99")
     for line_of_panels, defense in zip(panels, defenses, strict=True):
-        for panel, (work, label) in zip(line_of_panels, WORK.items(), strict=True):
+        for panel, work in zip(line_of_panels, works, strict=True):
             for number, name in enumerate(names):
                 points = [row for row in rows if (row["defense"], row["curve"]) == (defense, name)]
                 points.sort(key=lambda row: row[work])
@@ -239,7 +240,7 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str) -> bytes:
                     [row[work] for row in points],
                     values,
                     yerr=np.stack([below, above]).clip(min=0),
-                    label=name if work == "seconds" and defense == defenses[0] else None,
+                    label=name if work == works[0] and defense == defenses[0] else None,
                     color=colours[number % len(colours)],
                     marker="os^Dvp*Xh"[number % 9],
                     markersize=4,
@@ -248,9 +249,12 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str) -> bytes:
                     elinewidth=0.6,
                 )
             panel.set_xscale("log")
-            panel.set_xlabel(label)
-            panel.set_title(defense, fontsize=9)
-        line_of_panels[0].set_ylabel(f"robust accuracy found, {protocol}, %")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.set_xlabel(WORK[work])
+            panel.set_title(DEFENSES[defense], fontsize=9)
+        line_of_panels[0].set_ylabel(f"robust, {protocol}, %")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -263,8 +267,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the runs; those that are there are continued")
     add("--json", type=Path, help="what was found, written after every run")
     add("--plot", type=Path, help="the figure, a PNG")
+    add("--work", nargs="+", choices=list(WORK), default=list(WORK), help="that the figure has panels of (default: both)")
     add("--protocol", choices=list(PROTOCOLS), default="average", help="that the figure shows (default: %(default)s)")
-    add("--defenses", nargs="+", choices=DEFENSES, default=list(DEFENSES), help="(default: all)")
+    add("--defenses", nargs="+", choices=list(DEFENSES), default=list(DEFENSES), help="(default: all)")
     said = f"of {', '.join(CURVES)}; NAME@SHARE is one point (default: all)"
     add("--curves", nargs="+", metavar="NAME[@SHARE]", default=list(CURVES), help=said)
     add("--points", nargs="+", type=float, default=list(SHARES), help="shares of the full iterations (default: %(default)s)")

@@ -381,12 +381,12 @@ def verdict() -> str:
     for each in rows:
         full = reference[each["defense"]]
         label = each["curve"] if each["share"] == 1 else f"{each['curve']}, {each['attack']['iterations']} iterations"
-        cells = [f"{each['image_steps'] / full['image_steps']:.3f}", f"{each['seconds'] / full['seconds']:.2f}"]
+        cells = [f"{each['image_steps'] / full['image_steps']:.3f}"]
         for protocol in ("average", "worst", "majority"):
             found = each["robust"][protocol]
             cells.append(f"{percent(found['value'])} ({interval(found['bootstrap'])})")
         body.append([NAMES[each["defense"]], label, *cells])
-    return markdown(["defense", "attack", "image-steps", "seconds", "average", "worst of ten", "majority"], body)
+    return markdown(["defense", "attack", "image-steps", "average", "worst of ten", "majority"], body)
 
 
 def verdict_against(curve: str) -> dict[str, str]:
