@@ -636,6 +636,22 @@ class TestActivations:
         assert torch.equal(second.step_vjp(0, images, kept, images), first.step_vjp(0, images, kept, images))
         assert torch.equal(first.step_vjp(0, images, None, images), second.step_vjp(0, images, None, images))
 
+    def test_an_interrupted_step_can_be_run_again(self, backends, score, classifier, images, monkeypatch):
+        bound = bound_of(purifier(score, classifier), images)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        program = bound.for_batch(5)
+        _, before = program.step(0, images, noise, "activations")
+
+        def interrupted(self):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Graph, "replay", interrupted)
+            program.step(0, images, noise, "activations")
+        _, after = program.step(0, images, noise, "activations")
+        assert len(after.activations) == len(before.activations) > 0
+        assert all(map(torch.equal, after.activations, before.activations))
+
     def test_a_replay_that_leaves_others_is_not_used(self, backends, score, classifier, images, monkeypatch):
         stored(monkeypatch, True, 4)
         replay = Graph.replay

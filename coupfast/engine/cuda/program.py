@@ -128,7 +128,8 @@ class CudaProgram:
         try:
             self.runner.run(name, lambda: self._step(counted, name))
         except BaseException:
-            self._left.pop(name, None)  # which may lie in memory of a capture that came to nothing
+            if not self.runner.has(name):
+                self._left.pop(name, None)  # which may lie in memory of a capture that came to nothing
             raise
 
     def _run_back(self, x_k: torch.Tensor, saved: _Kept | None) -> None:
