@@ -59,7 +59,8 @@ class CudaProgram:
         self._beside = image() if backend is not None and networks.runs_beside(bucket) else None
         results = [] if self._beside is None else [self._beside]  # slopes and p, too, when they are made
         self._results = results
-        # Activations, by the recording that leaves them: memory of its own, and nobody else's as long as they are here.
+        # Activations, by the recording that leaves them. What is captured later gets none of their memory as long as they are
+        # here; what was captured before may write there, so nothing else is replayed until they have been read.
         left: dict[str, list[torch.Tensor]] = {}
         self._left = left
         self._found: list[torch.Tensor] | None = None  # some of them, which the way back finds those of a step in
