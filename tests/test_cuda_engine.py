@@ -618,6 +618,19 @@ class TestActivations:
         eager = bound.networks.eager.memory(8)
         assert size < (eager.activations - eager.slopes) / 2
 
+    def test_without_graphs_nothing_is_copied(self, backends, score, classifier, images, monkeypatch):
+        """Nor does a program hold what the next step makes anew: then three steps' would be there, and the plan has two's."""
+        stored(monkeypatch, True, 4)
+        alone, captured = (purifier(score, classifier, options={"graphs": graphs}) for graphs in (False, True))
+        for ours, theirs in zip(both_ways(alone, images), both_ways(captured, images), strict=True):
+            assert torch.equal(ours, theirs)
+        program = bound_of(alone, images).for_batch(5)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        x, kept = program.step(0, images, noise, "activations")
+        assert kept.activations and not program._left
+        program.step_vjp(0, images, kept, x)
+        assert program._found is kept.activations
+
     def test_as_many_steps_as_fit(self, backends, score, classifier, images):
         seen = []
         for memory in ("least", None, 2**33):

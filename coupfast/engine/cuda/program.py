@@ -246,7 +246,9 @@ class CudaProgram:
     def _keep(self, keep: Keep, name: str) -> _Kept | None:
         """What the last step, of this name, leaves for its transpose."""
         kept = _Kept()
-        if keep == "activations":
+        if keep == "activations" and self.runner.backend is None:
+            kept.activations = self._left.pop(name)  # the next call makes others
+        elif keep == "activations":
             kept.activations = [tensor.clone() for tensor in self._left[name]]
         if keep != "nothing" and self._p is not None and self.networks.differentiate_guidance:
             masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
@@ -256,7 +258,9 @@ class CudaProgram:
         return None if kept.activations is None and kept.p is None else kept
 
     def _restore(self, kept: _Kept) -> None:
-        if kept.activations is not None:
+        if kept.activations is not None and self.runner.backend is None:
+            self._found = kept.activations
+        elif kept.activations is not None:
             if self._found is None:
                 self._found = next(iter(self._left.values()), None) or list(map(torch.empty_like, kept.activations))
             torch._foreach_copy_(self._found, kept.activations)
