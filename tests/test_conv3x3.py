@@ -197,7 +197,7 @@ class TestDefinition:
             assert gpu_split.is_small(pixels, out_channels) == small
             if small:
                 assert 4 * gpu_split.PARTS * pixels * out_channels <= gpu_split.MOST_BYTES <= 40 << 20
-        # Of DDPM++ deep: one image's maps but the largest.
+        # Of DDPM++ deep: all maps of one image, those of 16 x 16 and less of four.
         layers = [(256, 4), (256, 8), (256, 16), (128, 32), (256, 32)]
         ieee = ALGORITHMS["ieee-split"]
         assert [ieee.suits(1, channels, channels, size, size) for channels, size in layers] == [True] * 5

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def counted(monkeypatch):
     from torch._inductor.graph import GraphLowering
 
     class Made(list):
-        launches = 3  # of the code that is shown; None: none is
+        launches = 3  # of the code that is shown
+        code = CODE  # None: none is shown
 
     made = Made()
 
@@ -142,8 +144,8 @@ def counted(monkeypatch):
 
     def compile(module, inputs):
         made.append(module)
-        if GraphLowering.save_output_code is not None and made.launches is not None:
-            GraphLowering.save_output_code(CODE.format("\n        ".join(["triton_poi_fused_0.run(x)"] * made.launches)))
+        if GraphLowering.save_output_code is not None and made.code is not None:
+            GraphLowering.save_output_code(made.code.format("\n        ".join(["triton_poi_fused_0.run(x)"] * made.launches)))
         return Artifact(f"piece {len(made)}")
 
     monkeypatch.setattr(compiled_module, "_compile", compile)
@@ -209,7 +211,23 @@ class TestWorthIt:
             assert Inductor("cpu", tmp_path, always=False)(graph.module, graph.example_inputs()) is graph.module
             assert "is damaged" in caplog.text and json.loads(file.read_text()) == [4, 4]
 
-    def test_what_cannot_be_counted_is_taken(self, counted, tmp_path, caplog):
-        graph, counted.launches = piece(), None
+    @pytest.mark.parametrize(("code", "reason"), [(None, "does not show"), ("def run(): pass", "no function `call`")])
+    def test_what_cannot_be_counted_is_taken(self, counted, tmp_path, caplog, code, reason):
+        graph, counted.code = piece(), code
         assert Inductor("cpu", tmp_path, always=False)(graph.module, graph.example_inputs()).name == "piece 1"
-        assert "launches are not counted" in caplog.text and not list(tmp_path.glob("*.json"))
+        assert reason in caplog.text and "launches are not counted" in caplog.text and not list(tmp_path.glob("*.json"))
+
+    def test_what_another_thread_compiles_meanwhile_is_not_counted(self, counted, tmp_path, monkeypatch):
+        graph, counted.launches = piece(), 3
+        others = (piece().module, graph.example_inputs())
+        compile = compiled_module._compile
+
+        def beside(module, inputs):
+            thread = threading.Thread(target=compile, args=others)
+            thread.start()
+            thread.join()
+            return compile(module, inputs)
+
+        monkeypatch.setattr(compiled_module, "_compile", beside)
+        assert Inductor("cpu", tmp_path, always=False)(graph.module, graph.example_inputs()) is not graph.module
+        assert len(counted) == 2

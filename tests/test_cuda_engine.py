@@ -410,6 +410,10 @@ class TestGraphs:
 
     def test_a_dropped_purifier_gives_its_memory_back_at_once(self, backends, score, classifier, images):
         """Without waiting for a collection of cycles, which running out of a GPU's memory does not start."""
+        # What PyTorch imports at a process's first trace leaves a cycle with the frames that asked for it; a capture on a GPU
+        # collects it.
+        both_ways(purifier(score, classifier), images)
+        backends.clear()
         run = purifier(score, classifier)
         gc.collect()
         gc.disable()
@@ -614,6 +618,19 @@ class TestActivations:
         eager = bound.networks.eager.memory(8)
         assert size < (eager.activations - eager.slopes) / 2
 
+    def test_without_graphs_nothing_is_copied(self, backends, score, classifier, images, monkeypatch):
+        """Nor does a program hold what the next step makes anew: then three steps' would be there, and the plan has two's."""
+        stored(monkeypatch, True, 4)
+        alone, captured = (purifier(score, classifier, options={"graphs": graphs}) for graphs in (False, True))
+        for ours, theirs in zip(both_ways(alone, images), both_ways(captured, images), strict=True):
+            assert torch.equal(ours, theirs)
+        program = bound_of(alone, images).for_batch(5)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        x, kept = program.step(0, images, noise, "activations")
+        assert kept.activations and not program._left
+        program.step_vjp(0, images, kept, x)
+        assert program._found is kept.activations
+
     def test_as_many_steps_as_fit(self, backends, score, classifier, images):
         seen = []
         for memory in ("least", None, 2**33):
@@ -631,6 +648,23 @@ class TestActivations:
         _, kept = first.step(0, images, noise, "activations")
         assert torch.equal(second.step_vjp(0, images, kept, images), first.step_vjp(0, images, kept, images))
         assert torch.equal(first.step_vjp(0, images, None, images), second.step_vjp(0, images, None, images))
+
+    def test_an_interrupted_step_can_be_run_again(self, backends, score, classifier, images, monkeypatch):
+        bound = bound_of(purifier(score, classifier), images)
+        noise = CounterNoise(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        program = bound.for_batch(5)
+        _, before = program.step(0, images, noise, "activations")
+
+        def interrupted(self):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Graph, "replay", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                program.step(0, images, noise, "activations")
+        _, after = program.step(0, images, noise, "activations")
+        assert len(after.activations) == len(before.activations) > 0
+        assert all(map(torch.equal, after.activations, before.activations))
 
     def test_a_replay_that_leaves_others_is_not_used(self, backends, score, classifier, images, monkeypatch):
         stored(monkeypatch, True, 4)

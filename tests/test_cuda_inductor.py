@@ -49,6 +49,14 @@ def sources(tmp_path_factory):
     return folder
 
 
+def launches(sources, piece):
+    """Kernels that a piece starts, compiled and operation by operation."""
+    make_classifier, ours, name = piece
+    graph = bound(make_classifier, ours, 2)[1][name]
+    text = (sources / IDS[PIECES.index(piece)]).read_text()
+    return launches_of_code(text), launches_of_operations(graph.module, graph.example_inputs())
+
+
 if not INTERPRETED:
 
     def test_every_kernel_compiles_without_spills_or_tf32(sources, tmp_path):
@@ -78,26 +86,26 @@ if not INTERPRETED:
             shape, stride = strides[buffer]
             assert torch.empty(shape).stride() == stride, (buffer, shape, stride)
 
-    @pytest.mark.parametrize(
-        ("name", "products", "launches"), [("score", {"addmm": 13}, 86), ("score vjp", {"addmm": 13, "mm": 13}, 179)]
-    )
-    def test_1x1_convolutions_are_products_of_maps_as_they_lie(sources, name, products, launches):
-        """As convolutions they came with 105 and 217 launches: a pass for every bias, copies into other formats and back."""
+    @pytest.mark.parametrize(("name", "products"), [("score", {"addmm": 13}), ("score vjp", {"addmm": 13, "mm": 13})])
+    def test_1x1_convolutions_are_products_of_maps_as_they_lie(sources, name, products):
+        """As convolutions they come with a pass for every bias, and copies into other formats and back: with more launches than
+        there are operations (torch 2.13: 105 and 217; as products, as with 2.14.1, 86 and 179)."""
         text = (sources / name).read_text()
         found = Counter(re.findall(r"extern_kernels\.(\w+)\(", text))
         assert "convolution" not in text.partition("def call(")[2]
         assert {operation: found[operation] for operation in found if operation != "bmm"} == products
-        assert launches_of_code(text) <= launches
+        compiled, operations = launches(sources, (relu_classifier, True, name))
+        assert compiled <= operations
 
     def test_which_pieces_are_worth_compiling(sources):
-        """Most of a classifier's; of a score network with this project's norms, none."""
-        worth = {}
-        for (make_classifier, ours, name), id in zip(PIECES, IDS, strict=True):
-            graph = bound(make_classifier, ours, 2)[1][name]
-            operations = launches_of_operations(graph.module, graph.example_inputs())
-            worth[id] = launches_of_code((sources / id).read_text()) <= WORTH * operations
-        left = {"score", "score vjp", "score, contiguous", "cotangent, library"}
-        assert worth == {id: id not in left for id in IDS}
+        """Most of a classifier's; of a score network with this project's norms, none. Pieces so far from the line that a kernel
+        more or less, as another version of the compiler may make, takes none across."""
+        worth = {"evaluate": True, "tangent": True, "hvp": True, "score": False, "score vjp": False}
+        for piece in PIECES:
+            if piece[1] is True and piece[2] in worth:
+                compiled, operations = launches(sources, piece)
+                found = {made <= WORTH * operations for made in (compiled - 1, compiled, compiled + 1)}
+                assert found == {worth[piece[2]]}, piece
 
     def test_generated_code_in_the_interpreter(sources, monkeypatch):
         monkeypatch.setenv("GENERATED", str(sources))

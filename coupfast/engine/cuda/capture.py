@@ -204,6 +204,10 @@ class Runner:
                 self._recordings[name] = self._record(name, function)
             self._recordings[name].replay()
 
+    def has(self, name: str) -> bool:
+        """Whether there is a recording of this name."""
+        return name in self._recordings
+
     def _record(self, name: str, function: Callable[[], None]) -> Recording:
         assert self.backend is not None
         before = [buffer.clone() for buffer in self.state]

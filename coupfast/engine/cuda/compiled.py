@@ -93,10 +93,13 @@ class Inductor:
             return _made(module, inputs, file) if _is_worth(launches) else module
         with _shown_code() as sources:
             made = _made(module, inputs, file)
-        if not sources:
-            logger.warning("this PyTorch does not show what it compiled: its launches are not counted, and it is taken")
+        try:
+            if not sources:
+                raise ValueError("this PyTorch does not show what it compiled")
+            launches = sum(map(launches_of_code, sources)), launches_of_operations(module, inputs)
+        except ValueError as error:
+            logger.warning("%s: a piece's launches are not counted, and it is taken as it was compiled", error)
             return made
-        launches = sum(map(launches_of_code, sources)), launches_of_operations(module, inputs)
         logger.info("a piece starts %d kernels compiled, %d operation by operation", *launches)
         if file is not None:
             write_whole(file.with_suffix(".json"), (json.dumps(launches) + "\n").encode())
@@ -137,12 +140,18 @@ def _is_worth(launches: Launches) -> bool:
 
 @contextlib.contextmanager
 def _shown_code() -> Iterator[list[str]]:
-    """The code of what is compiled or loaded inside."""
+    """The code of what this thread compiles or loads inside."""
     from torch._inductor.graph import GraphLowering  # takes seconds, which only those who compile should
 
     sources: list[str] = []
+    thread = threading.get_ident()
+
+    def show(code: str) -> None:
+        if threading.get_ident() == thread:  # others compile meanwhile that ask for no count
+            sources.append(code)
+
     with _COMPILING:
-        before, GraphLowering.save_output_code = GraphLowering.save_output_code, sources.append
+        before, GraphLowering.save_output_code = GraphLowering.save_output_code, show
         try:
             yield sources
         finally:

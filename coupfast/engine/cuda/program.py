@@ -59,7 +59,8 @@ class CudaProgram:
         self._beside = image() if backend is not None and networks.runs_beside(bucket) else None
         results = [] if self._beside is None else [self._beside]  # slopes and p, too, when they are made
         self._results = results
-        # Activations, by the recording that leaves them: memory of its own, and nobody else's as long as they are here.
+        # Activations, by the recording that leaves them. What is captured later gets none of their memory as long as they are
+        # here; what was captured before may write there, so nothing else is replayed until they have been read.
         left: dict[str, list[torch.Tensor]] = {}
         self._left = left
         self._found: list[torch.Tensor] | None = None  # some of them, which the way back finds those of a step in
@@ -128,7 +129,8 @@ class CudaProgram:
         try:
             self.runner.run(name, lambda: self._step(counted, name))
         except BaseException:
-            self._left.pop(name, None)  # which may lie in memory of a capture that came to nothing
+            if not self.runner.has(name):
+                self._left.pop(name, None)  # which may lie in memory of a capture that came to nothing
             raise
 
     def _run_back(self, x_k: torch.Tensor, saved: _Kept | None) -> None:
@@ -244,7 +246,9 @@ class CudaProgram:
     def _keep(self, keep: Keep, name: str) -> _Kept | None:
         """What the last step, of this name, leaves for its transpose."""
         kept = _Kept()
-        if keep == "activations":
+        if keep == "activations" and self.runner.backend is None:
+            kept.activations = self._left.pop(name)  # the next call makes others
+        elif keep == "activations":
             kept.activations = [tensor.clone() for tensor in self._left[name]]
         if keep != "nothing" and self._p is not None and self.networks.differentiate_guidance:
             masks = [slope for slope in self._slopes if slope.dtype == torch.bool]
@@ -254,7 +258,9 @@ class CudaProgram:
         return None if kept.activations is None and kept.p is None else kept
 
     def _restore(self, kept: _Kept) -> None:
-        if kept.activations is not None:
+        if kept.activations is not None and self.runner.backend is None:
+            self._found = kept.activations
+        elif kept.activations is not None:
             if self._found is None:
                 self._found = next(iter(self._left.values()), None) or list(map(torch.empty_like, kept.activations))
             torch._foreach_copy_(self._found, kept.activations)
