@@ -204,9 +204,9 @@ class TestEngine:
         row, _ = self.rows(lambda x: right(x) + 1, "graphs", "triton")
         assert "without 'graphs' or without 'triton'" in row["culprit"]
         row, _ = self.rows(lambda x: right(x) + 1)
-        assert row["culprit"].startswith("it is wrong without graphs, compile, triton, too")
+        assert row["culprit"].startswith("it is wrong without graphs, compile, triton, beside, too")
         ok, mismatch = {"status": "ok", "detail": ""}, {"status": "mismatch", "detail": ""}
-        assert "only without all of" in gpu_checks._culprit([mismatch] * 3 + [ok])
+        assert "only without all of" in gpu_checks._culprit([mismatch] * len(gpu_checks.ENGINE_OPTIONS) + [ok])
 
     def test_one_that_raises_or_gives_nan(self):
         def raises(x):

@@ -40,7 +40,7 @@ def run(
     """Look at the installation and check the noise, the shipped weights, every kernel and every engine.
 
     On a CPU it takes about 10 s of one core, and as much again at the first call, which compiles the C++ kernels. On a GPU most
-    of the time goes into compiling. A quick look takes some cases of each kernel, and engine "cuda" on the shipped networks
+    of the time goes into compiling. A quick look takes one case of each kernel, and engine "cuda" on the shipped networks
     without PyTorch's compiler: less than two minutes where nothing is compiled yet, by the number of kernels that it compiles
     (a prediction). A full one takes every case and method, with the compiler, and kernels' rates: several times as long.
 

@@ -58,7 +58,7 @@ def text(report: dict[str, Any]) -> str:
         lines += _gpu_lines(gpu)
     if report["gpus"] and not report["full"]:
         lines.append(
-            "  A quick look: some cases of each kernel, engine cuda without PyTorch's compiler. `coupfast doctor --full` takes "
+            "  A quick look: one case of each kernel, engine cuda without PyTorch's compiler. `coupfast doctor --full` takes "
             "all of them, in several times as long"
         )
     if report["compilations"]["kernels"]:

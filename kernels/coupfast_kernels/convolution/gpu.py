@@ -29,7 +29,6 @@ import torch
 from torch import library
 
 from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, tf32_halves
-from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
 from coupfast_kernels.convolution.gpu_split import MOST_BYTES, PARTS, is_small, launch_sum
 from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
 from coupfast_kernels.convolution.gpu_winograd import (
@@ -170,6 +169,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 if triton is not None:
+    from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
     # Of the integers only the channels decide how wide an access can be; the others need no machine code of their own.
     @triton.jit(do_not_specialize=["pixels", "height", "width"])
     def _conv3x3_kernel(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 
 from coupfast_kernels.convolution.definition import WINOGRAD_POINTS, check_weight3x3, tf32_halves, winograd_matrices
-from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
 from coupfast_kernels.convolution.gpu_tuning import Config
 
 try:
@@ -100,6 +99,7 @@ def tiles_at_once(tiles: int, channels: int, workspace: int) -> int:
 
 
 if triton is not None:
+    from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
     A, B = (tl.constexpr(float(point)) for point in WINOGRAD_POINTS)
     A2, B2, A3, B3 = (tl.constexpr(power) for power in (A.value**2, B.value**2, A.value**3, B.value**3))
     ALL, BOTH = tl.constexpr((A.value * B.value) ** 2), tl.constexpr(-(A.value**2 + B.value**2))
