@@ -77,9 +77,11 @@ if not INTERPRETED:
         """The compiler has a mind of its own about formats, which here would undo what calibration found."""
         text = (sources / f"{name}, contiguous").read_text()
         buffers = re.findall(r"(\w+) = extern_kernels\.convolution\(\w+, \w+, stride=\(1, 1\), padding=\(1, 1\)", text)
+        # torch 2.14 has another name for it.
+        said = r"assert_(?:size_stride|tensor_metadata)\((\w+), \(([\d, ]+\d)\), \(([\d, ]+\d)\)"
         strides = {
             buffer: [tuple(map(int, numbers.split(", "))) for numbers in (shape, stride)]
-            for buffer, shape, stride in re.findall(r"assert_size_stride\((\w+), \(([\d, ]+\d)\), \(([\d, ]+\d)\)", text)
+            for buffer, shape, stride in re.findall(said, text)
         }
         assert len(buffers) > 1
         for buffer in buffers:
