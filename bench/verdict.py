@@ -35,12 +35,14 @@ from timing import environment
 from coupfast.evaluation import Evaluation, Spec, evaluate
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.attacks import Iterative
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import PROTOCOLS
 from coupfast.evaluation.units import CLEAN, JUDGE
+from coupfast.experiments.defenses import NAMES
 from coupfast_kernels.files import write_whole
 
-DEFENSES = {"coup": "COUP", "reverse-sde": "reverse SDE", "diffpure": "DiffPure"}
+DEFENSES = ("coup", "reverse-sde", "diffpure")
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of an attack's full number of iterations: the points of its curve
 
 
@@ -218,16 +220,12 @@ def line(row: Mapping[str, Any]) -> str:
 
 def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[str] = tuple(WORK)) -> bytes:
     """A panel for each defense and measure of work."""
-    import io
-
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(works) + (len(works) == 1), 2.6 * len(defenses) + 0.6), layout="constrained")
+    figure = new_figure(4.5 * len(works) + (len(works) == 1), 2.6 * len(defenses) + 0.6)
     panels = figure.subplots(len(defenses), len(works), sharey=True, squeeze=False)
     names = list(dict.fromkeys(row["curve"] for row in rows))
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#44aa99")
     for line_of_panels, defense in zip(panels, defenses, strict=True):
         for panel, work in zip(line_of_panels, works, strict=True):
             for number, name in enumerate(names):
@@ -241,7 +239,7 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[st
                     values,
                     yerr=np.stack([below, above]).clip(min=0),
                     label=name if work == works[0] and defense == defenses[0] else None,
-                    color=colours[number % len(colours)],
+                    color=COLOURS[number % len(COLOURS)],
                     marker="os^Dvp*Xh"[number % 9],
                     markersize=4,
                     linewidth=1.3,
@@ -253,12 +251,10 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[st
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xlabel(WORK[work])
-            panel.set_title(DEFENSES[defense], fontsize=9)
+            panel.set_title(NAMES[defense], fontsize=9)
         line_of_panels[0].set_ylabel(f"robust, {protocol}, %")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -269,7 +265,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, help="the figure, a PNG")
     add("--work", nargs="+", choices=list(WORK), default=list(WORK), help="that the figure has panels of (default: both)")
     add("--protocol", choices=list(PROTOCOLS), default="average", help="that the figure shows (default: %(default)s)")
-    add("--defenses", nargs="+", choices=list(DEFENSES), default=list(DEFENSES), help="(default: all)")
+    add("--defenses", nargs="+", choices=DEFENSES, default=list(DEFENSES), help="(default: all)")
     said = f"of {', '.join(CURVES)}; NAME@SHARE is one point (default: all)"
     add("--curves", nargs="+", metavar="NAME[@SHARE]", default=list(CURVES), help=said)
     add("--points", nargs="+", type=float, default=list(SHARES), help="shares of the full iterations (default: %(default)s)")
