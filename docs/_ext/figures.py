@@ -21,6 +21,8 @@ sys.path[:0] = [str(ROOT / "bench")]
 import fit_algorithms  # noqa: E402  of bench/
 from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
 
+from coupfast.experiments.defenses import NAMES  # noqa: E402
+
 Row = dict[str, Any]
 
 
@@ -97,11 +99,9 @@ def source(name: str) -> str:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-NAMES = {"coup": "COUP", "reverse-sde": "COUP without guidance", "diffpure": "DiffPure"}
-
 SPEED = (
     ("COUP, all 100 steps, not scaled", "speed-paper-b1-full-epyc-zen3.json", "coup"),
-    *((NAMES[method], "speed-paper-b1-epyc-zen3.json", method) for method in NAMES),
+    *((NAMES[method], "speed-paper-b1-epyc-zen3.json", method) for method in ("coup", "reverse-sde", "diffpure")),
     ("COUP, batch 8", "speed-paper-b8-epyc-zen3.json", "coup"),
     ("COUP, batch 32", "speed-paper-b32-epyc-zen3.json", "coup"),
     ("COUP, the shipped small networks, all 100 steps", "speed-tiny-b1-epyc-zen3.json", "coup"),
