@@ -20,11 +20,11 @@ inside a network they are colder, and the engine's convolutions also do what sta
 * `relative_error`, `relative_error_eager`: |y − y64| / |y64| in the 2-norm, y64 from PyTorch in float64; eager's is of NCHW.
 
 Parity comes first. A row whose error is more than 4 times eager's gets no times, and the command exits with 1 if the engine
-would have chosen it. On fewer than eight images PyTorch takes another algorithm for some transposed layers, of about half the
-error; the engine promises one bound for a layer, whatever the batch, so the error that counts (`relative_error_allowed` is 4
-times it) is the larger of eager's on these images and on eight. A ReLU of a trained classifier within rounding of its kink
-may fall on either side: its vjp is allowed a percent more (`allowance`). Without a float64 result (`--no-truth`) a whole
-network has to agree with eager to a relative 1e-4 (and the allowance) instead.
+would have chosen it. On one image PyTorch takes another algorithm for some transposed layers, of about half the error; the
+engine promises one bound for a layer, whatever the batch, so the error that counts (`relative_error_allowed` is 4 times it)
+is the larger of eager's on these images and on eight. A ReLU of a trained classifier within rounding of its kink may fall on
+either side: its vjp is allowed a percent more (`allowance`). Without a float64 result (`--no-truth`) a whole network has to
+agree with eager to a relative 1e-4 (and the allowance) instead.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from coupfast_kernels import native, operations
 from coupfast_kernels.convolution import cpu as kernels
 
 CONTRACT = 4.0  # the error against float64 in units of eager's
-COMMON_BATCH = 8  # from here on PyTorch takes the same algorithm for a layer
+COMMON_BATCH = 8  # on so many images, and on more, PyTorch takes the same algorithm for a layer
 AGREEMENT = 1e-4  # relative to eager's result, where there is no float64 one
 FLIPPED_RELU = 0.01  # of the gradient
 LABEL = 99.9  # 999 t at t = 0.1
