@@ -39,6 +39,7 @@ from coupfast.models.wide_resnet import WideResNet
 
 SMALL = ["--images", "1", "--budget", "1e-6", "--steps", "1", "--draws", "2", "--paths", "500"]
 #: Not here: networks of its own, a measurement of time, and what has a test of its own.
+_JUDGING, _CHOOSING = {"attack": "cascade", "mode": "fast"}, {"attack": "transfer", "mode": "fast"}
 OTHERS = {"cifar100", "table4", "study"}
 
 
@@ -188,10 +189,10 @@ def test_cifar100_with_networks_of_ones_own(tmp_path, capsys):
 
 
 def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
-    """Of two defenses, by a single attack; the announcement stands before the first run and is not written again."""
+    """Of two defenses, as in the whole one; the announcement stands before the first run and is not written again."""
     defenses = {"reverse SDE": {"method": "reverse-sde"}, "COUP": {"method": "coup"}}
-    design = study.Design(defenses, [("COUP", "reverse SDE")], ["Linf"], [0.1], {"attack": "pgd-eot"})
-    experiment, scale = design.experiment(), Scale(images=3, budget=1e-6, steps=1, draws=2)
+    design = study.Design(defenses, [("COUP", "reverse SDE")], ["Linf"], [0.1], _JUDGING, _CHOOSING, [("COUP", "Linf")])
+    experiment, scale = design.experiment(), Scale(images=3, budget=1e-6, steps=6, draws=2)
     check(experiment, scale)
     results = make(experiment, scale, tmp_path)
     said = capsys.readouterr().err
@@ -199,9 +200,11 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
     choosing = [run for name, run in results.runs.items() if "choosing" in name]
     assert {run.configuration["spec"]["images"] for run in choosing} == {"cifar10-20[2:3]"}
     judged = [run for run in results.runs.values() if run not in choosing]
-    assert len(judged) == 5 and {run.configuration["spec"]["images"] for run in judged} == {"cifar10-20[0:2]"}
+    assert len(judged) == 4 and {run.configuration["spec"]["images"] for run in judged} == {"cifar10-20[0:2]"}
     gradients = [run.configuration["defense"]["gradient"]["name"] for run in judged[1:]]
-    assert gradients == ["exact", "adjoint", "exact", "adjoint"]
+    assert gradients == ["exact", "exact", "adjoint"]
+    attacks = {(run in choosing, run.configuration["spec"]["attack"], run.configuration["spec"]["mode"]) for run in results.runs.values()}
+    assert attacks >= {(True, "transfer", "fast"), (False, "cascade", "fast")}
     (path,) = (tmp_path / "announced").iterdir()
     assert json.loads(path.read_text())["at"] == results.announced <= min(run.started for run in results.runs.values())
     page = Page(experiment, results, "coupfast reproduce study").write(tmp_path).read_text()
@@ -212,7 +215,7 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
 
 
 def test_the_study_takes_the_most_robust_time_and_then_the_most_accurate_one():
-    design = study.Design({}, [], [], [0.06, 0.1, 0.15], {})
+    design = study.Design({}, [], [], [0.06, 0.1, 0.15], {}, {}, [])
 
     def chosen(*pairs):
         """By (robust, clean) at each time."""
