@@ -18,8 +18,10 @@ And, exactly, what each makes of Gaussian data (`gaussian_law`): the Wasserstein
 solvers and SDE solvers move an image that is off by other amounts: each is compared with its own limit there, and with the
 reference SDE above, where the ODE's rows do not tend to 0. `--gaussian` does this part alone, in a second.
 
+Intervals are of 95 %, from images drawn again: images are the sample, draws of the same image say little of others.
+
 A row is a file of its own in `--out`, which is skipped where it is there. The last lines put them together: solvers.json,
-solvers.md, and solvers.png where matplotlib is.
+solvers.md and solvers.png; with `--kept` nothing is computed, and what is there is put together.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from tqdm import tqdm
 import coupfast
 from coupfast.data import load_images
 from coupfast.evaluation.attacks import ball
+from coupfast.evaluation.drawing import COLOURS, check_matplotlib, new_figure, to_png
 from coupfast.sde import T_END, VPSDE, time_grid
 from coupfast.solvers import SOLVERS, as_solver
 from coupfast_kernels.files import write_whole
@@ -51,7 +54,9 @@ STEPS = (5, 10, 20, 50, 100)
 #: Share of the SDE's noise, by which the limit of a solver is told; 1 unless it is here.
 SHARES = {"probability-flow": 0.0, "ddim": 0.0, "dpm-solver++-2m": 0.0}
 REFERENCE = "euler-maruyama"
+_MARKS = "osD^vP*X"
 EPS = 8 / 255
+RESAMPLES = 10_000
 ATTACK_DRAWS, JUDGING_DRAWS = 2**30, 2**31  # draws from here on are an attack's, and those of verdicts
 
 
@@ -62,10 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.gaussian:
         exact = gaussian_rows(options)
         return put_together(options, {"rows": [], "floor": {}, "gaussian": exact}, gaussian_text(exact))
+    check_matplotlib()
     x, y = load_images("cifar10-20", limit=options.images)
     assert y is not None
     study = Study(options, x, y)
     cells = [(m, s, k) for k in options.steps for m in options.methods for s in options.solvers]
+    if options.kept:
+        cells = [cell for cell in cells if study.file(*cell).exists()]
     for method in options.methods:
         study.reference(method)
         study.transferred(method)
@@ -74,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for cell in cells if (row := study.row(*cell)) is not None]
     floors = {method: study.floor(method) for method in options.methods}
     exact = gaussian_rows(options)
-    plot(rows, floors, options.out / "solvers.png")
+    write_whole(options.out / "solvers.png", picture(rows, floors))
     found = {"rows": rows, "floor": floors, "gaussian": exact}
     return put_together(options, found, [*text(rows, floors), "", *gaussian_text(exact)])
 
@@ -102,6 +110,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference-steps", type=int, default=1000)
     parser.add_argument("--iterations", type=int, default=10, help="of both attacks; 0 leaves them out (default: %(default)s)")
     parser.add_argument("--gaussian", action="store_true", help="only what is exact, of Gaussian data")
+    parser.add_argument("--kept", action="store_true", help="put together the rows that are there, and compute no other")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(argv)
 
@@ -166,10 +175,12 @@ class Study:
             attacked = ball.project(attacked + ball.ascent(gradient, "Linf", 0.25 * EPS), self.x, "Linf", EPS)
         return attacked
 
+    def file(self, method: str, solver: str, steps: int) -> Path:
+        return self.options.out / f"{method}-{solver}-{steps}-{self.options.grid}-{self._stamp}.json"
+
     def row(self, method: str, solver: str, steps: int) -> dict[str, Any] | None:
         """What is known of a method with a solver in so many steps; None where the solver cannot take such long ones."""
-        options = self.options
-        file = options.out / f"{method}-{solver}-{steps}-{options.grid}-{self._stamp}.json"
+        options, file = self.options, self.file(method, solver, steps)
         if file.exists():
             found: dict[str, Any] = json.loads(file.read_text())
             return found
@@ -186,19 +197,23 @@ class Study:
         row = {"method": method, "solver": solver, "steps": steps, "cpu_seconds_an_image": float(np.median(seconds))}
         law = np.stack([images.flatten(1).numpy() for images in purified])
         row |= distances(law, self.reference(method)[: options.draws])
-        row["clean"] = self.right(purified)
+        row |= self.right("clean", purified)
         if options.iterations:
             transfer = self.draws(purifier, self.transferred(method), options.draws, JUDGING_DRAWS)
-            row["transfer"] = self.right(list(transfer))
+            row |= self.right("transfer", transfer)
             attacked = self.attack(purifier, ATTACK_DRAWS)
-            row["exact"] = self.right(list(self.draws(purifier, attacked, options.draws, JUDGING_DRAWS)))
+            row |= self.right("exact", self.draws(purifier, attacked, options.draws, JUDGING_DRAWS))
         write_whole(file, (json.dumps(row) + "\n").encode())
         return row
 
-    def right(self, purified: list[torch.Tensor]) -> float:
-        """Share of images and draws that are classified right, in %."""
+    def right(self, name: str, purified: Iterable[torch.Tensor]) -> dict[str, Any]:
+        """Share of images and draws that are classified right, its interval, in %; and of each image's draws, how many are."""
         with torch.no_grad():
-            return 100.0 * float(torch.cat([self.classifier(x).argmax(1) == self.y for x in purified]).double().mean())
+            right = torch.stack([self.classifier(x).argmax(1) == self.y for x in purified]).numpy()
+        counts, share = right.sum(0), 100.0 * right.mean(0)
+        again = np.random.default_rng(0).integers(len(share), size=(RESAMPLES, len(share)))
+        interval = np.percentile(share[again].mean(1), [2.5, 97.5])
+        return {name: float(share.mean()), f"{name}_95": interval.tolist(), f"{name}_of_each_image": counts.tolist()}
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -236,10 +251,16 @@ def text(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]]) -> lis
     names = {name: said for name, said in names.items() if any(name in row for row in rows)}
     table = [("method", "solver", "steps", *names.values())]
     for row in rows:
-        table.append((row["method"], row["solver"], str(row["steps"]), *(f"{row[name]:.3g}" for name in names)))
+        table.append((row["method"], row["solver"], str(row["steps"]), *(_cell(row, name) for name in names)))
     for method, floor in floors.items():
         table.append((method, "the reference's halves", "", *(f"{floor[name]:.3g}" if name in floor else "" for name in names)))
     return lines(table, markdown=True)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if (interval := row.get(f"{name}_95")) is None:
+        return f"{row[name]:.3g}"
+    return f"{row[name]:.1f} [{interval[0]:.0f}, {interval[1]:.0f}]"
 
 
 def gaussian_text(rows: list[dict[str, Any]]) -> list[str]:
@@ -251,33 +272,30 @@ def gaussian_text(rows: list[dict[str, Any]]) -> list[str]:
     return lines(table, markdown=True)
 
 
-def plot(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]], file: Path) -> None:
+def picture(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]]) -> bytes:
     """Distance and accuracies over the number of steps, a column a method."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no {file.name}: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [name for name in ("energy_distance", "clean", "transfer", "exact") if any(name in row for row in rows)]
-    figure, axes = pyplot.subplots(
-        len(panels), len(floors), figsize=(5.5 * len(floors), 3 * len(panels)), squeeze=False, sharex=True, layout="constrained"
-    )
+    names = {"energy_distance": "energy distance", "clean": "clean, %"}
+    names |= {"transfer": "under the transfer attack, %", "exact": "under its own attack, %"}
+    panels = [name for name in names if any(name in row for row in rows)]
+    figure = new_figure(4.6 * len(floors), 2.3 * len(panels) + 0.9)
+    axes = figure.subplots(len(panels), len(floors), squeeze=False, sharex=True, sharey="row")
+    steps = sorted({row["steps"] for row in rows})
     for column, method in enumerate(floors):
         for axis, panel in zip(axes[:, column], panels, strict=True):
-            for solver in dict.fromkeys(row["solver"] for row in rows):
+            for number, solver in enumerate(dict.fromkeys(row["solver"] for row in rows)):
                 found = [(r["steps"], r[panel]) for r in rows if (r["method"], r["solver"]) == (method, solver)]
+                look = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKS[number % len(_MARKS)], "linewidth": 1}
+                look |= {"linestyle": "--" if solver in SHARES else "-"}  # of an ODE
                 if found:
-                    axis.plot(*zip(*found, strict=True), marker="o", label=solver)
-            axis.set(xscale="log", ylabel=panel.replace("_", " "), title=method if panel == panels[0] else "")
+                    axis.plot(*zip(*found, strict=True), label=solver, **look)
+            axis.set(xscale="log", title=method if panel == panels[0] else "", ylabel=names[panel] if column == 0 else "")
+            axis.set_xticks(steps, [str(count) for count in steps])
+            axis.minorticks_off()
             if panel == "energy_distance":
                 axis.axhline(floors[method][panel], color="grey", linestyle=":")
         axes[-1, column].set_xlabel("steps")
-    axes[0, 0].legend(fontsize="x-small")
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    return to_png(figure)
 
 
 def _write_arrays(file: Path, **arrays: np.ndarray) -> None:

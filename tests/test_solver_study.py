@@ -46,6 +46,9 @@ def test_goes_on(study, tmp_path, monkeypatch, capsys):
     assert len(found["rows"]) == 2 * 3 - 1 and len(found["gaussian"]) == 3 * 2 * 2 + 1
     for row in found["rows"]:
         assert all(0.0 <= row[name] <= 100.0 for name in ("clean", "transfer", "exact"))
+        for name in ("clean", "transfer", "exact"):
+            assert np.mean(row[f"{name}_of_each_image"]) == pytest.approx(row[name] / 100 * 2)
+            assert row[f"{name}_95"][0] <= row[name] <= row[f"{name}_95"][1]
         assert np.isfinite(row["energy_distance"]) and row["cpu_seconds_an_image"] > 0.0
     assert set(found["floor"]) == {"coup"} and (tmp_path / "solvers.md").read_text().count("| coup") == 6
     first = (tmp_path / "solvers.json").read_text()
@@ -55,6 +58,10 @@ def test_goes_on(study, tmp_path, monkeypatch, capsys):
     assert study.main(again) == 0
     rows = [row for row in json.loads(first)["rows"] if row["solver"] != "reverse-diffusion"]
     assert json.loads((tmp_path / "solvers.json").read_text())["rows"] == rows
+    next(tmp_path.glob("coup-ddim-2-*.json")).unlink()
+    assert study.main([*again, "--kept"]) == 0  # and what is not there is left out
+    kept = json.loads((tmp_path / "solvers.json").read_text())["rows"]
+    assert kept == [row for row in rows if (row["solver"], row["steps"]) != ("ddim", 2)]
     assert study.main([*again, "--gaussian"]) == 0
     assert "| sde-dpm-solver++-2m | log-snr" in capsys.readouterr().out
 
