@@ -45,6 +45,7 @@ import coupfast
 from coupfast.data import load_images
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.drawing import COLOURS, check_matplotlib, new_figure, to_png
+from coupfast.experiments.defenses import NAMES
 from coupfast.sde import T_END, VPSDE, time_grid
 from coupfast.solvers import SOLVERS, as_solver
 from coupfast_kernels.files import write_whole
@@ -54,7 +55,7 @@ STEPS = (5, 10, 20, 50, 100)
 #: Share of the SDE's noise, by which the limit of a solver is told; 1 unless it is here.
 SHARES = {"probability-flow": 0.0, "ddim": 0.0, "dpm-solver++-2m": 0.0}
 REFERENCE = "euler-maruyama"
-_MARKS = "osD^vP*X"
+_MARKS = "osD^vP*Xp"
 EPS = 8 / 255
 RESAMPLES = 10_000
 ATTACK_DRAWS, JUDGING_DRAWS = 2**30, 2**31  # draws from here on are an attack's, and those of verdicts
@@ -288,10 +289,11 @@ def picture(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]]) -> 
                 look |= {"linestyle": "--" if solver in SHARES else "-"}  # of an ODE
                 if found:
                     axis.plot(*zip(*found, strict=True), label=solver, **look)
-            axis.set(xscale="log", title=method if panel == panels[0] else "", ylabel=names[panel] if column == 0 else "")
+            axis.set(xscale="log", title=NAMES[method] if panel == panels[0] else "", ylabel=names[panel] if column == 0 else "")
             axis.set_xticks(steps, [str(count) for count in steps])
             axis.minorticks_off()
             if panel == "energy_distance":
+                axis.set_yscale("symlog", linthresh=0.01)
                 axis.axhline(floors[method][panel], color="grey", linestyle=":")
         axes[-1, column].set_xlabel("steps")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)

@@ -25,6 +25,9 @@ from coupfast.experiments.defenses import NAMES  # noqa: E402
 
 Row = dict[str, Any]
 
+_SOLVER_STUDY = "solvers-tiny-epyc-zen4.json"
+_ODES = ("probability-flow", "ddim", "dpm-solver++-2m")
+
 
 @functools.cache
 def results(name: str) -> Any:
@@ -314,9 +317,38 @@ def solvers() -> str:
     body = []
     for solver in dict.fromkeys(each["solver"] for each in found):
         by_steps = {each["steps"]: each["wasserstein"] for each in found if each["solver"] == solver}
-        ode = " (ODE)" if solver in ("probability-flow", "ddim", "dpm-solver++-2m") else ""
+        ode = " (ODE)" if solver in _ODES else ""
         body.append([f"`{solver}`{ode}", *(f"{by_steps[count]:.1e}".replace("e-0", "e-") for count in steps)])
     return markdown(["solver", *(f"{count} steps" for count in steps)], body)
+
+
+def solver_study(*measures: str) -> str:
+    """What few steps cost on images: a solver a line, methods and numbers of steps side by side."""
+    found = results(_SOLVER_STUDY)
+    rows, methods = found["rows"], found["settings"]["methods"]
+    steps = {method: sorted({each["steps"] for each in rows if each["method"] == method}) for method in methods}
+    body = []
+    for solver in dict.fromkeys(each["solver"] for each in rows):
+        cells = []
+        for method in methods:
+            of = {each["steps"]: each for each in rows if (each["method"], each["solver"]) == (method, solver)}
+            cells += [_solver_cell(of.get(count), measures) for count in steps[method]]
+        body.append([f"`{solver}`{' (ODE)' if solver in _ODES else ''}", *cells])
+    if "energy_distance" in measures:
+        halves = [f"{found['floor'][method]['energy_distance']:.3f}" for method in methods for _ in steps[method]]
+        body.append(["the reference's halves", *halves])
+    return markdown(["solver", *(f"{NAMES[method]}, {count}" for method in methods for count in steps[method])], body)
+
+
+def _solver_cell(found: Row | None, measures: Sequence[str]) -> str:
+    if found is None:
+        return "–"
+    cells = []
+    for name in measures:
+        low, high = found.get(f"{name}_95", (None, None))
+        digits = 0 if low is not None else 3
+        cells.append(f"{found[name]:.{digits}f}" + (f" [{low:.0f}, {high:.0f}]" if low is not None else ""))
+    return "; ".join(cells)
 
 
 def winograd() -> str:
@@ -624,7 +656,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against),
-        *(solvers, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
+        *(solvers, solver_study, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
         *(workers, oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )
 }
