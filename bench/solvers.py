@@ -289,7 +289,9 @@ def picture(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]]) -> 
                 look |= {"linestyle": "--" if solver in SHARES else "-"}  # of an ODE
                 if found:
                     axis.plot(*zip(*found, strict=True), label=solver, **look)
-            axis.set(xscale="log", title=NAMES[method] if panel == panels[0] else "", ylabel=names[panel] if column == 0 else "")
+            axis.set_xscale("log")
+            axis.set_title(NAMES[method] if panel == panels[0] else "")
+            axis.set_ylabel(names[panel] if column == 0 else "")
             axis.set_xticks(steps, [str(count) for count in steps])
             axis.minorticks_off()
             if panel == "energy_distance":
