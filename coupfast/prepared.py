@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -147,7 +148,10 @@ _LOOKED_AT: set[str] = set()
 
 def _look_at_prediction(score: nn.Module, example: torch.Tensor) -> None:
     """Warn where a noised image of known noise tells that the score net predicts something else than that noise."""
-    what = f"{weights_fingerprint(score)} {plain_state(score)}"
+    # A class of the same name may be another one (a notebook's cell, run again), and a function that it holds another function.
+    code = [id(type(module)) for module in score.modules()]
+    code += [id(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
+    what = f"{weights_fingerprint(score)} {plain_state(score)} {code}"
     if what in _LOOKED_AT or bool(example.std() == 0.0):  # a plan's blank image tells nothing
         return
     _LOOKED_AT.add(what)
