@@ -8,10 +8,11 @@ import torch
 from conftest import LabelTable, small_score
 from torch import nn
 
-from coupfast import Purifier
+from coupfast import LM, OneStep, Purifier
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.noise_check import check_noise_prediction
 from coupfast.models.zoo import load_score
+from coupfast.sde import VPSDE
 
 
 def rates(labels):
@@ -160,6 +161,27 @@ def test_a_class_that_was_made_again_is_looked_at_again(trained, photos):
         purifier(1.0)(photos[:1], seed=0)
     with pytest.warns(UserWarning, match="the noise with the other sign"):
         purifier(-1.0)(photos[:1], seed=0)
+
+
+def test_a_network_is_looked_at_on_the_schedule_of_its_method(trained, photos):
+    slow = VPSDE(0.1, 5.0)
+
+    class Slow(nn.Module):
+        """Trained on that schedule."""
+
+        def __init__(self):
+            super().__init__()
+            self.score = trained
+
+        def forward(self, x, labels):
+            return self.score(x, linear_label(torch.from_numpy(slow.alpha_bar(labels.double().numpy() / 999))))
+
+    for method in (OneStep(sde=slow), LM(num_steps=1, sde=slow)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Purifier(Slow().eval(), method=method, engine="eager")(photos[:1], seed=0)
+    with pytest.warns(UserWarning, match="better at other labels"):
+        Purifier(Slow().eval(), method=OneStep(), engine="eager")(photos[:1], seed=0)
 
 
 def test_a_table_of_time_steps_is_named():
