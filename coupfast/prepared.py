@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ from coupfast_kernels.guided_step import guided_step_ref
 if TYPE_CHECKING:
     from torch import nn
 
+    from coupfast.sde import VPSDE
     from coupfast.settings import Settings
 
 
@@ -62,7 +64,7 @@ class Prepared(abc.ABC):
         with strict_float32(example.device.type):
             try_networks(self.score, self.classifier, example)
             weights = weights_fingerprint(self.score, self.classifier)
-            _look_at_prediction(self.score, example)
+            _look_at_prediction(self.score, example, getattr(self.method, "sde", None))
             self.check_unchanged = functools.partial(check_unchanged, weights, self.score, self.classifier)
             with on_its_device(example.device):
                 self._build(example)
@@ -145,14 +147,21 @@ class Prepared(abc.ABC):
 _LOOKED_AT: set[str] = set()
 
 
-def _look_at_prediction(score: nn.Module, example: torch.Tensor) -> None:
-    """Warn where a noised image of known noise tells that the score net predicts something else than that noise."""
-    what = f"{weights_fingerprint(score)} {plain_state(score)}"
+def _look_at_prediction(score: nn.Module, example: torch.Tensor, sde: VPSDE | None) -> None:
+    """Warn where a noised image of known noise tells that the score net predicts something else than that noise.
+
+    Args:
+        sde: The schedule that the method takes the network to be of; None is the published one.
+    """
+    # A class of the same name may be another one (a notebook's cell, run again), and a function that it holds another function.
+    code = [id(type(module)) for module in score.modules()]
+    code += [id(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
+    what = f"{weights_fingerprint(score)} {plain_state(score)} {code} {sde}"
     if what in _LOOKED_AT or bool(example.std() == 0.0):  # a plan's blank image tells nothing
         return
     _LOOKED_AT.add(what)
     try:
-        check_noise_prediction(score, example)
+        check_noise_prediction(score, example, sde=sde)
     except (TypeError, ValueError) as error:
         warnings.warn(str(error), stacklevel=2)
 

@@ -332,6 +332,20 @@ def test_wrong_usage(arguments, capsys):
     assert "usage: coupfast" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "word", "message"),
+    [
+        ("lm-coup", "--guidance-scale=math:exp", "argument --guidance-scale: 'math:exp' is none"),
+        ("ld-sde", "--t=0.1,0.05", "argument --t: '0.1,0.05' is none"),
+    ],
+)
+def test_a_word_is_read_as_the_method_takes_it(method, word, message, capsys):
+    """Others take a function of t, or a grid, by the same name."""
+    with pytest.raises(SystemExit):
+        run("purify", "x", "--out", "y", "--method", method, word)
+    assert message in capsys.readouterr().err
+
+
 def test_an_option_of_another_command(photos, capsys):
     assert run("check-gradient", photos, "--defense", "mine.py:build") == 2
     error = capsys.readouterr().err

@@ -102,6 +102,22 @@ def test_scaling_of_a_probe_is_that_of_its_steps(monkeypatch):
     assert (found.forward, found.gradient) == (41 / 2, 123 / 2)
 
 
+def test_a_probe_takes_steps_of_the_run(monkeypatch):
+    """A solver that refuses longer steps is planned, too."""
+    timed = []
+
+    def seconds(defense, x, gradient):
+        if defense.purified is not None:
+            timed.append(defense.purified.purifier.settings.method)
+        return 1.0
+
+    monkeypatch.setattr(planning, "_seconds", seconds)
+    spec = TINY.but(method="diffpure", solver="reverse-diffusion", t=0.6, num_steps=300)
+    found = planning.probe(spec, (3, 32, 32), images=1, steps=2)
+    assert (found.steps, found.of_steps) == (2, 300)
+    assert [method.times.tolist() for method in timed] == 2 * [pytest.approx([0.6, 0.598, 0.596], abs=1e-6)]
+
+
 def test_a_run_takes_at_most_what_was_planned(tmp_path):
     spec = dataclasses.replace(SMALL, paths=3)
     per_image = {name: (forward / 5, gradient / 5) for name, forward, gradient in planning._counts(spec, 5)}

@@ -111,6 +111,21 @@ def test_gradient_of_explicit_noise(options, images):
     assert all(float(row.abs().max()) > 0 for row in found), "every row of noise is read"
 
 
+def test_guidance_that_is_taken_as_a_constant(images):
+    """What is left out is the classifier's Hessian, and nothing else."""
+    options, networks = {"method": "lm-coup", "num_steps": 2, "guidance_scale": 100.0}, (small_score(), relu_classifier())
+    x = images[:2]
+    slopes = {}
+    for word in ("detached", "exact"):
+        purifier = Purifier(*networks, guidance_gradient=word, **options)
+        slopes[word] = squares_gradient(purifier, x, seed=1)
+        definition = Definition(purifier, detached=word == "detached")
+        noise = definition.noise(x, 1, torch.arange(2), 0)
+        _, expected = definition.gradient(x, noise, lambda purified: purified.square().flatten(1).sum(1))
+        assert float((slopes[word] - expected).norm() / expected.norm()) < 1e-10
+    assert float((slopes["detached"] - slopes["exact"]).norm() / slopes["detached"].norm()) > 1e-3
+
+
 def test_settings_come_back_from_json(options, images):
     settings = Purifier(small_score(), relu_classifier(), **options).settings
     again = Settings.from_dict(json.loads(json.dumps(settings.to_dict())))

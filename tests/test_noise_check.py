@@ -8,9 +8,11 @@ import torch
 from conftest import LabelTable, small_score
 from torch import nn
 
+from coupfast import LM, OneStep, Purifier
 from coupfast.models.ddpmpp import DDPMpp
 from coupfast.models.noise_check import check_noise_prediction
 from coupfast.models.zoo import load_score
+from coupfast.sde import VPSDE
 
 
 def rates(labels):
@@ -126,6 +128,60 @@ def test_whole_labels_are_mentioned(convention, message, trained, photos):
 def test_adapted_networks_are_served(trained, photos):
     for convention, prediction in (("v", "v_prediction"), ("x0", "sample")):
         check_in_silence(load_score(Other(trained, convention), prediction=prediction), photos)
+
+
+@pytest.mark.parametrize(("convention", "prediction", "right"), [
+    (None, "v_prediction", "epsilon"), (None, "sample", "epsilon"), ("v", "sample", "v_prediction")
+])  # fmt: skip
+def test_a_wrong_adapter_is_noticed(convention, prediction, right, trained, photos):
+    network = load_score(trained if convention is None else Other(trained, convention), prediction=prediction)
+    for start in range(0, 20, 4):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises((ValueError, UserWarning), match=rf"load_score\(network, prediction='{right}'\) takes it so"):
+                check_noise_prediction(network, photos[start:])
+
+
+def test_a_class_that_was_made_again_is_looked_at_again(trained, photos):
+    """With the name and the weights of the one before, as where a cell of a notebook runs twice."""
+
+    def purifier(sign):
+        class Network(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.score = trained
+
+            def forward(self, x, labels):
+                return sign * self.score(x, labels)
+
+        return Purifier(Network().eval(), method="one-step", engine="eager")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        purifier(1.0)(photos[:1], seed=0)
+    with pytest.warns(UserWarning, match="the noise with the other sign"):
+        purifier(-1.0)(photos[:1], seed=0)
+
+
+def test_a_network_is_looked_at_on_the_schedule_of_its_method(trained, photos):
+    slow = VPSDE(0.1, 5.0)
+
+    class Slow(nn.Module):
+        """Trained on that schedule."""
+
+        def __init__(self):
+            super().__init__()
+            self.score = trained
+
+        def forward(self, x, labels):
+            return self.score(x, linear_label(torch.from_numpy(slow.alpha_bar(labels.double().numpy() / 999))))
+
+    for method in (OneStep(sde=slow), LM(num_steps=1, sde=slow)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Purifier(Slow().eval(), method=method, engine="eager")(photos[:1], seed=0)
+    with pytest.warns(UserWarning, match="better at other labels"):
+        Purifier(Slow().eval(), method=OneStep(), engine="eager")(photos[:1], seed=0)
 
 
 def test_a_table_of_time_steps_is_named():

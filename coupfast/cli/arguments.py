@@ -104,7 +104,7 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
     """Options of the purifier, as `coupfast.Settings` has them, and of its networks.
 
     Args:
-        method: The one that is asked for: options of somebody else's are its own.
+        method: The one that is asked for, whose options are read as it has them.
         gradient: Whether gradients matter.
         none: Whether the method may be none.
     """
@@ -121,6 +121,8 @@ def add_purification(parser: argparse.ArgumentParser, method: str | None = None,
     chosen = list(known["method"])
     if is_reference(method):
         chosen += options_of(resolve(str(method), Method, option="method"))
+    elif method in METHODS:  # which reads a word in its own way: one time, where others take a grid
+        chosen = [*options_of(METHODS[str(method)]), *chosen]
     if gradient:
         group.add_argument(
             "--gradient",

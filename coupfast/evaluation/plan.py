@@ -298,7 +298,7 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         purifier, classifier = purified.purifier, purified.classifier
         # The backward pass of a surrogate has another number of steps than the forward pass: nothing to scale by.
         ran = purifier.num_steps if purifier.settings.gradient.name == Surrogate.name else min(steps, purifier.num_steps)
-        fewer = purification.shortened(purifier.settings, ran)
+        fewer = purification.begun(purifier.settings, ran)
         if fewer is None:
             ran = purifier.num_steps
         short = Purifier(purifier.score, purifier.classifier, settings=fewer or purifier.settings)

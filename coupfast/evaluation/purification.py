@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from coupfast.gradients import GRADIENTS, Adjoint, NoGradient
-from coupfast.methods import METHODS, Method, TableMethod, method_name
+from coupfast.methods import METHODS, DiffusionMethod, Method, TableMethod, method_name
 from coupfast.naming import is_reference, resolve
 from coupfast.options import options_of
 from coupfast.purify import Purifier
@@ -82,8 +82,18 @@ def from_json(fields: Mapping[str, Any] | None) -> Asked | None:
     return fields
 
 
+def begun(settings: Settings, num_steps: int) -> Settings | None:
+    """The first steps of the same, to time them; None where the method cannot say it."""
+    method = settings.method
+    if not isinstance(method, DiffusionMethod):
+        return shortened(settings, num_steps)
+    # On its own grid: a solver may refuse steps that are longer than those of the run.
+    times = tuple(method.times[: num_steps + 1].tolist())
+    return dataclasses.replace(settings, method=dataclasses.replace(method, t=times, num_steps=None, grid="time"))
+
+
 def shortened(settings: Settings, num_steps: int) -> Settings | None:
-    """The same in fewer steps, to time one; None where the method cannot say it."""
+    """The same in fewer steps of the same time; None where the method cannot say it."""
     method = settings.method
     if not isinstance(getattr(method, "t", None), float) or not any(o.field == "num_steps" for o in options_of(method)):
         return None

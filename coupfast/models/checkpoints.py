@@ -77,7 +77,7 @@ def read_torch(path: str | Path) -> Any:
         text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error).strip()
         reason = text.splitlines()[0] if text and "weights_only" not in text.splitlines()[0] else type(error).__name__
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a torch file of tensors and plain values: {reason} "
+            f"{path} ({path.stat().st_size} bytes) is not a torch file of tensors and plain values: {reason.rstrip('.')}. "
             "Nothing in it was executed. If it is damaged, fetch it again; other kinds of pickles are not read."
         ) from error
 

@@ -20,8 +20,9 @@ told, however good it is. There, and on blank images, the check looks at a pictu
 every network of natural images tells from noise: the shipped one has b/a of 0.05 to 0.25 times σ/α there, and as a v-network
 −0.59 to −0.86.
 
-An adapter that was told the wrong prediction (`adapters.NoiseFrom`) says which others there are; the network behind one of them
-is then a good predictor of the noise, and ours is not.
+An adapter that was told the wrong prediction (`adapters.NoiseFrom`) says which others there are. Behind one of them the network
+is a good predictor of the noise, with less than `ADAPTER_WARNING` times the error of ours: the shipped network has 0.46 to 0.72
+times the error that it has as a v-network, and made into one 0.34 to 0.58 times that without an adapter (five pairs, the picture).
 
 A network that predicts the noise at other labels has its smallest error there: other scales of the labels are tried, and the
 error must fall by the factor `LABEL_WARNING` to be mentioned, by `LABEL_REFUSAL` to be refused, and be small where it falls to.
@@ -53,6 +54,8 @@ CONTRAST = 0.05
 NOISE_SHARE = 0.25
 #: Errors at other labels, as shares of that at 999 t.
 LABEL_WARNING, LABEL_REFUSAL = 0.6, 1 / 3
+#: The first of other adapters: who has one says that the network is of one of these few kinds.
+ADAPTER_WARNING = 0.8
 #: Mean squared errors of the noise: below the first a network serves, whatever its labels; above the second it tells nothing.
 GOOD_ERROR, WEAK_ERROR = 0.08, 0.25
 
@@ -85,8 +88,8 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
     Warns:
         UserWarning: if other labels give a smaller error by far (a cosine schedule), or fractions of labels are cut off.
 
-    Cost: three calls of two images and three of one; three more of two for images of noise, ten more for a network whose error
-    is not small. torch's generators are not used.
+    Cost: three calls of two images and three of one; three more of two for images of noise, four or six more for an adapter,
+    ten more for a network whose error is not small. torch's generators are not used.
     """
     sde = sde or VPSDE()
     x0 = 2.0 * x[:_IMAGES].detach() - 1.0
@@ -103,8 +106,8 @@ def check_noise_prediction(score: nn.Module, x: Tensor, *, sde: VPSDE | None = N
             if count >= 2:
                 raise ValueError(_message(other))
         at_ours = sum(errors[t] for t in SMALL_TIMES) / len(SMALL_TIMES)
+        _check_adapter(score, x0, noise, sde, at_ours)  # whatever the error: at small times v and noise differ little
         if at_ours > GOOD_ERROR:
-            _check_adapter(score, x0, noise, sde, at_ours)
             _check_labels(score, x0, noise, sde, at_ours)
         if not getattr(score, "whole_labels", False):
             _check_fractions(score, x0[:1], noise[:1], sde)
@@ -232,6 +235,7 @@ def _check_adapter(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, at_o
         at_ours,
         f"the score network may be adapted as if it predicted something else than it does: with {words} its mean squared error "
         f"on noised images is {best:.3g}, and {at_ours:.3g} as it is; load_score(network, {words}) takes it so",
+        ADAPTER_WARNING,
     )
 
 
@@ -266,9 +270,9 @@ def _error_at(score: nn.Module, x0: Tensor, noise: Tensor, sde: VPSDE, label: Ca
     return sum(found) / len(found)
 
 
-def _say_if_better(best: float, at_ours: float, text: str) -> None:
-    """Raise or warn where an error of another convention is small, and smaller by far than that of ours."""
-    if not best < min(WEAK_ERROR, LABEL_WARNING * at_ours):
+def _say_if_better(best: float, at_ours: float, text: str, share: float = LABEL_WARNING) -> None:
+    """Raise or warn where an error of another convention is small, and below that share of ours."""
+    if not best < min(WEAK_ERROR, share * at_ours):
         return
     if best < LABEL_REFUSAL * at_ours:
         raise ValueError(text)

@@ -372,6 +372,7 @@ def _unknown(kind: Kind, name: str, options: Mapping[str, Any], missing: ImportE
             known = [*known, *source.near(options)]
         except ImportError as error:
             missing = missing or error
+    known = list(dict.fromkeys(known))
     by_lower = {entry.lower(): entry for entry in known}
     near = [by_lower[entry] for entry in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)]
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known[:12])}"

@@ -174,9 +174,8 @@ class Ancestral(ClippingSolver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SDEDPMSolver1(ClippingSolver):
-    """SDE-DPM-Solver-1, which is SEEDS-1: the reverse SDE with ε̂ held, in log-SNR.
-
-    Lu et al. 2022, arXiv:2211.01095; Gonzalez et al. 2023, arXiv:2305.14267.
+    """SDE-DPM-Solver-1, which is SEEDS-1: the reverse SDE with ε̂ held, in log-SNR. Lu et al. 2022, arXiv:2211.01095;
+    Gonzalez et al. 2023, arXiv:2305.14267.
 
     x' = (α_t/α_s) x − 2 σ_t (e^h − 1) ε̂ + σ_t sqrt(e^{2h} − 1) z. It leaves noise of σ_s/α_s in the last step: poor in few.
 
@@ -221,10 +220,10 @@ def reverse_diffusion(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | fl
 
 
 def exponential(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """The exponential integrator of the reverse SDE: its exact solution where the score is held at the start of each step.
+    """The exponential integrator of the reverse SDE: its exact solution where the score is held at the start of each step. De
+    Bortoli 2022, arXiv:2208.05314; Chen et al. 2023, arXiv:2209.11215.
 
-    x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). De Bortoli 2022, arXiv:2208.05314;
-    Chen et al. 2023, arXiv:2209.11215. (The other exact steps hold ε̂ or x̂0 in the place of the score: the solvers
+    x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). (The other exact steps hold ε̂ or x̂0 in the place of the score: the solvers
     sde-dpm-solver-1 and ancestral; that of the ODE with ε̂ held is ddim.)
     """
     levels = Levels.of(sde, t)

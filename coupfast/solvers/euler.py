@@ -9,7 +9,8 @@ from coupfast.solvers.table import CoefficientTable
 
 
 def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """Euler-Maruyama on the reverse SDE of COUP (Zhang et al. 2024, eq. 5), coefficients at the start of each step."""
+    """Euler-Maruyama on the reverse SDE of COUP with coefficients at the start of each step. Zhang et al. 2024,
+    arXiv:2408.05900, eq. 5."""
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
         t=t,
@@ -21,7 +22,8 @@ def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float
 
 
 def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """Euler on the probability-flow ODE (Song et al. 2021, eq. 13) with the same guided score; no noise."""
+    """Euler on the probability-flow ODE with the same guided score; no noise. Song et al. 2021,
+    arXiv:2011.13456, eq. 13."""
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
         t=t,
