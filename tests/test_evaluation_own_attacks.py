@@ -884,6 +884,7 @@ def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
         options = {"mode": mode, "shard": 24, "draws": 3, "paths": 0, "drop": None, "seed": 2}
         with evaluate(Linear(threshold=-0.5, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
             left, official, text = result.verdicts["attacked"].left, result.verdicts["attacked"].official, result.table()
+            assert ("noisy in fast mode, Linf" in result.title) == (mode == "fast")
             if (mode, names) != ("fast", "ab"):
                 assert left == 0 and "had fallen by the test" not in text
                 continue
