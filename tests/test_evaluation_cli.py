@@ -243,7 +243,7 @@ def test_help_says_what_is_published_and_what_is_assumed(capsys):
         "; 40 in bpda-eot; 20 in",
         "2/255 in Linf and eps/5 in L2",
         "share of pixels that is changed (0.05 in",
-        "queries for an image (5000 in autoattack-standard)",
+        "queries for an image (5000 in autoattack-standard, square)",
         "in [0, 2**63) (default: 0)",
         "5 % of pixels is an assumption",
         "EOT 15 is an assumption",

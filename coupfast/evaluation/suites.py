@@ -147,6 +147,7 @@ _ALL = (
         },
     ),
     Suite("apgd-ce", lambda norm, eps: {"apgd-ce": APGD(norm, eps)}),
+    Suite("square", lambda norm, eps: {"square": Square(norm, eps)}),
     # The 40 steps and 15 replicas of the field, and the 20 steps of COUP's Table 3, which does not state the rest legibly.
     Suite("bpda-eot", lambda norm, eps: {"bpda-eot": BPDA(norm, eps)}),
     Suite(
