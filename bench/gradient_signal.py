@@ -1,6 +1,6 @@
 """Signal to noise of the gradients that attacks follow, for the work that they take, on the shipped networks.
 
-    python bench/gradient_signal.py --json bench/results/gradient_signal.json
+    python bench/gradient_signal.py --json bench/results/gradient-signal-MACHINE.json
 
 One gradient g of an attack is random, since the defense is. Its signal is |E g|², its noise E |g − E g|², and the mean of n
 draws has n times the signal to noise of one: so the ratio of both over the work of one draw says what an image-step buys. Work

@@ -124,6 +124,15 @@ def test_a_draw_that_fails_pulls_no_more_by_cw_and_a_scale_means_nothing_to_dlr(
     torch.testing.assert_close(LOSSES["dlr"](1e4 * logits, y), LOSSES["dlr"](logits, y))
 
 
+def test_images_in_different_restarts_climb_each_its_own_loss():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    y, restart = torch.tensor([0, 3, 1]), torch.tensor([2, 0, 1])
+    attack = PGD(losses="ce,margin,dlr", eot_iter=2)
+    found = attack.climbed(logits, Asked(torch.arange(3), logits, y, restart, restart, True, 2))
+    expected = torch.stack([LOSSES[name](logits[:, i], y[[i, i]]) for i, name in enumerate(("dlr", "ce", "margin"))], dim=1)
+    torch.testing.assert_close(found, expected)
+
+
 # --- what is known -----------------------------------------------------------------------------------------------------------
 
 
