@@ -188,6 +188,8 @@ def test_sigterm_to_a_job_with_workers(networks, tmp_path):
         (("--out", "run", "--attack", "apgd-ce", "--queries", "5"), "'apgd-ce' has no queries"),
         (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
         (("--out", "run", "--price", "1"), "`--price` is for --plan"),
+        (("--out", "run", "--attack", "stadv", "--eps", "0.1"), "--eps would be of a ball, and stadv knows none: .* --reach"),
+        (("--out", "run", "--attack", "salt-and-pepper", "--norm", "L2"), "--norm would be of a ball, .*; it has --amount$"),
         (("--out", "run", "--method", "none", "--certify", "1"), "with --method none there is none"),
     ],
 )
@@ -241,7 +243,7 @@ def test_help_says_what_is_published_and_what_is_assumed(capsys):
         "; 40 in bpda-eot; 20 in",
         "2/255 in Linf and eps/5 in L2",
         "share of pixels that is changed (0.05 in",
-        "queries for an image (5000 in autoattack-standard)",
+        "queries for an image (5000 in autoattack-standard, square)",
         "in [0, 2**63) (default: 0)",
         "5 % of pixels is an assumption",
         "EOT 15 is an assumption",

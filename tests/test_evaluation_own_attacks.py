@@ -15,7 +15,7 @@ from torch.nn import functional
 from coupfast import PurifiedClassifier, Purifier, StepMethod
 from coupfast.evaluation import Ledger, Spec, evaluate
 from coupfast.evaluation import plan as planning
-from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, StAdv, Transfer, ball
+from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, FABTargeted, Square, StAdv, Transfer, ball
 from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall
 from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
@@ -124,6 +124,15 @@ def test_a_draw_that_fails_pulls_no_more_by_cw_and_a_scale_means_nothing_to_dlr(
     torch.testing.assert_close(LOSSES["dlr"](1e4 * logits, y), LOSSES["dlr"](logits, y))
 
 
+def test_images_in_different_restarts_climb_each_its_own_loss():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    y, restart = torch.tensor([0, 3, 1]), torch.tensor([2, 0, 1])
+    attack = PGD(losses="ce,margin,dlr", eot_iter=2)
+    found = attack.climbed(logits, Asked(torch.arange(3), logits, y, restart, restart, True, 2))
+    expected = torch.stack([LOSSES[name](logits[:, i], y[[i, i]]) for i, name in enumerate(("dlr", "ce", "margin"))], dim=1)
+    torch.testing.assert_close(found, expected)
+
+
 # --- what is known -----------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +219,9 @@ def test_the_faults_of_the_published_e_m_would_be_seen(fault):
     chosen, r = attack.grafted(losses, g)
     flat, direction = g.flatten(1), r.sign().flatten()
     weights = torch.sigmoid(5.0 * (losses[:, 0] + 0.1 * flat @ direction))
+    gains = [[float(each + 0.1 * a.sign() @ b) for each, b in zip(losses[:, 0], flat, strict=True)] for a in flat]
+    reached = [sum(gain if gain > 0 else math.expm1(gain) for gain in row) for row in gains]
+    assert int(chosen) == max(range(4), key=reached.__getitem__)
     # A fixed point of E and M, to what settled means.
     torch.testing.assert_close(r.flatten(), (weights[:, None] * flat).sum(dim=0) / weights.sum(), rtol=1e-2, atol=1e-2)
     assert weights[2] < 0.1 < 0.4 < weights[0]
@@ -255,23 +267,54 @@ def test_a_classifier_that_gives_no_number_is_not_taken_for_a_failure():
 
 
 def test_momentum_is_the_papers():
-    attack = DiffHammer(norm="L2", eps=5.0, step_size=1.0, iterations=9)
+    attack = DiffHammer(norm="L2", eps=5.0, step_size=0.2, iterations=9)
     x = torch.full((1, 1, 1, 2), 0.5)
     memory, g = attack.memory(x), torch.zeros(1, 1, 1, 2)
     for i, new in enumerate(([1.0, 0.0], [0.0, 1.0], [0.0, 2.0]), start=1):
         new = torch.tensor(new).view(1, 1, 1, 2)
         zero = torch.zeros(1, dtype=torch.int64)
-        attack.step(memory, Asked(zero, x, zero, zero + i - 1, zero, True, 10), new, x)
+        came = attack.step(memory, Asked(zero, x, zero, zero + i - 1, zero, True, 10), new, x)
         g = i**-0.5 * new + (1 - i**-0.5) * g
         torch.testing.assert_close(memory["momentum"], g)
+        torch.testing.assert_close(came, x + 0.2 * g / g.norm())
+
+
+@pytest.mark.parametrize(
+    "attack, length",
+    [
+        (PGD(), 2 / 255),
+        (PGD("L2", 0.5), 0.1),
+        (PGD(step_size=0.01), 0.01),
+        (find("pgd-eot").stages()["pgd-eot"], 0.007),
+        (find("transfer").stages("L2", 1.0)["transfer"], 0.2),
+        (DiffHammer(), 0.007),
+        (DiffHammer("L2", 0.5), 0.1),
+        (StAdv(), 0.05),  # Adam's first step is its rate in every value that has a slope
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, float) else str(value),
+)
+def test_a_step_is_as_long_as_it_says_and_uphill_in_every_restart(attack, length):
+    x, y = grey(2)
+    if isinstance(attack, StAdv):
+        x = torch.linspace(0.2, 0.8, 4).expand(2, *SHAPE).clone()
+    gradient = torch.ones_like(x)
+    for restart in (0, 1):
+        memory, images = attack.memory(x), torch.arange(2)
+        number = torch.full((2,), restart * (attack.iterations + 1))
+        came = attack.step(memory, Asked(images, x, y, number, number // (attack.iterations + 1), True, 1), gradient, x)
+        change = (came - x) if not isinstance(attack, StAdv) else memory["flow"][:, :1, :, :-1]  # on the ramp, to the right
+        size = change.flatten(1).norm(dim=1) if getattr(attack, "norm", "Linf") == "L2" else change.flatten(1).amax(dim=1)
+        torch.testing.assert_close(size, torch.full((2,), length), rtol=1e-4, atol=0)
+        assert bool(((came - x) * gradient > 0).flatten(1).any(dim=1).all())
 
 
 def test_restarts_take_the_next_loss_and_only_where_half_the_draws_stand():
-    """Image 0 falls in all draws at once; image 1 never does."""
+    """Of four draws as many fail on an image as its third channel says, in fifths, and others do nowhere."""
 
-    class One(nn.Module):
+    class SoMany(nn.Module):
         def forward(self, x):
-            margin = torch.where(x[:, 2, 0, 0] > 0.5, 5.0, -5.0) + 0 * x.flatten(1).sum(dim=1)
+            draw = torch.arange(len(x)) // (len(x) // 4)
+            margin = torch.where(5 * x[:, 2, 0, 0] > draw + 0.5, 5.0, -5.0) + 0 * x.flatten(1).sum(dim=1)
             return torch.stack([torch.zeros_like(margin), margin], dim=1)
 
     used = []
@@ -282,10 +325,10 @@ def test_restarts_take_the_next_loss_and_only_where_half_the_draws_stand():
             used.append((asked.restart.tolist(), asked.images.tolist(), asked.number.tolist()))
             return super().ask(defense, asked)
 
-    x, y = grey(2)
-    x[0, 2, 0, 0], x[1, 2, 0, 0] = 0.9, 0.1
-    Spied(iterations=2, eot_iter=2, losses="ce,margin").run(Metered(One().eval()), x, y, seed=0)
-    assert used == [([0, 0], [0, 1], [i, i]) for i in range(3)] + [([1], [1], [i]) for i in range(3, 6)]
+    x, y = grey(4)
+    x[:, 2] = torch.tensor([4, 3, 2, 0]).view(4, 1, 1) / 5
+    Spied(iterations=2, eot_iter=4, losses="ce,margin", eps=0.01).run(Metered(SoMany().eval()), x, y, seed=0)
+    assert used == [([0] * 4, [0, 1, 2, 3], [i] * 4) for i in range(3)] + [([1] * 2, [2, 3], [i] * 2) for i in range(3, 6)]
 
 
 @pytest.mark.parametrize("worse", [0, 1])
@@ -449,6 +492,71 @@ def test_draws_of_an_image_do_not_depend_on_who_is_attacked_with_it():
     assert 0 < sum(seen[2]["result"][2]) < 6  # somebody left, and not everybody
 
 
+@pytest.mark.parametrize("attack", [PGD, DiffHammer, Transfer], ids=lambda kind: kind.__name__)
+def test_no_draw_of_an_image_is_asked_twice(attack):
+    """Neither for gradients, nor for looks, nor for tests: all are fresh. (A draw that is pulled back was asked before.)"""
+    asked = []
+
+    class Named(Metered):
+        def forward(self, x, *, ids=None, draw=None, view=None):
+            if attack is not DiffHammer or not x.requires_grad:
+                asked.extend(zip(ids.tolist(), draw.tolist(), strict=True))
+            return super().forward(x, ids=ids, draw=draw, view=view)
+
+    x, y = labelled(3)
+    y[0] = (y[0] + 1) % 10  # all draws fail there, so that it is tested
+    options = {"coarse_steps": 1} if attack is Transfer else {}
+    climbing = attack(eps=1 / 255, iterations=3, eot_iter=2, losses="ce,margin", looks=3, drop="majority", batch=2, **options)
+    metered = Named(evaluation_cases.purified("cpu"))
+    metered.reseed(5)
+    result = climbing.run(metered, x, y, seed=0)
+    assert result.left.tolist()[0] and not result.left.tolist()[2]
+    assert len(set(asked)) == len(asked) > 60
+
+
+def test_the_mean_of_losses_and_the_loss_of_mean_logits_have_other_gradients():
+    """Each is what autograd makes of its formula; BPDA takes the latter, as the field's does."""
+    x, y = grey(2)
+    x[:, 1] += 0.01  # where the draws of one side are nearer to failing than those of the other
+    metered = Metered(clusters())
+    metered.reseed(3)
+    zero, leaf, defense = torch.zeros(2, dtype=torch.int64), x.clone().requires_grad_(), clusters()
+    defense.seed = 3
+    logits = torch.stack([defense(leaf, ids=range(2), draw=draw) for draw in range(8)])
+    losses = {
+        "losses": torch.stack([functional.cross_entropy(each, y, reduction="sum") for each in logits]).mean(),
+        "logits": functional.cross_entropy(logits.mean(dim=0), y, reduction="sum"),
+    }
+    found = {}
+    for mean, loss in losses.items():
+        found[mean] = PGD(mean=mean, eot_iter=8).ask(metered, Asked(torch.arange(2), x, y, zero, zero, True, 8)).gradient
+        scale = float(found["losses"].abs().max())
+        (expected,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        # A mean of 16 values, a softmax, a mean of 8 draws: a few dozen roundings of the largest.
+        torch.testing.assert_close(found[mean], expected, rtol=0, atol=64 * torch.finfo(torch.float32).eps * scale)
+    assert float((found["losses"] - found["logits"]).abs().max()) > 0.1 * scale
+    assert (BPDA().mean, BPDA().drop, PGD().mean) == ("logits", "mean", "losses")
+
+
+@pytest.mark.parametrize("keep", ["loss", "last", "accuracy"])
+def test_what_is_kept_of_a_way_that_overshoots(keep):
+    """The margin peaks at the second of five points; steps go on up, whatever it says."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Up(PGD):
+        def step(self, memory, asked, gradient, x):
+            return asked.x + self.step_size
+
+    class Peak(nn.Module):
+        def forward(self, x):
+            margin = 1 - 100 * (x.mean(dim=(1, 2, 3)) - 0.51).abs()
+            return torch.stack([0.5 + torch.zeros_like(margin), margin], dim=1)
+
+    result, _ = attacked(Up(iterations=4, eot_iter=1, step_size=0.01, keep=keep), Peak().eval(), count=1)
+    torch.testing.assert_close(float(result.x_adv.mean()), 0.54 if keep == "last" else 0.51)
+    assert result.failed.tolist() == [0.0 if keep == "last" else 1.0] and result.curve == (1, 0, 0, 0, 0)
+
+
 def test_room_is_taken_by_who_waits():
     sizes = []
 
@@ -539,6 +647,36 @@ def test_looks_decide_what_is_kept_and_are_told():
     assert bool((fixed.failed == 1).all()) and torch.equal(fixed.x_adv, fixed.strongest)
 
 
+@pytest.mark.parametrize("kind", [Square, FABTargeted], ids=lambda kind: kind.__name__)
+def test_looks_choose_among_the_points_of_square_and_fab(kind):
+    """How many looks fail at a point follows from it and has nothing to do with what the attack is answered."""
+    seen = {}
+
+    def failures(x):
+        return (1e3 * x[:, 2].mean(dim=(1, 2)) + 1e5 * (x - 0.5).square().mean(dim=(1, 2, 3))).long() % 6
+
+    class Apart(Metered):
+        def forward(self, x, *, ids=None, draw=None, view=None):
+            logits = super().forward(x)
+            if draw is None:
+                return logits
+            for image, count in zip(ids.tolist(), failures(x).tolist(), strict=True):
+                seen.setdefault(image, []).append(count)
+            wrong = (draw % 5 < failures(x)).float()
+            return torch.stack([0.5 - wrong, wrong - 0.5], dim=1)
+
+    # Square goes on until something falls; FAB goes where it does, which is to be in the ball.
+    options, threshold = ({"queries": 30}, 20.0) if kind is Square else ({"iterations": 5, "target_classes": 1}, 2.0)
+    attack, metered, (x, y) = kind(eps=0.3, looks=5, **options), Apart(Linear(threshold).eval()), grey(3)
+    with torch.random.fork_rng():
+        result = attack.run(metered, x, y, seed=0)
+    most = max(max(counts) for counts in seen.values())  # the images are equal, and share what was found
+    assert min(min(counts) for counts in seen.values()) < most and most == int(result.looked.max()) and result.looks == 5
+    assert failures(result.x_adv).tolist() == [most] * 3 and result.failed.tolist() == pytest.approx([most / 5] * 3)
+    assert torch.equal(result.strongest, result.x_adv)
+    assert 0 < metered.forward_images <= 3 * (attack.cost().forward + attack.cost().again)
+
+
 def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
     x, y = grey()
     model = Linear(threshold=2.0).eval()
@@ -559,7 +697,12 @@ def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
     inner = evaluation_cases.purified("cpu")
     defense = Spy(inner.purifier, inner.classifier)
     x, y = labelled(4)
-    for attack in (PGD(iterations=2, eot_iter=3, dw_box=True), APGD(iterations=2, eot_iter=2, dw_box=True)):
+    for attack in (
+        PGD(iterations=2, eot_iter=3, dw_box=True),
+        APGD(iterations=2, eot_iter=2, dw_box=True),
+        Square(queries=3, eot_iter=2, looks=2, dw_box=True),
+        FABTargeted(iterations=2, target_classes=1, dw_box=True),
+    ):
         seen.clear()
         with evaluate(defense, x, y, attack=attack, shard=2, draws=3, seed=9, paths=0, out=tmp_path / type(attack).__name__):
             pass
@@ -667,6 +810,7 @@ def test_published_sizes():
         PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
         PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, keep="last", drop="majority", error=0.5, batch=2),
         APGD(eps=1 / 255, iterations=2, eot_iter=1, looks=2, dw_box=True),
+        Square(eps=1 / 255, queries=6, eot_iter=2, looks=2),
         StAdv(iterations=4, eot_iter=2, batch=2),
     ],
     ids=lambda attack: type(attack).__name__,
@@ -725,6 +869,22 @@ def test_in_the_fast_mode_those_go_on_that_have_not_fallen(tmp_path):
         check_same(ledger, whole)
 
 
+@pytest.mark.parametrize("mode", ["full", "fast"])
+def test_all_and_only_those_go_on_that_the_attack_has_not_fooled(mode):
+    """Without noise all draws agree: which they are is known beforehand."""
+    x, y = grey(8)
+    x += torch.linspace(-0.02, 0.02, 8).view(8, 1, 1, 1)
+    model, stage = Linear(threshold=0.35).eval(), PGD(eps=0.01, iterations=4, eot_iter=2, step_size=0.005)
+    with torch.no_grad():
+        standing = (model(stage.run(Metered(model), x, y, seed=0).x_adv).argmax(dim=1) == y).nonzero()[:, 0].tolist()
+    assert 1 < len(standing) < 8
+    suite = Suite("twice", lambda norm, eps: dict.fromkeys("ab", stage))
+    with evaluate(model, x, y, attack=suite, mode=mode, shard=8, draws=1, paths=0) as result:
+        entered = {record.unit.stage: record.unit.images for record in result.ledger.done().values()}
+    assert sorted(entered["a"]) == list(range(8)) or mode == "full"
+    assert sorted(entered["b"]) == standing
+
+
 def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
     """Two draws in three fail: most leave at the first stage, and one draw afterwards may be right all the same."""
     stage = PGD(iterations=1, eot_iter=2, error=0.5)
@@ -733,6 +893,7 @@ def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
         options = {"mode": mode, "shard": 24, "draws": 3, "paths": 0, "drop": None, "seed": 2}
         with evaluate(Linear(threshold=-0.5, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
             left, official, text = result.verdicts["attacked"].left, result.verdicts["attacked"].official, result.table()
+            assert ("noisy in fast mode, Linf" in result.title) == (mode == "fast")
             if (mode, names) != ("fast", "ab"):
                 assert left == 0 and "had fallen by the test" not in text
                 continue

@@ -261,6 +261,7 @@ def test_attacks_are_explained_with_what_was_asked_of_them(runs, tmp_path):
     spec = SMALL.but(attack="cascade", mode="fast", coarse_steps=1, iterations=1, eot_iter=1, error=0.25, looks=2)
     run(tmp_path / "fast", spec).close()
     found = report.read(tmp_path / "fast")
+    assert dict(row[:2] for row in report.sections([found])[0].rows)["attack"].startswith("cascade in fast mode Linf")
     parts = {part.title: part for part in report.sections([found])}
     explained = dict(parts["What the attacks are"].rows)
     assert {"fast: transfer-3, fast: transfer-5", "fast: exact", "fast: exact, besides"} <= set(explained)

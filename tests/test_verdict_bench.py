@@ -1,8 +1,11 @@
 """`bench/verdict.py`: runs that are continued, work that is counted, and a goal that is stated as it was found."""
 
 import json
+from pathlib import Path
 
 import verdict
+
+from coupfast.evaluation.suites import RECOMMENDATION
 
 
 def test_a_tiny_study(tmp_path, capsys):
@@ -50,3 +53,24 @@ def test_sizes_keep_the_proportion_of_nothing_below_one():
     cut = verdict.CURVES["cascade, fast"].at(1e-6, 0.02)
     assert cut == {"attack": "cascade", "mode": "fast", "iterations": 1, "step_size": 2.5 * 0.02}
     assert verdict.CURVES["rand"].at(0.5, 0.02) == {"attack": "autoattack-rand", "mode": "full", "iterations": 50}
+
+
+def test_what_is_recommended_is_so_for_what_was_measured():
+    """Its reasons have figures of a study, which is not in the package: they are those of its file."""
+    name = "bench/results/verdict-100-epyc-zen4.json"
+    found = json.loads((Path(__file__).parents[1] / name).read_text())
+    rows = {(row["defense"], row["curve"]): row for row in found["rows"] if row["share"] == 1}
+    ours, rand = ([rows[defense, curve] for defense in verdict.DEFENSES] for curve in ("cascade, fast", "rand"))
+    assert (RECOMMENDATION.attack, RECOMMENDATION.mode) == (ours[0]["attack"]["attack"], ours[0]["attack"]["mode"])
+    fell = [row["stages"][0]["images"] - row["stages"][-1]["images"] for row in ours]
+    shares = [row["image_steps"] / full["image_steps"] for row, full in zip(ours, rand, strict=True)]
+    for said in (
+        f"of {found['settings']['limit']} test images",
+        f"{min(fell)} to {max(fell)} fell through 3 and 5 steps",
+        f"for {min(shares):.2f} to {max(shares):.2f} of its image-steps ({name})",
+    ):
+        assert said in RECOMMENDATION.reasons
+    for row, full in zip(ours, rand, strict=True):
+        for by in verdict.PROTOCOLS:
+            assert row["robust"][by]["value"] <= full["robust"][by]["bootstrap"][1]
+    assert [row["stages"][0]["steps"] for row in ours] == [3] * 3 and [row["stages"][1]["steps"] for row in ours] == [5] * 3

@@ -9,7 +9,7 @@ from typing import Any
 
 from coupfast.cli.arguments import add_noise, add_purification, default_device
 from coupfast.evaluation import suites
-from coupfast.evaluation.attacks.knobs import parse_fraction
+from coupfast.evaluation.attacks.knobs import names, parse_fraction
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.evaluation.spec import GIVEN, MODES, SEEDINGS, Spec, paper
@@ -110,7 +110,8 @@ def spec_of(options: argparse.Namespace) -> Spec:
     """What the options describe; where they say nothing, what the run to resume or the paper has.
 
     Raises:
-        ValueError: if they contradict the run to resume where nothing else would notice; the message says what it has.
+        ValueError: if they contradict the run to resume where nothing else would notice, or say a ball to an attack that knows
+            none; the message says what it has.
     """
     given, knobs = said(options)
     if getattr(options, "resume", None):
@@ -120,7 +121,14 @@ def spec_of(options: argparse.Namespace) -> Spec:
         if options.paper:
             base = base.but(**_paper(given.get("norm", "Linf"), alone="defense" in given))
     spec = base.but(**given)
-    return dataclasses.replace(spec, attack_options={**spec.attack_options, **knobs}) if knobs else spec
+    spec = dataclasses.replace(spec, attack_options={**spec.attack_options, **knobs}) if knobs else spec
+    ball, stages = [name for name in ("norm", "eps") if name in given], spec.stages()
+    if ball and stages and not any(set(ball) <= set(names(attack)) for attack in stages.values()):
+        raise ValueError(
+            f"{' and '.join(map(flag, ball))} would be of a ball, and {spec.suite.name} knows none: leave it out; it has "
+            f"{', '.join(map(flag, spec.suite.options())) or 'nothing to set'}"
+        )
+    return spec
 
 
 def said(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

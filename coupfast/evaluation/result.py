@@ -19,7 +19,7 @@ from coupfast.evaluation.configuration import images_sha256
 from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, RESUBMISSION, Accuracy, Judged
-from coupfast.evaluation.spec import GIVEN, Spec
+from coupfast.evaluation.spec import GIVEN, Spec, in_fast_mode
 from coupfast.wording import counted
 from coupfast_kernels.files import write_whole
 
@@ -133,7 +133,7 @@ class Evaluation:
         spec, stages = fields["spec"], fields["stages"]
         built = None if spec["defense"] == GIVEN else spec["defense"]
         defense = purification.name(fields["defense"], built=built, alone=spec["purifier"] is None)
-        attack = spec["attack"] if stages else "no attack"
+        attack = f"{spec['attack']}{in_fast_mode(spec)}" if stages else "no attack"
         if any("eps" in stage for stage in stages.values()):  # salt and pepper knows no ball
             attack += f", {spec['norm']} {radius(spec['norm'], spec['eps'])}"
         if spec.get("start_from") is not None:

@@ -318,6 +318,11 @@ class Spec:
             object.__setattr__(self, name, value)
 
 
+def in_fast_mode(spec: Mapping[str, Any]) -> str:
+    """Behind an attack's name, that it was cut short; "" where it was not. Of a spec as a ledger has it."""
+    return " in fast mode" if spec.get("mode") == "fast" else ""
+
+
 def checked_workers(workers: int | str) -> int | str:
     """A number of workers as it came in, or ValueError."""
     if workers != AUTO and (not isinstance(workers, int) or workers < 1):

@@ -147,6 +147,7 @@ _ALL = (
         },
     ),
     Suite("apgd-ce", lambda norm, eps: {"apgd-ce": APGD(norm, eps)}),
+    Suite("square", lambda norm, eps: {"square": Square(norm, eps)}),
     # The 40 steps and 15 replicas of the field, and the 20 steps of COUP's Table 3, which does not state the rest legibly.
     Suite("bpda-eot", lambda norm, eps: {"bpda-eot": BPDA(norm, eps)}),
     Suite(
@@ -209,8 +210,10 @@ RECOMMENDED = "recommended"
 RECOMMENDATION = Recommendation(
     attack="cascade",
     mode="fast",
-    reasons="most images that can fall do so through 3 or 5 steps of the defense, at a fraction of its cost; the exact "
-    "gradient is asked only about those that stand on the real one, and none is asked on once it has fallen",
+    reasons="of 100 test images on the shipped networks, 73 to 80 fell through 3 and 5 steps of the defense, at a fraction of "
+    "its cost, and the exact gradient was asked about the others only; beside AutoAttack's rand, both cut short, it left no "
+    "more than the upper ends of rand's intervals, by every count of the judge's draws, on COUP, the reverse SDE and DiffPure, "
+    "for 0.44 to 0.51 of its image-steps (bench/results/verdict-100-epyc-zen4.json); at full size neither was measured",
 )
 
 

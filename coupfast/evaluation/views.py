@@ -51,5 +51,7 @@ def coarser(defense: PurifiedClassifier, steps: int) -> PurifiedClassifier:
     if settings is None:
         raise ValueError(f"the method {purifier.settings.method.name!r} has no `num_steps` by which it could be made coarser")
     if steps >= purifier.num_steps:
-        raise ValueError(f"a coarser purification takes fewer than the defense's {purifier.num_steps} steps, got {steps}")
+        raise ValueError(
+            f"a coarser purification takes fewer than the defense's {purifier.num_steps} steps, got {steps}: set `coarse_steps`"
+        )
     return PurifiedClassifier(Purifier(purifier.score, purifier.classifier, settings=settings), defense.classifier)

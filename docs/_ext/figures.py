@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -402,6 +403,38 @@ def lost_by_choosing() -> str:
     return percent(lost)
 
 
+SIGNAL = "gradient-signal-epyc-zen4.json"
+
+
+def gradient_signal() -> str:
+    """Signal to noise of the gradients that attacks follow, for the work that they take."""
+    body = []
+    for each in results(SIGNAL)["rows"]:
+        low, _, high = statistics.quantiles(each["each_signal_to_noise"], n=4)
+        cells = [str(each["work"]), f"{each['signal_to_noise']:.2f} ({low:.2f} to {high:.2f})"]
+        cells += [f"{each['per_1000']:.1f}", f"{each['cosine']:.2f}" if each["gradient"] != "exact" else ""]
+        cells += [f"{each[name]:.1f}" for name in ("fresh", "common")]
+        body.append([NAMES[each["defense"]], f"`{each['gradient']}`", *cells])
+    signal = ["signal ÷ noise (quartiles)", "for 1000 image-steps"]
+    return markdown(["defense", "gradient", "image-steps", *signal, "cosine", "new draws", "kept draws"], body)
+
+
+def signal_against(gradient: str) -> dict[str, str]:
+    """Of a gradient beside the exact one, over the defenses: its signal to noise for the same work, and its cosine."""
+    rows = {(each["defense"], each["gradient"]): each for each in results(SIGNAL)["rows"]}
+    pairs = [(rows[defense, gradient], rows[defense, "exact"]) for defense, name in rows if name == gradient]
+    ratios, cosines = [one["per_1000"] / exact["per_1000"] for one, exact in pairs], [one["cosine"] for one, _ in pairs]
+    found = (("times", ratios), ("cosines", cosines))
+    return {name: f"{min(values):.2f} to {max(values):.2f}" for name, values in found}
+
+
+def kept_draws() -> dict[str, str]:
+    """In how many rows kept draws give more signal to noise than new ones, of how many, and between which shares of theirs."""
+    shares = [each["common"] / each["fresh"] for each in results(SIGNAL)["rows"]]
+    more = sum(share > 1 for share in shares)
+    return {"more": str(more or "none"), "all": str(len(shares)), "shares": f"{min(shares):.2f} to {max(shares):.2f}"}
+
+
 VERDICT = "verdict-100-epyc-zen4.json"
 
 
@@ -656,6 +689,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against),
+        *(gradient_signal, signal_against, kept_draws),
         *(solvers, solver_study, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
         *(workers, oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )

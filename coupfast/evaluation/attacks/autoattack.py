@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,15 +25,32 @@ OFFERS = 8
 _LOGGER = logging.getLogger("auto-attack")  # pyautoattack's own
 
 
-class _AutoPGD(Attack):
-    """What follows from fields that both of AutoAttack's APGDs have; each declares them, in its own order."""
+class _AutoAttack(Attack):
+    """What follows from fields that all of AutoAttack's attacks have; each declares them, in its own order."""
 
     norm: str
     eps: float
-    iterations: int
-    eot_iter: int
     looks: int
     dw_box: bool
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.looks)
+
+    @property
+    def gradient_replicas(self) -> int:
+        return 1
+
+    @property
+    def knows_noise(self) -> bool:
+        return self.dw_box
+
+
+class _AutoPGD(_AutoAttack):
+    """The same of both APGDs."""
+
+    iterations: int
+    eot_iter: int
 
     def attacked(
         self, name: str, own: dict[str, Any], defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int
@@ -51,18 +67,6 @@ class _AutoPGD(Attack):
             **own,
         }
         return _perturb(f"autopgd_base.{name}", settings, seen, seed=seed), seen
-
-    @property
-    def replicas(self) -> int:
-        return max(1, self.looks)
-
-    @property
-    def gradient_replicas(self) -> int:
-        return 1
-
-    @property
-    def knows_noise(self) -> bool:
-        return self.dw_box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +137,16 @@ class TargetedAPGD(_AutoPGD):
 
 
 @dataclasses.dataclass(frozen=True)
-class FABTargeted(Attack):
-    """FAB, against the most likely other classes in turn."""
+class FABTargeted(_AutoAttack):
+    """FAB, against the most likely other classes in turn. `looks`, at all of its points in the ball, and `dw_box` as `APGD` has
+    them."""
 
     norm: str = "Linf"
     eps: float = 8 / 255
     iterations: int = count(100, "steps of the attack")
     target_classes: int = count(9, "the most likely other classes, attacked in turn")
+    looks: int = looks_knob()
+    dw_box: bool = dw_box_knob()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {
@@ -149,19 +156,23 @@ class FABTargeted(Attack):
             "targeted": True,
             "n_target_classes": self.target_classes,
         }
-        seen = _Seen(defense, x, y, self.norm, self.eps)
+        seen = _Seen(defense, x, y, self.norm, self.eps, looks=self.looks, everywhere=True, named=self.dw_box)
         return seen.result(_perturb("fab_pt.FABAttack_PT", settings, seen, seed=seed))
 
     def cost(self) -> Cost:
-        return Cost(1 + self.target_classes * (self.iterations + 3), self.target_classes * self.iterations, again=OFFERS - 1)
+        # Of a class, one with a gradient is the image itself, and the last one is asked about again.
+        points = self.target_classes * 2 * self.iterations
+        forward = 1 + self.target_classes * (self.iterations + 3) + points * self.looks
+        return Cost(forward, self.target_classes * self.iterations, again=OFFERS - 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Square(Attack):
+class Square(_AutoAttack):
     """Square: random search, no gradient.
 
     AutoAttack's asks a randomised defense once a query, and keeps a square that was lucky. With `eot_iter` the answer to a
-    query is the mean logits of so many draws, as its authors advise for such defenses.
+    query is the mean logits of so many draws, as its authors advise for such defenses. `looks`, at every query, and `dw_box` as
+    `APGD` has them.
     """
 
     gradient = None
@@ -170,24 +181,28 @@ class Square(Attack):
     eps: float = 8 / 255
     queries: int = count(5000, "queries for an image")
     eot_iter: int = count(1, "draws of the noise that an answer is averaged over")
+    looks: int = looks_knob()
+    dw_box: bool = dw_box_knob()
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {"norm": self.norm, "eps": self.eps, "n_queries": self.queries, "p_init": 0.8, "resc_schedule": False}
-        seen = _Seen(self._averaged(defense), x, y, self.norm, self.eps)
+        seen = _Seen(
+            *(defense, x, y, self.norm, self.eps),
+            copies=self.eot_iter,
+            looks=self.looks,
+            everywhere=True,
+            named=self.dw_box,
+        )
         return seen.result(_perturb("square.SquareAttack", settings, seen, seed=seed))
-
-    def _averaged(self, defense: Metered) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The defense with the mean logits of several draws: copies in one batch, which have noise of their own."""
-        if self.eot_iter == 1:
-            return defense
-        return lambda x: defense(x.repeat(self.eot_iter, 1, 1, 1)).view(self.eot_iter, len(x), -1).mean(dim=0)
 
     @property
     def replicas(self) -> int:
-        return self.eot_iter
+        return max(self.eot_iter, self.looks)
 
     def cost(self) -> Cost:
-        return Cost((self.queries + 3) * self.eot_iter, 0, again=(OFFERS - 1) * self.eot_iter)
+        # The image itself is not looked at.
+        forward = (self.queries + 3) * self.eot_iter + (self.queries + 2) * self.looks
+        return Cost(forward, 0, again=(OFFERS - 1) * self.eot_iter)
 
 
 class _Seen:
@@ -202,22 +217,27 @@ class _Seen:
         y: Their labels.
         norm, eps: The ball around each.
         draws: How often the attack asks at one point, one time after the other.
+        copies: Of each image in one call, which have noise of their own; the answer is their mean logits.
         looks: Fresh draws at every point that it asks about with a gradient.
+        everywhere: Whether they are at every point that it asks about without one, too.
         named: Whether the noise of every call is to be named, since it is somebody else's.
     """
 
     def __init__(
         self,
-        defense: Callable[[torch.Tensor], torch.Tensor],
+        defense: Metered,
         x: torch.Tensor,
         y: torch.Tensor,
         norm: str,
         eps: float,
         *,
         draws: int = 1,
+        copies: int = 1,
         looks: int = 0,
+        everywhere: bool = False,
         named: bool = False,
     ) -> None:
+        self.copies, self.everywhere = copies, everywhere
         self.looks, self.named, self._calls, self._looks = looks, named, 0, 0
         self.looked = torch.zeros_like(y)  # how many of the looks were wrong where most were
         self.defense, self.x, self.y, self.norm, self.eps, self.draws = defense, x, y, norm, eps, draws
@@ -234,17 +254,20 @@ class _Seen:
         self._equal = {int(images[0]): images for images in equal if len(images) > 1}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.defense(x) if not self.named else self._ask(x, self._images(x.detach()), self._calls)
+        logits = self._answer(x)
         self._calls += 1
         if self.offers == 1:
             (self.with_gradient if x.requires_grad else self.plain).append(logits.detach().argmax(dim=1))
-        self._keep(x.detach(), logits.detach(), looking=self.looks > 0 and x.requires_grad)
+        self._keep(x.detach(), logits.detach(), looking=self.looks > 0 and (self.everywhere or x.requires_grad))
         return logits
 
-    def _ask(self, x: torch.Tensor, ids: torch.Tensor, draw: int | torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.defense, Metered)  # whatever else has no noise that could be named
-        logits: torch.Tensor = self.defense(x, ids=ids, draw=draw)
-        return logits
+    def _answer(self, x: torch.Tensor) -> torch.Tensor:
+        many, names = x if self.copies == 1 else x.repeat(self.copies, 1, 1, 1), {}
+        if self.named:
+            draws = torch.arange(self._calls * self.copies, (self._calls + 1) * self.copies, device=x.device)
+            names = {"ids": self._images(x.detach()).repeat(self.copies), "draw": draws.repeat_interleave(len(x))}
+        logits: torch.Tensor = self.defense(many, **names)
+        return logits if self.copies == 1 else logits.view(self.copies, len(x), -1).mean(dim=0)
 
     def result(self, x_adv: torch.Tensor, curve: tuple[int, ...] = ()) -> Result:
         for images in self._equal.values():
@@ -290,7 +313,7 @@ class _Seen:
         numbers = torch.arange(self._looks, self._looks + self.looks, device=x.device).repeat_interleave(len(x))
         self._looks += self.looks
         with torch.no_grad():
-            logits = self._ask(x.repeat(self.looks, 1, 1, 1), images.repeat(self.looks), LOOKS + numbers)
+            logits = self.defense(x.repeat(self.looks, 1, 1, 1), ids=images.repeat(self.looks), draw=LOOKS + numbers)
         wrong = (logits.view(self.looks, len(x), -1).argmax(dim=2) != self.y[images]).sum(dim=0)
         self.looked[images] = torch.maximum(self.looked[images], wrong)
         return wrong / self.looks

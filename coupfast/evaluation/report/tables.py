@@ -15,7 +15,7 @@ from coupfast.evaluation.report import published
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
 from coupfast.evaluation.result import radius
-from coupfast.evaluation.spec import GIVEN
+from coupfast.evaluation.spec import GIVEN, in_fast_mode
 from coupfast.evaluation.suites import SUITES, stated_errors, told_errors
 from coupfast.wording import counted
 
@@ -229,7 +229,7 @@ def _attack(run: Run) -> str:
         return "no attack"
     # Salt and pepper knows no ball.
     ball = any("eps" in fields for fields in run.configuration["stages"].values())
-    return str(spec["attack"]) + (f" {spec['norm']} {_radius(spec)}" if ball else "") + _begun(run)
+    return f"{spec['attack']}{in_fast_mode(spec)}" + (f" {spec['norm']} {_radius(spec)}" if ball else "") + _begun(run)
 
 
 def _begun(run: Run) -> str:
