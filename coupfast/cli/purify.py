@@ -22,6 +22,7 @@ from coupfast.cli.reports import command_line, environment, write_json
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.data import save_images
 from coupfast.evaluation.purification import describe, settled, short
+from coupfast.wording import counted
 from coupfast_kernels.files import write_whole
 
 REPORT = "purify.json"
@@ -167,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         kept.close(done=True)
     each = f", {len(options.draw)} draws each," if len(options.draw) > 1 else ""
     print(
-        f"Purified {count} images{each} by {short(purifier)} in {purifier.num_steps} steps, engine {purifier.engine} on "
-        f"{options.device}, in {seconds:.1f} s: {out}"
+        f"Purified {counted(count, 'image')}{each} by {short(purifier)} in {counted(purifier.num_steps, 'step')}, "
+        f"engine {purifier.engine} on {options.device}, in {seconds:.1f} s: {out}"
     )
     return 0

@@ -222,9 +222,9 @@ class Design:
         told = "; ".join(f"{name}: {tables.points(one.found)} points" for name, one in decided.items())
         start, stop = results.scale.part(_JUDGED)
         share, level = _DISCORDANT[1], announced.LEVEL / len(self.compared)
-        least, images = announced.detectable(stop - start, share, level), counted(stop - start, "image")
+        least, images = announced.detectable(stop - start, share, level), counted(stop - start, "image", "show")
         least_told = "no difference" if least is None else f"no less than {100 * least:.1f} points"
-        shows = f"{images} show {least_told} at the strictest level"
+        shows = f"{images} {least_told} at the strictest level"
         said = [
             f"Of {len(self.compared)} announced comparisons {len(decided)} can be told apart by {PRIMARY} after Holm's "
             f"correction{f' ({told})' if told else ''}.",
@@ -321,6 +321,8 @@ def _differences(found: Mapping[str, Tested]) -> Picture:
         f"Announced differences, {PRIMARY}",
         to_png(axes.figure),
         "Intervals of 95 %, not corrected. Orange diamonds: told apart after Holm's correction.",
+        "A row for each comparison, a difference with its interval, in points: "
+        f"{'; '.join(f'{name} {tables.points(one.found)}' for name, one in found.items())}.",
     )
 
 
