@@ -69,8 +69,8 @@ def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequ
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    ends = [
+    reached = [
         f"{name}: from {100 * found[0].value:.1f} % at {x[0]:g} to {100 * found[-1].value:.1f} % at {x[-1]:g}"
         for name, found in lines.items()
     ]
-    return Picture(title, to_png(axes.figure), note, f"Curves over {across}. {'; '.join(ends)}.")
+    return Picture(title, to_png(axes.figure), note, f"Curves over {across}. {'; '.join(reached)}.")
