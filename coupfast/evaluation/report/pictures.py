@@ -129,7 +129,7 @@ def path_picture(run: Run) -> Picture:
         to_png(path_figure(run)),
         f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
         "state as it is.",
-        f"A panel for each of {counted(len(run.shown['images']), 'image')}: confidence in the label and in its nearest "
+        f"{counted(len(run.shown['images']), 'panel')}, one for an image: confidence in the label and in its nearest "
         "rival over the steps of the purification, solid for the attacked image and dotted for the clean one.",
     )
 

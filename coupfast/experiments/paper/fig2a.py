@@ -93,7 +93,7 @@ def _ways(results: Results, title: str, chosen: np.ndarray) -> Picture:
         "Confidence along the purification without noise, of images that were attacked through the reverse SDE: the true "
         "class and the class that the failing method ends at, or the next best where none fails. The first ones in the order "
         "of the data.",
-        f"A panel for each of {counted(len(chosen), 'image')}: confidence in the true class and in a wrong one over the steps "
+        f"{counted(len(chosen), 'panel')}, one for an image: confidence in the true class and in a wrong one over the steps "
         "of the purification, solid for the reverse SDE and dashed for COUP.",
     )
 
