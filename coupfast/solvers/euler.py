@@ -9,7 +9,15 @@ from coupfast.solvers.table import CoefficientTable
 
 
 def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """Euler-Maruyama on the reverse SDE of COUP (Zhang et al. 2024, eq. 5), coefficients at the start of each step."""
+    """Euler-Maruyama on the reverse SDE of COUP (Zhang et al. 2024, eq. 5), coefficients at the start of each step.
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> from coupfast.solvers import euler_maruyama
+        >>> table = euler_maruyama(coupfast.VPSDE(), np.linspace(0.1, 1e-3, 11), 1.0)
+        >>> table.num_steps, bool((table.d > 0).all())
+        (10, True)
+    """
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
         t=t,
@@ -21,7 +29,15 @@ def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float
 
 
 def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
-    """Euler on the probability-flow ODE (Song et al. 2021, eq. 13) with the same guided score; no noise."""
+    """Euler on the probability-flow ODE (Song et al. 2021, eq. 13) with the same guided score; no noise.
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> from coupfast.solvers import probability_flow
+        >>> table = probability_flow(coupfast.VPSDE(), np.linspace(0.1, 1e-3, 11), 1.0)
+        >>> table.num_steps, bool((table.d > 0).all())
+        (10, False)
+    """
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
         t=t,
