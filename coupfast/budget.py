@@ -70,9 +70,9 @@ class Plan:
         """MemoryError if it does not."""
         if not self.fits:
             raise MemoryError(
-                f"{self.batch} images in {self.num_steps} steps need {self.least_bytes / 2**20:.0f} MiB even one image at a "
-                f"time, and half of the free memory is {self.budget_bytes / 2**20:.0f} MiB; use fewer images a call, or give "
-                "`memory_budget` in bytes"
+                f"{counted(self.batch, 'image')} in {counted(self.num_steps, 'step')} would need "
+                f"{self.least_bytes / 2**20:.0f} MiB even one image at a time, and half of the free memory is "
+                f"{self.budget_bytes / 2**20:.0f} MiB; use fewer images a call, or give `memory_budget` in bytes"
             )
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Plan:
         if self.storage.slopes:
             kept.append("the classifier's slopes as bits")
         if self.storage.kept_steps:
-            kept.append(f"the activations of the last {self.storage.kept_steps} steps")
+            kept.append(f"the activations of the last {counted(self.storage.kept_steps, 'step')}")
         counts = ", ".join(f"{count} {kind}" for kind, count in self.evaluations.items())
         return (
             f"{counted(self.batch, 'image')}, {counted(self.num_steps, 'step')}, engine {self.engine}, "
@@ -94,7 +94,7 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan({self.batch} images, {self.num_steps} steps, engine={self.engine!r}, {self.storage}, "
+            f"Plan({counted(self.batch, 'image')}, {counted(self.num_steps, 'step')}, engine={self.engine!r}, {self.storage}, "
             f"peak {self.peak_bytes / 2**20:.1f} MiB of {self.budget_bytes / 2**20:.1f})"
         )
 

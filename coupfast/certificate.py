@@ -175,14 +175,14 @@ class GradientCertificate:
     def __repr__(self) -> str:
         return (
             f"GradientCertificate({self.verdict}, cosine {self.cosine:.9f}, relative error {self.relative_error:.2e}, "
-            f"{self.settings['method']['name']}, {self.num_steps} steps, engine {self.engine})"
+            f"{self.settings['method']['name']}, {counted(self.num_steps, 'step')}, engine {self.engine})"
         )
 
     def __str__(self) -> str:
         lines = [
             f"gradient certificate: {self.verdict}",
             f"  gradient: {_said(self.settings['gradient'])}",
-            f"  method:   {_said(self.settings['method'])}; {self.num_steps} steps",
+            f"  method:   {_said(self.settings['method'])}; {counted(self.num_steps, 'step')}",
             f"  engine {self.engine}, {self.settings['engine']['precision']}, {self.dtype} on {self.device}, "
             f"torch {self.torch}",
             f"  loss: {self.loss}; {counted(len(self.ids), 'image')}, seed {self.seed}, draw 0",
@@ -212,8 +212,8 @@ class GradientCertificate:
     def _difference_lines(self) -> list[str]:
         rows = self.derivatives
         lines = [
-            f"against central differences in float64, noise held fixed: {len(rows)} derivatives (images x directions), "
-            "errors relative to the gradient",
+            f"against central differences in float64, noise held fixed: {counted(len(rows), 'derivative')} (images x "
+            "directions), errors relative to the gradient",
             f"  {'':34}  {'median':>9}  {'largest':>9}",
         ]
 
@@ -236,7 +236,7 @@ class GradientCertificate:
         if total.noise == 0.0:
             lines.append("  every draw gives the same gradient: there is no noise to average")
         elif total.signal > 0.0:
-            lines.append(f"  about {max(1, math.ceil(self.draws / total.ratio))} draws for a ratio of 1")
+            lines.append(f"  about {counted(max(1, math.ceil(self.draws / total.ratio)), 'draw')} for a ratio of 1")
         else:
             lines.append("  no common signal shows in this many draws")
         return lines

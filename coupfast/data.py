@@ -79,6 +79,12 @@ def load_images(
             downloaded; the message says which file to put where.
         ValueError: if the images differ in size, are not 8-bit RGB or grey, or hold values outside [0, 1] beyond rounding.
         ImportError: if the package that a source needs is missing; the message names the extra.
+
+    Example:
+        >>> from coupfast.data import load_images
+        >>> x, y = load_images("cifar10-20", limit=2)
+        >>> x.shape, y.tolist()
+        (torch.Size([2, 3, 32, 32]), [3, 8])
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` is a number of images, at least 1, got {limit}; leave it out to load all")
@@ -192,6 +198,14 @@ def save_images(
     Raises:
         FileExistsError: if a file exists and `overwrite` is False; nothing is written then.
         ValueError: if `x` has another shape or values outside [0, 1], or the names do not fit.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from coupfast.data import load_images, save_images
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = save_images(torch.rand(2, 3, 8, 8), folder, ["first", "second"], npz="exact.npz")
+        ...     [path.name for path in written], load_images(written[-1])[0].shape
+        (['first.png', 'second.png', 'exact.npz'], torch.Size([2, 3, 8, 8]))
     """
     Image = _pillow()
     if x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -234,6 +248,14 @@ def image_files(folder: str | Path) -> list[Path]:
 
     Raises:
         ValueError: if there is no image, or images lie both in the folder and in its subfolders.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from coupfast.data import image_files, save_images
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = save_images(torch.rand(2, 3, 8, 8), folder, ["b", "a"])
+        ...     [path.name for path in image_files(folder)]
+        ['a.png', 'b.png']
     """
     folder = Path(folder)
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -254,6 +276,11 @@ def cifar10_512_indices() -> np.ndarray:
 
     Raises:
         RuntimeError: if this numpy draws other numbers from the same seed.
+
+    Example:
+        >>> from coupfast.data import cifar10_512_indices
+        >>> cifar10_512_indices().shape
+        (512,)
     """
     indices = np.random.RandomState(0).choice(10000, 512, replace=False)  # noqa: NPY002  the published subset is this
     expected = [9394, 898, 2398, 5906, 2343]

@@ -77,7 +77,20 @@ def option(
     choices: Sequence[str] | None = None,
     keyword: str | None = None,
 ) -> Any:
-    """A dataclass field that people may set; see `Option`."""
+    """A dataclass field that people may set; see `Option`.
+
+    Example:
+        >>> import dataclasses, coupfast
+        >>> from coupfast.options import option
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class Shrink(coupfast.StepMethod):
+        ...     num_steps: int = 2
+        ...     share: float = option(0.05, help="of the predicted noise", parse=float)
+        ...     def step(self, k, state, noise, networks):
+        ...         return (state[0] - self.share * networks.eps_hat(state[0], 0.05),)
+        >>> coupfast.Settings.of(method=Shrink, share=0.1).method.share  # on the command line --share 0.1
+        0.1
+    """
     told = {
         "help": help,
         "parse": parse,

@@ -39,6 +39,7 @@ from coupfast.models.zoo import as_network, is_adoptable
 from coupfast.prepared import Prepared, prepare
 from coupfast.settings import Settings, options
 from coupfast.trials import check_against, check_images, check_network, rounding_of, try_classifier, words
+from coupfast.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class Purifier(nn.Module):
         if self.classifier is not None:
             networks.append(f"guided by {_network_repr(self.classifier)}")
         return (
-            f"Purifier({method_name(settings.method)}, {self.num_steps} steps, {', '.join(networks)}\n"
+            f"Purifier({method_name(settings.method)}, {counted(self.num_steps, 'step')}, {', '.join(networks)}\n"
             f"  {settings.method!r}\n  {settings.gradient!r}\n  {settings.engine!r})"
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "docs" / "_ext")]
 # Help texts are as wide as a page; argparse asks the terminal.
-os.environ |= {"COLUMNS": "96", "NO_COLOR": "1"}
+os.environ |= {"COLUMNS": "92", "NO_COLOR": "1"}
 
 import coupfast  # noqa: E402
 

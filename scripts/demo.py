@@ -39,6 +39,7 @@ def main() -> None:
     from coupfast.data import load_images
     from coupfast.environment import machine, version
     from coupfast.models.checkpoints import state_dict_sha256
+    from coupfast.wording import counted
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.perf_counter()
@@ -62,10 +63,11 @@ def main() -> None:
     steps = {method: purifier.num_steps for method, purifier in purifiers.items()}
     engines = sorted({purifier.engine for purifier in purifiers.values()})
     print(
-        f"{len(x)} CIFAR-10 test images, networks {NETWORKS}, t = {options.t:g} in {max(steps.values())} steps, "
+        f"{counted(len(x), 'CIFAR-10 test image')}, networks {NETWORKS}, t = {options.t:g} in "
+        f"{counted(max(steps.values()), 'step')}, "
         f"seed {options.seed}, engine {' '.join(engines)} on {device}"
     )
-    print(f"Attacking the classifier: APGD-CE, Linf {options.eps:g}/255, {options.attack_iterations} iterations ...")
+    print(f"Attacking the classifier: APGD-CE, Linf {options.eps:g}/255, {counted(options.attack_iterations, 'iteration')} ...")
     attack_started = time.perf_counter()
     x_adv = attack(classifier, x, y, eps=options.eps / 255, n_iter=options.attack_iterations, seed=options.seed)
     attack_seconds = time.perf_counter() - attack_started

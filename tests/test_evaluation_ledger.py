@@ -344,8 +344,10 @@ def test_killed_at_every_moment(tmp_path):
     """A process that finishes units is killed at random; what the ledger calls done is whole, always."""
     create(tmp_path / "run").close()
     rng = np.random.default_rng(0)
-    last = 0
-    for _ in range(12):
+    last = kills = 0
+    # On a busy machine a process may come to nothing before its end.
+    while kills < 12 or (last <= 3 and kills < 200):
+        kills += 1
         pid = os.fork()
         if pid == 0:
             try:

@@ -73,9 +73,10 @@ def test_every_one_runs(name, out, capsys):
     # Every table has as many cells in each row as in its header, none of them empty.
     for table in found["tables"][1:]:
         assert table["rows"] and all(len(row) == len(table["header"]) and all(row) for row in table["rows"]), table["title"]
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    pictures = re.findall(r"!\[(.*)\]\((.*?)\)", page)
     assert not pictures or EXPERIMENTS[name].pictured
-    for file in pictures:
+    for told, file in pictures:
+        assert f"## {told}\n" not in page and len(told) > 80, "a title alone tells nobody what there is to see"
         pixels = np.asarray(Image.open(out / "pages" / file).convert("RGB"))
         assert pixels.shape[1] > 250 and pixels.std() > 10
 
@@ -90,6 +91,19 @@ def test_published_stands_beside_measured(name, figures, out):
     said = " ".join(found["differences"])
     for what in ("other networks", "1 image of cifar10-20", "1 step from", "smaller attacks", "exact gradient"):
         assert what in said
+    assert "1 image shows that this runs" in found["concludes"][-1]
+
+
+def test_a_page_has_the_times_of_its_runs_alone():
+    scale = Scale(images=1, steps=10)
+    wanted = {"fig5": "10 from t = 0.1", "table2": "8 from t = 0.075", "tableE1": "10 from t = 0.1"}
+    wanted["appendix-b-c"] = "15 from t = 0.15, 10 from t = 0.1, 5 from t = 0.05, 2 from t = 0.025"
+    for name, steps in wanted.items():
+        experiment = EXPERIMENTS[name]
+        table = tables.setting(experiment, scale, tables.times(experiment, experiment.cases))
+        assert dict(table.rows)["steps of a purification"] == steps
+    said = tables.differences(EXPERIMENTS["table2"], Results(scale, {}, {}, EXPERIMENTS["table2"].cases))
+    assert any(line.startswith("8 steps from t = 0.075, and not 75:") for line in said)
 
 
 def test_a_run_that_two_need_is_made_once(out, capsys):

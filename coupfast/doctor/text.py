@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coupfast.doctor.engines import place_of
+from coupfast.wording import counted
 
 
 def text(report: dict[str, Any]) -> str:
@@ -13,8 +14,8 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         f"coupfast {report['coupfast']['version']} in {report['coupfast']['path']}",
         f"Python {report['python']['version']}, {machine['system']}",
-        f"{machine['processor']}, {machine['cores']} cores, vector instructions {machine['vector_instructions']}, "
-        f"{machine['free_bytes'] / 2**30:.1f} GiB free; torch uses {machine['torch_threads']} threads",
+        f"{machine['processor']}, {counted(machine['cores'], 'core')}, vector instructions {machine['vector_instructions']}, "
+        f"{machine['free_bytes'] / 2**30:.1f} GiB free; torch uses {counted(machine['torch_threads'], 'thread')}",
         *(f"{gpu['name']}, {gpu['bytes'] / 2**30:.0f} GiB, compute capability {gpu['capability']}" for gpu in machine["gpus"]),
     ]
     if not machine["gpus"]:

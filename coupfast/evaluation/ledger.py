@@ -118,6 +118,17 @@ class Ledger:
 
     Raises:
         LedgerError: if there is no ledger, it is of another version, or another process is writing to it.
+
+    Example:
+        >>> import tempfile, torch, coupfast
+        >>> from coupfast.evaluation import Ledger
+        >>> x, y = torch.rand(1, 3, 32, 32), torch.tensor([3])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     coupfast.evaluate(coupfast.load_classifier("cifar10-tiny"), x, y, attack="none", draws=2, out=folder).close()
+        ...     ledger = Ledger(folder, read_only=True)
+        ...     print(sorted(ledger.done()))
+        ...     ledger.close()
+        ['clean-00000', 'judge-00000']
     """
 
     def __init__(self, folder: str | Path, *, read_only: bool = False) -> None:

@@ -148,7 +148,7 @@ class Plan:
             lines.append(
                 f"{stage}{memory:>12s}"
                 + ("" if self.price is None else f"{self.price * stage.seconds / 3600:12.2f}")
-                + ("" if stage.steps is None else f"  gradient through {stage.steps} steps")
+                + ("" if stage.steps is None else f"  gradient through {counted(stage.steps, 'step')}")
             )
         forward, gradient = sum(stage.forward for stage in self.stages), sum(stage.gradient for stage in self.stages)
         work = sum(stage.seconds for stage in self.stages)

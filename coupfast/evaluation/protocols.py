@@ -29,6 +29,12 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
 
     Raises:
         ValueError: if not 0 <= successes <= trials and trials > 0.
+
+    Example:
+        >>> from coupfast.evaluation.protocols import wilson_interval
+        >>> low, high = wilson_interval(10, 20)
+        >>> f"{low:.2f} to {high:.2f}"
+        '0.30 to 0.70'
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"a proportion needs 0 <= successes <= trials and trials > 0, got {successes} of {trials}")
@@ -88,17 +94,62 @@ class Accuracy:
 
 
 def single(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The first of the judge's draws."""
+    """The first of the judge's draws.
+
+    Args:
+        logits: (draws, images, classes).
+        labels: (images,).
+
+    Returns:
+        1.0 where right, 0.0 where not, (images,).
+
+    Example:
+        >>> import numpy as np
+        >>> from coupfast.evaluation import protocols
+        >>> logits = np.array([[[2, 0, 1], [0, 1, 3]], [[1, 0, 0], [5, 1, 2]], [[3, 0, 1], [0, 2, 1]]])  # 3 draws, 2 images
+        >>> protocols.single(logits, np.array([0, 2])).tolist()
+        [1.0, 1.0]
+    """
     return (logits[0].argmax(axis=1) == labels).astype(float)
 
 
 def worst(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Right in every draw."""
+    """Right in every draw.
+
+    Args:
+        logits: (draws, images, classes).
+        labels: (images,).
+
+    Returns:
+        1.0 where right, 0.0 where not, (images,).
+
+    Example:
+        >>> import numpy as np
+        >>> from coupfast.evaluation import protocols
+        >>> logits = np.array([[[2, 0, 1], [0, 1, 3]], [[1, 0, 0], [5, 1, 2]], [[3, 0, 1], [0, 2, 1]]])  # 3 draws, 2 images
+        >>> protocols.worst(logits, np.array([0, 2])).tolist()
+        [1.0, 0.0]
+    """
     return (logits.argmax(axis=2) == labels).all(axis=0).astype(float)
 
 
 def majority(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """More draws vote for the label than for any other class; a tie is wrong."""
+    """More draws vote for the label than for any other class; a tie is wrong.
+
+    Args:
+        logits: (draws, images, classes).
+        labels: (images,).
+
+    Returns:
+        1.0 where right, 0.0 where not, (images,).
+
+    Example:
+        >>> import numpy as np
+        >>> from coupfast.evaluation import protocols
+        >>> logits = np.array([[[2, 0, 1], [0, 1, 3]], [[1, 0, 0], [5, 1, 2]], [[3, 0, 1], [0, 2, 1]]])  # 3 draws, 2 images
+        >>> protocols.majority(logits, np.array([0, 2])).tolist()
+        [1.0, 0.0]
+    """
     votes = (logits.argmax(axis=2)[:, :, None] == np.arange(logits.shape[2])).sum(axis=0)  # [images, classes]
     ours = np.take_along_axis(votes, labels[:, None], axis=1)[:, 0]
     np.put_along_axis(votes, labels[:, None], -1, axis=1)
@@ -106,12 +157,42 @@ def majority(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def mean_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The draws' mean logits are right, as in BPDA + EOT."""
+    """The draws' mean logits are right, as in BPDA + EOT.
+
+    Args:
+        logits: (draws, images, classes).
+        labels: (images,).
+
+    Returns:
+        1.0 where right, 0.0 where not, (images,).
+
+    Example:
+        >>> import numpy as np
+        >>> from coupfast.evaluation import protocols
+        >>> logits = np.array([[[2, 0, 1], [0, 1, 3]], [[1, 0, 0], [5, 1, 2]], [[3, 0, 1], [0, 2, 1]]])  # 3 draws, 2 images
+        >>> protocols.mean_logits(logits, np.array([0, 2])).tolist()
+        [1.0, 1.0]
+    """
     return (logits.mean(axis=0).argmax(axis=1) == labels).astype(float)
 
 
 def average(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Share of draws that are right: what one draw gives on average."""
+    """Share of draws that are right: what one draw gives on average.
+
+    Args:
+        logits: (draws, images, classes).
+        labels: (images,).
+
+    Returns:
+        Shares in [0, 1], (images,).
+
+    Example:
+        >>> import numpy as np
+        >>> from coupfast.evaluation import protocols
+        >>> logits = np.array([[[2, 0, 1], [0, 1, 3]], [[1, 0, 0], [5, 1, 2]], [[3, 0, 1], [0, 2, 1]]])  # 3 draws, 2 images
+        >>> protocols.average(logits, np.array([0, 2])).tolist()
+        [1.0, 0.3333333333333333]
+    """
     return (logits.argmax(axis=2) == labels).mean(axis=0)
 
 
@@ -158,6 +239,13 @@ def resubmissions(verdicts: Judged) -> list[Accuracy]:
     The bootstrap is over images with their draws as they fell. Images are the sample: each one's estimate is unbiased, and how
     it scatters over images has both parts in it, that images differ and that each had so many draws only, which are its own.
     (Draws with repetition would show fewer different ones, and so be another quantity.)
+
+    Example:
+        >>> import numpy as np
+        >>> from coupfast.evaluation.protocols import Judged, resubmissions
+        >>> logits = np.array([[[2, 0], [0, 1]], [[1, 0], [5, 1]]])  # two draws; the second image is right in the first one
+        >>> [found.value for found in resubmissions(Judged(np.array([True, True]), logits, np.array([0, 1])))]
+        [0.75, 0.5]
     """
     draws = len(verdicts.logits)
     failures = (verdicts.logits.argmax(axis=2) != verdicts.labels).sum(axis=0)
@@ -404,7 +492,13 @@ class Comparison:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p of equal accuracies, given the images that only one of two classifies correctly (McNemar 1947)."""
+    """Two-sided exact p of equal accuracies, given the images that only one of two classifies correctly (McNemar 1947).
+
+    Example:
+        >>> from coupfast.evaluation.protocols import mcnemar
+        >>> mcnemar(6, 0), mcnemar(4, 4)
+        (0.03125, 1.0)
+    """
     discordant, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(discordant, i) for i in range(fewer + 1))
     return min(1.0, 2 * tail / 2**discordant)

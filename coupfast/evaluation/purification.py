@@ -13,6 +13,7 @@ from coupfast.naming import is_reference, resolve
 from coupfast.options import options_of
 from coupfast.purify import Purifier
 from coupfast.settings import KINDS, Settings, options
+from coupfast.wording import counted
 
 NO_DEFENSE = "none"  # the method of a classifier alone
 
@@ -156,7 +157,7 @@ def words(defense: Mapping[str, Any], *, built: str | None, alone: bool) -> str:
     method, gradient = defense["method"], defense["gradient"]
     t = f", t = {method['t']:g}" if isinstance(method.get("t"), float) else ""
     guidance = f", guidance {gradient['guidance']}" if defense["guided"] and "guidance" in gradient else ""
-    text = f"{method['name']}{t} in {defense['num_steps']} steps, gradient {gradient['name']}{guidance}"
+    text = f"{method['name']}{t} in {counted(defense['num_steps'], 'step')}, gradient {gradient['name']}{guidance}"
     return f"{built}: {text}" if built else text
 
 

@@ -38,6 +38,13 @@ class Suite:
         name: The suite's.
         make: Its stages by name, for a norm and a radius, at their published sizes.
         assumed: What is an assumption of this project, in words, by the knob that would set it.
+
+    Example:
+        >>> from coupfast.evaluation import Suite
+        >>> from coupfast.evaluation.attacks import PGD, SaltAndPepper
+        >>> both = Suite("both", lambda norm, eps: {"pgd": PGD(norm, eps), "pepper": SaltAndPepper()})
+        >>> list(both.stages())
+        ['pgd', 'pepper']
     """
 
     name: str

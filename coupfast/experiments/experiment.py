@@ -77,6 +77,7 @@ class Experiment:
             computed again for equal runs.
         version: Of `measure`: what is kept of another is computed again.
         roles: Networks that are needed beside those of the cases.
+        times: That `measure` purifies from, beside those of the cases.
         assumptions: Where the paper's text lost a number or does not say it: what is assumed, and other differences that do not
             follow from the size.
         pictured: Whether there are pictures among its sections.
@@ -98,6 +99,7 @@ class Experiment:
     measure: Callable[[Scale, Mapping[str, str]], dict[str, np.ndarray]] | None = None
     version: int = 1
     roles: tuple[str, ...] = ()
+    times: tuple[float, ...] = ()
     assumptions: tuple[str, ...] = ()
     pictured: bool = True
     simulates: bool = False

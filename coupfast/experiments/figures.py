@@ -39,8 +39,8 @@ def bars(
         axes.bar(at, values, 0.9 * width, yerr=error, capsize=3, label=name, **look)
         # Of a bar of height 0 nothing else would say which it is.
         axes.plot(at, values, _MARKS[number % len(_MARKS)], color=colour, markeredgecolor="black", markersize=7, clip_on=False)
-        told = published or {}
-        marks = [(x, told[group][name]) for x, group in zip(at, groups, strict=True) if name in told.get(group, {})]
+        known = published or {}
+        marks = [(x, known[group][name]) for x, group in zip(at, groups, strict=True) if name in known.get(group, {})]
         if marks:
             # Beside the interval, which may end there.
             beside = [(x + 0.3 * width, value) for x, value in marks]
@@ -49,7 +49,11 @@ def bars(
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    return Picture(title, to_png(axes.figure), note)
+    told = [
+        f"{' '.join(group.split())}: {', '.join(f'{name} {100 * one.value:.1f} %' for name, one in found.items())}"
+        for group, found in groups.items()
+    ]
+    return Picture(title, to_png(axes.figure), note, f"Bars with intervals. {'; '.join(told)}.")
 
 
 def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequence[Accuracy]], note: str) -> Picture:
@@ -65,4 +69,8 @@ def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequ
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    return Picture(title, to_png(axes.figure), note)
+    reached = [
+        f"{name}: from {100 * found[0].value:.1f} % at {x[0]:g} to {100 * found[-1].value:.1f} % at {x[-1]:g}"
+        for name, found in lines.items()
+    ]
+    return Picture(title, to_png(axes.figure), note, f"Curves over {across}. {'; '.join(reached)}.")

@@ -22,6 +22,7 @@ from coupfast.evaluation.drawing import check_matplotlib
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import Run, read
 from coupfast.experiments import tables
+from coupfast.experiments.defenses import TIMES
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole
@@ -101,7 +102,8 @@ def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:
     """
     if experiment.announces is None:
         return ""
-    said = [tables.setting(experiment, scale), *experiment.announces(scale)]
+    # The paper's times, for steps to be counted by: which ones the runs take, the first of them decide.
+    said = [tables.setting(experiment, scale, TIMES.values()), *experiment.announces(scale)]
     content = [tables.to_dict(table) for table in said]
     path = out / ANNOUNCED / f"{experiment.name}-{_digest(content)}.json"
     if not path.is_file():

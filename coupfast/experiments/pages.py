@@ -15,6 +15,7 @@ from coupfast.evaluation.report.render import markdown_rows
 from coupfast.experiments import tables
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import SETS
+from coupfast.wording import counted
 from coupfast_kernels.files import write_whole
 
 
@@ -43,13 +44,11 @@ class Page:
         starts = sorted({run.started[:10] for run in self.results.runs.values()})
         begun = f"; its runs were begun on {' to '.join(dict.fromkeys((starts[0], starts[-1])))}" if starts else ""
         software = f"coupfast {coupfast.__version__}, torch {version('torch')}"
-        return f"{today}, {software}, {here['processor']}, {here['cores']} cores{begun}"
+        return f"{today}, {software}, {here['processor']}, {counted(here['cores'], 'core')}{begun}"
 
     def text(self) -> str:
         """For a terminal."""
-        blocks = [self.title, tables.plain(tables.setting(self.experiment, self.results.scale))]
-        if self.experiment.cases:
-            blocks.append(tables.plain(tables.attacks(self.results)))
+        blocks = [self.title, *(tables.plain(part) for part in self._ran)]
         blocks += [tables.plain(part) for part in self.sections if isinstance(part, Table)]
         blocks += [_list("What differs from the paper", tables.differences(self.experiment, self.results))]
         blocks += [_list("Assumptions", self.experiment.assumptions), _list("What one may conclude", self.concludes)]
@@ -75,10 +74,15 @@ class Page:
             },
         }
 
+    @property
+    def _ran(self) -> list[Table]:
+        """What was run."""
+        times = tables.times(self.experiment, self.results.cases)
+        setting = tables.setting(self.experiment, self.results.scale, times)
+        return [setting, tables.attacks(self.results)] if self.experiment.cases else [setting]
+
     def _tables(self) -> list[Table]:
-        here = [tables.setting(self.experiment, self.results.scale)]
-        here += [tables.attacks(self.results)] if self.experiment.cases else []
-        here += [part for part in self.sections if isinstance(part, Table)]
+        here = [*self._ran, *(part for part in self.sections if isinstance(part, Table))]
         return here + ([tables.work(self.results)] if self.results.runs else [])
 
     def write(self, folder: Path) -> Path:
@@ -100,11 +104,9 @@ class Page:
 
     def markdown(self, pictures: dict[str, str]) -> str:
         """The page, with the files of its figures by their titles."""
-        experiment, scale = self.experiment, self.results.scale
+        experiment = self.experiment
         blocks = [f"# {self.title}", experiment.asks, f"```\n{self.command}\n```", f"Page of {self.made}, by this command."]
-        blocks += [_section(tables.setting(experiment, scale))]
-        if experiment.cases:
-            blocks.append(_section(tables.attacks(self.results)))
+        blocks += map(_section, self._ran)
         blocks += [_bullets("What differs from the paper", tables.differences(experiment, self.results))]
         blocks += [_section(part, pictures) for part in self.sections]
         blocks += [_bullets("What one may conclude", self.concludes), _bullets("Assumptions", experiment.assumptions)]
@@ -137,7 +139,7 @@ def _slug(title: str) -> str:
 
 def _section(part: Section, pictures: dict[str, str] | None = None) -> str:
     if isinstance(part, Picture):
-        return f"## {part.title}\n\n![{part.title}]({(pictures or {})[part.title]})\n\n{part.note}"
+        return f"## {part.title}\n\n![{part.alt or part.title}]({(pictures or {})[part.title]})\n\n{part.note}"
     if isinstance(part, Table):
         return f"## {part.title}\n\n" + (f"{part.note}\n\n" if part.note else "") + markdown_rows(part)
     return f"## {part.title}\n\n{part.lines}"

@@ -130,8 +130,9 @@ class Design:
                 ("first", "second", "ball"),
                 [(first, second, f"{norm}, {radius(norm, RADII[norm])}") for first, second, norm in self.compared],
                 f"Of robust accuracy by {PRIMARY}, under {self.attack['attack']} along the exact gradient, each defense at the "
-                f"t* of {times} that has the highest robust accuracy on other images, under {self.choosing_attack['attack']}. McNemar's exact test, two-sided, at "
-                f"{announced.LEVEL:.0%} with Holm's correction over these {len(self.compared)}.",
+                f"t* of {times} that has the highest robust accuracy on other images, under {self.choosing_attack['attack']}. "
+                f"McNemar's exact test, two-sided, at {announced.LEVEL:.0%} with Holm's correction over these "
+                f"{len(self.compared)}.",
             ),
             Table(
                 f"What {counted(stop - start, 'image')} can show",
@@ -227,9 +228,9 @@ class Design:
         told = "; ".join(f"{name}: {tables.points(one.found)} points" for name, one in decided.items())
         start, stop = results.scale.part(_JUDGED)
         share, level = _DISCORDANT[1], announced.LEVEL / len(self.compared)
-        least, images = announced.detectable(stop - start, share, level), counted(stop - start, "image")
+        least, images = announced.detectable(stop - start, share, level), counted(stop - start, "image", "show")
         least_told = "no difference" if least is None else f"no less than {100 * least:.1f} points"
-        shows = f"{images} show {least_told} at the strictest level"
+        shows = f"{images} {least_told} at the strictest level"
         said = [
             f"Of {len(self.compared)} announced comparisons {len(decided)} can be told apart by {PRIMARY} after Holm's "
             f"correction{f' ({told})' if told else ''}.",
@@ -259,8 +260,8 @@ class Design:
             concludes=self.concludes,
             alone=True,
             assumptions=(
-                f"The first {_JUDGED[1]:.0%} of the images judge, and the others choose t*, under a cheaper attack than the one "
-                "that judges: its accuracies are not comparable with those of the verdict.",
+                f"The first {_JUDGED[1]:.0%} of the images judge, and the others choose t*, under a cheaper attack than the "
+                "verdict's: accuracies of the one do not compare with those of the other.",
                 "The published gradient is as published to about 1 % only in the published steps of 1e-3; in fewer it is the "
                 "same rule with another error, which the attack's coarse stages have, too.",
                 f"The {PRIMARY} decides; other protocols are corrected each for itself, and were not announced as decisive.",
@@ -327,6 +328,8 @@ def _differences(found: Mapping[str, Tested]) -> Picture:
         f"Announced differences, {PRIMARY}",
         to_png(axes.figure),
         "Intervals of 95 %, not corrected. Orange diamonds: told apart after Holm's correction.",
+        "A row for each comparison, a difference with its interval, in points: "
+        f"{'; '.join(f'{name} {tables.points(one.found)}' for name, one in found.items())}.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison, wilson_interval
 from coupfast.evaluation.report import Run, Table
 from coupfast.evaluation.result import radius
-from coupfast.experiments.experiment import Experiment, Results
+from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
 from coupfast.wording import counted
 
@@ -113,7 +113,8 @@ def says(results: Results, first: str, second: str, protocol: str = "average") -
     """In a sentence, which of two runs is more accurate under its attack, if it can be told."""
     found = compare(results, first, second, protocol)
     how = f"by {100 * abs(found.difference):.1f} points"
-    interval = f"{SHOWN[protocol]}; 95 % interval of the difference {points(found).partition(' ')[2]}, {found.images} images"
+    ends, images = points(found).partition(" ")[2], counted(found.images, "image")
+    interval = f"{SHOWN[protocol]}; 95 % interval of the difference {ends}, {images}"
     if not decided(found):
         return f"Under attack {first} and {second} cannot be told apart: they differ {how} ({interval})."
     better, worse = (first, second) if found.conclusion > 0 else (second, first)
@@ -127,13 +128,22 @@ def few(results: Results) -> list[str]:
         return []
     half = wilson_interval(images // 2, images)
     return [
-        f"{counted(images, 'image')} show that this runs and what it looks like, and not which defense is better: the interval "
-        f"of 95 % of {images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
+        f"{counted(images, 'image', 'show')} that this runs and what it looks like, and not which defense is better: the "
+        f"interval of 95 % of {images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
     ]
 
 
-def setting(experiment: Experiment, scale: Scale) -> Table:
-    """What was run, beside what is published."""
+def times(experiment: Experiment, cases: Sequence[Case]) -> list[float]:
+    """That images are purified from, the longest first."""
+    return sorted({*experiment.times, *(case.keywords["t"] for case in cases if "t" in case.keywords)}, reverse=True)
+
+
+def setting(experiment: Experiment, scale: Scale, times: Iterable[float]) -> Table:
+    """What was run, beside what is published.
+
+    Args:
+        times: That images are purified from.
+    """
     rows = [("as published", experiment.setting)]
     if experiment.simulates:
         rows.append(("here", f"{scale.paths:,} simulated paths for each point, no networks"))
@@ -143,7 +153,8 @@ def setting(experiment: Experiment, scale: Scale) -> Table:
         rows.append((ROLES[role], network.name + (f" ({network.weights})" if network.weights else "")))
     if experiment.cases:
         rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
-        rows.append(("steps of a purification", f"{scale.steps_of(0.1)} from t = 0.1, {scale.steps_of(0.075)} from t = 0.075"))
+        if steps := ", ".join(f"{scale.steps_of(t)} from t = {t:g}" for t in times):
+            rows.append(("steps of a purification", steps))
         made_for = "the one that each attack is made for: exact, or BPDA"
         followed = f"{scale.gradient}; BPDA where the attack is BPDA's" if scale.gradient else made_for
         rows.append(("gradient that attacks follow", followed))
@@ -194,9 +205,11 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
     if scale.source != default.data or (scale.images or 512) != 512:
         images = "all images" if scale.images is None else counted(scale.images, "image")
         found.append(f"{images} of {scale.source}, and not those of the paper")
-    if scale.steps is not None and scale.steps_of(0.1) != 100:
-        steps = counted(scale.steps_of(0.1), "step")
-        found.append(f"{steps} from t = 0.1, and not 100: a coarser discretisation of the same SDE")
+    published = dataclasses.replace(scale, steps=None)
+    for t in times(experiment, results.cases)[:1]:
+        if scale.steps_of(t) != published.steps_of(t):
+            steps = counted(scale.steps_of(t), "step")
+            found.append(f"{steps} from t = {t:g}, and not {published.steps_of(t)}: a coarser discretisation of the same SDE")
     whole = dataclasses.replace(scale, budget=1.0)
     specs = [case.spec(scale) for case in results.cases]
     if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(results.cases, specs, strict=True)):

@@ -41,6 +41,16 @@ class Networks:
         score: (x_k in the [-1, 1] scale, labels (batch,)) → ε̂.
         classifier: Images in [0, 1] → logits; None for a method without guidance.
         detached: Whether gradients take the guidance as a constant.
+
+    Example:
+        >>> import coupfast
+        >>> class Denoise(coupfast.StepMethod):
+        ...     num_steps = 2
+        ...     def step(self, k, state, noise, networks):
+        ...         (x,) = state
+        ...         return (x - 0.05 * networks.eps_hat(x, 0.05),)  # `networks` is one of these
+        >>> coupfast.Purifier(coupfast.load_score("cifar10-tiny"), method=Denoise()).num_steps
+        2
     """
 
     score: nn.Module
@@ -130,7 +140,15 @@ class Method(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
-    """A linear method made numeric: the table of its steps and, where it has one, the row of its forward noising."""
+    """A linear method made numeric: the table of its steps and, where it has one, the row of its forward noising.
+
+    Example:
+        >>> import coupfast
+        >>> recipe = coupfast.DiffPure(t=0.06, num_steps=20).recipe()
+        >>> scale, deviation = recipe.noising  # of the image, and of the noise that is added
+        >>> recipe.table.num_steps, round(scale**2 + deviation**2, 6)
+        (20, 1.0)
+    """
 
     table: CoefficientTable
     noising: tuple[float, float] | None = None  # (sqrt ᾱ, sqrt(1 − ᾱ))

@@ -103,6 +103,16 @@ class NoiseFrom(nn.Module):
 
     Attributes:
         image_size, channels: Those of the network, where it has them.
+
+    Example:
+        >>> import torch
+        >>> from coupfast.models.adapters import NoiseFrom
+        >>> class SeesTheImage(torch.nn.Module):
+        ...     def forward(self, x_k, labels):
+        ...         return 0.9 * x_k  # a prediction of the image, in [-1, 1]
+        >>> score = NoiseFrom(SeesTheImage(), prediction="sample")
+        >>> score(torch.randn(2, 3, 8, 8), torch.tensor([60.0, 60.0])).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -159,6 +169,15 @@ class NoiseFromEDM(nn.Module):
         network: (c_in y, c_noise (batch,)) → F.
         sigma_data: What it was trained with.
         sde: The schedule of the states.
+
+    Example:
+        >>> import torch
+        >>> from coupfast.models.adapters import NoiseFromEDM
+        >>> class F(torch.nn.Module):
+        ...     def forward(self, y, c_noise):
+        ...         return torch.zeros_like(y)
+        >>> NoiseFromEDM(F(), sigma_data=0.5)(torch.randn(2, 3, 8, 8), torch.tensor([60.0, 60.0])).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(self, network: nn.Module, *, sigma_data: float = 0.5, sde: VPSDE | None = None) -> None:
@@ -190,6 +209,15 @@ class NoiseFromScore(nn.Module):
         network: (images, levels (batch,) int64) → ∇ log p of images with that noise.
         sigmas: σ_j of every level, standard deviations on images in [0, 1], in the order of the levels.
         sde: The schedule of the states.
+
+    Example:
+        >>> import torch
+        >>> from coupfast.models.adapters import NoiseFromScore
+        >>> class Scores(torch.nn.Module):
+        ...     def forward(self, x, levels):
+        ...         return -x
+        >>> NoiseFromScore(Scores(), sigmas=[0.5, 0.1, 0.02])(torch.randn(2, 3, 8, 8), torch.tensor([60.0, 60.0])).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(self, network: nn.Module, sigmas: Sequence[float], *, sde: VPSDE | None = None) -> None:
@@ -224,6 +252,13 @@ class Normalized(nn.Module):
     Args:
         network: Normalised images → logits.
         mean, std: One number for each channel, or one for all; no part of the state dict.
+
+    Example:
+        >>> import torch
+        >>> from coupfast.models.adapters import Normalized
+        >>> classifier = Normalized(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)), mean=[0.5], std=[0.25])
+        >>> classifier(torch.rand(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     mean: Tensor

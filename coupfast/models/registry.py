@@ -38,7 +38,20 @@ Network = TypeVar("Network", bound=type[nn.Module])
 
 
 class CheckpointError(ValueError):
-    """A weight file is damaged, not allowed, or does not fit the network."""
+    """A weight file is damaged, not allowed, or does not fit the network.
+
+    Example:
+        >>> import pathlib, tempfile, coupfast
+        >>> from coupfast.models.registry import CheckpointError
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "weights.safetensors")
+        ...     _ = path.write_bytes(b"no weights")
+        ...     try:
+        ...         coupfast.load_score(path)
+        ...     except CheckpointError as error:
+        ...         print("no safetensors file" in str(error))
+        True
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +194,40 @@ def register(entry: Family | Names) -> None:
 
 
 def register_score(arch: str | None = None, **fields: Any) -> Callable[[Network], Network]:
-    """Register a class of score networks; keyword arguments are fields of its `Family`, `arch` its own name if not given."""
+    """Register a class of score networks; keyword arguments are fields of its `Family`, `arch` its own name if not given.
+
+    Example:
+        >>> import torch, coupfast
+        >>> from coupfast.models.registry import register_score
+        >>> @register_score(names={"two-layers": {"width": 4}})
+        ... class TwoLayers(torch.nn.Module):
+        ...     def __init__(self, width=8):
+        ...         super().__init__()
+        ...         self.first, self.last = torch.nn.Conv2d(3, width, 3, padding=1), torch.nn.Conv2d(width, 3, 3, padding=1)
+        ...     def forward(self, x, labels):
+        ...         return self.last(self.first(x).relu())
+        >>> coupfast.load_score("two-layers", weights="random").first.out_channels
+        4
+    """
     return _decorator("score", arch, fields)
 
 
 def register_classifier(arch: str | None = None, **fields: Any) -> Callable[[Network], Network]:
-    """Register a class of classifiers; keyword arguments are fields of its `Family`, `arch` its own name if not given."""
+    """Register a class of classifiers; keyword arguments are fields of its `Family`, `arch` its own name if not given.
+
+    Example:
+        >>> import torch, coupfast
+        >>> from coupfast.models.registry import register_classifier
+        >>> @register_classifier(names={"mean-colour": {"classes": 10}})
+        ... class MeanColour(torch.nn.Module):
+        ...     def __init__(self, classes=10):
+        ...         super().__init__()
+        ...         self.head = torch.nn.Linear(3, classes)
+        ...     def forward(self, x):
+        ...         return self.head(x.mean(dim=(2, 3)))
+        >>> coupfast.load_classifier("mean-colour", weights="random").head.out_features
+        10
+    """
     return _decorator("classifier", arch, fields)
 
 

@@ -206,6 +206,13 @@ def reverse_diffusion(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | fl
 
     Raises:
         ValueError: where β(t) h exceeds 1: the steps are too long for this predictor.
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> from coupfast.solvers import reverse_diffusion
+        >>> table = reverse_diffusion(coupfast.VPSDE(), np.linspace(0.1, 1e-3, 11), 1.0)
+        >>> table.num_steps, bool(table.d[-1] > 0)
+        (10, False)
     """
     levels, beta = Levels.of(sde, t), sde.beta(t[:-1]) * (t[:-1] - t[1:])
     if np.any(beta > 1.0):
@@ -223,8 +230,15 @@ def exponential(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -
     """The exponential integrator of the reverse SDE: its exact solution where the score is held at the start of each step. De
     Bortoli 2022, arXiv:2208.05314; Chen et al. 2023, arXiv:2209.11215.
 
-    x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). (The other exact steps hold ε̂ or x̂0 in the place of the score: the solvers
-    sde-dpm-solver-1 and ancestral; that of the ODE with ε̂ held is ddim.)
+    x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). (The other exact steps hold ε̂ or x̂0 in the place
+    of the score: the solvers sde-dpm-solver-1 and ancestral; that of the ODE with ε̂ held is ddim.)
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> from coupfast.solvers import exponential
+        >>> table = exponential(coupfast.VPSDE(), np.linspace(0.1, 1e-3, 11), 1.0)
+        >>> table.num_steps, bool((table.d > 0).all())
+        (10, True)
     """
     levels = Levels.of(sde, t)
     b = -2.0 * np.expm1(0.5 * levels.passed) / levels.sigma_s

@@ -10,7 +10,15 @@ from coupfast.solvers.table import CoefficientTable
 
 def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
     """Euler-Maruyama on the reverse SDE of COUP with coefficients at the start of each step. Zhang et al. 2024,
-    arXiv:2408.05900, eq. 5."""
+    arXiv:2408.05900, eq. 5.
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> from coupfast.solvers import euler_maruyama
+        >>> table = euler_maruyama(coupfast.VPSDE(), np.linspace(0.1, 1e-3, 11), 1.0)
+        >>> table.num_steps, bool((table.d > 0).all())
+        (10, True)
+    """
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
         t=t,
@@ -23,7 +31,15 @@ def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float
 
 def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
     """Euler on the probability-flow ODE with the same guided score; no noise. Song et al. 2021,
-    arXiv:2011.13456, eq. 13."""
+    arXiv:2011.13456, eq. 13.
+
+    Example:
+        >>> import numpy as np, coupfast
+        >>> from coupfast.solvers import probability_flow
+        >>> table = probability_flow(coupfast.VPSDE(), np.linspace(0.1, 1e-3, 11), 1.0)
+        >>> table.num_steps, bool((table.d > 0).all())
+        (10, False)
+    """
     h, beta, sigma = t[:-1] - t[1:], sde.beta(t[:-1]), sde.sigma(t[:-1])
     return CoefficientTable(
         t=t,

@@ -260,14 +260,22 @@ def kept() -> str:
     return markdown([*head, "eager ÷ cpu, both keep", "measured in"], body)
 
 
+PEERS = "peers-paper-epyc-zen3.json"
+
+
+def fastest_peer(batch: int) -> Row:
+    """The other runtime that comes nearest to the cpu engine, by ratios within pairs."""
+    others = (row(PEERS, batch=batch, runtime=runtime) for runtime in ("OpenVINO", "ONNX Runtime"))
+    return max(others, key=lambda each: each["ratio_to_engine"])
+
+
 def peers() -> str:
-    name = "peers-paper-epyc-zen3.json"
     body = []
     for batch in (1, 8):
-        found = {each["runtime"]: each for each in results(name)["rows"] if each["batch"] == batch}
+        found = {each["runtime"]: each for each in results(PEERS)["rows"] if each["batch"] == batch}
         cells = [times(found[runtime]["ratio_to_eager"]) for runtime in ("OpenVINO", "ONNX Runtime", "cpu engine")]
-        body.append([f"batch {batch}", *cells[:2], bold(cells[2]), bold(times(1 / found["OpenVINO"]["ratio_to_engine"]))])
-    return markdown(["× eager PyTorch", "OpenVINO", "ONNX Runtime", "cpu engine", "cpu engine × OpenVINO"], body)
+        body.append([f"batch {batch}", *cells[:2], bold(cells[2]), bold(times(1 / fastest_peer(batch)["ratio_to_engine"]))])
+    return markdown(["× eager PyTorch", "OpenVINO", "ONNX Runtime", "cpu engine", "cpu engine × the faster of both"], body)
 
 
 def autoattack() -> str:
@@ -615,7 +623,7 @@ def readme() -> str:
     errors = "gradient-tiny-b1-epyc-zen3.json"
     memory = "gradient-paper-b1-epyc-zen3.json"
     attack = "autoattack-paper-epyc-zen3.json"
-    peer = "peers-paper-epyc-zen3.json"
+    peer = fastest_peer(batch=1)
     speed_cpu = row(full, engine="cpu")
     gradient_cpu = row(engines, mode="exact", engine="cpu")
 
@@ -667,10 +675,10 @@ def readme() -> str:
         ],
         [
             "the score network alone",
-            f"{seconds(row(peer, runtime='OpenVINO', batch=1)['seconds_per_image'])} s, OpenVINO",
-            f"{seconds(row(peer, runtime='cpu engine', batch=1)['seconds_per_image'])} s",
-            f"{times(1 / row(peer, runtime='OpenVINO', batch=1)['ratio_to_engine'])} ×",
-            of(peer, "speed"),
+            f"{seconds(peer['seconds_per_image'])} s, {peer['runtime']}",
+            f"{seconds(row(PEERS, runtime='cpu engine', batch=1)['seconds_per_image'])} s",
+            f"{times(1 / peer['ratio_to_engine'])} ×",
+            of(PEERS, "speed"),
         ],
         [
             "purify an image with COUP, AVX-512",

@@ -23,6 +23,11 @@ class Cost:
         again: Without a gradient, at most, besides: looks at an image that does not begin because it is seen misclassified, or
             that seems to have fallen.
         steps: Steps of the purification that those with a gradient go through; None: the defense's own.
+
+    Example:
+        >>> from coupfast.evaluation import Cost
+        >>> Cost(forward=1, gradient=20)
+        Cost(forward=1, gradient=20, again=0, steps=None)
     """
 
     forward: int
@@ -47,6 +52,13 @@ class Result:
         left: Images that it gave up before its last iteration since they have fallen; None if it does not tell.
         looked: Of the fresh draws of each iterate, how many were misclassified where most were; None if it does not tell.
         looks: How many fresh draws those were.
+
+    Example:
+        >>> import torch
+        >>> from coupfast.evaluation import Result
+        >>> found = Result(torch.rand(4, 3, 32, 32), curve=(4, 3, 1))  # of four images three fell in two iterations
+        >>> found.x_adv.shape, found.strongest is None
+        (torch.Size([4, 3, 32, 32]), True)
     """
 
     x_adv: torch.Tensor
@@ -67,6 +79,12 @@ class Attack(abc.ABC):
 
     Attributes:
         gradient: The gradient of a purifier that the attack is made for; None where it follows none.
+
+    Example:
+        >>> from coupfast.evaluation.attacks import PGD
+        >>> attack = PGD(norm="Linf", eps=8 / 255, iterations=40, eot_iter=10)
+        >>> attack.cost().gradient  # images through the defense with a gradient, for one image
+        400
     """
 
     gradient: ClassVar[str | None] = "exact"

@@ -47,13 +47,32 @@ def knob(
         metavar: What stands for the value in a help text.
         words: What values are valid: "at least 1".
         valid: Whether a value is; asked after the type was checked, and not about None.
+
+    Example:
+        >>> import dataclasses
+        >>> from coupfast.evaluation import knob
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Knobs:
+        ...     decay: float = knob(0.9, "share of the last step", words="in [0, 1]", valid=lambda value: 0 <= value <= 1)
+        >>> Knobs().decay
+        0.9
     """
     field = option(default, help=help, metavar=metavar)
     return dataclasses.field(default=default, metadata={**field.metadata, _KEY: _Range(words, valid)})
 
 
 def count(default: int, help: str) -> Any:
-    """A knob that counts something, at least 1."""
+    """A knob that counts something, at least 1.
+
+    Example:
+        >>> import dataclasses
+        >>> from coupfast.evaluation import count
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Knobs:
+        ...     iterations: int = count(20, "steps of the attack")
+        >>> Knobs().iterations
+        20
+    """
     return knob(default, help, metavar="N", words="at least 1", valid=lambda value: value >= 1)
 
 

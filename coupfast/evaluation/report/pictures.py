@@ -11,6 +11,7 @@ import numpy as np
 from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.report.parts import Picture
 from coupfast.evaluation.report.read import Run, class_name
+from coupfast.wording import counted
 
 _MAGNIFIED = 10
 
@@ -46,7 +47,8 @@ def curve_picture(runs: Sequence[Run]) -> Picture:
         "misclassified it. The verdicts above are on fresh draws. Stages begin with the images that the one before left.",
         "Falling curves. "
         + "; ".join(
-            f"{run.name}, {stage}: from {100 * curve[0]:.0f} to {100 * curve[-1]:.0f} % in {len(curve) - 1} iterations"
+            f"{run.name}, {stage}: from {100 * curve[0]:.0f} to {100 * curve[-1]:.0f} % in "
+            f"{counted(len(curve) - 1, 'iteration')}"
             for run in runs
             for stage, curve in curves(run).items()
         ),
@@ -127,8 +129,8 @@ def path_picture(run: Run) -> Picture:
         to_png(path_figure(run)),
         f"{noiseless}: of the label, and of the class that comes nearest to it or beats it at the end. The classifier sees the "
         "state as it is.",
-        f"A panel for each of {len(run.shown['images'])} images: confidence in the label and in its nearest rival over the "
-        "steps of the purification, solid for the attacked image and dotted for the clean one.",
+        f"{counted(len(run.shown['images']), 'panel')}, one for an image: confidence in the label and in its nearest "
+        "rival over the steps of the purification, solid for the attacked image and dotted for the clean one.",
     )
 
 

@@ -295,9 +295,10 @@ def _shared(first: Judged, second: Judged, common: Comparison) -> str:
     """In words, what of two runs was not compared, since only one of them has it."""
     parts = []
     if max(len(first.labels), len(second.labels)) > common.images:
-        parts.append(f"on the {common.images} images that both have, of {len(first.labels)} and {len(second.labels)}")
+        images = counted(common.images, "image")
+        parts.append(f"on the {images} that both have, of {len(first.labels)} and {len(second.labels)}")
     if max(len(first.logits), len(second.logits)) > common.draws:
-        parts.append(f"on the first {common.draws} draws, of {len(first.logits)} and {len(second.logits)}")
+        parts.append(f"on the first {counted(common.draws, 'draw')}, of {len(first.logits)} and {len(second.logits)}")
     return f"compared {' and '.join(parts)}" if parts else ""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from coupfast.evaluation import attacks as kinds
 from coupfast.evaluation.report.parts import Section, Table
 from coupfast.evaluation.report.read import Run
+from coupfast.wording import counted
 
 
 def protocols(runs: Sequence[Run]) -> Table:
@@ -114,11 +115,11 @@ def _besides(fields: Mapping[str, Any]) -> list[str]:
         said.append("An image leaves once the mean logits of the draws fail.")
     if fields.get("looks"):
         kept = ", and the point where most of them failed is kept (as in Fixed-AutoAttack)" if _keeps_worst(fields) else ""
-        said.append(f"Every point is looked at on {fields['looks']} fresh draws{kept}.")
+        said.append(f"Every point is looked at on {counted(fields['looks'], 'fresh draw')}{kept}.")
     if fields.get("dw_box"):
         said.append("The attacker knows the noise that the judge will use (DW-box), as no real one does: a lower bound.")
     if fields.get("eot_first") is not None:
-        said.append(f"Gradients are means of {fields['eot_first']} draws at first, and of eot_iter at the end.")
+        said.append(f"Gradients are means of {counted(fields['eot_first'], 'draw')} at first, and of eot_iter at the end.")
     return said
 
 

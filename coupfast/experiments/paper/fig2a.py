@@ -14,6 +14,7 @@ from coupfast.experiments.defenses import EOT_ASSUMED, NAMES, defense
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import fig2b
 from coupfast.experiments.scale import Scale
+from coupfast.wording import counted
 
 _METHODS = ("reverse-sde", "coup")
 _SHOWN = 4
@@ -92,15 +93,17 @@ def _ways(results: Results, title: str, chosen: np.ndarray) -> Picture:
         "Confidence along the purification without noise, of images that were attacked through the reverse SDE: the true "
         "class and the class that the failing method ends at, or the next best where none fails. The first ones in the order "
         "of the data.",
+        f"{counted(len(chosen), 'panel')}, one for an image: confidence in the true class and in a wrong one over the steps "
+        "of the purification, solid for the reverse SDE and dashed for COUP.",
     )
 
 
 def _concludes(results: Results) -> list[str]:
-    said = []
+    said, count = [], len(results.measured["labels"])
     for attacked in _METHODS:
         helped, hurt = _kinds(results, attacked)
         said.append(
-            f"Of {len(results.measured['labels'])} images attacked through {_ARTICLE[attacked]}, without noise {len(helped)} "
+            f"Of {counted(count, 'image')} attacked through {_ARTICLE[attacked]}, without noise {len(helped)} "
             f"{'is' if len(helped) == 1 else 'are'} right with COUP only, {len(hurt)} with the reverse SDE only."
         )
     return said + [

@@ -81,10 +81,10 @@ def _share(count: int, paths: int) -> str:
 
 
 def _heat(measured: Mapping[str, np.ndarray], paths: int) -> Picture:
-    figure = new_figure(9.4, 3.9)
+    figure, maps = new_figure(9.4, 3.9), {}
     panels = figure.subplots(1, 2)
     for panel, (name, title) in zip(panels, (("ended", "ends below 0"), ("crossed", "below 0 after some step")), strict=True):
-        shares = 100 * measured[name] / paths
+        shares = maps[title] = 100 * measured[name] / paths
         shown = panel.imshow(shares.T, origin="lower", aspect="auto", cmap="viridis")
         panel.set_xticks(range(len(_SCALES)), [f"{scale:g}" for scale in _SCALES])
         panel.set_yticks(range(len(_LEVELS)), [f"{level:g}" for level in _LEVELS])
@@ -97,7 +97,14 @@ def _heat(measured: Mapping[str, np.ndarray], paths: int) -> Picture:
                 colour = "black" if shares[i, j] > middle else "white"
                 panel.text(i, j, f"{shares[i, j]:.1f}", ha="center", va="center", fontsize=7, color=colour)
         figure.colorbar(shown, ax=panel)
-    return Picture("Label flips, a map", to_png(figure), f"From {two_gaussians.START:g}, {paths:,} paths a point.")
+    told = "; ".join(f"{title}, {shares.min():.1f} to {shares.max():.1f} %" for title, shares in maps.items())
+    return Picture(
+        "Label flips, a map",
+        to_png(figure),
+        f"From {two_gaussians.START:g}, {paths:,} paths a point.",
+        f"Two maps with a number in each field, guidance scale across and noise of the classifier up, of the share of "
+        f"paths: {told}.",
+    )
 
 
 def _curves(measured: Mapping[str, np.ndarray], paths: int) -> Picture:
@@ -112,7 +119,17 @@ def _curves(measured: Mapping[str, np.ndarray], paths: int) -> Picture:
     axes.set_ylabel("paths that end below 0, %")
     axes.set_ylim(bottom=0)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    return Picture("Label flips, curves", to_png(axes.figure), "Bands: 95 %.")
+    told = "; ".join(
+        f"ν = {level:g}, from {first:.1f} to {last:.1f} %"
+        for level, first, last in zip(_LEVELS, *(100 * measured["ended"][[0, -1]] / paths), strict=True)
+    )
+    return Picture(
+        "Label flips, curves",
+        to_png(axes.figure),
+        "Bands: 95 %.",
+        f"Curves of the share of paths that end below 0, over the guidance scale from {_SCALES[0]:g} to {_SCALES[-1]:g}: "
+        f"{told}.",
+    )
 
 
 def _bound(measured: Mapping[str, np.ndarray]) -> Picture:
@@ -128,7 +145,13 @@ def _bound(measured: Mapping[str, np.ndarray]) -> Picture:
     axes.set_ylabel("|purified − input|")
     axes.set_ylim(bottom=0)
     axes.figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-    return Picture("Proposition 2, distance and bound", to_png(axes.figure), "Mean and 99 % quantile over paths, λ = 1.")
+    return Picture(
+        "Proposition 2, distance and bound",
+        to_png(axes.figure),
+        "Mean and 99 % quantile over paths, λ = 1.",
+        f"Four curves over the purification time from {_ENDS[0]:g} to {_ENDS[-1]:g}: mean and 99 % quantile of the distance "
+        "between input and purified point, and of its bound.",
+    )
 
 
 def _fewest(counts: np.ndarray, paths: int) -> str:

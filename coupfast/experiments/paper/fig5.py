@@ -25,8 +25,7 @@ def _sections(results: Results) -> list[Section]:
             "Purified images",
             np.arange(min(_SHOWN, count)),
             gallery.METHODS,
-            "The first images of the data, attacked through the reverse SDE; below each the class that is said and its "
-            "confidence (✗ and orange: wrong).",
+            "The first images of the data, attacked through the reverse SDE.",
         ),
         Table(
             "What purification does to the attacked images",

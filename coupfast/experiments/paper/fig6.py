@@ -7,6 +7,7 @@ from coupfast.experiments import images
 from coupfast.experiments.defenses import EOT_ASSUMED
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import gallery
+from coupfast.wording import counted
 
 _SHOWN = 6
 _PAIR = ("reverse-sde", "coup")
@@ -35,8 +36,9 @@ def _sections(results: Results) -> list[Section]:
 
 def _concludes(results: Results) -> list[str]:
     helped, hurt = _kinds(results)
+    count = len(results.measured["labels"])
     return [
-        f"Of {len(results.measured['labels'])} images attacked through the reverse SDE, at one draw of the noise {len(helped)} "
+        f"Of {counted(count, 'image')} attacked through the reverse SDE, at one draw of the noise {len(helped)} "
         f"{'is' if len(helped) == 1 else 'are'} right with COUP only and {len(hurt)} with the reverse SDE only.",
         "COUP was not attacked here: the paper's figure, and this one, show a transferred attack on it (fig2a has both).",
     ]

@@ -38,12 +38,12 @@ def right(results: Results, method: str) -> np.ndarray:
 
 
 def picture(results: Results, title: str, chosen: np.ndarray, methods: Sequence[str], note: str) -> Picture:
-    """Rows: the chosen images."""
+    """Rows: the chosen images. The true class stands below the original without a mark: nobody was asked for it."""
     measured, run = results.measured, results.runs[ATTACKED.name]
     labels = measured["labels"][chosen]
     columns = {"original": measured["clean"][chosen], "attacked": measured["attacked"][chosen]}
     below: dict[str, list[tuple[str, bool | None]]] = {
-        "original": [(f"{class_name(run, label)} ({image})", True) for label, image in zip(labels, chosen, strict=True)]
+        "original": [(f"{class_name(run, label)} ({image})", None) for label, image in zip(labels, chosen, strict=True)]
     }
     for method in methods:
         confidences = measured[f"{method} confidences"][chosen]
@@ -53,4 +53,13 @@ def picture(results: Results, title: str, chosen: np.ndarray, methods: Sequence[
             (f"{class_name(run, cls)} {row[cls]:.2f}", bool(cls == label))
             for cls, row, label in zip(said, confidences, labels, strict=True)
         ]
-    return Picture(title, to_png(image_grid(columns, below)), note)
+    note += (
+        " Below an original stand its true class and its number, below what a purifier made of it the class that the "
+        "classifier sees and its confidence (✗ and orange: wrong)."
+    )
+    said = [
+        f"{below['original'][row][0]}: {', '.join(f'{NAMES[method]} {below[NAMES[method]][row][0]}' for method in methods)}"
+        for row in range(len(chosen))
+    ]
+    alt = f"A row for each image: {', '.join(columns)}. What the classifier sees: {'; '.join(said)}."
+    return Picture(title, to_png(image_grid(columns, below)), note, alt)

@@ -33,12 +33,6 @@ def _bench() -> Path:
 
 
 def _check(scale: Scale) -> None:
-    if not _bench().is_file():
-        raise ValueError(
-            "table4 is measured by bench/speed.py, which is in the repository and in the source distribution and not in an "
-            "installed wheel: clone the repository, or unpack the source distribution, "
-            "and run it there"
-        )
     own = SETS[scale.networks].networks
     for role in EXPERIMENT.needs:
         if (name := scale.network(role).name) != own[role].name:
@@ -46,6 +40,12 @@ def _check(scale: Scale) -> None:
                 f"table4 is measured on a set's own networks, and --{role} names {name}: give weights of {own[role].name} with "
                 f"--{role}-weights, or leave it out"
             )
+    if not _bench().is_file():
+        raise ValueError(
+            "table4 is measured by bench/speed.py, which is in the repository and in the source distribution and not in an "
+            "installed wheel: clone the repository, or unpack the source distribution, and "
+            "run it there"
+        )
 
 
 def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
