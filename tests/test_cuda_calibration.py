@@ -167,7 +167,7 @@ class TestChoice:
         found = calibrate({"library": right, "restless": restless}, {"library": 2.0, "restless": 1.0}).choose(SHAPE)
         assert (found.candidate, found.refused) == ("library", {"restless": "it gives other bits at a second call"})
         calibrate({"library": restless, "other": right}).choose(dataclasses.replace(SHAPE, batch=3))
-        assert "PyTorch's convolution 3x5x6x7 -> 4 gives other bits at every call here" in caplog.text
+        assert "PyTorch's own convolution 3x5x6x7 -> 4 gives other bits at every call here" in caplog.text
 
     def test_what_is_shorter_than_a_launch_is_timed_within_a_graph(self, tmp_path):
         """Where calls take turns to be launched, the one that launches less looks faster than it is."""

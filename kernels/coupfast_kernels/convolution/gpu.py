@@ -327,18 +327,24 @@ def _(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
 @conv3x3_op.register_kernel("cuda")
 def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
     y = _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm))
-    if triton is None:
-        raise RuntimeError("conv3x3 on CUDA needs Triton, which is not installed; `pip install triton` (Linux)")
-    if y.numel() == 0:
-        return y
 
     def launch(config: Config) -> None:
         _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
+    fastest_launch(y, x, algorithm, launch)
+    return y
+
+
+def fastest_launch(y: torch.Tensor, x: torch.Tensor, algorithm: str, launch: Callable[[Config], None]) -> None:
+    """Launch what writes `y` from `x` with the fastest config for their shapes, which is tuned by it if there is none yet."""
+    if triton is None:
+        raise RuntimeError("conv3x3 on CUDA needs Triton, which is not installed; `pip install triton` (Linux)")
+    if y.numel() == 0:
+        return
+    # The current device, not the tensors', is where Triton launches.
     with torch.cuda.device_of(x):
         rows = tiles_of(x) if ALGORITHMS[algorithm].way == "winograd" else x.numel() // x.shape[1]
         launch(fastest((tuple(x.shape), y.shape[1], algorithm, x.device), rows, y.shape[1], algorithm, launch))
-    return y
 
 
 def _setup_context(ctx, inputs, output):
@@ -377,17 +383,15 @@ conv3x3_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config):
     """Writes `y`, which no other argument may overlap."""
-    # The current device, not the tensors', is where Triton launches.
-    with torch.cuda.device_of(x):
-        way = ALGORITHMS[algorithm].way
-        if way == "winograd":
-            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
-        elif way == "split":
-            parts = torch.empty(PARTS, y.numel(), dtype=y.dtype, device=y.device)
-            launch_direct(parts, x, packed, None, None, None, 1.0, algorithm, config)
-            launch_sum(y, parts, bias, image_bias, residual, scale)
-        else:
-            launch_direct(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
+    way = ALGORITHMS[algorithm].way
+    if way == "winograd":
+        launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
+    elif way == "split":
+        parts = torch.empty(PARTS, y.numel(), dtype=y.dtype, device=y.device)
+        launch_direct(parts, x, packed, None, None, None, 1.0, algorithm, config)
+        launch_sum(y, parts, bias, image_bias, residual, scale)
+    else:
+        launch_direct(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
 
 def launch_direct(y, x, packed, bias, image_bias, residual, scale: float, algorithm: str, config: Config) -> None:
