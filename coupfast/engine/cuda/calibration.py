@@ -392,7 +392,9 @@ class _Triton:
 
     def suits(self, shape: ConvolutionShape) -> bool:
         """Whether to try it."""
-        return ALGORITHMS[self.algorithm].suits(*dataclasses.astuple(shape))
+        return ALGORITHMS[self.algorithm].suits(
+            shape.batch, shape.in_channels, shape.out_channels, shape.height, shape.width
+        )
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return conv3x3(x, self.packed(weight), None, bias, algorithm=self.algorithm)

@@ -403,8 +403,8 @@ class _NormsInside(_Pass):
     def _is_faster(self, node: fx.Node, groups: int) -> bool:
         if node.target is not torch.ops.coupfast.conv3x3.default:
             return False
-        x, *_, algorithm = node.args
-        if ALGORITHMS[algorithm].way != "winograd":
+        x, _, _, _, _, residual, _, algorithm = node.args
+        if ALGORITHMS[algorithm].way != "winograd" or _original(residual) is _original(x):
             return False
         batch, channels, height, width = self.value(x).shape
         return self.choose(batch, channels, self.value(node).shape[1], height, width, groups) == INSIDE
