@@ -372,7 +372,8 @@ class TestOperator:
             (dict(packed_vjp=packed), ValueError, r"`packed_vjp` must have shape \(54, 5\)"),
             (dict(bias=bias[:5]), ValueError, r"`bias` must have shape \(6,\)"),
             (dict(bias=bias.double()), TypeError, "`bias` is torch.float64"),
-            (dict(image_bias=options["image_bias"][:1]), ValueError, r"`image_bias` must have shape \(2, 6\)"),
+            (dict(image_bias=options["image_bias"][:, :5]), ValueError, r"shape \(2, 6\) or \(1, 6\) .*, got \(2, 5\)"),
+            (dict(image_bias=options["image_bias"].repeat(2, 1)), ValueError, r"`image_bias` must have shape .*, got \(4, 6\)"),
             (dict(residual=options["residual"].contiguous()), ValueError, "`residual` must be channels_last"),
             (dict(residual=options["residual"][:1]), ValueError, r"`residual` must have shape \(2, 6, 4, 7\)"),
             (dict(algorithm="fp16"), ValueError, "one of ieee, tf32x3, tf32, tf32x3-halves.*, got 'fp16'"),
@@ -678,6 +679,15 @@ if INTERPRETED:
             bound = roundings * U / (1 - roundings * U) * size_of(algorithm, v, turned(weight)) * SCALE
             assert bool(((found.double() - exact).abs() <= bound).all())
 
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
+        def test_one_bias_of_all_images(self, algorithm):
+            """The bits of as many copies."""
+            x, weight, bias, options = layer((3, 5, 3, 3), 20)
+            one = options["image_bias"][:1]
+            found = self.launch(x, weight, bias, options | {"image_bias": one}, algorithm=algorithm)
+            again = self.launch(x, weight, bias, options | {"image_bias": one.repeat(3, 1)}, algorithm=algorithm)
+            assert_same_bits(found, again)
+
         @pytest.mark.parametrize(
             ("config", "algorithm"),
             [
@@ -834,7 +844,7 @@ if INTERPRETED:
 
             only_program(monkeypatch, -(-2 * height * width // config.block_m) - 1)
             module._conv3x3_kernel[(1,)](
-                y, x, pack_weight(weight), None, bias, image_bias, residual, SCALE,
+                y, x, pack_weight(weight), None, bias, image_bias, residual, channels, SCALE,
                 pixels=2 * height * width, height=height, width=width, in_channels=channels, out_channels=channels,
                 INPUT_PRECISION="ieee", SPLIT=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             )  # fmt: skip
@@ -858,7 +868,7 @@ if INTERPRETED:
             last = pixels - width  # behind the last pixel of that row
             only_program(monkeypatch, last // SMALL.block_m * (out_channels // SMALL.block_n) - 1, 8)
             module._conv3x3_kernel[(1,)](
-                parts, x, pack_weight(weight), None, None, None, None, 1.0,
+                parts, x, pack_weight(weight), None, None, None, None, 0, 1.0,
                 height=height, width=width, in_channels=channels, **maps, INPUT_PRECISION="ieee", SPLIT=True,
                 BLOCK_M=SMALL.block_m, BLOCK_N=SMALL.block_n, BLOCK_K=SMALL.block_k,
             )  # fmt: skip
@@ -871,7 +881,7 @@ if INTERPRETED:
 
             only_program(monkeypatch, last // gpu_split.SUM_M - 1)
             gpu_split._sum_kernel[(1,)](
-                y, parts, None, None, None, 1.0, **maps, plane=pixels,
+                y, parts, None, None, None, 0, 1.0, **maps, plane=pixels,
                 PARTS=gpu_split.PARTS, BLOCK_M=gpu_split.SUM_M, BLOCK_N=gpu_split.SUM_N,
             )  # fmt: skip
             rows = slice(last - gpu_split.SUM_M, last)

@@ -112,9 +112,9 @@ class _Pass:
     def is_image_bias(self, node: Any, like: torch.Tensor) -> bool:
         return self.is_image(node) and tuple(self.value(node).shape) == (*like.shape[:2], 1, 1) and like.shape[2:] != (1, 1)
 
-    def flat_bias(self, place: fx.Node, bias: fx.Node, *, every_image: bool) -> fx.Node:
-        """(batch, channels) of (batch, channels, 1, 1), contiguous; (1, channels) where one row serves all, if that will do."""
-        if bias.target is aten.expand.default and not every_image:
+    def flat_bias(self, place: fx.Node, bias: fx.Node) -> fx.Node:
+        """(batch, channels) of (batch, channels, 1, 1), contiguous; (1, channels) where one row serves all."""
+        if bias.target is aten.expand.default:
             row: Any = bias.args[0]
             if self.is_image(row) and self.value(row).shape[1] == self.value(bias).shape[1]:
                 bias = row
@@ -214,7 +214,7 @@ class _Convolutions(_Pass):
                 break
             last = user
         # Where the last of the epilogue stands, everything that it reads is there.
-        flat_bias = None if image_bias is None else self.flat_bias(last, image_bias, every_image=True)
+        flat_bias = None if image_bias is None else self.flat_bias(last, image_bias)
         packed = self._packed(weight, constant, choice, transposed=False)
         args = (x, packed, None, bias, flat_bias, residual, scale, choice)
         new = self.kernel(last, torch.ops.coupfast.conv3x3.default, args, self.value(last))
@@ -332,7 +332,7 @@ class _Norms(_Pass):
         place = node if base is x else x
         if base is not x and any(self.order[argument] > self.order[x] for argument in (weight, bias)):
             base, image_bias, residual, scale, place = x, None, None, 1.0, node
-        flat_bias = None if image_bias is None else self.flat_bias(place, image_bias, every_image=False)
+        flat_bias = None if image_bias is None else self.flat_bias(place, image_bias)
         args = (base, weight, bias, flat_bias, residual, groups, eps, scale, silu)
         new = self.kernel(place, torch.ops.coupfast.group_norm_silu.default, args, None)
         value = value.contiguous(memory_format=torch.channels_last)

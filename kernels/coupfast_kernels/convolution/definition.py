@@ -47,7 +47,7 @@ def conv3x3_ref(
         x: Shape (batch, in_channels, height, width).
         weight: Shape (out_channels, in_channels, 3, 3), as `torch.nn.Conv2d` has it.
         bias: Shape (out_channels,); None leaves the term out, here and below.
-        image_bias: Shape (batch, out_channels), for instance a time embedding.
+        image_bias: Shape (batch, out_channels), or (1, out_channels) for all images, for instance a time embedding.
         residual: Like the result.
         scale: Multiplies the sum of all that.
 

@@ -29,6 +29,7 @@ import torch
 from torch import library
 
 from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, tf32_halves
+from coupfast_kernels.convolution.gpu_products import image_bias_stride
 from coupfast_kernels.convolution.gpu_split import MOST_BYTES, PARTS, is_small, launch_sum
 from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
 from coupfast_kernels.convolution.gpu_winograd import (
@@ -180,6 +181,7 @@ if triton is not None:
         bias_ptr,
         image_bias_ptr,
         residual_ptr,
+        image_bias_stride,
         scale,
         pixels,
         height,
@@ -229,7 +231,7 @@ if triton is not None:
             sums += tl.load(bias_ptr + column, mask=column < out_channels, other=0.0)[None, :]
         if image_bias_ptr is not None:
             image = first // plane + place // plane
-            sums += tl.load(image_bias_ptr + (image[:, None] * out_channels + column[None, :]), mask=mask, other=0.0)
+            sums += tl.load(image_bias_ptr + (image[:, None] * image_bias_stride + column[None, :]), mask=mask, other=0.0)
         begin = 0
         passes = 9 * blocks
         if SPLIT:
@@ -409,7 +411,8 @@ def launch_direct(y, x, packed, bias, image_bias, residual, scale: float, algori
         bias,
         image_bias,
         residual,
-        float(scale),
+        image_bias_stride=image_bias_stride(image_bias),
+        scale=float(scale),
         pixels=pixels,
         height=height,
         width=width,
@@ -459,14 +462,17 @@ def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm) 
             f"{ALGORITHMS[algorithm].form} where `x` has {in_channels} channels, got {tuple(packed.shape)}"
         )
     wanted = {
-        "packed_vjp": packed_shape(out_channels, in_channels),
-        "bias": (out_channels,),
-        "image_bias": (batch, out_channels),
-        "residual": (batch, out_channels, height, width),
+        "packed_vjp": [packed_shape(out_channels, in_channels)],
+        "bias": [(out_channels,)],
+        "image_bias": [(batch, out_channels), (1, out_channels)],
+        "residual": [(batch, out_channels, height, width)],
     }
-    for name, shape in wanted.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape} for this `x` and `packed`, got {tuple(tensors[name].shape)}")
+    for name, shapes in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) not in shapes:
+            raise ValueError(
+                f"`{name}` must have shape {' or '.join(map(str, shapes))} for this `x` and `packed`, got "
+                f"{tuple(tensors[name].shape)}"
+            )
     for name, tensor in tensors.items():
         layout = torch.channels_last if name in ("x", "residual") else torch.contiguous_format
         if not tensor.is_contiguous(memory_format=layout):

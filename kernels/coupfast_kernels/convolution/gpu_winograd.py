@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from coupfast_kernels.convolution.definition import WINOGRAD_POINTS, check_weight3x3, tf32_halves, winograd_matrices
+from coupfast_kernels.convolution.gpu_products import image_bias_stride
 from coupfast_kernels.convolution.gpu_tuning import Config
 
 try:
@@ -260,6 +261,7 @@ if triton is not None:
         bias_ptr,
         image_bias_ptr,
         residual_ptr,
+        image_bias_stride,
         scale,
         first,
         count,
@@ -289,7 +291,7 @@ if triton is not None:
         if bias_ptr is not None:
             bias += tl.load(bias_ptr + channel, mask=known, other=0.0)
         if image_bias_ptr is not None:
-            bias += tl.load(image_bias_ptr + (image[:, None] * out_channels + channel), mask=mask, other=0.0)
+            bias += tl.load(image_bias_ptr + (image[:, None] * image_bias_stride + channel), mask=mask, other=0.0)
         corner = (image.to(tl.int64) * height + h) * width + w
         for i in tl.static_range(4):
             line = _output_line_kernel((half[i], half[4 + i], half[8 + i], half[12 + i], half[16 + i], half[20 + i]))
@@ -377,7 +379,8 @@ def launch_output(y, m, bias, image_bias, residual, scale: float, first: int, co
         bias,
         image_bias,
         residual,
-        float(scale),
+        image_bias_stride=image_bias_stride(image_bias),
+        scale=float(scale),
         first=first,
         count=count,
         at_once=m.shape[1],
