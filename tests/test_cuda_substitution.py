@@ -14,6 +14,7 @@ from coupfast.engine.cuda.traced import TracedScore
 from coupfast.tracing import trace
 from coupfast_kernels.convolution.gpu import ALGORITHMS
 
+
 def every(*shape):
     return "ieee"
 

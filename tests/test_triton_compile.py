@@ -388,7 +388,7 @@ def test_a_transform_of_winograds_computes_what_was_counted(part, capability):
     built = built_winograd(part, 0, capability)
     found, values = float32_operations(built), gpu_winograd.TRANSFORM_T * gpu_winograd.TRANSFORM_C // built.threads
     if part.startswith("normed"):
-        # Predicted a pixel: three differences (of −a, too) and a sum, two products; a factor of the exponent, 1 + it, a product.
+        # Predicted a pixel: two differences, two products and a sum; −a, a factor of the exponent, 1 + it, a product.
         assert found == {"fma": values * 12 * 12, "add": values * 36 * 5, "mul": values * 36 * 4}
         approximate = re.findall(r"^\s*(\w+)[.\w]*\.(?:approx|full)[.\w]*\s", built.ptx, re.MULTILINE)
         assert Counter(approximate) == {"ex2": values * 36, "div": values * 36}
