@@ -9,6 +9,7 @@ from flat_networks import EPS, Functions, assert_close, copied, counts, dead, fl
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coupfast.engine.cuda.halves import split
 from coupfast.engine.cuda.substitution import CONTIGUOUS, INSIDE, LIBRARY, fuse_kernels
 from coupfast.engine.cuda.traced import TracedScore
 from coupfast.tracing import trace
@@ -340,6 +341,25 @@ class TestNormsInside:
             fuse_kernels(graph, choose, norms=True)
             assert not {"group_norm_statistics", "conv3x3_normed"} & set(counts(graph))
             assert_close(graph(*arguments)[0], net.forward(x, *net.constants)[0])
+
+    def test_what_a_step_keeps_for_its_transpose_stays(self):
+        net, x, v, kept = Functions(special("image bias")), images(2), images(2, channels=5, seed=2), []
+
+        def both(x, v, *constants):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                value = net._call(leaf, constants)
+                return value.detach(), torch.autograd.grad(value, leaf, v)[0]
+
+        for answer in (INSIDE, "apart"):
+            whole = flat(both, (x, v), net.constants)
+            fuse_kernels(whole, self.choice([], answer), norms=True)
+            halves = split(whole)
+            value, *left = halves.forward(x)
+            for found, expected in zip((value, *halves.backward(x, v, *left)), whole(x, v), strict=True):
+                assert torch.equal(found, expected)
+            kept.append(halves.kept_bytes())
+        assert counts(halves.forward)["group_norm_silu"] == 2 and kept[0] == kept[1] > 0
 
     def test_without_this_projects_norms_there_is_nothing_to_apply(self):
         graph, arguments = Functions(special("image bias")).both(images(2))["forward"]

@@ -395,7 +395,7 @@ class _NormsInside(_Pass):
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         """Those of its copies in another memory format, too, which this project's operators do not need."""
-        found = []
+        found: list[fx.Node] = []
         for user in node.users:
             found += self._readers(user) if _original(user) is not user else [user]
         return found
@@ -403,7 +403,8 @@ class _NormsInside(_Pass):
     def _is_faster(self, node: fx.Node, groups: int) -> bool:
         if node.target is not torch.ops.coupfast.conv3x3.default:
             return False
-        x, _, _, _, _, residual, _, algorithm = node.args
+        arguments: Any = node.args
+        x, _, _, _, _, residual, _, algorithm = arguments
         if ALGORITHMS[algorithm].way != "winograd" or _original(residual) is _original(x):
             return False
         batch, channels, height, width = self.value(x).shape

@@ -461,7 +461,7 @@ def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm) 
             f"`packed` is {ALGORITHMS[algorithm].pack.__name__}(weight) for algorithm={algorithm!r}, shape "
             f"{ALGORITHMS[algorithm].form} where `x` has {in_channels} channels, got {tuple(packed.shape)}"
         )
-    wanted = {
+    wanted: dict[str, list[tuple[int, ...]]] = {
         "packed_vjp": [packed_shape(out_channels, in_channels)],
         "bias": [(out_channels,)],
         "image_bias": [(batch, out_channels), (1, out_channels)],
