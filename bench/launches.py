@@ -10,6 +10,10 @@ where operations are started one by one.
   that of the state that the caller has kept.
 
 Backwards at slopes that were kept; a recording that rebuilds them has the classifier's forward operations in it, too.
+
+`--bytes` counts what the score network's evaluation and its product with the transpose move, where every operation reads its
+arguments from memory once and writes its results once; weights, and what a kernel keeps in the cache between its own parts, are
+not counted. "norms inside": every convolution that can norm what it reads does so.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from typing import Any
 
 import torch
 from cases import load_networks, positive
+from roofline import Tally
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
@@ -28,11 +34,26 @@ from coupfast.engine.cuda import BoundCudaEngine
 from coupfast.engine.cuda.flat import VIEWS
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.cuda.substitution import INSIDE, Conv3x3Choice
 from coupfast.engine.eager import EagerProgram
 from coupfast.engine.networks import frozen
 from coupfast.guidance import Guidance
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 GRAPH = (2, 3)  # its launch, and those of the copies
+
+
+def _direct(*shape: int) -> str:
+    return "ieee"
+
+
+def _inside(*shape: int) -> str:
+    norm = len(shape) == 6
+    return INSIDE if norm else "winograd" if ALGORITHMS["winograd"].suits(*shape) else "ieee"
+
+
+#: Which convolutions are this project's, and its norms with them.
+WAYS: dict[str, Conv3x3Choice | None] = {"flat": None, "flat, fused": _direct, "flat, fused, norms inside": _inside}
 
 
 class _Counter(TorchDispatchMode):
@@ -55,19 +76,32 @@ def _parts(network: str, batch: int, seed: int) -> tuple[Any, ...]:
     return score, Guidance(classifier, x), table, x, True
 
 
-def program(network: str, batch: int, *, fused: bool = True, seed: int = 0) -> CudaProgram:
-    """The CUDA engine's program on the CPU, neither compiled nor captured; `fused`: with all of this project's kernels."""
-    choose = (lambda *shape: "ieee") if fused else None
-    networks = CudaNetworks(*_parts(network, batch, seed), choose=choose, fuse_norms=fused)
+def program(network: str, batch: int, *, way: str = "flat, fused", seed: int = 0) -> CudaProgram:
+    """The CUDA engine's program on the CPU, neither compiled nor captured, in one of `WAYS`."""
+    choose = WAYS[way]
+    networks = CudaNetworks(*_parts(network, batch, seed), choose=choose, fuse_norms=choose is not None)
     return BoundCudaEngine(networks).for_batch(batch)
+
+
+def bytes_moved(network: str, batch: int, way: str, seed: int = 0) -> dict[str, float]:
+    """Of an image, by piece of the score network; no operation runs."""
+    found, pieces = {}, program(network, batch, way=way, seed=seed).networks.pieces
+    for name in ("score", "score vjp"):
+        graph = pieces.make(name, batch)
+        with FakeTensorMode() as mode, torch.no_grad():
+            inputs = [mode.from_tensor(tensor) for tensor in graph.example_inputs()]
+            with Tally(inputs[graph.varying :]) as tally:
+                graph.module(*inputs)
+        found[name] = sum(work.image_bytes for work in tally.work) / batch
+    return found
 
 
 def rows(network: str, batch: int, seed: int = 0) -> list[dict[str, Any]]:
     """Operations of a forward and of a backward step, by how they are run."""
     parts = _parts(network, batch, seed)
     counts = {"PyTorch": _eager(EagerProgram(*parts), parts[3])}
-    for name, fused in (("flat", False), ("flat, fused", True)):
-        counts[name] = _flat(program(network, batch, fused=fused, seed=seed))
+    for name in ("flat", "flat, fused"):
+        counts[name] = _flat(program(network, batch, way=name, seed=seed))
     counts["graph"] = GRAPH
     return [
         {"network": network, "batch": batch, "how": how, "forward": forward, "backward": backward}
@@ -102,8 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=["paper", "tiny"], default="paper", help="(default: the paper's)")
     parser.add_argument("--batch", type=positive, default=1, help="images (default 1; it changes no count)")
+    parser.add_argument("--bytes", action="store_true", help="what the score network moves, instead of operations")
     options = parser.parse_args(arguments)
     print("counted from graphs, not measured\n")
+    if options.bytes:
+        print("| MiB an image | evaluation | transpose |\n|---|---|---|")
+        for way in WAYS:
+            moved = bytes_moved(options.network, options.batch, way)
+            print(f"| {way} | {' | '.join(f'{size / 2**20:.1f}' for size in moved.values())} |")
+        return 0
     print("| operations a step | forward | backward |\n|---|---|---|")
     for row in rows(options.network, options.batch):
         print(f"| {row['how']} | {row['forward']} | {row['backward']} |")

@@ -20,11 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from coupfast.engine.cuda.calibration import STRICT_FACTOR
 from coupfast.engine.precision import strict_float32
 from coupfast_kernels.convolution import gpu as module
-from coupfast_kernels.convolution import gpu_split, gpu_winograd
+from coupfast_kernels.convolution import gpu_normed, gpu_split, gpu_winograd
 from coupfast_kernels.convolution import gpu_tuning as tuning
 from coupfast_kernels.convolution.definition import (
     FLOAT32_LIMIT,
     TF32_LIMIT,
+    conv3x3_normed_ref,
     conv3x3_ref,
     round_to_tf32,
     sum_parts_ref,
@@ -33,7 +34,11 @@ from coupfast_kernels.convolution.definition import (
     winograd_matrices,
 )
 from coupfast_kernels.convolution.gpu import ALGORITHMS, conv3x3, pack_halves, pack_weight
+from coupfast_kernels.convolution.gpu_normed import conv3x3_normed
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, candidates, choose, tuned
+from coupfast_kernels.group_norm import gpu as group_norm
+from coupfast_kernels.group_norm import group_norm_silu_ref
+from coupfast_kernels.group_norm.definition import group_norm_statistics_ref
 from coupfast_kernels.parity import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -367,7 +372,8 @@ class TestOperator:
             (dict(packed_vjp=packed), ValueError, r"`packed_vjp` must have shape \(54, 5\)"),
             (dict(bias=bias[:5]), ValueError, r"`bias` must have shape \(6,\)"),
             (dict(bias=bias.double()), TypeError, "`bias` is torch.float64"),
-            (dict(image_bias=options["image_bias"][:1]), ValueError, r"`image_bias` must have shape \(2, 6\)"),
+            (dict(image_bias=options["image_bias"][:, :5]), ValueError, r"shape \(2, 6\) or \(1, 6\) .*, got \(2, 5\)"),
+            (dict(image_bias=options["image_bias"].repeat(2, 1)), ValueError, r"`image_bias` must have shape .*, got \(4, 6\)"),
             (dict(residual=options["residual"].contiguous()), ValueError, "`residual` must be channels_last"),
             (dict(residual=options["residual"][:1]), ValueError, r"`residual` must have shape \(2, 6, 4, 7\)"),
             (dict(algorithm="fp16"), ValueError, "one of ieee, tf32x3, tf32, tf32x3-halves.*, got 'fp16'"),
@@ -388,11 +394,75 @@ class TestOperator:
         assert not y.requires_grad
 
 
+def norm_of(x, groups, seed=1):
+    """(statistics, weight, bias) of a norm in front, whose silu(bias) is not zero."""
+    weight, bias = 1.0 + 0.3 * numbers(x.shape[1], seed=seed), 1.0 + numbers(x.shape[1], seed=seed + 1)
+    return group_norm_statistics_ref(x, groups=groups, eps=1e-6)[1].to(x.dtype), weight.to(x.dtype), bias.to(x.dtype)
+
+
+class TestNormed:
+    """A convolution that norms what it reads."""
+
+    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize("algorithm", [name for name, each in ALGORITHMS.items() if each.way == "winograd"])
+    def test_is_the_definition_on_the_cpu(self, algorithm, epilogue):
+        x, weight, bias, options = layer((3, 6, 4, 7), 5, epilogue)
+        norm, packed = norm_of(x, 3), ALGORITHMS[algorithm].pack(weight)
+        y = conv3x3_normed(x, *norm, packed, bias, **options, algorithm=algorithm)
+        assert_same_bits(y, conv3x3_normed_ref(x, *norm, ALGORITHMS[algorithm].unpack(packed), bias, **options))
+        assert y.is_contiguous(memory_format=LAST)
+
+    def test_its_definition_is_that_of_the_parts_and_pads_behind_the_silu(self):
+        x, weight, bias, _ = layer((2, 6, 5, 4), 3, "bias")
+        x, weight, bias = x.double(), weight.double(), bias.double()
+        statistics, *norm = norm_of(x, 2)
+        _, normed = group_norm_silu_ref(x, *norm, groups=2, eps=1e-6)
+        tol = 200 * torch.finfo(torch.float64).eps  # means of 60 values, then 54 products
+        wanted = conv3x3_ref(normed, weight, bias)
+        found = conv3x3_normed_ref(x, statistics, *norm, weight, bias)
+        torch.testing.assert_close(found, wanted, rtol=tol, atol=tol * float(wanted.abs().max()))
+        around = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        early = torch.nn.functional.conv2d(group_norm_silu_ref(around, *norm, groups=2, eps=1e-6)[1], weight, bias)
+        assert float((early - wanted).abs().max()) > 0.1
+
+    def test_pytorch_finds_the_operator_consistent(self):
+        x, weight, bias, options = layer((2, 16, 4, 6), 3)
+        packed = gpu_winograd.pack_winograd(weight)
+        arguments = (x, *norm_of(x, 4), packed, bias, options["image_bias"], options["residual"], SCALE, "winograd")
+        library.opcheck(torch.ops.coupfast.conv3x3_normed.default, arguments)
+        empty = x[:0].contiguous(memory_format=LAST)
+        assert conv3x3_normed(empty, arguments[1][:0], *arguments[2:5]).shape == (0, 3, 4, 6)
+
+    def test_refuses(self):
+        x, weight, bias, _ = layer((2, 6, 4, 7), 5, "bias")
+        statistics, norm_weight, norm_bias = norm_of(x, 3)
+        right = dict(x=x, statistics=statistics, norm_weight=norm_weight, norm_bias=norm_bias)
+        right |= dict(packed=gpu_winograd.pack_winograd(weight), bias=bias)
+        for wrong, error, message in (
+            (dict(algorithm="ieee", packed=pack_weight(weight)), ValueError, "one of winograd, winograd-.*, got 'ieee'"),
+            (dict(statistics=statistics[:1]), ValueError, r"of 2 images and of groups that divide 6 .*, got \(1, 3, 3\)"),
+            (dict(statistics=torch.zeros(2, 3, 4)), ValueError, r"got \(2, 3, 4\)"),
+            (dict(statistics=statistics[:, :, 0]), ValueError, r"got \(2, 3\)"),
+            (dict(statistics=statistics.mT.contiguous().mT), ValueError, "`statistics` must be contiguous, got"),
+            (dict(statistics=statistics.double()), TypeError, "`statistics` is torch.float64"),
+            (dict(norm_weight=norm_weight[:5]), ValueError, r"`norm_weight` must be .* of shape \(6,\), got shape \(5,\)"),
+            (dict(norm_bias=norm_bias.double()), TypeError, "`norm_bias` is torch.float64"),
+            (dict(x=x.contiguous()), ValueError, "`x` must be channels_last"),
+        ):
+            with pytest.raises(error, match=message):
+                conv3x3_normed(**(right | wrong))
+        with pytest.raises(RuntimeError, match="conv3x3_normed"):
+            conv3x3_normed(**(right | dict(x=x.clone().requires_grad_()))).sum().backward()
+
+
 def test_says_that_triton_is_missing(monkeypatch):
     monkeypatch.setattr(module, "triton", None)
     x, weight, _, _ = layer((2, 5, 4, 7), 6, "plain")
     with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
         module._on_cuda(x, pack_weight(weight), None, None, None, None, 1.0, "ieee")
+    packed = gpu_winograd.pack_winograd(weight)
+    with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
+        gpu_normed._on_cuda(x, *norm_of(x, 5), packed, None, None, None, 1.0, "winograd")
 
 
 class TestTuning:
@@ -609,6 +679,15 @@ if INTERPRETED:
             bound = roundings * U / (1 - roundings * U) * size_of(algorithm, v, turned(weight)) * SCALE
             assert bool(((found.double() - exact).abs() <= bound).all())
 
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
+        def test_one_bias_of_all_images(self, algorithm):
+            """The bits of as many copies."""
+            x, weight, bias, options = layer((3, 5, 3, 3), 20)
+            one = options["image_bias"][:1]
+            found = self.launch(x, weight, bias, options | {"image_bias": one}, algorithm=algorithm)
+            again = self.launch(x, weight, bias, options | {"image_bias": one.repeat(3, 1)}, algorithm=algorithm)
+            assert_same_bits(found, again)
+
         @pytest.mark.parametrize(
             ("config", "algorithm"),
             [
@@ -679,6 +758,54 @@ if INTERPRETED:
             gpu_winograd.launch_winograd(again, x, packed, bias, *added, SMALL, workspace=1)  # 16 of the 18 tiles, and two
             assert_same_bits(again, y)
 
+        @pytest.mark.parametrize(
+            ("shape", "out_channels", "groups", "config", "algorithm"),
+            [
+                ((2, 20, 9, 12), 20, 5, SMALL, "winograd"),
+                ((3, 40, 5, 3), 3, 40, SMALL, "winograd"),
+                ((2, 16, 1, 6), 17, 1, SMALL, "winograd"),
+                ((5, 72, 1, 1), 4, 2, SMALL, "winograd"),
+                ((1, 72, 8, 8), 16, 8, Config(16, 16, 32, 1, 1), "winograd-tf32x3-halves"),
+            ],
+            ids=str,
+        )
+        def test_norms_what_it_reads_to_the_bit(self, shape, out_channels, groups, config, algorithm):
+            """As the norm's kernel and then the convolution, each within counted roundings of float64; in chunks, too."""
+            x, weight, bias, options = layer(shape, out_channels)
+            x, (_, *norm) = x + 1.0, norm_of(x, groups)
+            _, statistics = group_norm._launch_statistics(x, None, None, groups, 1e-6, 1.0)
+            _, normed = group_norm._launch(x, *norm, None, None, groups, 1e-6, 1.0, True)
+            apart = self.launch(normed, weight, bias, options, config, algorithm)
+            assert_close_to_exact(apart, normed, weight, bias, options, algorithm)
+            packed = ALGORITHMS[algorithm].pack(weight)
+            added = (options["image_bias"], options["residual"], options["scale"])
+            for workspace in (None, 1):
+                buffer, y = poisoned(apart.shape)
+                given = (statistics, *norm)
+                gpu_winograd.launch_winograd(y, x, packed, bias, *added, config, norm=given, workspace=workspace)
+                assert_same_bits(y, apart)
+                assert bool(torch.cat([buffer[:32], buffer[-32:]]).isnan().all())
+
+            exact_x, *exact_norm = (t.double() for t in (x, *norm))
+            _, exact_normed = group_norm_silu_ref(exact_x, *exact_norm, groups=groups, eps=1e-6)
+            exact = conv3x3_ref(exact_normed, weight.double(), bias.double(), **doubles(options))
+            with strict_float32("cpu"):
+                library = conv3x3_ref(
+                    torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, *norm, 1e-6)), weight, bias, **options
+                )
+            assert relative_error(y, exact) <= STRICT_FACTOR * relative_error(library, exact)
+
+        def test_pixels_of_an_image_that_is_not_finite_stay_in_their_groups_and_images(self):
+            x, weight, _, _ = layer((2, 8, 5, 7), 6, "plain")
+            x[1, 2, 2, 3] = float("nan")
+            _, statistics = group_norm._launch_statistics(x, None, None, 2, 1e-6, 1.0)
+            _, *norm = norm_of(x, 2)
+            packed, y = gpu_winograd.pack_winograd(weight), torch.full_like(layer((2, 6, 5, 7), 6)[0], float("nan"))
+            gpu_winograd.launch_winograd(y, x, packed, None, None, None, 1.0, SMALL, norm=(statistics, *norm))
+            assert bool(statistics[0].isfinite().all() and statistics[1, :, 1].isfinite().all())
+            assert bool(statistics[1, 2, 0].isnan())
+            assert bool(y[0].isfinite().all() and y[1].isnan().all())
+
         @pytest.mark.parametrize("epilogue", EPILOGUES)
         @pytest.mark.parametrize(("shape", "out_channels"), [((2, 5, 3, 7), 20), ((3, 5, 2, 2), 70)], ids=str)
         def test_parts_are_added_in_one_order(self, shape, out_channels, epilogue):
@@ -717,7 +844,7 @@ if INTERPRETED:
 
             only_program(monkeypatch, -(-2 * height * width // config.block_m) - 1)
             module._conv3x3_kernel[(1,)](
-                y, x, pack_weight(weight), None, bias, image_bias, residual, SCALE,
+                y, x, pack_weight(weight), None, bias, image_bias, residual, channels, SCALE,
                 pixels=2 * height * width, height=height, width=width, in_channels=channels, out_channels=channels,
                 INPUT_PRECISION="ieee", SPLIT=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             )  # fmt: skip
@@ -741,7 +868,7 @@ if INTERPRETED:
             last = pixels - width  # behind the last pixel of that row
             only_program(monkeypatch, last // SMALL.block_m * (out_channels // SMALL.block_n) - 1, 8)
             module._conv3x3_kernel[(1,)](
-                parts, x, pack_weight(weight), None, None, None, None, 1.0,
+                parts, x, pack_weight(weight), None, None, None, None, 0, 1.0,
                 height=height, width=width, in_channels=channels, **maps, INPUT_PRECISION="ieee", SPLIT=True,
                 BLOCK_M=SMALL.block_m, BLOCK_N=SMALL.block_n, BLOCK_K=SMALL.block_k,
             )  # fmt: skip
@@ -754,7 +881,7 @@ if INTERPRETED:
 
             only_program(monkeypatch, last // gpu_split.SUM_M - 1)
             gpu_split._sum_kernel[(1,)](
-                y, parts, None, None, None, 1.0, **maps, plane=pixels,
+                y, parts, None, None, None, 0, 1.0, **maps, plane=pixels,
                 PARTS=gpu_split.PARTS, BLOCK_M=gpu_split.SUM_M, BLOCK_N=gpu_split.SUM_N,
             )  # fmt: skip
             rows = slice(last - gpu_split.SUM_M, last)

@@ -167,7 +167,7 @@ class TestChoice:
         found = calibrate({"library": right, "restless": restless}, {"library": 2.0, "restless": 1.0}).choose(SHAPE)
         assert (found.candidate, found.refused) == ("library", {"restless": "it gives other bits at a second call"})
         calibrate({"library": restless, "other": right}).choose(dataclasses.replace(SHAPE, batch=3))
-        assert "PyTorch's convolution 3x5x6x7 -> 4 gives other bits at every call here" in caplog.text
+        assert "PyTorch's own convolution 3x5x6x7 -> 4 gives other bits at every call here" in caplog.text
 
     def test_what_is_shorter_than_a_launch_is_timed_within_a_graph(self, tmp_path):
         """Where calls take turns to be launched, the one that launches less looks faster than it is."""
@@ -367,6 +367,69 @@ class TestPrecision:
             Calibration(CPU, candidates={"mine": right}, folder=tmp_path)
         with pytest.raises(ValueError, match="`height` of a convolution is an int of at least 1, got 0"):
             ConvolutionShape(1, 2, 3, 0, 5)
+
+
+class TestNormInFront:
+    """Of a convolution by Winograd's there is a second choice: on the CPU its operators are their definitions."""
+
+    SHAPE = ConvolutionShape(2, 16, 4, 6, 7, groups=4)
+
+    def calibration(self, tmp_path, seconds, candidates=None):
+        calls = []
+
+        def clock(call):
+            calls.append(call.func)
+            return seconds.get(type(call.func), 1.0)
+
+        candidates = {"library": right, "triton-winograd": module._Triton("winograd")} if candidates is None else candidates
+        found = Calibration(CPU, folder=tmp_path, candidates=candidates, timer=clock)
+        return found, calls
+
+    @pytest.mark.parametrize(("inside", "chosen"), [(0.5, "inside"), (2.0, "apart")])
+    def test_it_is_taken_where_it_is_faster(self, tmp_path, inside, chosen):
+        seconds = {module._Triton: 0.5, module._Inside: inside, module._Apart: 1.0}
+        calibration, calls = self.calibration(tmp_path, seconds)
+        found = calibration.choose(self.SHAPE)
+        assert (found.candidate, found.seconds, found.refused) == (chosen, {"apart": 1.0, "inside": inside}, {})
+        assert max(found.errors.values()) < 9 * 16 * 2.0**-24
+        kept, again = self.calibration(tmp_path, {})
+        assert kept.choose(self.SHAPE) == found and not again
+        assert kept.choose(dataclasses.replace(self.SHAPE, groups=0)).candidate == "triton-winograd" and not again
+
+    def test_the_convolution_is_the_one_of_its_own_shape(self, tmp_path):
+        """Where that is none of Winograd's there is nothing to choose."""
+        calibration, calls = self.calibration(tmp_path, {module._Triton: 2.0})
+        found = calibration.choose(self.SHAPE)
+        assert (found.candidate, set(found.seconds)) == ("apart", {"apart"})
+        assert calls[-1].convolution is right
+
+    def test_one_that_is_wrong_is_never_used(self, tmp_path, monkeypatch, caplog):
+        """As where what is outside of an image were normed, too."""
+
+        def normed(x, statistics, weight, bias, *others, algorithm):
+            y = module.conv3x3(module.group_norm_silu(x, weight, bias, groups=4, eps=1e-6)[1], others[0], None, others[1],
+                               algorithm=algorithm)  # fmt: skip
+            y[:, :, 0] += 0.1
+            return y
+
+        monkeypatch.setattr(module, "conv3x3_normed", normed)
+        calibration, _ = self.calibration(tmp_path, {module._Triton: 0.5, module._Inside: 0.5})
+        found = calibration.choose(self.SHAPE)
+        assert found.candidate == "apart"
+        assert "its error against float64 is" in found.refused["inside"]
+        assert "2x16x6x7 -> 4, normed in 4 groups" in caplog.text
+
+    def test_nothing_is_chosen_if_the_norm_fails(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "group_norm_silu", raises)
+        calibration, _ = self.calibration(tmp_path, {module._Triton: 0.5})
+        with pytest.raises(RuntimeError, match="A norm before the convolution 2x16x6x7 -> 4, normed in 4 groups fails on"):
+            calibration.choose(self.SHAPE)
+
+    def test_groups_divide_the_channels(self):
+        with pytest.raises(ValueError, match="divide its channels, got 3 of 16"):
+            dataclasses.replace(self.SHAPE, groups=3)
+        with pytest.raises(ValueError, match="`groups` of a convolution is an int of at least 0, got -1"):
+            dataclasses.replace(self.SHAPE, groups=-1)
 
 
 class TestFile:

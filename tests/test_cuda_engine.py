@@ -564,6 +564,21 @@ def test_convolutions_are_those_that_calibration_chose(backends, score, images, 
     assert bool([name for *_, name, _ in pieces.packed if name == "contiguous"]) == copied
 
 
+def test_norms_are_applied_where_calibration_chose_so(backends, score, images, monkeypatch):
+    asked = []
+
+    def choose(self, shape):
+        asked.append(shape)
+        return Choice("inside" if shape.groups == 4 else "apart" if shape.groups else "triton-winograd", {}, {}, {})
+
+    monkeypatch.setattr(OurKernels, "choose", choose)
+    monkeypatch.setattr(Pieces, "make", PIECE)
+    run = purifier(score, None, method="reverse-sde")
+    found = [node.target for node in bound_of(run, images).networks.pieces.make("score", 1).operations()]
+    inside = [shape for shape in asked if shape.groups == 4]
+    assert inside and found.count(torch.ops.coupfast.conv3x3_normed.default) == len(inside)
+
+
 def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, score, images):
     with_ours, without = (
         bound_of(purifier(score, None, method="reverse-sde", options={"triton": triton}), images).memory(4)

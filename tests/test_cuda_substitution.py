@@ -9,12 +9,11 @@ from flat_networks import EPS, Functions, assert_close, copied, counts, dead, fl
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coupfast.engine.cuda.substitution import CONTIGUOUS, LIBRARY, fuse_kernels
+from coupfast.engine.cuda.halves import split
+from coupfast.engine.cuda.substitution import CONTIGUOUS, INSIDE, LIBRARY, fuse_kernels
 from coupfast.engine.cuda.traced import TracedScore
 from coupfast.tracing import trace
 from coupfast_kernels.convolution.gpu import ALGORITHMS
-
-OURS = {"conv3x3", "group_norm_silu", "group_norm_silu_vjp"}
 
 
 def every(*shape):
@@ -80,6 +79,11 @@ def _normalised_twice(n, x):
     return n["b"](F.silu(y)) + n["c"](y)
 
 
+def _normed_and_read_again(n, x):
+    y = F.silu(n["norm"](n["a"](x)))
+    return n["b"](y) + y
+
+
 def _tokens(n, x):
     h = n["a"](x)
     return n["b"](n["norm"](h.flatten(2)).view(h.shape))
@@ -138,6 +142,7 @@ SPECIAL = {
     "sum with several readers": (lambda: abcd(b=conv(3, 8, 1), c=conv(8, 8)), _sum_with_several_readers, 8, 2, 1),
     "statistics": (lambda: abcd(), _statistics, 8, 2, 0),
     "normalised twice": (lambda: abcd(c=conv(8, 8)), _normalised_twice, 8, 3, 1),
+    "normed and read again": (lambda: abcd(), _normed_and_read_again, 8, 2, 1),
     "tokens": (lambda: abcd(), _tokens, 8, 2, 0),
     "pixels": (lambda: abcd(norm=norm(groups=1)), _pixels, 8, 3, 1),
     "a mask": (lambda: abcd(), _mask, 8, 4, 0),
@@ -280,6 +285,89 @@ class TestContiguousMaps:
         assert sorted((b, i, o, h, w) for b, i, h, w, o in made) == sorted(shapes)
 
 
+class TestNormsInside:
+    """Convolutions that norm what they read."""
+
+    #: Of each network: norms that are applied there, of how many.
+    NETWORKS = {
+        "image bias": (2, 2),
+        "several readers": (1, 1),
+        "a bias by columns": (1, 1),
+        "odd maps": (1, 1),
+        "one pixel": (1, 1),
+        "normed and read again": (0, 1),
+        "normalised twice": (0, 1),
+        "tokens": (0, 0),
+    }
+
+    @staticmethod
+    def choice(asked, answer=INSIDE):
+        def choose(*shape):
+            if len(shape) < 6:
+                return "winograd"
+            asked.append(shape)
+            return answer
+
+        return choose
+
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_same_values_as_apart(self, name):
+        net, (inside, norms), (*_, size, _, _) = Functions(special(name)), self.NETWORKS[name], SPECIAL[name]
+        x = images(2, size=size)
+        for kind, (graph, arguments) in net.both(x).items():
+            apart, asked = copied(graph), []
+            fuse_kernels(apart, self.choice([], "apart"), norms=True)
+            fuse_kernels(graph, self.choice(asked), norms=True)
+            found, before = counts(graph), counts(apart)
+            assert not dead(graph)
+            assert_close(graph(*arguments)[0], apart(*arguments)[0])
+            assert found["group_norm_statistics"] == len(asked)
+            assert found["conv3x3_normed"] + found["conv3x3"] == before["conv3x3"]
+            assert found["group_norm_statistics"] + found["group_norm_silu"] == before["group_norm_silu"]
+            assert found["group_norm_silu_vjp"] == before["group_norm_silu_vjp"]
+            if kind == "forward":
+                assert (found["group_norm_statistics"], before["group_norm_silu"]) == (inside, norms)
+            values = [node for node in graph.operations() if node.target is torch.ops.coupfast.conv3x3_normed.default]
+            for shape, node in zip(asked, values, strict=True):
+                batch, channels, height, width = node.args[0].meta["val"].shape
+                groups = node.args[1].meta["val"].shape[2]
+                assert shape == (batch, channels, node.meta["val"].shape[1], height, width, groups)
+
+    def test_only_of_what_calibration_says(self):
+        """Neither another answer nor another algorithm, of which it is not even asked."""
+        net, x = Functions(special("image bias")), images(2)
+        for choose in (self.choice([], "apart"), every, lambda *shape: INSIDE if len(shape) == 6 else "ieee-split"):
+            graph, arguments = net.both(x)["forward"]
+            fuse_kernels(graph, choose, norms=True)
+            assert not {"group_norm_statistics", "conv3x3_normed"} & set(counts(graph))
+            assert_close(graph(*arguments)[0], net.forward(x, *net.constants)[0])
+
+    def test_what_a_step_keeps_for_its_transpose_stays(self):
+        net, x, v, kept = Functions(special("image bias")), images(2), images(2, channels=5, seed=2), []
+
+        def both(x, v, *constants):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                value = net._call(leaf, constants)
+                return value.detach(), torch.autograd.grad(value, leaf, v)[0]
+
+        for answer in (INSIDE, "apart"):
+            whole = flat(both, (x, v), net.constants)
+            fuse_kernels(whole, self.choice([], answer), norms=True)
+            halves = split(whole)
+            value, *left = halves.forward(x)
+            for found, expected in zip((value, *halves.backward(x, v, *left)), whole(x, v), strict=True):
+                assert torch.equal(found, expected)
+            kept.append(halves.kept_bytes())
+        assert counts(halves.forward)["group_norm_silu"] == 2 and kept[0] == kept[1] > 0
+
+    def test_without_this_projects_norms_there_is_nothing_to_apply(self):
+        graph, arguments = Functions(special("image bias")).both(images(2))["forward"]
+        asked = []
+        fuse_kernels(graph, self.choice(asked), norms=False)
+        assert not asked and counts(graph)["native_group_norm"] == 2
+
+
 class TestProducts:
     """1 x 1 convolutions as matrix products."""
 
@@ -384,6 +472,19 @@ class TestPackedWeights:
             assert_close(found, expected)
 
 
+class Copied(TorchDispatchMode):
+    """Shapes of what is copied while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.clone.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("on", ["cpu", "gpu"])
 def test_score_network(on):
     """The one that all this is for: every norm, and every 3 x 3 convolution, wherever it was traced."""
@@ -414,7 +515,10 @@ def test_score_network(on):
         fuse_kernels(graph, every, norms=True)
         found = counts(graph)
         (expected,) = function(*arguments, *constants)
-        assert_close(graph(*arguments)[0], expected)
+        with Copied() as copied_in_a_run:
+            assert_close(graph(*arguments)[0], expected)
+        # Of what the time decides there is one row for all images, which kernels read as it is.
+        assert not [shape for shape in copied_in_a_run.shapes if len(shape) == 2]
         assert not dead(graph)
         assert not {"native_group_norm", "native_group_norm_backward", "silu_backward"} & set(found)
         if function is forward:

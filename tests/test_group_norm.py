@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from coupfast_kernels.group_norm import definition, group_norm_silu, group_norm_silu_ref, group_norm_silu_vjp_ref
 from coupfast_kernels.group_norm import gpu as module
+from coupfast_kernels.group_norm.gpu import group_norm_statistics
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAYOUTS = pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
@@ -39,6 +40,12 @@ def case(shape, layout=CONTIGUOUS, dtype=torch.float32, seed=0):
     weight, bias = images((image[1],), 2, dtype=dtype, seed=seed + 1)
     (image_bias,) = images(tuple(image[:2]), 1, dtype=dtype, seed=seed + 2)
     return x, residual, gy, gh, 1.0 + 0.5 * weight, bias, image_bias, groups
+
+
+def normed(h, statistics, weight, bias):
+    """What the kernels make of statistics, without SiLU, operation by operation in their order."""
+    mean, shift, inverse = statistics.repeat_interleave(h.shape[1] // statistics.shape[2], dim=2)[..., None, None].unbind(1)
+    return (h - mean - shift) * inverse * weight[:, None, None] + bias[:, None, None]
 
 
 class Bound:
@@ -186,6 +193,28 @@ class TestOperator:
         for gradient in found:
             assert_same_bits(gradient, wanted + gh if added == "nothing" else wanted)
 
+    @pytest.mark.parametrize("added", [True, False])
+    def test_statistics_are_what_it_norms_with(self, added):
+        x, residual, _, _, weight, bias, image_bias, groups = case(SHAPES[1], CHANNELS_LAST)
+        options = dict(groups=groups, eps=1e-3)
+        options |= dict(image_bias=image_bias, residual=residual, scale=ROOT_HALF) if added else {}
+        h, statistics = group_norm_statistics(x, **options)
+        wanted_h, wanted = definition.group_norm_statistics_ref(x, **options)
+        assert_same_bits(h, wanted_h)
+        assert_same_bits(statistics, wanted)
+        assert (h is x) == (not added)
+        library.opcheck(
+            torch.ops.coupfast.group_norm_statistics.default,
+            (x, *((image_bias, residual) if added else (None, None)), groups, 1e-3, ROOT_HALF if added else 1.0),
+        )
+        # In float64: means of 140 values, and what both then do to each.
+        doubles = [None if t is None else t.double() for t in (x, weight, bias)]
+        some = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        h, statistics = definition.group_norm_statistics_ref(doubles[0], **some)
+        found = definition.silu_normed_ref(h, statistics, *doubles[1:])
+        tol = 150 * torch.finfo(torch.float64).eps
+        torch.testing.assert_close(found, group_norm_silu_ref(*doubles, **some)[1], rtol=tol, atol=tol)
+
     def test_gradients_through_one_result(self):
         x, residual, gy, gh, weight, bias, _, groups = case(SHAPES[1], CHANNELS_LAST)
         x.requires_grad_()
@@ -302,6 +331,7 @@ def test_says_that_triton_is_missing(monkeypatch):
     x, _, gy, _, weight, bias, _, groups = case(SHAPES[0])
     for launch, arguments in (
         (module._launch, (x, weight, bias, None, None, groups, 1e-6, 1.0, True)),
+        (module._launch_statistics, (x, None, None, groups, 1e-6, 1.0)),
         (module._launch_vjp, (x, gy, None, weight, bias, groups, 1e-6, 1.0, True)),
     ):
         with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
@@ -320,7 +350,13 @@ if INTERPRETED:
             buffers.append(buffer)
             return view
 
+        empty = torch.empty
+
+        def statistics(*shape, **options):
+            return empty(*shape, **options).fill_(float("nan"))
+
         monkeypatch.setattr(torch, "empty_like", empty_like)
+        monkeypatch.setattr(torch, "empty", statistics)
         yield
         assert buffers
         for buffer in buffers:
@@ -367,6 +403,10 @@ if INTERPRETED:
             assert_same_bits(h, wanted)
             bound = Bound(h, weight, bias, groups, eps, silu)
             bound.check(y)
+            found, statistics = module._launch_statistics(x, some["image_bias"], some["residual"], groups, eps, scale)
+            assert_same_bits(x if found.numel() == 0 else found, h)
+            plain = y if not silu else run(x, weight, bias, groups, eps, silu=False, scale=scale, **some)[1]
+            assert_same_bits(normed(h, statistics, weight, bias), plain)
             through = None if added == "time" else gh
             gx = module._launch_vjp(h, gy, through, weight, bias, groups, eps, scale, silu)
             bound.check_vjp(gx, gy, through, scale)
@@ -449,4 +489,5 @@ if INTERPRETED:
             for added in ({}, dict(residual=x)):
                 h, y = run(x, word, word, 2, 1e-6, **added)
                 assert h.shape == y.shape == x.shape
+            assert module._launch_statistics(x, None, None, 2, 1e-6, 1.0)[1].shape == (shape[0], 3, 2)
             assert module._launch_vjp(x, x, x, word, word, 2, 1e-6, 1.0, True).shape == x.shape

@@ -23,6 +23,13 @@ def test_fewer_in_every_row(capsys):
     assert eager[0] - fused[0] > 400
 
 
+def test_norms_that_convolutions_apply_write_nothing(capsys):
+    assert launches.main(["--network", "tiny", "--bytes"]) == 0
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    (flat, fused, inside) = ((float(line[2]), float(line[3])) for line in lines[1:])
+    assert flat[0] > fused[0] > inside[0] and flat[1] > fused[1] > inside[1]
+
+
 #: Predicted: what Triton takes for a kernel on a host that has a GPU, one after the other; nobody has measured it there.
 KERNEL_SECONDS = 1.5
 

@@ -318,7 +318,14 @@ def float32_operations(built: Compiled) -> Counter:
 
 #: Configs of products by architecture, and channels of transforms; ragged ones differ in their masks only.
 PRODUCTS = [(number, 90) for number in range(len(CONFIGS["winograd"]))] + [(0, 80), (0, 100)]
-WINOGRAD = {"input": (128, 128), "output": (128, 128), "input, 20 channels": (20, 128), "output, 20 channels": (128, 20)}
+WINOGRAD = {
+    "input": (128, 128),
+    "normed": (128, 128),
+    "output": (128, 128),
+    "input, 20 channels": (20, 128),
+    "normed, 20 channels": (20, 128),
+    "output, 20 channels": (128, 20),
+}
 
 
 @functools.cache
@@ -379,8 +386,15 @@ def test_a_product_of_halves_is_runs_on_tensor_cores(number, capability):
 def test_a_transform_of_winograds_computes_what_was_counted(part, capability):
     """Six lines, then six (input) or four (output) across them, of 12 multiply-adds, or 6 sums, 2 products, 4 multiply-adds."""
     built = built_winograd(part, 0, capability)
-    assert_strict(built)
     found, values = float32_operations(built), gpu_winograd.TRANSFORM_T * gpu_winograd.TRANSFORM_C // built.threads
+    if part.startswith("normed"):
+        # Predicted a pixel: two differences, two products and a sum; −a, a factor of the exponent, 1 + it, a product.
+        assert found == {"fma": values * 12 * 12, "add": values * 36 * 5, "mul": values * 36 * 4}
+        approximate = re.findall(r"^\s*(\w+)[.\w]*\.(?:approx|full)[.\w]*\s", built.ptx, re.MULTILINE)
+        assert Counter(approximate) == {"ex2": values * 36, "div": values * 36}
+        assert not re.search(r"\.f64|tf32|mma", built.ptx)
+        return
+    assert_strict(built)
     if part.startswith("input"):
         assert found == {"fma": values * 12 * 12}
     else:
@@ -406,10 +420,14 @@ def test_figures_of_winograd(capability):
     fused = config.block_m * config.block_n * 2 * config.block_k // (built.threads * pairs)
     assert built.loop_instructions <= fused * (1.3 if pairs == 2 else 1.2)
     # A transform reads each of its 36 values once and writes each result once, two channels at a time: 64 bits.
-    read, written = built_winograd("input", 0, capability), built_winograd("output", 0, capability)
+    read, normed, written = (built_winograd(part, 0, capability) for part in ("input", "normed", "output"))
     assert (read.spill_bytes, read.loads, read.stores) == (0, 36, 36)
+    # Weight and bias of two channels at once; three statistics of the group of each.
+    assert (normed.spill_bytes, normed.loads, normed.stores) == (0, 36 + 2 + 2 * 3, 36)
     assert (written.spill_bytes, written.loads, written.stores) == (0, 36 + 16 + 2, 16)
-    assert min(read.threads_per_sm, written.threads_per_sm) >= 512
+    assert min(read.threads_per_sm, normed.threads_per_sm, written.threads_per_sm) >= 512
+    # Predicted 16 a pixel and channel with a SiLU of 8; ranges of the exponential and of the quotient take 8 or 9 more.
+    assert 16 * 72 < normed.instructions - read.instructions <= 26 * 72
 
 
 @pytest.mark.parametrize("algorithm", ["ieee", "tf32x3", "tf32x3-halves"])
@@ -509,6 +527,8 @@ GROUP_NORMS_COMPILED = {
     "group norm 384 at 32², residual": (90,),
     "group norm 384 at 32², residual: transpose": TARGETS,
     "group norm 384 at 16², time": (90,),
+    "group norm 256 at 16², residual, statistics": TARGETS,
+    "group norm 256 at 64², loop, statistics": (90,),
     "group norm 512 at 4²": (90,),
     "group norm 512 at 4²: transpose": (90,),
     "group norm 256 at 64², loop, residual": (90,),
@@ -545,20 +565,37 @@ def test_figures_of_a_group_norm(name, capability):
     assert built.threads_per_sm >= 512
     # Words of a warp's sums, three at most at a time.
     assert built.shared_bytes <= 4096
+    statistics = 3 if name.endswith("statistics") else 0
     assert built.wide_loads == built.loads
-    assert built.wide_stores == built.stores
+    assert built.wide_stores == built.stores - statistics
     approximate = {operation for operation in built.arithmetic if ".approx" in operation or ".full" in operation}
-    assert approximate == {"ex2.approx.f32", "div.full.f32", "rsqrt.approx.ftz.f32"}
+    assert approximate == {"rsqrt.approx.ftz.f32"} | (set() if statistics else {"ex2.approx.f32", "div.full.f32"})
 
     if "BLOCK_P" in launch.arguments:  # read once, written once: no more accesses than a thread's elements take
         a = launch.arguments
         quads = a["BLOCK_P"] * a["BLOCK_G"] * a["BLOCK_C"] // (4 * 32 * launch.options["num_warps"])
         read = sum(a.get(f"{image}_ptr") is not None for image in ("x", "residual", "gy", "gh"))
         read += "gx_ptr" in a  # h is read by the transpose, written by the other
-        written = 1 if "gx_ptr" in a else 1 + (a["h_ptr"] is not None)
-        words = 2 + (a.get("image_bias_ptr") is not None)
+        written = 1 if "gx_ptr" in a else (a["h_ptr"] is not None) + (a["y_ptr"] is not None)
+        words = (0 if statistics else 2) + (a.get("image_bias_ptr") is not None)
         assert built.loads == read * quads + words
-        assert built.stores == written * quads
+        assert built.stores == written * quads + statistics
+
+
+@figures
+@pytest.mark.parametrize("capability", TARGETS)
+def test_statistics_are_found_by_the_instructions_of_the_norm(capability):
+    """Up to the root: the same sums in the same order, so that a convolution norms with the bits of the norm's own kernel."""
+
+    def before_the_root(name):
+        ptx = built_group_norm(name, capability).ptx
+        found = re.findall(r"^\s*(?:@%\w+ )?((?:\w+[.\w]*\.f32|shfl|bar)[.\w]*)\s", ptx, re.MULTILINE)
+        found = [operation for operation in found if not operation.startswith(("ld.", "st.", "mov."))]
+        return found[: found.index("rsqrt.approx.ftz.f32") + 1]
+
+    both = [before_the_root(f"group norm 256 at 16², residual{more}") for more in ("", ", statistics")]
+    assert both[0] == both[1]
+    assert len(both[0]) > 300
 
 
 def test_every_group_norm_of_the_score_network_is_listed():

@@ -122,9 +122,11 @@ def prepare(
         alone = Inductor(example.device) if chosen.compile else None  # a convolution of its own would never be worth it
         calibration = Calibration(example.device, precision=precision, compiler=alone)
 
-        def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int) -> str:
-            shape = ConvolutionShape(batch, in_channels, out_channels, height, width)
+        def choose(batch: int, in_channels: int, out_channels: int, height: int, width: int, groups: int = 0) -> str:
+            shape = ConvolutionShape(batch, in_channels, out_channels, height, width, groups)
             kind, _, algorithm = calibration.choose(shape).candidate.partition("triton-")
+            if groups:
+                return kind
             if kind == CONTIGUOUS:
                 return CONTIGUOUS
             return LIBRARY if kind else algorithm

@@ -6,6 +6,8 @@ others; the choice is kept in the user's cache. A candidate that is wrong, not f
 raises is named in a warning and never used. Where the fastest takes less time than the host needs to launch it, all are timed
 again within a graph.
 
+Of a convolution that could norm what it reads there is a second choice: whether it does, or the norm's kernel before it.
+
 Later runs read their choices from the file and time nothing. That is also what keeps their bits: two timings of equally fast
 candidates may end either way, and different candidates round differently.
 """
@@ -30,14 +32,17 @@ from coupfast.cache import cache_directory
 from coupfast.engine.cuda.capture import Backend, CudaBackend, same_bits, seconds_in_graph
 from coupfast.engine.cuda.compiled import Compiler
 from coupfast.engine.cuda.flat import flatten
-from coupfast.engine.cuda.substitution import CONTIGUOUS, LIBRARY
+from coupfast.engine.cuda.substitution import CONTIGUOUS, INSIDE, LIBRARY
 from coupfast.engine.precision import PRECISIONS, PRODUCTS, Precision, float32_precision
 from coupfast.engine.rates import device_seconds
 from coupfast.environment import machine_key, one_line
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT
 from coupfast_kernels.convolution.gpu import ALGORITHMS, conv3x3
+from coupfast_kernels.convolution.gpu_normed import conv3x3_normed
 from coupfast_kernels.convolution.gpu_tuning import tried
 from coupfast_kernels.files import write_whole
+from coupfast_kernels.group_norm import group_norm_silu
+from coupfast_kernels.group_norm.gpu import group_norm_statistics
 from coupfast_kernels.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -50,30 +55,44 @@ LEAST_ERROR = 2.0**-24
 
 REPEATS = 9  # timings of a candidate, of which the median counts
 LAUNCH_SECONDS = 20e-6  # what the host may need to launch a call: times below are not of the device alone
-FORMAT = 2  # of the file
+FORMAT = 3  # of the file
 PATIENCE_SECONDS = 30.0  # wait for another process that writes the file so long, then write without it
 
-Candidate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+APART = "apart"  # the norm, and then the convolution
+#: What remains where all else is refused.
+STANDING = {LIBRARY: "PyTorch's own convolution", APART: "A norm before the convolution"}
+EPS = 1e-6  # of the norms that are tried, which changes no time
+
+Candidate = Callable[..., torch.Tensor]  # (x, weight, bias) → y; behind a norm its weight and bias are given, too
 Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionShape:
-    """A 3×3 convolution with stride 1 and padding 1. Its transpose is one with the channels exchanged."""
+    """A 3×3 convolution with stride 1 and padding 1. Its transpose is one with the channels exchanged.
+
+    Attributes:
+        groups: Of the GroupNorm that is in front of it, with SiLU behind that; 0 where there is none.
+    """
 
     batch: int
     in_channels: int
     out_channels: int
     height: int
     width: int
+    groups: int = 0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` of a convolution is an int of at least 1, got {value!r}")
+            least = 0 if name == "groups" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` of a convolution is an int of at least {least}, got {value!r}")
+        if self.groups and self.in_channels % self.groups:
+            raise ValueError(f"`groups` of a convolution's norm divide its channels, got {self.groups} of {self.in_channels}")
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.in_channels}x{self.height}x{self.width} -> {self.out_channels}"
+        norm = f", normed in {self.groups} groups" if self.groups else ""
+        return f"{self.batch}x{self.in_channels}x{self.height}x{self.width} -> {self.out_channels}{norm}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +183,9 @@ class Calibration:
     # --- measuring ------------------------------------------------------------------------------------------------------
 
     def _measure(self, shape: ConvolutionShape) -> Choice:
+        candidates, standing, definition = self.candidates, LIBRARY, _library
+        if shape.groups:
+            candidates, standing, definition = self._around(shape), APART, functools.partial(_library_normed, shape.groups)
         errors: dict[str, float] = {}
         refused: dict[str, str] = {}
         passing = False  # a candidate that failed for a reason that may be gone tomorrow
@@ -186,11 +208,11 @@ class Calibration:
         # The outer settings must not decide what is compared, and no graph is wanted of these calls.
         with float32_precision(self.device.type, self.precision), torch.no_grad():
             arguments = _example(shape, self.device)
-            truth = _library(*(tensor.double() for tensor in arguments))
-            limit = self._limit(_error(_library(*arguments), truth))
+            truth = definition(*(tensor.double() for tensor in arguments))
+            limit = self._limit(_error(definition(*arguments), truth))
             calls = {
                 name: functools.partial(function, *arguments)
-                for name, function in self.candidates.items()
+                for name, function in candidates.items()
                 if not isinstance(function, _Triton) or function.suits(shape)
             }
             for name, call in calls.items():
@@ -198,13 +220,13 @@ class Calibration:
                     _poison(truth)
                     first = call()
                     errors[name] = found = _error(first, truth)
-                    if not found <= limit:
+                    if not found <= limit and name != APART:  # whose parts have been compared, each for itself
                         refused[name] = f"its error against float64 is {found:.2e}, over {limit:.2e}"
                     elif not same_bits(first, call()):
-                        if name != LIBRARY:
+                        if name != standing:
                             refused[name] = "it gives other bits at a second call"
                         else:  # which is what remains
-                            logger.warning("PyTorch's convolution %s gives other bits at every call here", shape)
+                            logger.warning("%s %s gives other bits at every call here", STANDING[name], shape)
                 except Exception as error:  # whatever a kernel does wrong on a GPU nobody has tried it on
                     refused[name] = one_line(error)
                     passing |= isinstance(error, torch.cuda.OutOfMemoryError)
@@ -213,28 +235,36 @@ class Calibration:
             if self.backend is not None and min(seconds.values(), default=math.inf) < LAUNCH_SECONDS:
                 sound = dict(refused)
                 in_graph = timed(functools.partial(seconds_in_graph, backend=self.backend, clock=self.timer))
-                if LIBRARY in refused:  # a fault of capturing, not of convolutions: an engine without graphs can do without
+                if standing in refused:  # a fault of capturing, not of convolutions: an engine without graphs can do without
                     logger.warning(
                         "convolution %s on %s cannot be captured (%s): times are of single calls, launches with them",
                         shape,
                         self.key["device"],
-                        refused[LIBRARY],
+                        refused[standing],
                     )
                     refused = sound
                 else:
                     seconds = in_graph
         for name, reason in refused.items():
-            if name != LIBRARY:
+            if name != standing:
                 logger.warning("convolution %s on %s: %r is not used: %s", shape, self.key["device"], name, reason)
-        if LIBRARY in refused:
-            others = "".join(f"; {name}: {reason}" for name, reason in refused.items() if name != LIBRARY)
+        if standing in refused:
+            others = "".join(f"; {name}: {reason}" for name, reason in refused.items() if name != standing)
             raise RuntimeError(
-                f"PyTorch's own convolution {shape} fails on {self.key['device']}: {refused[LIBRARY]}{others}. Nothing can be "
+                f"{STANDING[standing]} {shape} fails on {self.key['device']}: {refused[standing]}{others}. Nothing can be "
                 "relied on here: check the installation with `coupfast doctor`, and that the GPU has memory left"
             )
         choice = Choice(min(seconds, key=lambda name: seconds[name]), seconds, errors, refused)
         logger.info("convolution %s on %s: %s", shape, self.key["device"], choice)
         return choice if passing else self._keep(shape, choice)
+
+    def _around(self, shape: ConvolutionShape) -> dict[str, Candidate]:
+        """The ways to norm in front of the convolution that its own shape takes."""
+        alone = self.candidates[self.choose(dataclasses.replace(shape, groups=0)).candidate]
+        found: dict[str, Candidate] = {APART: _Apart(shape.groups, alone)}
+        if isinstance(alone, _Triton) and ALGORITHMS[alone.algorithm].way == "winograd":
+            found[INSIDE] = _Inside(shape.groups, alone)
+        return found
 
     def _limit(self, library_error: float) -> float:
         if self.precision == "tf32":
@@ -267,7 +297,7 @@ class Calibration:
 
     def _choice_of(self, row: dict[str, Any]) -> Choice:
         found = Choice(*(row[field.name] for field in dataclasses.fields(Choice)))
-        known = set(self.candidates)
+        known = {*self.candidates, APART, INSIDE}
         if found.candidate not in found.seconds or found.candidate in found.refused:
             raise ValueError(f"it chooses {found.candidate!r}, which it has not timed or has refused")
         for numbers in (found.seconds, found.errors):
@@ -320,6 +350,12 @@ def _library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch
     return F.conv2d(x, weight, bias, padding=1)
 
 
+def _library_normed(
+    groups: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor
+) -> torch.Tensor:
+    return _library(F.silu(F.group_norm(x, groups, norm_weight, norm_bias, EPS)), weight, bias)
+
+
 class _Contiguous:
     """The library's convolution on contiguous maps, which some of cuDNN's algorithms exist for alone, with the copies from
     channels last and back that a piece then has."""
@@ -356,22 +392,58 @@ class _Triton:
 
     def suits(self, shape: ConvolutionShape) -> bool:
         """Whether to try it."""
-        return ALGORITHMS[self.algorithm].suits(*dataclasses.astuple(shape))
+        return ALGORITHMS[self.algorithm].suits(
+            shape.batch, shape.in_channels, shape.out_channels, shape.height, shape.width
+        )
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return conv3x3(x, self.packed(weight), None, bias, algorithm=self.algorithm)
+
+    def packed(self, weight: torch.Tensor) -> torch.Tensor:
         if self._packed is None or self._packed[0] is not weight:
             self._packed = (weight, ALGORITHMS[self.algorithm].pack(weight))
-        return conv3x3(x, self._packed[1], None, bias, algorithm=self.algorithm)
+        return self._packed[1]
 
 
-def _example(shape: ConvolutionShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normal images, channels last, and weights that keep the result's size; the same ones at every call on a device."""
+@dataclasses.dataclass
+class _Apart:
+    """The norm's kernel, and then the convolution that was chosen."""
+
+    groups: int
+    convolution: Candidate
+
+    def __call__(self, x, weight, bias, norm_weight, norm_bias) -> torch.Tensor:
+        return self.convolution(group_norm_silu(x, norm_weight, norm_bias, groups=self.groups, eps=EPS)[1], weight, bias)
+
+
+@dataclasses.dataclass
+class _Inside:
+    """Statistics, and then the same convolution, which norms what it reads."""
+
+    groups: int
+    convolution: _Triton
+
+    def __call__(self, x, weight, bias, norm_weight, norm_bias) -> torch.Tensor:
+        _, statistics = group_norm_statistics(x, groups=self.groups, eps=EPS)
+        packed, algorithm = self.convolution.packed(weight), self.convolution.algorithm
+        return conv3x3_normed(x, statistics, norm_weight, norm_bias, packed, bias, algorithm=algorithm)
+
+
+def _example(shape: ConvolutionShape, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Normal images, channels last, and weights that keep the result's size; the same ones at every call on a device.
+
+    Behind a norm its weight and bias, too, and images with a mean.
+    """
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape.batch, shape.in_channels, shape.height, shape.width, generator=generator, device=device)
     weight = torch.randn(shape.out_channels, shape.in_channels, 3, 3, generator=generator, device=device)
     weight /= math.sqrt(9 * shape.in_channels)
     bias = 0.1 * torch.randn(shape.out_channels, generator=generator, device=device)
-    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last), bias
+    example = (x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last), bias)
+    if not shape.groups:
+        return example
+    spread, shift = torch.randn(2, shape.in_channels, generator=generator, device=device)
+    return (example[0] + 0.5, *example[1:], 1.0 + 0.3 * torch.tanh(spread), 0.3 * torch.tanh(shift))
 
 
 def _poison(like: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
     silu(GroupNorm((x + image bias + residual) · scale)), and its transpose       `coupfast::group_norm_silu`, `…_vjp`
     (3 × 3 convolution + bias + image bias + residual) · scale, and its transpose `coupfast::conv3x3`
+    one behind the other, where that is faster        `coupfast::group_norm_statistics`, `coupfast::conv3x3_normed`
 
 1 × 1 convolutions become matrix products: a map [batch, channels, height, width] in channels last is a matrix
 [pixels, channels] as it lies in memory, and cuBLAS adds the bias where cuDNN leaves it to a pass of its own.
@@ -20,14 +21,16 @@ from torch import fx
 
 from coupfast.engine.cuda.flat import FlatGraph
 from coupfast_kernels import group_norm  # noqa: F401  (registers its operators)
+from coupfast_kernels.convolution import gpu_normed  # noqa: F401  (registers its operator)
 from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 aten = torch.ops.aten
 
 #: (batch, channels in, channels out, height, width) → the library as it is ("library"), the library on contiguous maps
-#: ("library-contiguous"), or the algorithm of `coupfast_kernels`' `conv3x3` to take.
-Conv3x3Choice = Callable[[int, int, int, int, int], str]
-LIBRARY, CONTIGUOUS = "library", "library-contiguous"
+#: ("library-contiguous"), or the algorithm of `coupfast_kernels`' `conv3x3` to take. With the groups of a norm behind these,
+#: where that algorithm can norm what it reads: whether it does so ("inside").
+Conv3x3Choice = Callable[..., str]
+LIBRARY, CONTIGUOUS, INSIDE = "library", "library-contiguous", "inside"
 #: (address, shape, strides, name of what packed it, whether transposed) → weight and packed weight. The weight is kept since
 #: its address is its name: were it let go, another one could have the address next.
 PackedWeights = dict[tuple[int, torch.Size, tuple[int, ...], str, bool], tuple[torch.Tensor, torch.Tensor]]
@@ -37,6 +40,8 @@ _OPERATORS = {
     torch.ops.coupfast.group_norm_silu.default,
     torch.ops.coupfast.group_norm_silu_vjp.default,
     torch.ops.coupfast.conv3x3.default,
+    torch.ops.coupfast.group_norm_statistics.default,
+    torch.ops.coupfast.conv3x3_normed.default,
 }
 
 
@@ -52,6 +57,8 @@ def fuse_kernels(graph: FlatGraph, choose: Conv3x3Choice | None, *, norms: bool,
         _Convolutions(graph, choose, {} if packed is None else packed).replace()
     if norms:
         _Norms(graph).replace()
+    if norms and choose is not None:
+        _NormsInside(graph, choose).replace()
     _Products(graph).replace()
     _LibraryNorms(graph).guard()
     graph.module.graph.eliminate_dead_code()
@@ -105,9 +112,9 @@ class _Pass:
     def is_image_bias(self, node: Any, like: torch.Tensor) -> bool:
         return self.is_image(node) and tuple(self.value(node).shape) == (*like.shape[:2], 1, 1) and like.shape[2:] != (1, 1)
 
-    def flat_bias(self, place: fx.Node, bias: fx.Node, *, every_image: bool) -> fx.Node:
-        """(batch, channels) of (batch, channels, 1, 1), contiguous; (1, channels) where one row serves all, if that will do."""
-        if bias.target is aten.expand.default and not every_image:
+    def flat_bias(self, place: fx.Node, bias: fx.Node) -> fx.Node:
+        """(batch, channels) of (batch, channels, 1, 1), contiguous; (1, channels) where one row serves all."""
+        if bias.target is aten.expand.default:
             row: Any = bias.args[0]
             if self.is_image(row) and self.value(row).shape[1] == self.value(bias).shape[1]:
                 bias = row
@@ -207,7 +214,7 @@ class _Convolutions(_Pass):
                 break
             last = user
         # Where the last of the epilogue stands, everything that it reads is there.
-        flat_bias = None if image_bias is None else self.flat_bias(last, image_bias, every_image=True)
+        flat_bias = None if image_bias is None else self.flat_bias(last, image_bias)
         packed = self._packed(weight, constant, choice, transposed=False)
         args = (x, packed, None, bias, flat_bias, residual, scale, choice)
         new = self.kernel(last, torch.ops.coupfast.conv3x3.default, args, self.value(last))
@@ -325,7 +332,7 @@ class _Norms(_Pass):
         place = node if base is x else x
         if base is not x and any(self.order[argument] > self.order[x] for argument in (weight, bias)):
             base, image_bias, residual, scale, place = x, None, None, 1.0, node
-        flat_bias = None if image_bias is None else self.flat_bias(place, image_bias, every_image=False)
+        flat_bias = None if image_bias is None else self.flat_bias(place, image_bias)
         args = (base, weight, bias, flat_bias, residual, groups, eps, scale, silu)
         new = self.kernel(place, torch.ops.coupfast.group_norm_silu.default, args, None)
         value = value.contiguous(memory_format=torch.channels_last)
@@ -350,6 +357,58 @@ class _Norms(_Pass):
         if self.is_image(first) and self.is_image(second) and self.value(first).shape == self.value(second).shape:
             return first, None, second, scale
         return x, None, None, 1.0
+
+
+class _NormsInside(_Pass):
+    """Norms whose results nothing but convolutions reads, each of which can apply them to what it reads, and is faster so."""
+
+    def __init__(self, graph: FlatGraph, choose: Conv3x3Choice) -> None:
+        super().__init__(graph)
+        self.choose = choose
+
+    def replace(self) -> None:
+        self.graph.eliminate_dead_code()  # what has been replaced still reads
+        for node in list(self.graph.nodes):
+            if node.target is torch.ops.coupfast.group_norm_silu.default:
+                self._norm(node)
+
+    def _norm(self, node: fx.Node) -> None:
+        arguments: Any = node.args
+        x, weight, bias, image_bias, residual, groups, eps, scale, silu = arguments
+        convolutions = [reader for item in node.users if item.args[1] == 1 for reader in self._readers(item)]
+        if not silu or not convolutions or not all(self._is_faster(reader, groups) for reader in convolutions):
+            return
+        statistics = torch.ops.coupfast.group_norm_statistics.default
+        made = self.call(node, statistics, (x, image_bias, residual, groups, eps, scale), None)
+        values = self.item(made, 1, self.value(x).new_empty(len(self.value(x)), 3, groups))
+        h = x
+        if image_bias is not None or residual is not None or scale != 1.0:
+            h = self.item(made, 0, self.value(x).contiguous(memory_format=torch.channels_last))
+            for item in [item for item in node.users if item.args[1] == 0]:
+                item.replace_all_uses_with(h)
+        for reader in convolutions:
+            _, packed, _, *others = reader.args
+            normed = torch.ops.coupfast.conv3x3_normed.default
+            new = self.call(reader, normed, (h, values, weight, bias, packed, *others), self.value(reader))
+            reader.replace_all_uses_with(new)
+            self.graph.erase_node(reader)
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """Those of its copies in another memory format, too, which this project's operators do not need."""
+        found: list[fx.Node] = []
+        for user in node.users:
+            found += self._readers(user) if _original(user) is not user else [user]
+        return found
+
+    def _is_faster(self, node: fx.Node, groups: int) -> bool:
+        if node.target is not torch.ops.coupfast.conv3x3.default:
+            return False
+        arguments: Any = node.args
+        x, _, _, _, _, residual, _, algorithm = arguments
+        if ALGORITHMS[algorithm].way != "winograd" or _original(residual) is _original(x):
+            return False
+        batch, channels, height, width = self.value(x).shape
+        return self.choose(batch, channels, self.value(node).shape[1], height, width, groups) == INSIDE
 
 
 class _Products(_Pass):

@@ -15,7 +15,11 @@ from coupfast_kernels.convolution import gpu_split, gpu_winograd
 from coupfast_kernels.convolution.cpu import DIRECT, F2, F4, pack_weights, packed_conv2d, packed_conv2d_vjp
 from coupfast_kernels.convolution.definition import FLOAT32_LIMIT, TF32_LIMIT, conv2d_ref, conv3x3_ref
 from coupfast_kernels.convolution.gpu import ALGORITHMS, _launch, _new, conv3x3, conv3x3_op, launch_direct
+from coupfast_kernels.convolution.gpu_normed import conv3x3_normed, conv3x3_normed_op
 from coupfast_kernels.convolution.gpu_tuning import CONFIGS, Config, trying
+from coupfast_kernels.group_norm.cases import EPS, ROUNDINGS, interpret_statistics
+from coupfast_kernels.group_norm.definition import group_norm_silu_ref
+from coupfast_kernels.group_norm.gpu import group_norm_silu, group_norm_statistics
 from coupfast_kernels.inputs import by, normals
 from coupfast_kernels.parity import Agreement
 from coupfast_kernels.registry import Case, Kernel, Trial, register
@@ -102,6 +106,65 @@ def _timed(images: int, algorithm: str) -> Iterator[Case]:
         yield _conv3x3(shape, out_channels, algorithm, others=("pytorch, channels last",))
 
 
+def _normed(
+    shape: tuple[int, ...], out_channels: int, groups: int, *, most: int | None = None, others: tuple[str, ...] = ()
+) -> Case:
+    """silu(GroupNorm(x)) inside of Winograd's, from the statistics on, with everything that can be added."""
+
+    def make(device: torch.device) -> Trial:
+        (x,) = normals(device, shape, 1, LAST)
+        spread, shift = normals(device, shape[1:2], 2)
+        norm = (1.0 + 0.3 * torch.tanh(spread), 0.3 * torch.tanh(shift))
+        weight = normals(device, (out_channels, shape[1], 3, 3), 1)[0] / math.sqrt(9 * shape[1])
+        y_shape = (shape[0], out_channels, *shape[2:])
+        (residual,), (image_bias,) = normals(device, y_shape, 1, LAST), normals(device, y_shape[:2], 1)
+        (bias,) = normals(device, (out_channels,), 1)
+        added: Any = dict(image_bias=image_bias, residual=residual, scale=SCALE)
+        packed = gpu_winograd.pack_winograd(weight)
+
+        def run() -> tuple[torch.Tensor]:
+            with trying(most):
+                _, statistics = group_norm_statistics(x, groups=groups, eps=EPS)
+                return (conv3x3_normed(x, statistics, *norm, packed, bias, **added),)
+
+        def apart() -> torch.Tensor:
+            _, normed = group_norm_silu(x, *norm, groups=groups, eps=EPS)
+            return conv3x3(normed, packed, None, bias, algorithm="winograd", **added)
+
+        def definition(dtype: torch.dtype) -> tuple[torch.Tensor]:
+            more: Any = {name: t.to(dtype) if isinstance(t, torch.Tensor) else t for name, t in added.items()}
+            _, normed = group_norm_silu_ref(x.to(dtype), *(t.to(dtype) for t in norm), groups=groups, eps=EPS)
+            return (conv3x3_ref(normed, weight.to(dtype), bias.to(dtype), **more),)
+
+        return Trial(
+            run,
+            definition,
+            # A sum of random signs keeps the relative error of what it adds.
+            (Agreement(math.sqrt(9 * shape[1]) + 5 + ROUNDINGS),),
+            flop=2 * 9 * shape[1] * out_channels * x.numel() // shape[1],
+            others={"apart": apart},
+        )
+
+    return Case(f"{by(shape)} -> {out_channels}, {groups} groups", make, others)
+
+
+def _timed_normed(images: int) -> Iterator[Case]:
+    """DDPM++ deep's most frequent layers behind a norm."""
+    for in_channels, out_channels, size in ((256, 256, 16), (128, 128, 32), (512, 256, 16), (256, 256, 8)):
+        yield _normed((images, in_channels, size, size), out_channels, 32, others=("apart",))
+
+
+def _interpret_normed() -> None:
+    def with_the_first_config(x, statistics, norm_weight, norm_bias, packed, bias, image_bias, residual, scale, algorithm):
+        y = _new(x, packed.shape[ALGORITHMS[algorithm].out_axis])
+        norm, config = (statistics, norm_weight, norm_bias), CONFIGS[algorithm][0]
+        gpu_winograd.launch_winograd(y, x, packed, bias, image_bias, residual, scale, config, norm=norm)
+        return y
+
+    interpret_statistics()
+    conv3x3_normed_op.register_kernel("cpu")(with_the_first_config)
+
+
 def _interpret() -> None:
     def with_the_first_config(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
         y = _new(x, packed.shape[ALGORITHMS[algorithm].out_axis])
@@ -134,12 +197,16 @@ def launch_sum_of_parts(out_channels: int) -> None:
 def launch_winograd_part(
     part: str, in_channels: int, out_channels: int, config: Config | None = None, algorithm: str = "winograd"
 ) -> None:
-    """Launch one kernel of Winograd's for 8 images of 32 × 32: "input", "product" by a config, or "output" with everything."""
+    """Launch one kernel of Winograd's for 8 images of 32 × 32: "input", also "normed" in 4 groups, "product" by a config, or
+    "output" with everything."""
     x, y = (torch.empty(8, channels, 32, 32, memory_format=LAST) for channels in (in_channels, out_channels))
     tiles = gpu_winograd.tiles_of(x)
     v, m = (torch.empty(36, tiles, channels) for channels in (in_channels, out_channels))
     if part == "input":
         gpu_winograd.launch_input(v, x, 0, tiles)
+    elif part == "normed":
+        word = torch.empty(in_channels)
+        gpu_winograd.launch_input(v, x, 0, tiles, (torch.empty(8, 3, 4), word, word))
     elif part == "output":
         gpu_winograd.launch_output(y, m, torch.empty(out_channels), torch.empty(8, out_channels), y, 0.5, 0, tiles)
     else:
@@ -173,6 +240,20 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
     return found | {f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3])}
 
 
+register(
+    Kernel(
+        "conv3x3_normed",
+        "cuda",
+        # Border tiles; channels and groups that fill no block.
+        lambda: (_normed(*given, most=2) for given in (((2, 64, 16, 16), 96, 16), ((3, 40, 9, 11), 20, 5))),
+        _timed_normed,
+        interpret=_interpret_normed,
+        launches=lambda: {
+            f"winograd, normed input, {channels} channels": functools.partial(launch_winograd_part, "normed", channels, 128)
+            for channels in (128, 20)
+        },
+    )
+)
 for each in ALGORITHMS:
     register(
         Kernel(

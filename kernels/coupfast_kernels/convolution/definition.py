@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from coupfast_kernels.group_norm.definition import silu_normed_ref
+
 #: Relative error, in the Euclidean norm and against float64, of a convolution that passes for float32: what Winograd's F(4 × 4)
 #: makes of a layer at its usual points. Three TF32 products for one leave out 2⁻²¹ of each at most, and float32 sums of 4608
 #: terms of random signs round by less: both stay well below. It refuses what is wrong, and plain TF32.
@@ -45,7 +47,7 @@ def conv3x3_ref(
         x: Shape (batch, in_channels, height, width).
         weight: Shape (out_channels, in_channels, 3, 3), as `torch.nn.Conv2d` has it.
         bias: Shape (out_channels,); None leaves the term out, here and below.
-        image_bias: Shape (batch, out_channels), for instance a time embedding.
+        image_bias: Shape (batch, out_channels), or (1, out_channels) for all images, for instance a time embedding.
         residual: Like the result.
         scale: Multiplies the sum of all that.
 
@@ -60,6 +62,28 @@ def conv3x3_ref(
     if residual is not None:
         y = y + residual
     return y * scale
+
+
+def conv3x3_normed_ref(
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    image_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """`conv3x3_ref` of silu(GroupNorm(x)), which pads with zeros behind the SiLU.
+
+    Args:
+        statistics: Of `x`, shape (batch, 3, groups), as `group_norm_statistics_ref` gives them.
+        norm_weight, norm_bias: Of each channel, (in_channels,).
+    """
+    normed = silu_normed_ref(x, statistics, norm_weight, norm_bias)
+    return conv3x3_ref(normed, weight, bias, image_bias=image_bias, residual=residual, scale=scale)
 
 
 #: F(4 × 4, 3 × 3) is interpolated at 0, at plus and minus these, and at infinity. They halve the error of the usual 1 and 2,

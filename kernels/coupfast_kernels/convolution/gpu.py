@@ -29,6 +29,7 @@ import torch
 from torch import library
 
 from coupfast_kernels.convolution.definition import check_weight3x3, conv3x3_ref, tf32_halves
+from coupfast_kernels.convolution.gpu_products import image_bias_stride
 from coupfast_kernels.convolution.gpu_split import MOST_BYTES, PARTS, is_small, launch_sum
 from coupfast_kernels.convolution.gpu_tuning import LARGEST_BLOCK_M, Config, fastest
 from coupfast_kernels.convolution.gpu_winograd import (
@@ -180,6 +181,7 @@ if triton is not None:
         bias_ptr,
         image_bias_ptr,
         residual_ptr,
+        image_bias_stride,
         scale,
         pixels,
         height,
@@ -229,7 +231,7 @@ if triton is not None:
             sums += tl.load(bias_ptr + column, mask=column < out_channels, other=0.0)[None, :]
         if image_bias_ptr is not None:
             image = first // plane + place // plane
-            sums += tl.load(image_bias_ptr + (image[:, None] * out_channels + column[None, :]), mask=mask, other=0.0)
+            sums += tl.load(image_bias_ptr + (image[:, None] * image_bias_stride + column[None, :]), mask=mask, other=0.0)
         begin = 0
         passes = 9 * blocks
         if SPLIT:
@@ -327,18 +329,24 @@ def _(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
 @conv3x3_op.register_kernel("cuda")
 def _on_cuda(x, packed, packed_vjp, bias, image_bias, residual, scale, algorithm):
     y = _new(x, _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm))
-    if triton is None:
-        raise RuntimeError("conv3x3 on CUDA needs Triton, which is not installed; `pip install triton` (Linux)")
-    if y.numel() == 0:
-        return y
 
     def launch(config: Config) -> None:
         _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
+    fastest_launch(y, x, algorithm, launch)
+    return y
+
+
+def fastest_launch(y: torch.Tensor, x: torch.Tensor, algorithm: str, launch: Callable[[Config], None]) -> None:
+    """Launch what writes `y` from `x` with the fastest config for their shapes, which is tuned by it if there is none yet."""
+    if triton is None:
+        raise RuntimeError("conv3x3 on CUDA needs Triton, which is not installed; `pip install triton` (Linux)")
+    if y.numel() == 0:
+        return
+    # The current device, not the tensors', is where Triton launches.
     with torch.cuda.device_of(x):
         rows = tiles_of(x) if ALGORITHMS[algorithm].way == "winograd" else x.numel() // x.shape[1]
         launch(fastest((tuple(x.shape), y.shape[1], algorithm, x.device), rows, y.shape[1], algorithm, launch))
-    return y
 
 
 def _setup_context(ctx, inputs, output):
@@ -377,17 +385,15 @@ conv3x3_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _launch(y, x, packed, bias, image_bias, residual, scale, algorithm, config):
     """Writes `y`, which no other argument may overlap."""
-    # The current device, not the tensors', is where Triton launches.
-    with torch.cuda.device_of(x):
-        way = ALGORITHMS[algorithm].way
-        if way == "winograd":
-            launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
-        elif way == "split":
-            parts = torch.empty(PARTS, y.numel(), dtype=y.dtype, device=y.device)
-            launch_direct(parts, x, packed, None, None, None, 1.0, algorithm, config)
-            launch_sum(y, parts, bias, image_bias, residual, scale)
-        else:
-            launch_direct(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
+    way = ALGORITHMS[algorithm].way
+    if way == "winograd":
+        launch_winograd(y, x, packed, bias, image_bias, residual, scale, config)
+    elif way == "split":
+        parts = torch.empty(PARTS, y.numel(), dtype=y.dtype, device=y.device)
+        launch_direct(parts, x, packed, None, None, None, 1.0, algorithm, config)
+        launch_sum(y, parts, bias, image_bias, residual, scale)
+    else:
+        launch_direct(y, x, packed, bias, image_bias, residual, scale, algorithm, config)
 
 
 def launch_direct(y, x, packed, bias, image_bias, residual, scale: float, algorithm: str, config: Config) -> None:
@@ -405,7 +411,8 @@ def launch_direct(y, x, packed, bias, image_bias, residual, scale: float, algori
         bias,
         image_bias,
         residual,
-        float(scale),
+        image_bias_stride=image_bias_stride(image_bias),
+        scale=float(scale),
         pixels=pixels,
         height=height,
         width=width,
@@ -454,15 +461,18 @@ def _out_channels(x, packed, packed_vjp, bias, image_bias, residual, algorithm) 
             f"`packed` is {ALGORITHMS[algorithm].pack.__name__}(weight) for algorithm={algorithm!r}, shape "
             f"{ALGORITHMS[algorithm].form} where `x` has {in_channels} channels, got {tuple(packed.shape)}"
         )
-    wanted = {
-        "packed_vjp": packed_shape(out_channels, in_channels),
-        "bias": (out_channels,),
-        "image_bias": (batch, out_channels),
-        "residual": (batch, out_channels, height, width),
+    wanted: dict[str, list[tuple[int, ...]]] = {
+        "packed_vjp": [packed_shape(out_channels, in_channels)],
+        "bias": [(out_channels,)],
+        "image_bias": [(batch, out_channels), (1, out_channels)],
+        "residual": [(batch, out_channels, height, width)],
     }
-    for name, shape in wanted.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape} for this `x` and `packed`, got {tuple(tensors[name].shape)}")
+    for name, shapes in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) not in shapes:
+            raise ValueError(
+                f"`{name}` must have shape {' or '.join(map(str, shapes))} for this `x` and `packed`, got "
+                f"{tuple(tensors[name].shape)}"
+            )
     for name, tensor in tensors.items():
         layout = torch.channels_last if name in ("x", "residual") else torch.contiguous_format
         if not tensor.is_contiguous(memory_format=layout):

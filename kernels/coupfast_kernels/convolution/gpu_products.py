@@ -1,12 +1,19 @@
-"""Products of float32 on tensor cores, by three of TF32: what the kernels of convolutions have in common."""
+"""What the kernels of convolutions have in common: a bias of each image, and products of float32 by three of TF32."""
 
 from __future__ import annotations
+
+import torch
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # Triton exists for Linux only; the definition and the CPU need none of it
     triton = None
+
+
+def image_bias_stride(image_bias: torch.Tensor | None) -> int:
+    """From one image's bias to the next: 0 where one row is that of all images."""
+    return 0 if image_bias is None or len(image_bias) == 1 else image_bias.shape[1]
 
 
 if triton is not None:

@@ -14,6 +14,8 @@ kernel has to give, to the bit, and `conv3x3_ref` what both have.
 
 from __future__ import annotations
 
+from coupfast_kernels.convolution.gpu_products import image_bias_stride
+
 try:
     import triton
     import triton.language as tl
@@ -41,6 +43,7 @@ if triton is not None:
         bias_ptr,
         image_bias_ptr,
         residual_ptr,
+        image_bias_stride,
         scale,
         pixels,
         plane,
@@ -61,7 +64,7 @@ if triton is not None:
             sums += tl.load(bias_ptr + column, mask=mask, other=0.0)
         if image_bias_ptr is not None:
             image = first // plane + ((first % plane).to(tl.int32) + row) // plane
-            sums += tl.load(image_bias_ptr + (image * out_channels + column), mask=mask, other=0.0)
+            sums += tl.load(image_bias_ptr + (image * image_bias_stride + column), mask=mask, other=0.0)
         part = parts_ptr + offset
         for _ in tl.static_range(PARTS):
             sums += tl.load(part, mask=mask, other=0.0)
@@ -85,7 +88,8 @@ def launch_sum(y, parts, bias, image_bias, residual, scale: float) -> None:
         bias,
         image_bias,
         residual,
-        float(scale),
+        image_bias_stride=image_bias_stride(image_bias),
+        scale=float(scale),
         pixels=pixels,
         plane=height * width,
         out_channels=out_channels,

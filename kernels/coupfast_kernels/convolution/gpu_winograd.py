@@ -11,6 +11,9 @@ below that of a direct sum of float32 (`bench/winograd_points.py`). U = G w Gᵀ
 `winograd-tf32x3-halves` takes the products M on tensor cores, by three of TF32 for one; U is split when it is packed, and a run
 is a sum of its own there. All else stays in float32.
 
+Where GroupNorm and SiLU stand in front, the first kernel can apply them to the pixels as it reads them, by statistics that were
+found before: the map between the two is neither written nor read, and a pixel is normed 36 / 16 times (`gpu_normed.py`).
+
 Three kernels, on as many tiles at a time as let V and M stay in the L2 cache; how many changes no bit, nor does the config: an
 output is one sum in one order.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from coupfast_kernels.convolution.definition import WINOGRAD_POINTS, check_weight3x3, tf32_halves, winograd_matrices
+from coupfast_kernels.convolution.gpu_products import image_bias_stride
 from coupfast_kernels.convolution.gpu_tuning import Config
 
 try:
@@ -100,6 +104,8 @@ def tiles_at_once(tiles: int, channels: int, workspace: int) -> int:
 
 if triton is not None:
     from coupfast_kernels.convolution.gpu_products import sum_of_halves_kernel
+    from coupfast_kernels.group_norm.gpu_kernels import normed_kernel
+
     A, B = (tl.constexpr(float(point)) for point in WINOGRAD_POINTS)
     A2, B2, A3, B3 = (tl.constexpr(power) for power in (A.value**2, B.value**2, A.value**3, B.value**3))
     ALL, BOTH = tl.constexpr((A.value * B.value) ** 2), tl.constexpr(-(A.value**2 + B.value**2))
@@ -144,10 +150,14 @@ if triton is not None:
         place = tile % tiles
         return t, channel, tile // tiles, place // tile_columns * 4, place % tile_columns * 4
 
-    @triton.jit(do_not_specialize=["first", "count", "at_once", "height", "width", "tile_rows", "tile_columns"])
+    @triton.jit(do_not_specialize=["groups", "first", "count", "at_once", "height", "width", "tile_rows", "tile_columns"])
     def _input_kernel(
         v_ptr,
         x_ptr,
+        statistics_ptr,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        groups,
         first,
         count,
         at_once,
@@ -159,12 +169,23 @@ if triton is not None:
         BLOCK_T: tl.constexpr,
         BLOCK_C: tl.constexpr,
     ):
-        """V of tiles first … first + count, [36, at_once, in_channels]. Memory-bound: reads x 36 / 16 times, writes V."""
+        """V of tiles first … first + count, [36, at_once, in_channels]. Memory-bound: reads x 36 / 16 times, writes V.
+
+        With `statistics_ptr`, [images, 3, groups], of silu(GroupNorm(x)), which is 0 outside of the image, too.
+        """
         t, channel, image, h, w = _program_kernel(first, tile_rows, tile_columns, in_channels, BLOCK_T, BLOCK_C)
         top, left = h - 1, w - 1
         inside = t < count
         known = channel < in_channels  # [1, BLOCK_C]
         corner = (image.to(tl.int64) * height + top) * width + left
+        if statistics_ptr is not None:
+            place = image[:, None] * (3 * groups) + channel // (in_channels // groups)
+            mask = inside[:, None] & known
+            mean = tl.load(statistics_ptr + place, mask=mask, other=0.0)
+            shift = tl.load(statistics_ptr + groups + place, mask=mask, other=0.0)
+            inverse = tl.load(statistics_ptr + 2 * groups + place, mask=mask, other=0.0)
+            norm_weight = tl.load(norm_weight_ptr + channel, mask=known, other=0.0)
+            norm_bias = tl.load(norm_bias_ptr + channel, mask=known, other=0.0)
         half = ()
         for j in tl.static_range(6):
             column_there = inside & (left + j >= 0) & (left + j < width)
@@ -173,6 +194,10 @@ if triton is not None:
                 there = column_there & (top + i >= 0) & (top + i < height)
                 pixel = (corner + (i * width + j))[:, None]
                 value = tl.load(x_ptr + pixel * in_channels + channel, mask=there[:, None] & known, other=0.0)
+                if statistics_ptr is not None:
+                    # The order of the norm's own kernel, and so its bits.
+                    value = normed_kernel(value - mean, shift, inverse, norm_weight, norm_bias, SILU=True)
+                    value = tl.where(there[:, None] & known, value, 0.0)
                 d = d + (value,)  # type: ignore[assignment]
             half = half + _input_line_kernel(d)
         for i in tl.static_range(6):
@@ -236,6 +261,7 @@ if triton is not None:
         bias_ptr,
         image_bias_ptr,
         residual_ptr,
+        image_bias_stride,
         scale,
         first,
         count,
@@ -265,7 +291,7 @@ if triton is not None:
         if bias_ptr is not None:
             bias += tl.load(bias_ptr + channel, mask=known, other=0.0)
         if image_bias_ptr is not None:
-            bias += tl.load(image_bias_ptr + (image[:, None] * out_channels + channel), mask=mask, other=0.0)
+            bias += tl.load(image_bias_ptr + (image[:, None] * image_bias_stride + channel), mask=mask, other=0.0)
         corner = (image.to(tl.int64) * height + h) * width + w
         for i in tl.static_range(4):
             line = _output_line_kernel((half[i], half[4 + i], half[8 + i], half[12 + i], half[16 + i], half[20 + i]))
@@ -282,7 +308,13 @@ if triton is not None:
 TRANSFORM_T, TRANSFORM_C, TRANSFORM_WARPS = 4, 64, 4
 
 
-def launch_winograd(y, x, packed, bias, image_bias, residual, scale, config: Config, workspace: int | None = None) -> None:
+#: What `x` is normed by, before SiLU: statistics [batch, 3, groups] (`group_norm_statistics_ref`), weight and bias [channels].
+Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def launch_winograd(
+    y, x, packed, bias, image_bias, residual, scale, config: Config, *, norm: Norm | None = None, workspace: int | None = None
+) -> None:
     """Writes `y`, which no other argument may overlap; V and M together take `workspace` bytes at most, or 16 tiles."""
     tiles, channels = tiles_of(x), x.shape[1] + y.shape[1]
     at_once = tiles_at_once(tiles, channels, workspace_bytes(x.device) if workspace is None else workspace)
@@ -290,16 +322,21 @@ def launch_winograd(y, x, packed, bias, image_bias, residual, scale, config: Con
     m = torch.empty(PLACES, at_once, y.shape[1], dtype=x.dtype, device=x.device)
     for first in range(0, tiles, at_once):
         count = min(at_once, tiles - first)
-        launch_input(v, x, first, count)
+        launch_input(v, x, first, count, norm)
         launch_product(m, v, packed, count, config)
         launch_output(y, m, bias, image_bias, residual, scale, first, count)
 
 
-def launch_input(v, x, first: int, count: int) -> None:
+def launch_input(v, x, first: int, count: int, norm: Norm | None = None) -> None:
     """V of some tiles."""
+    statistics, norm_weight, norm_bias = (None, None, None) if norm is None else norm
     _input_kernel[_transform_grid(count, x.shape[1])](
         v,
         x,
+        statistics,
+        norm_weight,
+        norm_bias,
+        groups=1 if statistics is None else statistics.shape[2],
         first=first,
         count=count,
         at_once=v.shape[1],
@@ -342,7 +379,8 @@ def launch_output(y, m, bias, image_bias, residual, scale: float, first: int, co
         bias,
         image_bias,
         residual,
-        float(scale),
+        image_bias_stride=image_bias_stride(image_bias),
+        scale=float(scale),
         first=first,
         count=count,
         at_once=m.shape[1],

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from coupfast_kernels import native
 from coupfast_kernels.group_norm.cpu import group_norm_affine_cpu, group_norm_vjp_cpu
 from coupfast_kernels.group_norm.definition import group_norm_affine_ref, group_norm_silu_ref, group_norm_silu_vjp_ref
-from coupfast_kernels.group_norm.gpu import _group_norm_silu, _group_norm_silu_vjp, _launch, _launch_vjp, group_norm_silu
+from coupfast_kernels.group_norm.gpu import (
+    _group_norm_silu,
+    _group_norm_silu_vjp,
+    _group_norm_statistics,
+    _launch,
+    _launch_statistics,
+    _launch_vjp,
+    group_norm_silu,
+)
 from coupfast_kernels.inputs import LAYOUTS, by, normals
 from coupfast_kernels.parity import BITS, Agreement
 from coupfast_kernels.registry import Case, Kernel, Trial, register
@@ -91,6 +99,11 @@ def _interpret() -> None:
     _group_norm_silu.register_kernel("cpu")(_launch)
 
 
+def interpret_statistics() -> None:
+    """As `Kernel.interpret`, for the statistics alone: the convolutions that take them are compared with them."""
+    _group_norm_statistics.register_kernel("cpu")(_launch_statistics)
+
+
 def _interpret_vjp() -> None:
     _group_norm_silu_vjp.register_kernel("cpu")(_launch_vjp)
 
@@ -128,6 +141,12 @@ def launch(
     _launch(x, word, word, *added, groups, EPS, 2**-0.5 if residual else 1.0, silu)
 
 
+def launch_statistics(channels: int, size: int, groups: int, *, residual: bool = False) -> None:
+    """Launch what norms nothing itself, for 256 square maps in channels last; 1/√2 behind a residual."""
+    x = torch.empty((256, channels, size, size), memory_format=torch.channels_last)
+    _launch_statistics(x, None, x if residual else None, groups, EPS, 2**-0.5 if residual else 1.0)
+
+
 def launch_vjp(
     channels: int,
     size: int,
@@ -152,6 +171,9 @@ def _launches() -> Mapping[str, Callable[[], object]]:
         found[f"{name}, time"] = functools.partial(launch, *shape, image_bias=True)
         found[f"{name}, residual"] = functools.partial(launch, *shape, residual=True)
     return found | {
+        "group norm 256 at 16², statistics": functools.partial(launch_statistics, 256, 16, 32),
+        "group norm 256 at 16², residual, statistics": functools.partial(launch_statistics, 256, 16, 32, residual=True),
+        "group norm 256 at 64², loop, statistics": functools.partial(launch_statistics, 256, 64, 32),
         "group norm 256 at 16², no silu": functools.partial(launch, 256, 16, 32, silu=False),
         "group norm 128 at 32², NCHW, residual": functools.partial(
             launch, 128, 32, 32, residual=True, layout=torch.contiguous_format

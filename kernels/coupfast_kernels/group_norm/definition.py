@@ -46,13 +46,7 @@ def group_norm_silu_ref(
     Returns:
         h and y, like `x`; h is `x` itself where nothing is added and `scale` is 1.
     """
-    h = x
-    if image_bias is not None:
-        h = h + image_bias[:, :, None, None]
-    if residual is not None:
-        h = h + residual
-    if scale != 1.0:
-        h = h * scale
+    h = _in_front(x, image_bias, residual, scale)
     n, _ = _normalised(h, groups, eps)
     y = n * weight[:, None, None] + bias[:, None, None]
     return h, y * torch.sigmoid(y) if silu else y
@@ -93,6 +87,41 @@ def group_norm_silu_vjp_ref(
     return g * scale
 
 
+def group_norm_statistics_ref(
+    x: torch.Tensor,
+    *,
+    groups: int,
+    eps: float,
+    image_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first half of `group_norm_silu_ref`, of which `silu_normed_ref` is the other: what is normed, and by what.
+
+    Args:
+        x, groups, eps, image_bias, residual, scale: As in `group_norm_silu_ref`.
+
+    Returns:
+        h, and of each image and group a mean, what it is off by (the mean of h less that mean), and 1 / sqrt(var + eps), shape
+        (batch, 3, groups).
+    """
+    h = _in_front(x, image_bias, residual, scale)
+    grouped = h.reshape(len(h), groups, math.prod(h.shape[1:]) // groups)
+    mean = grouped.mean(2)
+    d = grouped - mean[:, :, None]
+    shift = d.mean(2)
+    variance = d.square().mean(2) - shift.square()
+    return h, torch.stack([mean, shift, 1.0 / torch.sqrt(variance.clamp(min=0.0) + eps)], dim=1)
+
+
+def silu_normed_ref(h: torch.Tensor, statistics: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """silu(n · weight + bias) of what `group_norm_statistics_ref` gives, like `h`."""
+    size = h.shape[1] // statistics.shape[2]
+    mean, shift, inverse = statistics.repeat_interleave(size, dim=2)[:, :, :, None, None].unbind(1)
+    y = (h - mean - shift) * inverse * weight[:, None, None] + bias[:, None, None]
+    return y * torch.sigmoid(y)
+
+
 def group_norm_affine_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, groups: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,6 +138,20 @@ def group_norm_affine_ref(
     size = x.shape[1] // groups
     subtract, inverse = (t.expand(-1, -1, size).reshape(len(x), -1) for t in (mean, 1.0 / deviation))
     return subtract, inverse * weight, bias.expand(len(x), -1), inverse
+
+
+def _in_front(
+    x: torch.Tensor, image_bias: torch.Tensor | None, residual: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """h; `x` itself where nothing is added and `scale` is 1."""
+    h = x
+    if image_bias is not None:
+        h = h + image_bias[:, :, None, None]
+    if residual is not None:
+        h = h + residual
+    if scale != 1.0:
+        h = h * scale
+    return h
 
 
 def _normalised(h: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

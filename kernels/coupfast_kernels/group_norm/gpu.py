@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU and its transpose as operators: `group_norm_silu_ref` in one launch of `gpu_kernels`."""
+"""GroupNorm with SiLU, its statistics and its transpose as operators: each definition in one launch of `gpu_kernels`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import library
 
-from coupfast_kernels.group_norm.definition import group_norm_silu_ref, group_norm_silu_vjp_ref
+from coupfast_kernels.group_norm.definition import group_norm_silu_ref, group_norm_silu_vjp_ref, group_norm_statistics_ref
 
 try:
     import triton
@@ -94,6 +94,54 @@ def _(x, weight, bias, image_bias, residual, groups, eps, scale, silu):
     return h, torch.empty_like(x)
 
 
+def group_norm_statistics(
+    x: torch.Tensor,
+    *,
+    groups: int,
+    eps: float,
+    image_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fused `group_norm_statistics_ref`, for a convolution that norms what it reads; not differentiable.
+
+    Args:
+        x, groups, eps, image_bias, residual, scale: As in `group_norm_silu`.
+
+    Returns:
+        h as `group_norm_silu` gives it, to the bit, and the statistics that it norms with, which `group_norm_statistics_ref`
+        describes.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit each other.
+        RuntimeError: for CUDA tensors without Triton.
+    """
+    h, statistics = _group_norm_statistics(x, image_bias, residual, groups, eps, scale)
+    return (h if _adds(image_bias, residual, scale) else x), statistics
+
+
+@library.custom_op(
+    "coupfast::group_norm_statistics",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor? image_bias, Tensor? residual, int groups, float eps, float scale) -> (Tensor, Tensor)",
+)
+def _group_norm_statistics(x, image_bias, residual, groups, eps, scale):
+    """`group_norm_statistics` as PyTorch's dispatcher knows it. On the CPU: the definition."""
+    layout = _check(x, None, None, groups, eps, scale, image_bias=image_bias, like={"residual": residual})
+    h, statistics = group_norm_statistics_ref(
+        x, groups=groups, eps=eps, image_bias=image_bias, residual=residual, scale=scale
+    )
+    return h.contiguous(memory_format=layout) if _adds(image_bias, residual, scale) else x.new_empty(0), statistics
+
+
+@_group_norm_statistics.register_fake
+def _(x, image_bias, residual, groups, eps, scale):
+    _check(x, None, None, groups, eps, scale, image_bias=image_bias, like={"residual": residual})
+    h = torch.empty_like(x) if _adds(image_bias, residual, scale) else x.new_empty(0)
+    return h, x.new_empty(len(x), 3, groups)
+
+
 @library.custom_op(
     "coupfast::group_norm_silu_vjp",
     mutates_args=(),
@@ -161,6 +209,22 @@ def _launch(x, weight, bias, image_bias, residual, groups, eps, scale, silu):
     _needs_triton()
     h = torch.empty_like(x) if _adds(image_bias, residual, scale) else None
     y = torch.empty_like(x)
+    _launch_norm(h, y, None, x, weight, bias, image_bias, residual, groups, eps, scale, silu, layout)
+    return x.new_empty(0) if h is None else h, y
+
+
+@_group_norm_statistics.register_kernel("cuda")
+def _launch_statistics(x, image_bias, residual, groups, eps, scale):
+    layout = _check(x, None, None, groups, eps, scale, image_bias=image_bias, like={"residual": residual})
+    _needs_triton()
+    h = torch.empty_like(x) if _adds(image_bias, residual, scale) else None
+    statistics = torch.empty(len(x), 3, groups, dtype=x.dtype, device=x.device)
+    _launch_norm(h, None, statistics, x, None, None, image_bias, residual, groups, eps, scale, False, layout)
+    return x.new_empty(0) if h is None else h, statistics
+
+
+def _launch_norm(h, y, statistics, x, weight, bias, image_bias, residual, groups, eps, scale, silu, layout):
+    """Writes `h`, and `y` or `statistics`."""
     if x.numel() > 0:
         grid, shape, options = _launch_shape(x, groups, layout, values=1)
         kernel = _group_norm_loop_kernel if "BLOCK" in shape else _group_norm_kernel
@@ -169,6 +233,7 @@ def _launch(x, weight, bias, image_bias, residual, groups, eps, scale, silu):
             kernel[grid](
                 h,
                 y,
+                statistics,
                 x,
                 weight,
                 bias,
@@ -181,7 +246,6 @@ def _launch(x, weight, bias, image_bias, residual, groups, eps, scale, silu):
                 **shape,
                 **options,
             )
-    return x.new_empty(0) if h is None else h, y
 
 
 @_group_norm_silu_vjp.register_kernel("cuda")
@@ -238,7 +302,8 @@ def _adds(image_bias, residual, scale) -> bool:
 def _check(x, weight, bias, groups, eps, scale, *, like, image_bias=None, name="x") -> torch.memory_format:
     """The memory format that all images share, after checking that everything fits; reads no values."""
     images = {name: x} | {other: tensor for other, tensor in like.items() if tensor is not None}
-    words = {"weight": weight, "bias": bias} | ({} if image_bias is None else {"image_bias": image_bias})
+    words = {"weight": weight, "bias": bias, "image_bias": image_bias}
+    words = {other: tensor for other, tensor in words.items() if tensor is not None}
     for other, tensor in (images | words).items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"group_norm_silu takes float32, `{other}` is {tensor.dtype}")

@@ -1,4 +1,5 @@
-"""Triton kernels of GroupNorm with SiLU and of its transpose: groups that registers hold, and groups that are looped over."""
+"""Triton kernels of GroupNorm with SiLU, of its statistics alone and of its transpose: of groups that registers hold, and of
+groups that are looped over."""
 
 from __future__ import annotations
 
@@ -78,11 +79,12 @@ if triton is not None:
 
     @triton.jit
     def _statistics_kernel(h, exists, inverse_count: tl.constexpr, eps):
-        """d = h less nearly its group's mean, 0 where nothing exists; the mean of d; 1 / sqrt(var + eps)."""
-        d = tl.where(exists, h - _sum_kernel(h) * inverse_count, 0.0)
+        """Nearly a group's mean; d = h less that, 0 where nothing exists; the mean of d; 1 / sqrt(var + eps)."""
+        mean = _sum_kernel(h) * inverse_count
+        d = tl.where(exists, h - mean, 0.0)
         # The mean's own rounding, which a large mean makes large, is seen in d, whose mean would be 0 without it.
         shift = _sum_kernel(d) * inverse_count
-        return d, shift, _inverse_deviation_kernel(_sum_kernel(d * d) * inverse_count, shift, eps)
+        return mean, d, shift, _inverse_deviation_kernel(_sum_kernel(d * d) * inverse_count, shift, eps)
 
     @triton.jit
     def _loop_statistics_kernel(
@@ -123,6 +125,14 @@ if triton is not None:
         return 1.0 / (1.0 + tl.exp(-a))
 
     @triton.jit
+    def normed_kernel(d, shift, inverse, weight, bias, SILU: tl.constexpr):
+        """y of what exists, d = h less nearly its mean."""
+        y = (d - shift) * inverse * weight + bias
+        if SILU:
+            y = y * _sigmoid_kernel(y)
+        return y
+
+    @triton.jit
     def _gn_kernel(gy_ptr, offset, mask, n, weight, bias, SILU: tl.constexpr):
         """∂L/∂n, 0 where nothing exists."""
         gn = tl.load(gy_ptr + offset, mask=mask, other=0.0) * weight
@@ -136,6 +146,7 @@ if triton is not None:
     def _group_norm_kernel(
         h_ptr,
         y_ptr,
+        statistics_ptr,
         x_ptr,
         weight_ptr,
         bias_ptr,
@@ -154,7 +165,7 @@ if triton is not None:
         BLOCK_G: tl.constexpr,
         BLOCK_C: tl.constexpr,
     ):
-        """One program takes BLOCK_G groups of one image, TILES programs an image.
+        """One program takes BLOCK_G groups of one image, TILES programs an image; with `statistics_ptr` those in place of y.
 
         No spills; registers leave an SM at least 512 threads on the maps of DDPM++ deep (sm_80 … sm_100).
         """
@@ -172,13 +183,17 @@ if triton is not None:
         h = _h_kernel(x_ptr + start, image_bias_ptr, residual_ptr, scale, offset, exists, channel, known)
         if h_ptr is not None:
             tl.store(h_ptr + start + offset, h, mask=exists)
-        d, shift, inverse = _statistics_kernel(h, exists, inverse_count, eps)
-        weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
-        bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
-        y = (d - shift) * inverse * weight + bias
-        if SILU:
-            y = y * _sigmoid_kernel(y)
-        tl.store(y_ptr + start + offset, y, mask=exists)
+        mean, d, shift, inverse = _statistics_kernel(h, exists, inverse_count, eps)
+        if statistics_ptr is not None:
+            groups: tl.constexpr = TILES * BLOCK_G
+            place = image * (3 * groups) + tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
+            tl.store(statistics_ptr + place, mean)
+            tl.store(statistics_ptr + groups + place, shift)
+            tl.store(statistics_ptr + 2 * groups + place, inverse)
+        else:
+            weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
+            bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
+            tl.store(y_ptr + start + offset, normed_kernel(d, shift, inverse, weight, bias, SILU), mask=exists)
 
     @triton.jit
     def _group_norm_vjp_kernel(
@@ -212,7 +227,7 @@ if triton is not None:
         inverse_count: tl.constexpr = 1.0 / (PIXELS * GROUP_CHANNELS)
 
         h = tl.load(h_ptr + start + offset, mask=exists, other=0.0)
-        d, shift, inverse = _statistics_kernel(h, exists, inverse_count, eps)
+        _, d, shift, inverse = _statistics_kernel(h, exists, inverse_count, eps)
         n = (d - shift) * inverse
         weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
@@ -227,6 +242,7 @@ if triton is not None:
     def _group_norm_loop_kernel(
         h_ptr,
         y_ptr,
+        statistics_ptr,
         x_ptr,
         weight_ptr,
         bias_ptr,
@@ -243,7 +259,8 @@ if triton is not None:
         SILU: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """`_group_norm_kernel` for a group that registers do not hold: three times over it, BLOCK elements at a time.
+        """`_group_norm_kernel` for a group that registers do not hold: three times over it, BLOCK elements at a time, twice for
+        statistics alone.
 
         No spills; registers leave an SM at least 512 threads.
         """
@@ -258,17 +275,22 @@ if triton is not None:
         mean, shift, inverse = _loop_statistics_kernel(
             x_ptr, image_bias_ptr, residual_ptr, scale, group, eps, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK
         )
-        for first in range(0, count, BLOCK):
-            offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
-            h = _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
-            if h_ptr is not None:
-                tl.store(h_ptr + start + offset, h, mask=exists)
-            weight = tl.load(weight_ptr + channel, mask=exists, other=0.0)
-            bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)
-            y = (h - mean - shift) * inverse * weight + bias
-            if SILU:
-                y = y * _sigmoid_kernel(y)
-            tl.store(y_ptr + start + offset, y, mask=exists)
+        if statistics_ptr is not None:
+            place = statistics_ptr + image * (3 * TILES) + group
+            tl.store(place, mean)
+            tl.store(place + TILES, shift)
+            tl.store(place + 2 * TILES, inverse)
+        if h_ptr is not None or y_ptr is not None:
+            for first in range(0, count, BLOCK):
+                offset, channel, exists = _part_kernel(group, first, PIXELS, CHANNELS, GROUP_CHANNELS, CHANNELS_LAST, BLOCK)
+                h = _h_kernel(x_ptr, image_bias_ptr, residual_ptr, scale, offset, exists, channel, exists)
+                if h_ptr is not None:
+                    tl.store(h_ptr + start + offset, h, mask=exists)
+                if y_ptr is not None:
+                    weight = tl.load(weight_ptr + channel, mask=exists, other=0.0)
+                    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0)
+                    y = normed_kernel(h - mean, shift, inverse, weight, bias, SILU)
+                    tl.store(y_ptr + start + offset, y, mask=exists)
 
     @triton.jit
     def _group_norm_vjp_loop_kernel(
