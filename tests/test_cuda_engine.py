@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from conftest import allows_tf32, bound_of, relu_classifier, silu_classifier, small_score
-from graph_backend import Graph, OutOfMemory, Pool, StandIn, Stream
+from graph_backend import Event, Graph, Ordered, OutOfMemory, Pool, StandIn, Stream, Streams
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coupfast import Purifier, budget, engines, trials
 from coupfast.engine import CounterNoise, cuda
 from coupfast.engine.cuda import bound as bound_module
+from coupfast.engine.cuda import order as order_module
 from coupfast.engine.cuda import pieces as pieces_module
 from coupfast.engine.cuda import support
 from coupfast.engine.cuda.calibration import Choice
@@ -470,6 +471,28 @@ class TestGraphs:
             run(images[:2], seed=0)
         gc.collect()
         assert waited == [1]
+
+
+def test_what_streams_share_is_ready_when_they_read_it(backends, score, classifier, images, monkeypatch):
+    """Threads with streams of their own: one makes tables, one a program's buffers, one packs weights and folds constants for
+    it, one reads them in a program of another size, and one goes on with that."""
+    streams = Streams()
+    monkeypatch.setattr(order_module, "has_streams", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams.current)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Pieces, "make", PIECE)
+    noise, x = CounterNoise(1, torch.arange(2), torch.zeros(2, dtype=torch.int64)), images[:2]
+    with Ordered(streams):
+        bound = bound_of(purifier(score, classifier, options={"graphs": False}), images)
+        with streams.on(Stream()):
+            small = bound.for_batch(1)
+        with streams.on(Stream()):
+            small.step(0, x[:1], CounterNoise(1, noise.ids[:1], noise.draw[:1]))
+        with streams.on(Stream()):
+            large = bound.for_batch(2)
+            found = large.step_vjp(0, x, large.step(0, x, noise, "slopes")[1], x)
+        with streams.on(Stream()):
+            assert torch.equal(large.step_vjp(0, x, None, x), found)
 
 
 class TestGuidanceBesideTheScoreNetwork:
