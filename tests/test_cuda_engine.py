@@ -24,9 +24,12 @@ from coupfast.engine.cuda import pieces as pieces_module
 from coupfast.engine.cuda import support
 from coupfast.engine.cuda.calibration import Choice
 from coupfast.engine.cuda.capture import CudaBackend, Runner
+from coupfast.engine.cuda.check import check_piece
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import HALVES, Pieces
 from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.eager import EagerProgram
+from coupfast.engine.memory import AllocationAccount
 from coupfast.guidance import Guidance, pack_bits
 from coupfast.integrate import Storage
 from coupfast_kernels.convolution.gpu import most_workspace, pack_weight
@@ -596,6 +599,20 @@ def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, s
     assert workspace > 0
     assert with_ours.forward - without.forward == with_ours.transpose - without.transpose == workspace
     assert with_ours.slopes == without.slopes
+
+
+@pytest.mark.parametrize("name", ["score", "score vjp"])
+def test_a_check_takes_the_memory_of_a_step(score, classifier, images, name):
+    """Of what is compared with: a graph of activations that nobody goes back through would be many times as much."""
+    table = purifier(score, classifier, engine="eager").recipe.table
+    eager = EagerProgram(score.requires_grad_(False), Guidance(classifier.requires_grad_(False), images), table, images, True)
+    planned, bucket = eager.memory(8), 8
+    found = torch.zeros(bucket, *images.shape[1:])
+    with AllocationAccount([*score.parameters(), eager.labels, found]) as account, torch.no_grad():
+        with pytest.raises(RuntimeError, match="differs from PyTorch's"):
+            check_piece(name, lambda *inputs: (found,), eager, bucket, [], tf32=False)
+    # Its two states, each in two formats, and what they are made of; then the comparison in float64.
+    assert account.peak <= (planned.forward if name == "score" else planned.transpose) + 10 * found.nbytes
 
 
 class TestActivations:
