@@ -2,6 +2,7 @@
 
 It has streams, too, which do all work in the order that it comes. That nothing depends on this is found by the events: an
 operation on one stream may read or write only what every other stream has done with before an event that this one waited for.
+Within a recording `Graph` keeps this account, outside of recordings `Ordered`.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import weakref
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -28,7 +30,7 @@ FORBIDDEN = {
 
 
 class CaptureError(RuntimeError):
-    pass
+    """What CUDA refuses in a capture, or does in no certain order."""
 
 
 class OutOfMemory(RuntimeError):
@@ -81,8 +83,21 @@ class Stream:
         return self.known.get(stream, 0) >= number
 
     def wait_stream(self, other):
-        for stream, number in other.known.items():
+        self.wait_event(other)
+
+    def wait_event(self, event):
+        for stream, number in event.known.items():
             self.known[stream] = max(self.known.get(stream, 0), number)
+
+
+class Event:
+    """What a stream knew when it was recorded."""
+
+    def record(self, stream):
+        self.known = dict(stream.known)
+
+    def synchronize(self):
+        pass
 
 
 class Streams:
@@ -98,6 +113,80 @@ class Streams:
             yield
         finally:
             self.current = outer
+
+
+class Account:
+    """What was done with which memory by whom: an operation whose stream knows nothing of it is a CaptureError.
+
+    Args:
+        name: What names the memory of a tensor.
+    """
+
+    def __init__(self, streams, name):
+        self.streams, self.name = streams, name
+        self.written, self.read = {}, {}  # memory → by what last, and by what since
+
+    def operation(self, func, args, kwargs, inputs):
+        """Before an operation, which gets its name here; what it returns in memory of its own is `write`'s."""
+        done = self.streams.current.does()
+        written = inputs  # of a kernel, whose arguments tell nothing
+        if isinstance(func, torch._ops.OpOverload):
+            arguments = func._schema.arguments
+            given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+            written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        names = {self.name(tensor) for tensor in inputs}
+        written = names & {self.name(leaf) for leaf in tree_leaves(written) if isinstance(leaf, torch.Tensor)}
+        for memory in names - written:
+            self._after(self.written.get(memory), func, "reads what is still being written")
+            self.read.setdefault(memory, []).append(done)
+        for memory in written:
+            self.write(memory, done, func)
+        return done
+
+    def write(self, memory, done, func):
+        self._after(self.written.get(memory), func, "writes where another one does")
+        for reader in self.read.pop(memory, []):
+            self._after(reader, func, "writes what is still being read")
+        self.written[memory] = done
+
+    def _after(self, before, func, otherwise):
+        if before is not None and not self.streams.current.knows(before):
+            raise CaptureError(f"{func} {otherwise}: its stream waited for no event of the other one's")
+
+
+class Ordered(TorchDispatchMode):
+    """Refuses what one stream does with memory that another one may still be at work on; of all operations within."""
+
+    def __init__(self, streams):
+        super().__init__()
+        self.account = Account(streams, self._name)
+        self._ends = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = self._real((args, kwargs))
+        done = self.account.operation(func, args, kwargs, inputs)
+        result = func(*args, **kwargs)
+        for memory in {self._name(tensor) for tensor in self._real(result)} - {self._name(tensor) for tensor in inputs}:
+            self.account.write(memory, done, func)
+        return result
+
+    def _name(self, tensor):
+        """Its address, as long as it is there. On a GPU what is let go is handed out on the same stream again."""
+        storage = tensor.untyped_storage()
+        memory = storage._cdata
+        if memory not in self._ends:
+            self._ends[memory] = weakref.ref(storage, lambda _: self._forget(memory))
+        return memory
+
+    def _real(self, tree):
+        """Tensors with data: what is traced meanwhile has none."""
+        leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor))
+        return [leaf for leaf in leaves if leaf.device.type != "meta"]
+
+    def _forget(self, memory):
+        for known in (self.account.written, self.account.read, self._ends):
+            known.pop(memory, None)
 
 
 class Pool:
@@ -169,9 +258,9 @@ class Graph:
         self.streams, self.origin = streams, streams.current
         self.begin = self.origin.does()
         self.begun = set()  # streams with work in it
-        self.written, self.read = {}, {}  # memory → by what last, and by what since
         self.calls = []
         self.pool = Pool(streams)
+        self.account = Account(streams, self.pool.name)
         self.outside = {}  # storages from before: (tensor, its contents before the capture)
         self.replays = 0
 
@@ -191,7 +280,7 @@ class Graph:
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
                 outputs[index] = self.pool.take(tensor).copy_(tensor)
-                self._write(self.pool.name(outputs[index]), done, func)
+                self.account.write(self.pool.name(outputs[index]), done, func)
                 places.append((index, self.pool.alias(outputs[index])))
         addresses = [tensor.data_ptr() for tensor in inputs]
         self.calls.append((func, kept, structure, addresses, places))
@@ -202,30 +291,8 @@ class Graph:
         stream = self.streams.current
         if not stream.knows(self.begin):
             raise CaptureError(f"{func} is on a stream that is not being captured: it waited for none that is")
-        done = stream.does()
         self.begun.add(stream)
-        written = inputs  # of a kernel, whose arguments tell nothing
-        if isinstance(func, torch._ops.OpOverload):
-            arguments = func._schema.arguments
-            given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-            written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        written = {self.pool.name(leaf) for leaf in tree_leaves(written) if isinstance(leaf, torch.Tensor)}
-        for memory in {self.pool.name(tensor) for tensor in inputs} - written:
-            self._after(self.written.get(memory), func, "reads what is still being written")
-            self.read.setdefault(memory, []).append(done)
-        for memory in written:
-            self._write(memory, done, func)
-        return done
-
-    def _write(self, memory, done, func):
-        self._after(self.written.get(memory), func, "writes where another one does")
-        for reader in self.read.pop(memory, []):
-            self._after(reader, func, "writes what is still being read")
-        self.written[memory] = done
-
-    def _after(self, before, func, otherwise):
-        if before is not None and not self.streams.current.knows(before):
-            raise CaptureError(f"{func} {otherwise}: its stream waited for no event of the other one's")
+        return self.account.operation(func, args, kwargs, inputs)
 
     def end(self):
         for stream in self.begun:

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from conftest import allows_tf32, bound_of, relu_classifier, silu_classifier, small_score
-from graph_backend import Graph, OutOfMemory, Pool, StandIn, Stream
+from graph_backend import Event, Graph, Ordered, OutOfMemory, Pool, StandIn, Stream, Streams
 from test_adjoint import gradient, plain_autograd, relative_error, rows, weights
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,13 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coupfast import Purifier, budget, engines, trials
 from coupfast.engine import CounterNoise, cuda
 from coupfast.engine.cuda import bound as bound_module
+from coupfast.engine.cuda import order as order_module
 from coupfast.engine.cuda import pieces as pieces_module
 from coupfast.engine.cuda import support
 from coupfast.engine.cuda.calibration import Choice
 from coupfast.engine.cuda.capture import CudaBackend, Runner
+from coupfast.engine.cuda.check import check_piece
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.pieces import HALVES, Pieces
 from coupfast.engine.cuda.program import CudaProgram
+from coupfast.engine.eager import EagerProgram
+from coupfast.engine.memory import AllocationAccount
 from coupfast.guidance import Guidance, pack_bits
 from coupfast.integrate import Storage
 from coupfast_kernels.convolution.gpu import most_workspace, pack_weight
@@ -472,6 +476,28 @@ class TestGraphs:
         assert waited == [1]
 
 
+def test_what_streams_share_is_ready_when_they_read_it(backends, score, classifier, images, monkeypatch):
+    """Threads with streams of their own: one makes tables, one a program's buffers, one packs weights and folds constants for
+    it, one reads them in a program of another size, and one goes on with that."""
+    streams = Streams()
+    monkeypatch.setattr(order_module, "has_streams", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams.current)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Pieces, "make", PIECE)
+    noise, x = CounterNoise(1, torch.arange(2), torch.zeros(2, dtype=torch.int64)), images[:2]
+    with Ordered(streams):
+        bound = bound_of(purifier(score, classifier, options={"graphs": False}), images)
+        with streams.on(Stream()):
+            small = bound.for_batch(1)
+        with streams.on(Stream()):
+            small.step(0, x[:1], CounterNoise(1, noise.ids[:1], noise.draw[:1]))
+        with streams.on(Stream()):
+            large = bound.for_batch(2)
+            found = large.step_vjp(0, x, large.step(0, x, noise, "slopes")[1], x)
+        with streams.on(Stream()):
+            assert torch.equal(large.step_vjp(0, x, None, x), found)
+
+
 class TestGuidanceBesideTheScoreNetwork:
     """On a second stream of the captured step. The stand-in refuses work that no event puts after what it depends on."""
 
@@ -588,6 +614,20 @@ def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, s
     assert workspace > 0
     assert with_ours.forward - without.forward == with_ours.transpose - without.transpose == workspace
     assert with_ours.slopes == without.slopes
+
+
+@pytest.mark.parametrize("name", ["score", "score vjp"])
+def test_a_check_takes_the_memory_of_a_step(score, classifier, images, name):
+    """Of what is compared with: a graph of activations that nobody goes back through would be many times as much."""
+    table = purifier(score, classifier, engine="eager").recipe.table
+    eager = EagerProgram(score.requires_grad_(False), Guidance(classifier.requires_grad_(False), images), table, images, True)
+    planned, bucket = eager.memory(8), 8
+    found = torch.zeros(bucket, *images.shape[1:])
+    with AllocationAccount([*score.parameters(), eager.labels, found]) as account, torch.no_grad():
+        with pytest.raises(RuntimeError, match="differs from PyTorch's"):
+            check_piece(name, lambda *inputs: (found,), eager, bucket, [], tf32=False)
+    # Its two states, each in two formats, and what they are made of; then the comparison in float64.
+    assert account.peak <= (planned.forward if name == "score" else planned.transpose) + 10 * found.nbytes
 
 
 class TestActivations:

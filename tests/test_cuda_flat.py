@@ -35,6 +35,17 @@ class TestFlatten:
         for found, expected in zip(graph(y, x), (y - 2 * x, a - 2 * b), strict=True):
             assert torch.equal(found, expected)
 
+    def test_derivatives_are_traced_in_the_thread_that_asks_for_them(self):
+        """Autograd has a thread for each GPU, which sees no trace; a CPU has none, so that here only the switch tells."""
+        seen = []
+
+        def function(x):
+            seen.append(torch.autograd.is_multithreading_enabled())
+            return (x * 2,)
+
+        flatten(function, (torch.ones(2),), ())
+        assert seen == [False] and torch.autograd.is_multithreading_enabled()
+
     def test_a_tensor_given_twice_is_two_inputs(self):
         x = torch.randn(2, 2)
         graph = flatten(lambda x, y, a: (x - 2 * y + 4 * a,), (x, x), (x,))

@@ -67,6 +67,7 @@ class CudaNetworks:
         )
         self.coefficients = table.tensor(dtype=torch.float32, device=example.device)
         self.noisy = bool((table.d != 0.0).any() or (table.f is not None and (table.f != 0.0).any()))
+        self.pieces.order.record()  # what is here is there for whichever stream makes a piece
 
     def runs_beside(self, bucket: int) -> bool:
         """Whether guidance runs beside the score network."""

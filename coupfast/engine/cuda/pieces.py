@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coupfast.engine.cuda.flat import FlatGraph, Folded, flatten, fold_constants
 from coupfast.engine.cuda.halves import split
+from coupfast.engine.cuda.order import Order
 from coupfast.engine.cuda.substitution import Conv3x3Choice, PackedWeights, fuse_kernels
 from coupfast.engine.cuda.traced import TracedClassifier, TracedLogits, TracedScore
 from coupfast.engine.rows import clipped
@@ -49,6 +50,7 @@ class Pieces:
 
     Attributes:
         piecewise_linear: Whether the classifier is.
+        order: Of streams that make graphs: constants of one may be those that another stream made.
         packed, folded: Packed weights, and results of operations on weights alone, made so far.
     """
 
@@ -78,7 +80,7 @@ class Pieces:
         self._joint: tuple[int, FlatGraph] | None = None  # ε̂ and Jᵀv of a bucket, no kernels in it
         self._halves: dict[tuple[str, int], FlatGraph] = {}  # the other one of a pair that was made
         self._kept: tuple[int, int] | None = None  # a bucket, and the bytes that its step keeps
-        self._lock = threading.RLock()
+        self._lock, self.order = threading.RLock(), Order(example.device)
 
     def weights_bytes(self) -> int:
         """Copies of weights made so far: in channels last, and packed for this project's convolutions."""
@@ -99,8 +101,8 @@ class Pieces:
 
     def make(self, name: str, bucket: int) -> FlatGraph:
         """One flat graph of a bucket, with this project's kernels in it, not compiled."""
-        x = self.example.new_zeros(bucket, *self.example.shape[1:]).contiguous(memory_format=torch.channels_last)
-        with self._lock:  # traces and packed weights are shared
+        with self._lock, self.order:  # traces and packed weights are shared
+            x = self.example.new_zeros(bucket, *self.example.shape[1:]).contiguous(memory_format=torch.channels_last)
             if name in HALVES:
                 return self._half(name, bucket)
             if name.startswith("score"):
@@ -115,7 +117,7 @@ class Pieces:
 
     def kept_bytes(self, bucket: int) -> int:
         """Activations of the score network that a step keeps, in proportion to those of the bucket that was first asked for."""
-        with self._lock:
+        with self._lock, self.order:
             if self._kept is None:
                 graph = self._joint_graph(bucket)
                 fuse_kernels(graph, None, norms=self.fuse_norms)  # which convolutions there are changes nothing that is kept

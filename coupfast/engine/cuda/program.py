@@ -14,6 +14,7 @@ import torch
 from coupfast.engine.cuda.capture import Runner
 from coupfast.engine.cuda.check import Piece, check_piece
 from coupfast.engine.cuda.networks import CudaNetworks
+from coupfast.engine.cuda.order import Order
 from coupfast.engine.precision import float32_precision
 from coupfast.engine.protocol import Cotangent, Keep, State
 from coupfast.guidance import confidence_cotangent, hessian_cotangent, pack_bits, unpack_bits
@@ -67,12 +68,13 @@ class CudaProgram:
         self.runner = Runner(state, backend, functools.partial(_needs, networks, bucket), lambda: _told(results, left))
         self._pieces: dict[str, Piece] = {}
         self._turn = threading.RLock()
-        self._order = _Order(example.device)
+        self._order = Order(example.device)
         self._slopes: list[torch.Tensor] = []
         self._p: torch.Tensor | None = None
         # Where the last call left the buffers, so that the next one need not load them.
         self._forward: Continuation | None = None
         self._backward: Continuation | None = None
+        self._order.record()  # the buffers are there for whichever stream comes first
 
     def __del__(self) -> None:
         # The allocator would give the buffers' memory to others while a stream that it knows nothing of still works on it.
@@ -351,29 +353,6 @@ class Continuation:
             return False
         pairs = zip(tensors, self._tensors, strict=True)
         return all(given is known and (given is None or given._version == version) for given, (known, version) in pairs)
-
-
-class _Order:
-    """Calls from several streams, one after the other: they share buffers."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._last: torch.cuda.Event | None = None
-
-    def __enter__(self) -> None:
-        if self.device.type == "cuda" and self._last is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._last)
-
-    def finish(self) -> None:
-        """Wait for the last call's work."""
-        if self._last is not None:
-            with contextlib.suppress(RuntimeError):  # a device that has failed, or is gone with the interpreter
-                self._last.synchronize()
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self._last = torch.cuda.Event()
-            self._last.record(torch.cuda.current_stream(self.device))
 
 
 def _aligned(image: torch.Tensor) -> torch.Tensor:
