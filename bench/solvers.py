@@ -18,7 +18,8 @@ And, exactly, what each makes of Gaussian data (`gaussian_law`): the Wasserstein
 solvers and SDE solvers move an image that is off by other amounts: each is compared with its own limit there, and with the
 reference SDE above, where the ODE's rows do not tend to 0. `--gaussian` does this part alone, in a second.
 
-Intervals are of 95 %, from images drawn again: images are the sample, draws of the same image say little of others.
+Intervals are of 95 %, from images drawn again: images are the sample, draws of the same image say little of others. Differences
+are from Euler-Maruyama in the most steps, paired by image.
 
 A row is a file of its own in `--out`, which is skipped where it is there. The last lines put them together: solvers.json,
 solvers.md and solvers.png; with `--kept` nothing is computed, and what is there is put together.
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     for method, solver, steps in tqdm(cells, unit="row", disable=None):
         study.row(method, solver, steps)
     rows = [row for cell in cells if (row := study.row(*cell)) is not None]
+    rows = with_differences(rows, options.draws)
     floors = {method: study.floor(method) for method in options.methods}
     exact = gaussian_rows(options)
     write_whole(options.out / "solvers.png", picture(rows, floors))
@@ -212,9 +214,29 @@ class Study:
         with torch.no_grad():
             right = torch.stack([self.classifier(x).argmax(1) == self.y for x in purified]).numpy()
         counts, share = right.sum(0), 100.0 * right.mean(0)
-        again = np.random.default_rng(0).integers(len(share), size=(RESAMPLES, len(share)))
-        interval = np.percentile(share[again].mean(1), [2.5, 97.5])
-        return {name: float(share.mean()), f"{name}_95": interval.tolist(), f"{name}_of_each_image": counts.tolist()}
+        return {name: float(share.mean()), f"{name}_95": interval(share), f"{name}_of_each_image": counts.tolist()}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Of the mean over images, 95 %."""
+    again = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    ends: list[float] = np.percentile(values[again].mean(1), [2.5, 97.5]).tolist()
+    return ends
+
+
+def with_differences(rows: list[dict[str, Any]], draws: int) -> list[dict[str, Any]]:
+    """Each row with what its accuracies differ by from those of Euler-Maruyama in the most steps, on the same images."""
+    found = []
+    for row in rows:
+        of = [each for each in rows if (each["method"], each["solver"]) == (row["method"], REFERENCE)]
+        baseline = max(of, key=lambda each: each["steps"], default=None)
+        more: dict[str, Any] = {} if baseline is None else {"baseline_steps": baseline["steps"]}
+        for name in ("clean", "transfer", "exact"):
+            if baseline is not None and name in row:
+                apart = np.subtract(row[f"{name}_of_each_image"], baseline[f"{name}_of_each_image"]) * (100.0 / draws)
+                more |= {f"{name}_difference": float(apart.mean()), f"{name}_difference_95": interval(apart)}
+        found.append(row | more)
+    return found
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -259,9 +281,9 @@ def text(rows: list[dict[str, Any]], floors: dict[str, dict[str, float]]) -> lis
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    if (interval := row.get(f"{name}_95")) is None:
+    if (ends := row.get(f"{name}_95")) is None:
         return f"{row[name]:.3g}"
-    return f"{row[name]:.1f} [{interval[0]:.0f}, {interval[1]:.0f}]"
+    return f"{row[name]:.1f} [{ends[0]:.0f}, {ends[1]:.0f}]"
 
 
 def gaussian_text(rows: list[dict[str, Any]]) -> list[str]:

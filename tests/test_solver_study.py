@@ -36,6 +36,19 @@ def test_distances(study):
     assert apart == pytest.approx(2.0 / (1e-3 * 2.0 / np.sqrt(np.pi)), rel=0.1)
 
 
+def test_differences_are_paired_and_from_the_most_steps(study):
+    counts = {1: [0, 2, 2], 5: [2, 2, 0], 9: [1, 2, 0]}
+    rows = [
+        {"method": "coup", "solver": "euler-maruyama", "steps": steps, "exact": 0.0, "exact_of_each_image": of}
+        for steps, of in counts.items()
+    ]
+    first, second, baseline = study.with_differences([*rows, rows[0] | {"method": "diffpure"}], draws=2)[:3]
+    assert {row["baseline_steps"] for row in (first, second, baseline)} == {9}
+    assert first["exact_difference"] == pytest.approx(100 * (-1 + 0 + 2) / 6) and "clean_difference" not in first
+    assert second["exact_difference"] == pytest.approx(100 / 6) and second["exact_difference_95"] == [0.0, 50.0]
+    assert baseline["exact_difference_95"] == [0.0, 0.0]
+
+
 def test_goes_on(study, tmp_path, monkeypatch, capsys):
     options = ["--out", str(tmp_path), "--images", "2", "--draws", "2", "--steps", "1", "2", "--reference-steps", "3"]
     options += ["--iterations", "1", "--solvers", "ddim", "reverse-diffusion", "sde-dpm-solver++-2m", "--t", "0.3"]
@@ -45,6 +58,7 @@ def test_goes_on(study, tmp_path, monkeypatch, capsys):
     # One step of β h = 1.8 is too long for the reverse-diffusion predictor, and one of two is on the other grids.
     assert len(found["rows"]) == 2 * 3 - 1 and len(found["gaussian"]) == 3 * 2 * 2 + 1
     for row in found["rows"]:
+        assert "baseline_steps" not in row  # Euler-Maruyama is not among them
         assert all(0.0 <= row[name] <= 100.0 for name in ("clean", "transfer", "exact"))
         for name in ("clean", "transfer", "exact"):
             assert np.mean(row[f"{name}_of_each_image"]) == pytest.approx(row[name] / 100 * 2)

@@ -326,38 +326,57 @@ def solvers() -> str:
     body = []
     for solver in dict.fromkeys(each["solver"] for each in found):
         by_steps = {each["steps"]: each["wasserstein"] for each in found if each["solver"] == solver}
-        ode = " (ODE)" if solver in _ODES else ""
-        body.append([f"`{solver}`{ode}", *(f"{by_steps[count]:.1e}".replace("e-0", "e-") for count in steps)])
+        body.append([_solver_name(solver), *(f"{by_steps[count]:.1e}".replace("e-0", "e-") for count in steps)])
     return markdown(["solver", *(f"{count} steps" for count in steps)], body)
 
 
-def solver_study(*measures: str) -> str:
-    """What few steps cost on images: a solver a line, methods and numbers of steps side by side."""
+def solver_distances() -> str:
+    """How far from the law of the reference few steps are on images."""
     found = results(_SOLVER_STUDY)
-    rows, methods = found["rows"], found["settings"]["methods"]
-    steps = {method: sorted({each["steps"] for each in rows if each["method"] == method}) for method in methods}
+    steps = {method: _solver_steps(method) for method in found["settings"]["methods"]}
     body = []
-    for solver in dict.fromkeys(each["solver"] for each in rows):
+    for solver in dict.fromkeys(each["solver"] for each in found["rows"]):
+        rows = [_solver_row(method, solver, count) for method, counts in steps.items() for count in counts]
+        body.append([_solver_name(solver), *("–" if each is None else f"{each['energy_distance']:.3f}" for each in rows)])
+    halves = [f"{found['floor'][method]['energy_distance']:.3f}" for method, counts in steps.items() for _ in counts]
+    head = ["solver", *(f"{NAMES[method]}, {count}" for method, counts in steps.items() for count in counts)]
+    return markdown(head, [*body, ["the reference's halves", *halves]])
+
+
+def solver_accuracies(method: str, name: str = "exact") -> str:
+    """What few steps leave right, in bold where it is told apart from the baseline."""
+    body = []
+    for solver in dict.fromkeys(each["solver"] for each in results(_SOLVER_STUDY)["rows"]):
         cells = []
-        for method in methods:
-            of = {each["steps"]: each for each in rows if (each["method"], each["solver"]) == (method, solver)}
-            cells += [_solver_cell(of.get(count), measures) for count in steps[method]]
-        body.append([f"`{solver}`{' (ODE)' if solver in _ODES else ''}", *cells])
-    if "energy_distance" in measures:
-        halves = [f"{found['floor'][method]['energy_distance']:.3f}" for method in methods for _ in steps[method]]
-        body.append(["the reference's halves", *halves])
-    return markdown(["solver", *(f"{NAMES[method]}, {count}" for method in methods for count in steps[method])], body)
+        for count in _solver_steps(method):
+            if (found := _solver_row(method, solver, count)) is None:
+                cells.append("–")
+                continue
+            low, high = found[f"{name}_difference_95"]
+            ends = ", ".join(f"{end:.0f}" for end in found[f"{name}_95"])
+            cells.append(bold(f"{found[name]:.1f} [{ends}]", low > 0 or high < 0))
+        body.append([_solver_name(solver), *cells])
+    return markdown([NAMES[method], *(f"{count} steps" for count in _solver_steps(method))], body)
 
 
-def _solver_cell(found: Row | None, measures: Sequence[str]) -> str:
-    if found is None:
-        return "–"
-    cells = []
-    for name in measures:
-        low, high = found.get(f"{name}_95", (None, None))
-        digits = 0 if low is not None else 3
-        cells.append(f"{found[name]:.{digits}f}" + (f" [{low:.0f}, {high:.0f}]" if low is not None else ""))
-    return "; ".join(cells)
+def solver_share(name: str, method: str, solver: str, steps: int) -> str:
+    """One of the study's figures."""
+    if (found := _solver_row(method, solver, steps)) is None:
+        raise LookupError(f"the solver study has no {solver} of {method} in {steps} steps")
+    return f"{found[name]:.3f}" if name == "energy_distance" else f"{found[name]:.1f} %"
+
+
+def _solver_steps(method: str) -> list[int]:
+    return sorted({each["steps"] for each in results(_SOLVER_STUDY)["rows"] if each["method"] == method})
+
+
+def _solver_row(method: str, solver: str, steps: int) -> Row | None:
+    wanted = (method, solver, steps)
+    return next((r for r in results(_SOLVER_STUDY)["rows"] if (r["method"], r["solver"], r["steps"]) == wanted), None)
+
+
+def _solver_name(solver: str) -> str:
+    return f"`{solver}`{' (ODE)' if solver in _ODES else ''}"
 
 
 def winograd() -> str:
@@ -698,7 +717,8 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against),
         *(gradient_signal, signal_against, kept_draws),
-        *(solvers, solver_study, winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
+        *(solvers, solver_distances, solver_accuracies, solver_share),
+        *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
         *(workers, oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )
 }
