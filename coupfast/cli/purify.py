@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         kept.close(done=True)
     each = f", {len(options.draw)} draws each," if len(options.draw) > 1 else ""
     print(
-        f"Purified {counted(count, 'image')}{each} by {short(purifier)} in {purifier.num_steps} steps, engine {purifier.engine} on "
-        f"{options.device}, in {seconds:.1f} s: {out}"
+        f"Purified {counted(count, 'image')}{each} by {short(purifier)} in {counted(purifier.num_steps, 'step')}, engine "
+        f"{purifier.engine} on {options.device}, in {seconds:.1f} s: {out}"
     )
     return 0

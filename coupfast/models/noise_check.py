@@ -22,7 +22,8 @@ every network of natural images tells from noise: the shipped one has b/a of 0.0
 
 An adapter that was told the wrong prediction (`adapters.NoiseFrom`) says which others there are. Behind one of them the network
 is a good predictor of the noise, with less than `ADAPTER_WARNING` times the error of ours: the shipped network has 0.46 to 0.72
-times the error that it has as a v-network, and made into one 0.34 to 0.58 times that without an adapter (five pairs, the picture).
+times the error that it has as a v-network, and made into one 0.34 to 0.58 times that without an adapter (five pairs of images,
+and the picture).
 
 A network that predicts the noise at other labels has its smallest error there: other scales of the labels are tried, and the
 error must fall by the factor `LABEL_WARNING` to be mentioned, by `LABEL_REFUSAL` to be refused, and be small where it falls to.

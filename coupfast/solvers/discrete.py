@@ -223,8 +223,8 @@ def exponential(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -
     """The exponential integrator of the reverse SDE: its exact solution where the score is held at the start of each step. De
     Bortoli 2022, arXiv:2208.05314; Chen et al. 2023, arXiv:2209.11215.
 
-    x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). (The other exact steps hold ε̂ or x̂0 in the place of the score: the solvers
-    sde-dpm-solver-1 and ancestral; that of the ODE with ε̂ held is ddim.)
+    x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). (The other exact steps hold ε̂ or x̂0 in the place
+    of the score: the solvers sde-dpm-solver-1 and ancestral; that of the ODE with ε̂ held is ddim.)
     """
     levels = Levels.of(sde, t)
     b = -2.0 * np.expm1(0.5 * levels.passed) / levels.sigma_s
