@@ -259,6 +259,20 @@ def test_names_that_only_look_like_a_ddpmpp(small_score, tmp_path):
             load_score(path)
 
 
+def test_a_file_that_lacks_little_of_a_named_network_says_what(tmp_path):
+    path, whole = tmp_path / "weights.pth", load_score("cifar10-tiny").state_dict()
+    key = [key for key, value in whole.items() if value.dim() == 4][3]
+    shape = tuple(whole[key].shape)
+    cropped = whole[key][:-1].clone()
+    for state, message in (
+        ({name: value for name, value in whole.items() if name != key}, f"nearly 'cifar10-tiny', of which '{key}' is missing"),
+        (whole | {key: cropped}, rf"'{key}' is {tuple(cropped.shape)}, not {shape}".replace("(", r"\(").replace(")", r"\)")),
+    ):
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_score(path)
+
+
 # --- damaged and hostile files ----------------------------------------------------------------------------------------
 
 

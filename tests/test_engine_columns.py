@@ -169,6 +169,15 @@ def test_cpu(columns, batch, counted, smooth):
         assert_agrees(ours, wanted(columns, batch, counted, smooth), ROUNDINGS, F32)
 
 
+@needs_compiler
+@pytest.mark.parametrize(("columns", "batch", "counted"), [("m", 3, True), ("efpqms", 1, False)], ids=str)
+def test_cpu_with_activations(columns, batch, counted):
+    """Where x̂0 was not clipped is kept with them."""
+    bound = cpu.prepare(*networks(False, torch.float32), table(columns), torch.zeros(1, 3, 8, 8))
+    ours = found(bound, columns, batch, counted, torch.float32, Storage(batch, slopes=True, kept_steps=3))
+    assert_agrees(ours, wanted(columns, batch, counted, False), ROUNDINGS, F32)
+
+
 PIECES: dict = {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,12 +255,38 @@ def _unknown(content: Any, kind: Kind | None) -> CheckpointError:
     if not dictionaries:
         return _no_state_dict(content)
     _, state = max(dictionaries, key=lambda found: len(found[1]))
+    if (near := _nearly_named(state, kind)) is not None:
+        return CheckpointError(f"the weights are {near}: is the file whole, and of this network?")
     known = ", ".join(family.arch for family in registry.families(kind) if family.recognise is not None)
     return CheckpointError(
         f"unknown architecture: expected the names and shapes of {known}, found {some(list(state))}; give `config` where it is "
         "one of these in another size, or build the network yourself and pass the module (on the command line: --defense "
         "FILE.py:FUNCTION)"
     )
+
+
+def _nearly_named(state: Mapping[str, Tensor], kind: Kind | None) -> str | None:
+    """What keeps weights from being those of a network that has a name, where it is one tensor in ten at most."""
+    for each in ("score", "classifier") if kind is None else (kind,):
+        for name in registry.listed(each):
+            named = registry.find_known(each, name)
+            if named is None or named.config is None:
+                continue
+            expected = _shapes(each, name, repr(named.config))
+            wrong = [key for key, shape in expected.items() if key not in state or tuple(state[key].shape) != shape]
+            if not 0 < 10 * len(wrong) <= len(expected):
+                continue
+            first = wrong[0]
+            found = f"is {tuple(state[first].shape)}, not {expected[first]}" if first in state else "is missing"
+            others = f", and so on of {len(wrong)} tensors" if len(wrong) > 1 else ""
+            return f"nearly {name!r}, of which {first!r} {found}{others}"
+    return None
+
+
+@functools.cache
+def _shapes(kind: Kind, name: str, config: str) -> dict[str, tuple[int, ...]]:
+    """Of the weights of a named network; `config` only tells apart what a name may stand for."""
+    return {key: tuple(value.shape) for key, value in registry.skeleton(kind, name).state_dict().items()}
 
 
 def _fitting(content: Any, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -119,7 +119,7 @@ class DDIM(ClippingSolver):
         if np.any(share > 1.0):
             k = int(np.argmax(share > 1.0))
             raise ValueError(
-                f"`eta` = {self.eta:g} asks for noise of {share[k]:.4g} times the level that step {k} ends at, which has to be "
+                f"`eta` = {self.eta:g} asks for noise of {share[k]:.6g} times the level that step {k} ends at, which has to be "
                 f"1 at most: take eta <= {1.0 / np.max(share / self.eta):.4g}, or more steps"
             )
         d = share * levels.sigma_t
