@@ -131,6 +131,9 @@ def test_images_in_different_restarts_climb_each_its_own_loss():
     found = attack.climbed(logits, Asked(torch.arange(3), logits, y, restart, restart, True, 2))
     expected = torch.stack([LOSSES[name](logits[:, i], y[[i, i]]) for i, name in enumerate(("dlr", "ce", "margin"))], dim=1)
     torch.testing.assert_close(found, expected)
+    later = torch.tensor([0, 2])  # nobody is in the first restart any more
+    asked = Asked(later, logits, y[later], restart[later], restart[later], True, 2)
+    torch.testing.assert_close(attack.climbed(logits[:, later], asked), expected[:, later])
 
 
 # --- what is known -----------------------------------------------------------------------------------------------------------
