@@ -7,15 +7,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast_kernels.convolution import gpu as convolution
-from coupfast_kernels.convolution import gpu_tuning
+from coupfast_kernels.convolution import gpu_normed, gpu_tuning
 from coupfast_kernels.group_norm import gpu as group_norm
 from coupfast_kernels.guided_step import gpu as guided_step
 from coupfast_kernels.noise import gpu as noise
 
 LAUNCHERS = {
     "coupfast::conv3x3": convolution._on_cuda,
+    "coupfast::conv3x3_normed": gpu_normed._on_cuda,
     "coupfast::group_norm_silu": group_norm._launch,
     "coupfast::group_norm_silu_vjp": group_norm._launch_vjp,
+    "coupfast::group_norm_statistics": group_norm._launch_statistics,
     "coupfast::guided_step_out": guided_step._launch,
     "coupfast::standard_normal": noise._launch,
 }

@@ -240,6 +240,17 @@ def _launches(algorithm: str) -> Mapping[str, Callable[[], object]]:
     return found | {f"{algorithm}, 3 channels out": functools.partial(launch, shape, 3, algorithm, configs[-3])}
 
 
+for each in ALGORITHMS:
+    register(
+        Kernel(
+            f"conv3x3 {each}",
+            "cuda",
+            functools.partial(_checks, each),
+            functools.partial(_timed, algorithm=each),
+            interpret=_interpret,
+            launches=functools.partial(_launches, each),
+        )
+    )
 register(
     Kernel(
         "conv3x3_normed",
@@ -254,17 +265,6 @@ register(
         },
     )
 )
-for each in ALGORITHMS:
-    register(
-        Kernel(
-            f"conv3x3 {each}",
-            "cuda",
-            functools.partial(_checks, each),
-            functools.partial(_timed, algorithm=each),
-            interpret=_interpret,
-            launches=functools.partial(_launches, each),
-        )
-    )
 
 
 # --- the CPU's --------------------------------------------------------------------------------------------------------
