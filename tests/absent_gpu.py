@@ -22,6 +22,8 @@ from graph_backend import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coupfast.engine.cuda.compiled import OPTIONS
+from coupfast_kernels.convolution import gpu as convolution
+from coupfast_kernels.convolution.gpu_tuning import candidates
 
 #: What the compiler asks of an H100 (its data sheet, and the CUDA programming guide's table of capabilities).
 H100 = types.SimpleNamespace(
@@ -200,16 +202,34 @@ def compiled(name: str, text: str, folder: Path, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 1})
 
 
+@contextlib.contextmanager
+def _launches_recorded() -> Iterator[None]:
+    """By whichever graph is being captured, each launch in Triton's interpreter with the tensors that it is given."""
+    from triton.runtime.interpreter import GridExecutor
+
+    execute = GridExecutor.__call__
+
+    def recorded(grid: Any, *values: Any, **constants: Any) -> None:
+        launch(lambda *values: execute(grid, *values, **constants), *values)
+
+    with mock.patch.object(GridExecutor, "__call__", recorded):
+        yield
+
+
 class Interpreted:
     """Generated source on CPU tensors: Triton kernels in its interpreter, every buffer full of NaN before it is written.
 
     The process has to have TRITON_INTERPRET=1 from its start.
 
+    Args:
+        convolutions: Whether this project's are run by their kernels, too, in place of their operator's definition: a tenth of
+            a second each, the most of one by Winograd's.
+
     Attributes:
         launches: Names of the kernels that ran.
     """
 
-    def __init__(self, source: str, folder: Path) -> None:
+    def __init__(self, source: str, folder: Path, *, convolutions: bool = False) -> None:
         self.launches: list[str] = []
         self.folder = folder
         names: dict[str, Any] = {"__name__": "generated", "__file__": str(folder / "generated.py"), "_here": self}
@@ -220,6 +240,8 @@ class Interpreted:
             "torch.ops.aten.convolution_backward.default(": "_here.convolution_backward(",
             "torch.cuda.set_device(0)": "pass",
         }
+        if convolutions:
+            replacements["torch.ops.coupfast.conv3x3.default("] = "_here.conv3x3("
         for old, new in replacements.items():
             source = source.replace(old, new)
         source = re.sub(r"with torch\.cuda\._DeviceGuard\(0\):", "if True:", source)
@@ -230,7 +252,7 @@ class Interpreted:
         self._call = names["call"]
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), _launches_recorded():
             return tuple(self._call(list(inputs)))
 
     # What the generated module asks for.
@@ -254,7 +276,7 @@ class Interpreted:
             self.launches.append(name)
             named = dict(zip(given, values, strict=True))
             grid = [triton.cdiv(named.get(f"{axis}numel", 1), sizes.get(f"{axis.upper()}BLOCK", 1)) for axis in "xy"]
-            launch(lambda *values: kernel[(*grid, 1)](*values, **sizes), *values)
+            kernel[(*grid, 1)](*values, **sizes)
 
         return types.SimpleNamespace(run=run)
 
@@ -263,6 +285,15 @@ class Interpreted:
 
     def poisoned(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=dtype).fill_(float("nan") if dtype.is_floating_point else 1)
+
+    def conv3x3(self, x: torch.Tensor, packed: torch.Tensor, packed_vjp: None, *added: Any) -> torch.Tensor:
+        """By the first of the configs that the tuner would time."""
+        *_, algorithm = added
+        y = convolution._new(x, packed.shape[convolution.ALGORITHMS[algorithm].out_axis]).fill_(float("nan"))
+        config, *_ = candidates(x.numel() // x.shape[1], y.shape[1], algorithm)
+        self.launches.append(algorithm)
+        convolution._launch(y, x, packed, *added, config)
+        return y
 
     def convolution_backward(self, *arguments: Any) -> tuple[torch.Tensor | None, ...]:
         """In the format that the library has on a GPU for such inputs."""

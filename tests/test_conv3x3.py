@@ -608,7 +608,8 @@ LAYERS = [
     ((1, 4, 1, 6), 17),
 ]
 #: The others have the code of `ieee`, and one flag.
-DIFFERENT = ["ieee", "tf32x3-halves", "ieee-split"]
+DIFFERENT = ["ieee", "tf32x3-halves", "ieee-split", "tf32x3-halves-split"]
+WINOGRAD = ["winograd", "winograd-tf32x3-halves"]
 
 
 if INTERPRETED:
@@ -659,13 +660,13 @@ if INTERPRETED:
             [(*images, "all") for images in LAYERS] + [(*LAYERS[2], epilogue) for epilogue in EPILOGUES[:-1]],
             ids=str,
         )
-        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, *WINOGRAD])
         def test_equals_the_definition(self, algorithm, shape, out_channels, epilogue):
             x, weight, bias, options = layer(shape, out_channels, epilogue)
             found = self.launch(x, weight, bias, options, algorithm=algorithm)
             assert_close_to_exact(found, x, weight, bias, options, algorithm)
 
-        @pytest.mark.parametrize("algorithm", [*DIFFERENT, "winograd"])
+        @pytest.mark.parametrize("algorithm", [*DIFFERENT, *WINOGRAD])
         @pytest.mark.parametrize(("shape", "out_channels"), LAYERS, ids=str)
         def test_transpose(self, shape, out_channels, algorithm):
             """Against autograd of the definition, not against the convolution with weights turned over."""

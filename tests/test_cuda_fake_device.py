@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
+from coupfast.engine.cuda import order
 from coupfast.engine.cuda.flat import VIEWS
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.program import CudaProgram
@@ -27,25 +28,28 @@ NOT_LAUNCHED = {torch.ops.prim.device.default, torch.ops.aten.empty_strided.defa
 
 @pytest.fixture(autouse=True)
 def no_device_guard(monkeypatch):
-    """These two methods look for the device before they dispatch, which a PyTorch without CUDA cannot; operators do not."""
+    """These two methods look for the device before they dispatch, which a PyTorch without CUDA cannot; operators do not. Nor
+    are there streams to be put in order."""
 
     def contiguous(self, *, memory_format=torch.contiguous_format):
         return torch.ops.aten.contiguous.default(self, memory_format=memory_format)
 
+    monkeypatch.setattr(order, "has_streams", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: torch.ops.aten.copy_.default(self, other))
 
 
 @functools.cache
 def bound(make_classifier, kernels, bucket):
-    """Networks on the CPU, and their pieces; `kernels`: whether this project's, or which convolutions."""
+    """Networks on the CPU, and their pieces; `kernels`: whether this project's, or which convolutions, also by shape."""
     score = small_score(torch.float32).requires_grad_(False)
     classifier = None if make_classifier is None else make_classifier(torch.float32).requires_grad_(False)
     method = "reverse-sde" if classifier is None else "coup"
     table = Purifier(score, classifier, method=method, num_steps=4, engine="eager").recipe.table
     example = torch.zeros(1, *SHAPE)
     guidance = None if classifier is None else Guidance(classifier, example)
-    choose = (lambda *shape: kernels if isinstance(kernels, str) else "ieee") if kernels else None
+    everywhere = kernels if isinstance(kernels, str) else "ieee" if kernels else None
+    choose = kernels if callable(kernels) else everywhere and (lambda *shape: everywhere)
     made = CudaNetworks(score, guidance, table, example, True, choose=choose, fuse_norms=bool(kernels))
     return made, {name: made.pieces.make(name, bucket) for name in made.pieces.names()}
 

@@ -22,6 +22,7 @@ from coupfast.engine.cuda.compiled import WORTH
 from coupfast.engine.cuda.launches import launches_of_code, launches_of_operations
 from coupfast.engine.cuda.program import CudaProgram
 from coupfast.engine.cuda.substitution import CONTIGUOUS
+from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 pytest.importorskip("triton", reason="Triton is not installed: what it would compile is NOT tested here")
 from absent_gpu import H100, Interpreted, compiled, generated, kernels
@@ -29,12 +30,32 @@ from absent_gpu import H100, Interpreted, compiled, generated, kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = torch.finfo(torch.float32).eps
 
+
+#: (channels in, channels out, height) → the algorithm of a convolution: each is somewhere in a score network and its transpose.
+#: A classifier has too few channels for calibration to try its two, which are as right there.
+ALGORITHM_OF = {
+    (16, 3, 8): "tf32x3-halves",
+    (48, 32, 4): "tf32x3-halves-split",
+    (32, 16, 8): "winograd-tf32x3-halves",
+    (16, 32, 4): "ieee-split",
+    (32, 32, 8): "winograd",
+    (64, 32, 4): "tf32x3",
+    (32, 32, 4): "tf32",
+    (3, 8, 8): "winograd-tf32x3-halves",
+    (8, 8, 8): "tf32x3-halves-split",
+}
+
+
+def in_turn(batch, in_channels, out_channels, height, width):
+    return ALGORITHM_OF.get((in_channels, out_channels, height), "ieee")
+
+
 #: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions,
 #: and two with them on contiguous maps.
-PIECES = [(relu_classifier, True, name) for name in ("score", "score vjp", "evaluate", "cotangent", "tangent")]
-PIECES += [(silu_classifier, True, "hvp"), (relu_classifier, False, "cotangent")]
+PIECES = [(relu_classifier, in_turn, name) for name in ("score", "score vjp", "evaluate", "cotangent", "tangent")]
+PIECES += [(silu_classifier, in_turn, "hvp"), (relu_classifier, False, "cotangent")]
 PIECES += [(relu_classifier, CONTIGUOUS, "score"), (relu_classifier, CONTIGUOUS, "cotangent")]
-IDS = [name + {True: "", False: ", library", CONTIGUOUS: ", contiguous"}[ours] for _, ours, name in PIECES]
+IDS = [name + {in_turn: "", False: ", library", CONTIGUOUS: ", contiguous"}[ours] for _, ours, name in PIECES]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +117,7 @@ if not INTERPRETED:
         found = Counter(re.findall(r"extern_kernels\.(\w+)\(", text))
         assert "convolution" not in text.partition("def call(")[2]
         assert {operation: found[operation] for operation in found if operation != "bmm"} == products
-        compiled, operations = launches(sources, (relu_classifier, True, name))
+        compiled, operations = launches(sources, (relu_classifier, in_turn, name))
         assert compiled <= operations
 
     def test_which_pieces_are_worth_compiling(sources):
@@ -104,7 +125,7 @@ if not INTERPRETED:
         more or less, as another version of the compiler may make, takes none across."""
         worth = {"evaluate": True, "tangent": True, "hvp": True, "score": False, "score vjp": False}
         for piece in PIECES:
-            if piece[1] is True and piece[2] in worth:
+            if piece[1] is in_turn and piece[2] in worth:
                 compiled, operations = launches(sources, piece)
                 found = {made <= WORTH * operations for made in (compiled - 1, compiled, compiled + 1)}
                 assert found == {worth[piece[2]]}, piece
@@ -126,10 +147,11 @@ else:
                 tensor.normal_(generator=generator)
             elif tensor.dtype == torch.bool:
                 tensor.random_(0, 2, generator=generator)
-        run = Interpreted((sources / id).read_text(), tmp_path)
+        # Each algorithm, and transposes; more of them would take more seconds.
+        run = Interpreted((sources / id).read_text(), tmp_path, convolutions=name in ("score", "evaluate", "cotangent"))
         with torch.no_grad():
-            expected = graph.module(*inputs)
-        for found, wanted in zip(run(*inputs), expected, strict=True):
+            results, expected = run(*inputs), graph.module(*inputs)
+        for found, wanted in zip(results, expected, strict=True):
             assert found.stride() == wanted.stride() and found.dtype == wanted.dtype
             if wanted.is_floating_point():
                 # Sums of a few hundred terms in another order, thirty layers of them.
@@ -137,11 +159,17 @@ else:
             else:
                 assert torch.equal(found, wanted)
         assert run.launches
+        if name == "score":
+            assert set(run.launches) >= set(ALGORITHMS)
+        if name == "evaluate":
+            backend, again = StandIn(), [torch.empty_like(result) for result in results]
+            backend.capture(lambda: torch._foreach_copy_(again, run(*inputs))).replay()
+            assert all(map(torch.equal, again, results))
 
     def test_interpreted_steps_and_a_transpose(sources, tmp_path, monkeypatch):
         """All pieces of COUP as a program has them: recorded into a pool that hands out again what was let go, and replayed
-        from NaN into the same memory."""
-        made, pieces = bound(relu_classifier, True, 2)
+        from NaN into the same memory. Convolutions are their definitions: those of one piece are recorded above."""
+        made, pieces = bound(relu_classifier, in_turn, 2)
         names = {graph.module: name for name, graph in pieces.items()}
         monkeypatch.setattr(made.pieces, "make", lambda name, bucket: pieces[name])
         backend, runs = StandIn(), {}
