@@ -38,6 +38,7 @@ def test_end_to_end_on_stand_ins(tmp_path):
         f"{layout}, {kind}" for layout in ("contiguous", "channels last") for kind in ("repeatable", "fastest")
     }
     assert layer["strict"]["seconds"]["library"] > 0
+    assert set(layer["strict"]["norm"]["seconds"]) == {layer["strict"]["norm"]["chosen"]} == {"apart"}
     assert documents["profile-1"]["graphs off"]["transpose"]["kernels"] > 100
     assert {row["engine"] for row in documents["speed-1"]["rows"]} == {"reference", "eager"}
     assert {row["mode"] for row in documents["gradient-1"]["rows"]} == {"frozen", "exact", "detached"}
