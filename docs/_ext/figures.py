@@ -366,6 +366,12 @@ def solver_share(name: str, method: str, solver: str, steps: int) -> str:
     return f"{found[name]:.3f}" if name == "energy_distance" else f"{found[name]:.1f} %"
 
 
+def solver_baseline() -> str:
+    """Steps of Euler-Maruyama that accuracies are paired with."""
+    (steps,) = {each["baseline_steps"] for each in results(_SOLVER_STUDY)["rows"]}
+    return str(steps)
+
+
 def _solver_steps(method: str) -> list[int]:
     return sorted({each["steps"] for each in results(_SOLVER_STUDY)["rows"] if each["method"] == method})
 
@@ -717,7 +723,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against),
         *(gradient_signal, signal_against, kept_draws),
-        *(solvers, solver_distances, solver_accuracies, solver_share),
+        *(solvers, solver_distances, solver_accuracies, solver_share, solver_baseline),
         *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
         *(workers, oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
     )
