@@ -601,6 +601,12 @@ def _kernel_medians() -> dict[str, dict[str, float]]:
     return medians
 
 
+def absent_columns() -> dict[str, str]:
+    """Microseconds of the guided step with four columns, before and after there were eight: from the least to the most."""
+    found = {when: results("absent-columns-epyc-zen4.json")[when]["microseconds"] for when in ("before", "after")}
+    return {when: f"{min(those):.0f} to {max(those):.0f}" for when, those in found.items()}
+
+
 def kernel_times() -> str:
     """Attention, norms, sums and masks of the CPU engine beside their definitions, and PyTorch's own where it has one."""
     body = []
@@ -725,7 +731,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(gradient_signal, signal_against, kept_draws),
         *(solvers, solver_distances, solver_accuracies, solver_share, solver_baseline),
         *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
-        *(workers, oversubscribed, guided_step_cpu, kernel_times, slower_kernels, files),
+        *(workers, oversubscribed, guided_step_cpu, absent_columns, kernel_times, slower_kernels, files),
     )
 }
 
