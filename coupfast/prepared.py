@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -144,7 +145,7 @@ class Prepared(abc.ABC):
 
 
 #: Networks that were looked at, by what they are: many purifiers are made around equal ones.
-_LOOKED_AT: set[str] = set()
+_LOOKED_AT: set[tuple[object, ...]] = set()
 
 
 def _look_at_prediction(score: nn.Module, example: torch.Tensor, sde: VPSDE | None) -> None:
@@ -154,9 +155,10 @@ def _look_at_prediction(score: nn.Module, example: torch.Tensor, sde: VPSDE | No
         sde: The schedule that the method takes the network to be of; None is the published one.
     """
     # A class of the same name may be another one (a notebook's cell, run again), and a function that it holds another function.
-    code = [id(type(module)) for module in score.modules()]
-    code += [id(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
-    what = f"{weights_fingerprint(score)} {plain_state(score)} {code} {sde}"
+    # References and not addresses, which what comes later may have again.
+    code = [weakref.ref(type(module)) for module in score.modules()]
+    code += [weakref.ref(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
+    what = (weights_fingerprint(score), str(plain_state(score)), sde, *code)
     if what in _LOOKED_AT or bool(example.std() == 0.0):  # a plan's blank image tells nothing
         return
     _LOOKED_AT.add(what)
