@@ -27,6 +27,7 @@ from coupfast.gradients import Surrogate
 from coupfast.integrate import Run, Storage, integrate
 from coupfast.methods import Method, Networks, StepMethod, TableMethod
 from coupfast.models.noise_check import check_noise_prediction
+from coupfast.sde import VPSDE
 from coupfast.solvers import CoefficientTable
 from coupfast.step_functions import BoundSteps, StepRun, integrate_steps
 from coupfast.trials import try_networks
@@ -35,7 +36,6 @@ from coupfast_kernels.guided_step import guided_step_ref
 if TYPE_CHECKING:
     from torch import nn
 
-    from coupfast.sde import VPSDE
     from coupfast.settings import Settings
 
 
@@ -65,7 +65,8 @@ class Prepared(abc.ABC):
         with strict_float32(example.device.type):
             try_networks(self.score, self.classifier, example)
             weights = weights_fingerprint(self.score, self.classifier)
-            _look_at_prediction(self.score, example, getattr(self.method, "sde", None))
+            sde = getattr(self.method, "sde", None)  # of somebody else's method it may be anything
+            _look_at_prediction(self.score, example, sde if isinstance(sde, VPSDE) else None)
             self.check_unchanged = functools.partial(check_unchanged, weights, self.score, self.classifier)
             with on_its_device(example.device):
                 self._build(example)
