@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from coupfast.gradients import Surrogate
 from coupfast.integrate import Run, Storage, integrate
 from coupfast.methods import Method, Networks, StepMethod, TableMethod
 from coupfast.models.noise_check import check_noise_prediction
+from coupfast.sde import VPSDE
 from coupfast.solvers import CoefficientTable
 from coupfast.step_functions import BoundSteps, StepRun, integrate_steps
 from coupfast.trials import try_networks
@@ -34,7 +36,6 @@ from coupfast_kernels.guided_step import guided_step_ref
 if TYPE_CHECKING:
     from torch import nn
 
-    from coupfast.sde import VPSDE
     from coupfast.settings import Settings
 
 
@@ -64,7 +65,8 @@ class Prepared(abc.ABC):
         with strict_float32(example.device.type):
             try_networks(self.score, self.classifier, example)
             weights = weights_fingerprint(self.score, self.classifier)
-            _look_at_prediction(self.score, example, getattr(self.method, "sde", None))
+            sde = getattr(self.method, "sde", None)  # of somebody else's method it may be anything
+            _look_at_prediction(self.score, example, sde if isinstance(sde, VPSDE) else None)
             self.check_unchanged = functools.partial(check_unchanged, weights, self.score, self.classifier)
             with on_its_device(example.device):
                 self._build(example)
@@ -144,7 +146,7 @@ class Prepared(abc.ABC):
 
 
 #: Networks that were looked at, by what they are: many purifiers are made around equal ones.
-_LOOKED_AT: set[str] = set()
+_LOOKED_AT: set[tuple[object, ...]] = set()
 
 
 def _look_at_prediction(score: nn.Module, example: torch.Tensor, sde: VPSDE | None) -> None:
@@ -154,9 +156,10 @@ def _look_at_prediction(score: nn.Module, example: torch.Tensor, sde: VPSDE | No
         sde: The schedule that the method takes the network to be of; None is the published one.
     """
     # A class of the same name may be another one (a notebook's cell, run again), and a function that it holds another function.
-    code = [id(type(module)) for module in score.modules()]
-    code += [id(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
-    what = f"{weights_fingerprint(score)} {plain_state(score)} {code} {sde}"
+    # References and not addresses, which what comes later may have again.
+    code = [weakref.ref(type(module)) for module in score.modules()]
+    code += [weakref.ref(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
+    what = (weights_fingerprint(score), str(plain_state(score)), sde, *code)
     if what in _LOOKED_AT or bool(example.std() == 0.0):  # a plan's blank image tells nothing
         return
     _LOOKED_AT.add(what)

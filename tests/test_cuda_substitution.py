@@ -84,6 +84,12 @@ def _normed_and_read_again(n, x):
     return n["b"](y) + y
 
 
+def _normed_beside(n, x):
+    """What is normed is added to a convolution of something else."""
+    h = n["a"](x)
+    return n["c"](n["b"](h) + F.silu(n["norm"](torch.tanh(h))))
+
+
 def _tokens(n, x):
     h = n["a"](x)
     return n["b"](n["norm"](h.flatten(2)).view(h.shape))
@@ -143,6 +149,7 @@ SPECIAL = {
     "statistics": (lambda: abcd(), _statistics, 8, 2, 0),
     "normalised twice": (lambda: abcd(c=conv(8, 8)), _normalised_twice, 8, 3, 1),
     "normed and read again": (lambda: abcd(), _normed_and_read_again, 8, 2, 1),
+    "normed beside": (lambda: abcd(), _normed_beside, 8, 3, 1),
     "tokens": (lambda: abcd(), _tokens, 8, 2, 0),
     "pixels": (lambda: abcd(norm=norm(groups=1)), _pixels, 8, 3, 1),
     "a mask": (lambda: abcd(), _mask, 8, 4, 0),
@@ -296,6 +303,7 @@ class TestNormsInside:
         "odd maps": (1, 1),
         "one pixel": (1, 1),
         "normed and read again": (0, 1),
+        "normed beside": (0, 1),
         "normalised twice": (0, 1),
         "tokens": (0, 0),
     }

@@ -188,8 +188,8 @@ def test_sigterm_to_a_job_with_workers(networks, tmp_path):
         (("--out", "run", "--attack", "apgd-ce", "--queries", "5"), "'apgd-ce' has no queries"),
         (("--out", "run", "--workers", "0"), "`workers` is at least 1"),
         (("--out", "run", "--price", "1"), "`--price` is for --plan"),
-        (("--out", "run", "--attack", "stadv", "--eps", "0.1"), "--eps would be of a ball, and stadv knows none: .* --reach"),
-        (("--out", "run", "--attack", "salt-and-pepper", "--norm", "L2"), "--norm would be of a ball, .*; it has --amount$"),
+        (("--out", "run", "--attack", "stadv", "--eps", "0.1"), "--eps: .* stadv has none: leave that out; .* --reach"),
+        (("--out", "run", "--attack", "salt-and-pepper", "--norm", "L2"), "--norm: for attacks in a ball, .* are --amount$"),
         (("--out", "run", "--method", "none", "--certify", "1"), "with --method none there is none"),
     ],
 )

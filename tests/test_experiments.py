@@ -38,8 +38,8 @@ from coupfast.models.checkpoints import write_safetensors
 from coupfast.models.wide_resnet import WideResNet
 
 SMALL = ["--images", "1", "--budget", "1e-6", "--steps", "1", "--draws", "2", "--paths", "500"]
-#: Not here: networks of its own, a measurement of time, and what has a test of its own.
 _JUDGING, _CHOOSING = {"attack": "cascade", "mode": "fast"}, {"attack": "transfer", "mode": "fast"}
+#: Not here: networks of its own, a measurement of time, and what has a test of its own.
 OTHERS = {"cifar100", "table4", "study"}
 
 

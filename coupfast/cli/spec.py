@@ -110,7 +110,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
     """What the options describe; where they say nothing, what the run to resume or the paper has.
 
     Raises:
-        ValueError: if they contradict the run to resume where nothing else would notice, or say a ball to an attack that knows
+        ValueError: if they contradict the run to resume where nothing else would notice, or give a ball to an attack that has
             none; the message says what it has.
     """
     given, knobs = said(options)
@@ -125,8 +125,8 @@ def spec_of(options: argparse.Namespace) -> Spec:
     ball, stages = [name for name in ("norm", "eps") if name in given], spec.stages()
     if ball and stages and not any(set(ball) <= set(names(attack)) for attack in stages.values()):
         raise ValueError(
-            f"{' and '.join(map(flag, ball))} would be of a ball, and {spec.suite.name} knows none: leave it out; it has "
-            f"{', '.join(map(flag, spec.suite.options())) or 'nothing to set'}"
+            f"{' and '.join(map(flag, ball))}: for attacks in a ball, and {spec.suite.name} has none: leave that out; its "
+            f"own options are {', '.join(map(flag, spec.suite.options())) or 'none'}"
         )
     return spec
 

@@ -153,7 +153,8 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(widths[2], num_classes)
 
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # To draw nothing for shapes alone, PyTorch would import its compiler, which takes seconds.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 # He et al. 2015 with fan_out: keeps the variance of the backward pass.
                 fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
                 nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))

@@ -297,7 +297,7 @@ class Calibration:
 
     def _choice_of(self, row: dict[str, Any]) -> Choice:
         found = Choice(*(row[field.name] for field in dataclasses.fields(Choice)))
-        known = {*self.candidates, APART, INSIDE}
+        known = {APART, INSIDE} if row["groups"] else set(self.candidates)
         if found.candidate not in found.seconds or found.candidate in found.refused:
             raise ValueError(f"it chooses {found.candidate!r}, which it has not timed or has refused")
         for numbers in (found.seconds, found.errors):

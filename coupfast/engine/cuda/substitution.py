@@ -375,8 +375,9 @@ class _NormsInside(_Pass):
     def _norm(self, node: fx.Node) -> None:
         arguments: Any = node.args
         x, weight, bias, image_bias, residual, groups, eps, scale, silu = arguments
-        convolutions = [reader for item in node.users if item.args[1] == 1 for reader in self._readers(item)]
-        if not silu or not convolutions or not all(self._is_faster(reader, groups) for reader in convolutions):
+        normed = [item for item in node.users if item.args[1] == 1]
+        convolutions = [reader for item in normed for reader in self._readers(item)]
+        if not silu or not convolutions or not all(self._is_faster(reader, normed, groups) for reader in convolutions):
             return
         statistics = torch.ops.coupfast.group_norm_statistics.default
         made = self.call(node, statistics, (x, image_bias, residual, groups, eps, scale), None)
@@ -388,8 +389,8 @@ class _NormsInside(_Pass):
                 item.replace_all_uses_with(h)
         for reader in convolutions:
             _, packed, _, *others = reader.args
-            normed = torch.ops.coupfast.conv3x3_normed.default
-            new = self.call(reader, normed, (h, values, weight, bias, packed, *others), self.value(reader))
+            target = torch.ops.coupfast.conv3x3_normed.default
+            new = self.call(reader, target, (h, values, weight, bias, packed, *others), self.value(reader))
             reader.replace_all_uses_with(new)
             self.graph.erase_node(reader)
 
@@ -400,12 +401,13 @@ class _NormsInside(_Pass):
             found += self._readers(user) if _original(user) is not user else [user]
         return found
 
-    def _is_faster(self, node: fx.Node, groups: int) -> bool:
+    def _is_faster(self, node: fx.Node, normed: list[fx.Node], groups: int) -> bool:
         if node.target is not torch.ops.coupfast.conv3x3.default:
             return False
         arguments: Any = node.args
         x, _, _, _, _, residual, _, algorithm = arguments
-        if ALGORITHMS[algorithm].way != "winograd" or _original(residual) is _original(x):
+        # What is normed on its way into the sum exists nowhere as a residual, its own or another convolution's.
+        if ALGORITHMS[algorithm].way != "winograd" or _original(x) not in normed or _original(residual) in normed:
             return False
         batch, channels, height, width = self.value(x).shape
         return self.choose(batch, channels, self.value(node).shape[1], height, width, groups) == INSIDE
