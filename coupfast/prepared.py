@@ -157,9 +157,9 @@ def _look_at_prediction(score: nn.Module, example: torch.Tensor, sde: VPSDE | No
     """
     # A class of the same name may be another one (a notebook's cell, run again), and a function that it holds another function.
     # References and not addresses, which what comes later may have again.
-    code = [weakref.ref(type(module)) for module in score.modules()]
+    code: list[object] = [weakref.ref(type(module)) for module in score.modules()]
     code += [weakref.ref(value) for module in score.modules() for value in vars(module).values() if inspect.isfunction(value)]
-    what = (weights_fingerprint(score), str(plain_state(score)), sde, *code)
+    what = (weights_fingerprint(score), str(plain_state(score)), str(sde), *code)
     if what in _LOOKED_AT or bool(example.std() == 0.0):  # a plan's blank image tells nothing
         return
     _LOOKED_AT.add(what)
