@@ -44,6 +44,19 @@ H100 = types.SimpleNamespace(
     uuid="0",
 )
 
+#: And of an A100 (the same sources): fewer processors, less shared memory.
+A100 = types.SimpleNamespace(
+    **{
+        **vars(H100),
+        "name": "NVIDIA A100-SXM4-80GB",
+        "major": 8,
+        "multi_processor_count": 108,
+        "shared_memory_per_block_optin": 166912,
+        "shared_memory_per_multiprocessor": 167936,
+        "L2_cache_size": 40 << 20,
+    }
+)
+
 
 def convolution_format(x: torch.Tensor, weight: torch.Tensor, _: Any = None) -> torch.memory_format:
     """Of a convolution's results on a GPU: channels last where either lies so."""

@@ -18,6 +18,7 @@ from test_cuda_fake_device import bound
 from test_noise import run_interpreted
 
 from coupfast.engine import CounterNoise
+from coupfast.engine.cuda.calibration import APART
 from coupfast.engine.cuda.compiled import WORTH
 from coupfast.engine.cuda.launches import launches_of_code, launches_of_operations
 from coupfast.engine.cuda.program import CudaProgram
@@ -25,7 +26,7 @@ from coupfast.engine.cuda.substitution import CONTIGUOUS
 from coupfast_kernels.convolution.gpu import ALGORITHMS
 
 pytest.importorskip("triton", reason="Triton is not installed: what it would compile is NOT tested here")
-from absent_gpu import H100, Interpreted, compiled, generated, kernels
+from absent_gpu import A100, H100, Interpreted, compiled, generated, kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = torch.finfo(torch.float32).eps
@@ -46,8 +47,9 @@ ALGORITHM_OF = {
 }
 
 
-def in_turn(batch, in_channels, out_channels, height, width):
-    return ALGORITHM_OF.get((in_channels, out_channels, height), "ieee")
+def in_turn(batch, in_channels, out_channels, height, width, groups=0):
+    """Norms stay apart from convolutions, which are compiled and interpreted with them in a test of their own."""
+    return APART if groups else ALGORITHM_OF.get((in_channels, out_channels, height), "ieee")
 
 
 #: All pieces with a ReLU classifier and this project's kernels; a smooth one's Hessian; one with the library's convolutions,
@@ -80,18 +82,36 @@ def launches(sources, piece):
 
 if not INTERPRETED:
 
-    def test_every_kernel_compiles_without_spills_or_tf32(sources, tmp_path):
+    def check_machine_code(name, text, folder, capability):
         from kernel_report import _tool
 
-        found = [(name, text) for id in IDS for name, text in kernels((sources / id).read_text()).items()]
-        distinct = {text.replace(name, "").partition("@triton.jit")[2]: (name, text) for name, text in found}
+        built = compiled(name, text, folder, capability)
+        assert "tf32" not in built.asm["ptx"], name
+        usage = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
+        assert sum(map(int, re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))) == 0, (name, capability, usage)
+
+    def by_code(sources):
+        """Kernels by what distinguishes them, which is not their names."""
+        found = [item for source in sources for item in kernels(source).items()]
+        return {text.replace(name, "").partition("@triton.jit")[2]: (name, text) for name, text in found}
+
+    def test_every_kernel_compiles_without_spills_or_tf32(sources, tmp_path):
+        distinct = by_code((sources / id).read_text() for id in IDS)
         assert len(distinct) > 20
         for number, (name, text) in enumerate(distinct.values()):
             for capability in (80, 90, 100) if number % 4 == 0 else (90,):
-                built = compiled(name, text, tmp_path, capability)
-                assert "tf32" not in built.asm["ptx"], name
-                usage = _tool("cuobjdump", built.asm["cubin"], "--dump-resource-usage")
-                assert sum(map(int, re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))) == 0, (name, capability, usage)
+                check_machine_code(name, text, tmp_path, capability)
+
+    def test_every_kernel_for_an_a100_compiles(tmp_path):
+        """Its code is generated for it: the compiler may choose by a device's processors and memory."""
+        made = []
+        for make_classifier, ours, name in PIECES[:6]:
+            graph = bound(make_classifier, ours, 2)[1][name]
+            made.append(generated(graph.module, graph.example_inputs(), A100))
+        distinct = by_code(made)
+        assert len(distinct) > 15
+        for name, text in distinct.values():
+            check_machine_code(name, text, tmp_path, 80)
 
     @pytest.mark.parametrize("name", ["score", "cotangent"])
     def test_convolutions_are_on_the_maps_that_were_chosen(sources, name):
@@ -118,7 +138,7 @@ if not INTERPRETED:
         assert "convolution" not in text.partition("def call(")[2]
         assert {operation: found[operation] for operation in found if operation != "bmm"} == products
         compiled, operations = launches(sources, (relu_classifier, in_turn, name))
-        assert compiled <= operations
+        assert compiled <= 1.1 * operations
 
     def test_which_pieces_are_worth_compiling(sources):
         """Most of a classifier's; of a score network with this project's norms, none. Pieces so far from the line that a kernel
@@ -159,7 +179,7 @@ else:
             else:
                 assert torch.equal(found, wanted)
         assert run.launches
-        if name == "score":
+        if id == "score":
             assert set(run.launches) >= set(ALGORITHMS)
         if name == "evaluate":
             backend, again = StandIn(), [torch.empty_like(result) for result in results]
