@@ -71,6 +71,8 @@ class Judge(Bare):
 
 @dataclasses.dataclass(frozen=True)
 class Odd(Bare):
+    norm: str = "Linf"
+    eps: float = 8 / 255
     where: object = object()
 
 
