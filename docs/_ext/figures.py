@@ -20,6 +20,7 @@ RESULTS = ROOT / "bench" / "results"
 sys.path[:0] = [str(ROOT / "bench")]
 
 import fit_algorithms  # noqa: E402  of bench/
+from solvers import SHARES  # noqa: E402  the ODEs among bench/solvers.py's
 from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
 
 from coupfast.experiments.defenses import NAMES  # noqa: E402
@@ -27,7 +28,6 @@ from coupfast.experiments.defenses import NAMES  # noqa: E402
 Row = dict[str, Any]
 
 _SOLVER_STUDY = "solvers-tiny-epyc-zen4.json"
-_ODES = ("probability-flow", "ddim", "dpm-solver++-2m")
 
 
 @functools.cache
@@ -383,7 +383,7 @@ def _solver_row(method: str, solver: str, steps: int) -> Row | None:
 
 
 def _solver_name(solver: str) -> str:
-    return f"`{solver}`{' (ODE)' if solver in _ODES else ''}"
+    return f"`{solver}`{' (ODE)' if solver in SHARES else ''}"
 
 
 def winograd() -> str:
