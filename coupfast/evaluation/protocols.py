@@ -389,9 +389,10 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
 
 def unchanged(attacked: Judged) -> str:
     """In words, how many attacked images are no other than clean ones."""
+    one = attacked.unchanged == 1
     return (
-        f"{attacked.unchanged} of {len(attacked.labels)} attacked images are clean ones: misclassified at every first look, "
-        "they were not attacked"
+        f"{attacked.unchanged} of {counted(len(attacked.labels), 'attacked image')} {'is a clean one' if one else 'are clean ones'}: "
+        f"misclassified at every first look, {'it was' if one else 'they were'} not attacked"
     )
 
 

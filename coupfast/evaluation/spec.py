@@ -28,6 +28,8 @@ SEEDINGS = ("unit", "autoattack")
 MODES = ("full", "fast")
 #: What a ledger says in the place of a name, where images or a defense were objects that Python had.
 GIVEN = "given from Python"
+#: Names that other libraries have for what attacks are told.
+_ELSEWHERE = {"n_iter": "iterations", "steps": "iterations", "n_queries": "queries", "epsilon": "eps"}
 AUTO = "auto"  # as many workers as fit
 #: Fields of a defense that is built from networks here.
 NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")
@@ -188,7 +190,7 @@ class Spec:
         if options:
             said["attack_options"] = {**said.get("attack_options", {}), **options}
         if unknown := sorted(set(said) - fields):
-            hint = did_you_mean(unknown[0], [*fields, *known, *attack.options()])
+            hint = did_you_mean(_ELSEWHERE.get(unknown[0], unknown[0]), [*fields, *known, *attack.options()])
             raise ValueError(f"an evaluation has no {', '.join(unknown)} to set{hint}")
         return cls(**said)
 
