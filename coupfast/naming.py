@@ -142,9 +142,7 @@ def _module(place: str) -> ModuleType:
 
 
 def _found_in(folder: str, error: ModuleNotFoundError) -> bool:
-    """Whether the missing module lies in a folder where nobody has looked. From now on it is looked there, after everything else
-    and for what is imported later, too.
-    """
+    """Whether the missing module lies in a folder that is not on `sys.path`. It then is, after everything else."""
     top = str(error.name).partition(".")[0]
     place = Path(folder, top)
     if folder in sys.path or not (place.is_dir() or place.with_suffix(".py").is_file()):

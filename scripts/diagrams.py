@@ -1,7 +1,7 @@
 """The diagrams of the pages on how it works, as Matplotlib draws them: `scripts/pictures.py` keeps them.
 
-A diagram is five inches wide, so that its words can be read on a phone, and says nothing by colour alone. Sizes on them are of the
-code where it has them; the numbers in Winograd's tile are computed by its definition.
+A diagram is five inches wide, so that its words can be read on a phone, and says nothing by colour alone. The numbers in
+Winograd's tile are computed with the transforms of its definition.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Drawing:
         return self.axes.text(x, y, words, **{"ha": "center", "va": "center", "fontsize": 10.5, "linespacing": 1.25, **look})
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], **look: Any) -> None:
-        look = {"arrowstyle": "-|>", "mutation_scale": 13, "color": _PLAIN, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0, **look}
-        self.axes.add_patch(FancyArrowPatch(start, end, **look))
+        usual = {"arrowstyle": "-|>", "mutation_scale": 13, "color": _PLAIN, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
+        self.axes.add_patch(FancyArrowPatch(start, end, **{**usual, **look}))
 
 
 def _rgb(colour: str) -> tuple[float, ...]:
@@ -117,11 +117,12 @@ def adjoint() -> Drawing:
         drawing.arrow((x + 0.25, 3.3), (after - 0.25, 3.3))
         drawing.arrow((after - 0.25, 0.75), (x + 0.25, 0.75))
         keeps = k >= steps - kept
-        words = "activations\nkept" if keeps else f"evaluated\nagain at $x_{k}$"
-        drawing.box(middle, 2.05, 0.98, 0.62, words, MEMORY if keeps else COMPUTED, linestyle="-" if keeps else "--", fontsize=8.5)
+        look = ("activations\nkept", MEMORY, "-") if keeps else (f"evaluated\nagain at $x_{k}$", COMPUTED, "--")
+        drawing.box(middle, 2.05, 0.98, 0.62, look[0], look[1], linestyle=look[2], fontsize=8.5)
         drawing.arrow((middle if keeps else x, 3.3 if keeps else 3.05), (middle, 2.36), linestyle="-" if keeps else ":")
         drawing.arrow((middle, 1.74), (middle, 0.78))
-    drawing.words(3.1, 0.26, r"$v_k = a\,v' + b\,J_{\hat\varepsilon}^\top v' + c\,H\,v'$  at $x_k$,  $v' = v_{k+1}$", fontsize=10.5)
+    formula = r"$v_k = a\,v' + b\,J_{\hat\varepsilon}^\top v' + c\,H\,v'$  at $x_k$,  $v' = v_{k+1}$"
+    drawing.words(3.1, 0.26, formula, fontsize=10.5)
     return drawing
 
 
@@ -212,7 +213,11 @@ def cpu_engine() -> Drawing:
         [
             ("your network", _PLAIN, 0.4),
             ("trace: its operations, in order", COMPUTED, 0.46),
-            ("parts:\nconvolutions with what is around them,\nattention, joined maps, group norms;\nregions: all the rest", COMPUTED, 1.02),
+            (
+                "parts:\nconvolutions with what is around them,\nattention, joined maps, group norms;\nregions: all the rest",
+                COMPUTED,
+                1.02,
+            ),
             ("program: two lists of calls,\nforwards and backwards", COMPUTED, 0.62),
             ("memory, planned as a whole:\nan address for every value", MEMORY, 0.62),
             ("a step: the lists run", COMPUTED, 0.46),
@@ -270,16 +275,16 @@ def design() -> Drawing:
     drawing.words(1.08, 3.85, "state in [-1, 1]", ha="left", fontsize=9)
     drawing.arrow((4.0, 3.66), (4.0, 4.04))
     drawing.words(3.92, 3.85, "purified; gradient", ha="right", fontsize=9)
-    drawing.box(2.5, 3.33, 4.7, 0.66, "purifier: a method's table, a row for each step;\nnoise counted by seed, image, draw and step", MEMORY)
+    words = "purifier: a method's table, a row for each step;\nnoise counted by seed, image, draw and step"
+    drawing.box(2.5, 3.33, 4.7, 0.66, words, MEMORY)
     drawing.arrow((1.0, 3.0), (1.0, 2.68))
     drawing.arrow((4.0, 2.68), (4.0, 3.0))
     drawing.box(2.5, 2.35, 4.7, 0.66, "engine: for each row a step,\nand on the way back its transpose", COMPUTED)
     for x, words in ((0.9, "eager:\nPyTorch"), (2.5, "cpu:\nC++ kernels"), (4.1, "cuda: Triton\nkernels, graphs")):
         drawing.arrow((x, 2.02), (x, 1.75))
         drawing.box(x, 1.45, 1.5, 0.6, words, COMPUTED, fontsize=9.5)
-    drawing.box(
-        2.5, 0.45, 4.7, 0.7, "definition: the same SDE by torchsde in float64;\nof the above it shares the SDE's constants alone", CHECKED, fontsize=9.5
-    )
+    words = "definition: the same SDE by torchsde in float64;\nof the above it shares the SDE's constants alone"
+    drawing.box(2.5, 0.45, 4.7, 0.7, words, CHECKED, fontsize=9.5)
     drawing.arrow((2.5, 1.15), (2.5, 0.8), arrowstyle="<|-|>", linestyle="--")
     drawing.words(2.6, 0.98, "compared by tests and certificates", ha="left", fontsize=9)
     return drawing

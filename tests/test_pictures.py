@@ -1,4 +1,4 @@
-"""Pictures of the README and the pages: each is described in words, shown and made by a script; diagrams say what the code does."""
+"""Pictures of the README and the pages: each is described, shown and made by a script; diagrams can be read and are right."""
 
 import importlib.util
 import re
@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 PAGES = [ROOT / "README.md", *(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "experiments")]
 #: A picture by Markdown and by MyST: where it lies, what it shows.
-SHOWN = re.compile(r"!\[(?P<alt>[^\]]*)\]\((?P<file>[^)]+)\)|^```\{image\} (?P<path>\S+)\n(?::alt: (?P<said>.*)\n)?", re.MULTILINE)
+SHOWN = re.compile(
+    r"!\[(?P<alt>[^\]]*)\]\((?P<file>[^)]+)\)|^```\{image\} (?P<path>\S+)\n(?::alt: (?P<said>.*)\n)?", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,8 @@ def test_the_words_of_a_diagram_fit(diagrams, name):
     for frame, words in [*drawing.boxes, *((drawing.figure.patch, words) for words in drawing.axes.texts)]:
         if words.get_text():
             outer, inner = frame.get_window_extent(renderer), words.get_window_extent(renderer)
-            assert outer.x0 <= inner.x0 <= inner.x1 <= outer.x1 and outer.y0 <= inner.y0 <= inner.y1 <= outer.y1, words.get_text()
+            assert outer.x0 <= inner.x0 and inner.x1 <= outer.x1, words.get_text()
+            assert outer.y0 <= inner.y0 and inner.y1 <= outer.y1, words.get_text()
 
 
 def test_winograds_tile_is_the_convolution(diagrams):

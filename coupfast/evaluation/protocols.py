@@ -389,11 +389,9 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
 
 def unchanged(attacked: Judged) -> str:
     """In words, how many attacked images are no other than clean ones."""
-    one = attacked.unchanged == 1
-    return (
-        f"{attacked.unchanged} of {counted(len(attacked.labels), 'attacked image')} {'is a clean one' if one else 'are clean ones'}: "
-        f"misclassified at every first look, {'it was' if one else 'they were'} not attacked"
-    )
+    are, were = ("is a clean one", "it was") if attacked.unchanged == 1 else ("are clean ones", "they were")
+    of = f"{attacked.unchanged} of {counted(len(attacked.labels), 'attacked image')}"
+    return f"{of} {are}: misclassified at every first look, {were} not attacked"
 
 
 def scores(verdicts: Judged, protocol: str) -> np.ndarray:

@@ -382,10 +382,10 @@ def stages(run: Run) -> list[Section]:
     if not stages:
         return []
     fields = list(dict.fromkeys(name for stage in stages.values() for name in stage))
-    told = {
-        stage: {**values, "eps": _radius(values)} if {"norm", "eps"} <= set(values) else values for stage, values in stages.items()
-    }
-    rows = [(stage, *(str(values.get(name, "")) for name in fields)) for stage, values in told.items()]
+    rows = []
+    for stage, values in stages.items():
+        told = {**values, "eps": _radius(values)} if {"norm", "eps"} <= set(values) else values
+        rows.append((stage, *(str(told.get(name, "")) for name in fields)))
     return [Table(f"{run.name}: stages of the attack", ("stage", *fields), rows)]
 
 
