@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -139,8 +140,10 @@ def options_of(owner: Any) -> list[Option]:
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" where something known is near, else nothing."""
-    near = difflib.get_close_matches(str(value), list(known), n=1)
+    """ "; did you mean 'x'?" where something known has that word in it, or is spelled much like it, else nothing."""
+    known = list(known)
+    near = sorted((name for name in known if str(value) in re.split("[-_]", name)), key=len)
+    near = near or difflib.get_close_matches(str(value), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
