@@ -80,6 +80,17 @@ def option(
 ) -> Any:
     """A dataclass field that people may set; see `Option`.
 
+    Args:
+        default: Its value where nobody says; without one it has to be given.
+        help: What it means, with unit and range.
+        parse: Makes a value of a word of the command line.
+        metavar: What stands for the value in a help text.
+        choices: The words that are allowed.
+        keyword: Its name among keywords and options, where the field's is another.
+
+    Returns:
+        What stands behind `=` in the dataclass.
+
     Example:
         >>> import dataclasses, coupfast
         >>> from coupfast.options import option
