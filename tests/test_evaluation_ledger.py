@@ -5,6 +5,7 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import stat
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,15 @@ def test_gives_back_what_it_was_given(folder):
             np.testing.assert_array_equal(ledger.arrays(record)[name], array)
         ledger.note("plan", [1, None])
         assert ledger.notes() == {"plan": [1, None]}
+
+
+def test_the_page_of_formats_has_its_tables_and_columns(folder):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "reference" / "formats.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("| table | columns |")[2].partition("\n\n")[0], re.MULTILINE)
+    with contextlib.closing(sqlite3.connect(folder / DATABASE)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        found = {name: [row[1] for row in database.execute(f"PRAGMA table_info({name})")] for name in tables}
+    assert {name: re.findall(r"`(\w+)`", columns) for name, columns in told} == found
 
 
 def test_units_in_flight_are_forgotten_when_their_process_is_gone(folder):
