@@ -7,6 +7,7 @@ import math
 import evaluation_cases
 import pytest
 import torch
+from conftest import small_score
 from evaluation_cases import labelled, run
 from test_evaluation_journal import asked, check_same, found, journals, stopped
 from torch import nn
@@ -24,6 +25,7 @@ from coupfast.evaluation.plan import Plan, Probe, plan
 from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
+from coupfast.methods import MultiStage
 from coupfast.options import option
 
 SHAPE = (3, 4, 4)
@@ -908,7 +910,8 @@ def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
 
 
 def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None))
+    coarse = {"transfer-3": 3, "transfer-5": 5}
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None, coarse=coarse))
     spec = Spec.of(attack="cascade", t=0.06, num_steps=20, limit=10, draws=2, paths=0)
     found = plan(spec)
     stages = {stage.name: stage for stage in found.stages}
@@ -1015,6 +1018,32 @@ def test_a_method_without_steps_has_no_coarser_form():
     metered = Metered(PurifiedClassifier(purifier, inner.classifier))
     with pytest.raises(ValueError, match="has no `num_steps` by which it could be made coarser"):
         Transfer(coarse_steps=1).check(metered)
+
+
+def multi_stage(device, num_steps=(3, 4)):
+    """A defense of two levels, three rounds in all."""
+    classifier = evaluation_cases.pixel_classifier()
+    method = MultiStage(levels=(0.003, 0.006), repeats=(2, 1), num_steps=num_steps)
+    return PurifiedClassifier(Purifier(small_score(torch.float32), method=method, engine="eager"), classifier)
+
+
+def test_rounds_are_attacked_through_few_steps_of_each(tmp_path):
+    """As Lee and Kim say them, level by level; noising is one more of each round."""
+    x, _ = labelled(3)
+    metered, ids, draw = Metered(multi_stage("cpu")), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    for said, each, count in ((1, (1, 1), 6), ((1, 2), (1, 2), 7)):
+        assert torch.equal(metered.ask(x, ids, draw, View(steps=said)), multi_stage("cpu", each)(x, ids=ids, draw=draw))
+        assert metered.coarser(said).purifier.num_steps == count
+    spec = Spec.of(attack="transfer", coarse_steps=(1, 2), iterations=2, eot_iter=1, draws=1, paths=0, shard=5, limit=5)
+    ledger = run(tmp_path / "run", spec, build=multi_stage)
+    assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))).stages() == spec.stages()
+    assert planning.probe(spec, x.shape[1:], defense=multi_stage, images=1, steps=1).coarse == {"transfer": 7}
+    assert {stage.name: stage.steps for stage in planning.happened(ledger)} == {"clean": None, "transfer": 7, "judge": None}
+    for steps, message in (((1, 2, 3), "has 2 levels, got 3 numbers of steps"), ((3, 4), "fewer than the defense's 13 steps")):
+        with pytest.raises(ValueError, match=message):
+            Transfer(coarse_steps=steps).check(metered)
+    with pytest.raises(ValueError, match=r"'coup' has 1 level, got 2 numbers of steps: \(1, 2\)"):
+        Transfer(coarse_steps=(1, 2)).check(Metered(evaluation_cases.purified("cpu")))
 
 
 def test_every_suite_stays_in_its_ball_from_anywhere():
