@@ -22,7 +22,8 @@ class View:
     classified: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON has it, and so as a journal that is read again has it."""
+        return {"steps": list(self.steps) if isinstance(self.steps, tuple) else self.steps, "classified": self.classified}
 
 
 @dataclasses.dataclass(frozen=True)
