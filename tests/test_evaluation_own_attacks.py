@@ -690,6 +690,18 @@ def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
         assert result.looks == 4 and result.looked.tolist() == [0, 4, 0]
 
 
+def test_who_is_right_and_cannot_be_moved_has_not_fallen_inside_of_it():
+    """FAB does not leave an image of black and white where the gradient is 0: it is attacked once all the same."""
+
+    class Flat(nn.Module):
+        def forward(self, x):
+            return torch.tensor([2.0, 1.0, 0.0]) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+    attack, metered = FABTargeted(iterations=2, target_classes=2, looks=2), Metered(Flat().eval())
+    result = attack.run(metered, torch.ones(2, *SHAPE), torch.zeros(2, dtype=torch.int64), seed=0)
+    assert result.looked.tolist() == [0, 0] and metered.gradient_images == 2 * attack.cost().gradient
+
+
 def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
     seen = []
 
