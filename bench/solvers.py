@@ -76,14 +76,18 @@ def main(argv: list[str] | None = None) -> int:
     cells = [(m, s, k) for k in options.steps for m in options.methods for s in options.solvers]
     if options.kept:
         cells = [cell for cell in cells if study.file(*cell).exists()]
-    for method in options.methods:
+        if not cells:
+            raise SystemExit(f"--kept: {options.out} has no row of these options; leave it out to compute them")
+    methods = [method for method in options.methods if any(method == of for of, *_ in cells)]
+    for method in methods:
         study.reference(method)
-        study.transferred(method)
+        if not options.kept:
+            study.transferred(method)
     for method, solver, steps in tqdm(cells, unit="row", disable=None):
         study.row(method, solver, steps)
     rows = [row for cell in cells if (row := study.row(*cell)) is not None]
     rows = with_differences(rows, options.draws)
-    floors = {method: study.floor(method) for method in options.methods}
+    floors = {method: study.floor(method) for method in methods}
     exact = gaussian_rows(options)
     write_whole(options.out / "solvers.png", picture(rows, floors))
     found = {"rows": rows, "floor": floors, "gaussian": exact}
@@ -115,7 +119,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gaussian", action="store_true", help="only what is exact, of Gaussian data")
     parser.add_argument("--kept", action="store_true", help="put together the rows that are there, and compute no other")
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.draws < 2:
+        parser.error(f"--draws is at least 2, of which a law has a spread, got {options.draws}")
+    return options
 
 
 class Study:

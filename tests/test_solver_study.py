@@ -76,6 +76,11 @@ def test_goes_on(study, tmp_path, monkeypatch, capsys):
     assert study.main([*again, "--kept"]) == 0  # and what is not there is left out
     kept = json.loads((tmp_path / "solvers.json").read_text())["rows"]
     assert kept == [row for row in rows if (row["solver"], row["steps"]) != ("ddim", 2)]
+    others = [*again, "--kept", "--methods"]
+    assert study.main([*others, "coup", "diffpure"]) == 0  # and so is DiffPure, of which there is nothing
+    assert set(json.loads((tmp_path / "solvers.json").read_text())["floor"]) == {"coup"}
+    with pytest.raises(SystemExit, match="has no row of these options"):
+        study.main([*others, "diffpure"])
     assert study.main([*again, "--gaussian"]) == 0
     assert "| sde-dpm-solver++-2m | log-snr" in capsys.readouterr().out
 
