@@ -22,6 +22,7 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.plan import Plan, Probe, plan
+from coupfast.evaluation.purification import coarse_count
 from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
@@ -1032,10 +1033,10 @@ def test_a_method_without_steps_has_no_coarser_form():
         Transfer(coarse_steps=1).check(metered)
 
 
-def multi_stage(device, num_steps=(3, 4)):
+def multi_stage(device, num_steps=(3, 4), kind=MultiStage):
     """A defense of two levels, three rounds in all."""
     classifier = evaluation_cases.pixel_classifier()
-    method = MultiStage(levels=(0.003, 0.006), repeats=(2, 1), num_steps=num_steps)
+    method = kind(levels=(0.003, 0.006), repeats=(2, 1), num_steps=num_steps)
     return PurifiedClassifier(Purifier(small_score(torch.float32), method=method, engine="eager"), classifier)
 
 
@@ -1051,6 +1052,9 @@ def test_rounds_are_attacked_through_few_steps_of_each(tmp_path):
     assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))).stages() == spec.stages()
     assert planning.probe(spec, x.shape[1:], defense=multi_stage, images=1, steps=1).coarse == {"transfer": 7}
     assert {stage.name: stage.steps for stage in planning.happened(ledger)} == {"clean": None, "transfer": 7, "judge": None}
+    own = type("Own", (MultiStage,), {"name": "own"})  # of somebody else's
+    rounds = Metered(multi_stage("cpu", kind=own))
+    assert coarse_count(rounds.describe(), [1, 2]) == rounds.coarser((1, 2)).purifier.num_steps == 7
     for steps, message in (((1, 2, 3), "has 2 levels, got 3 numbers of steps"), ((3, 4), "fewer than the defense's 13 steps")):
         with pytest.raises(ValueError, match=message):
             Transfer(coarse_steps=steps).check(metered)
