@@ -26,7 +26,7 @@ from coupfast.evaluation.purification import coarse_count
 from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
-from coupfast.methods import MultiStage
+from coupfast.methods import MultiStage, ReverseSDE
 from coupfast.options import option
 
 SHAPE = (3, 4, 4)
@@ -1027,10 +1027,13 @@ def test_a_method_without_steps_has_no_coarser_form():
             return state
 
     inner = evaluation_cases.purified("cpu")
-    purifier = Purifier(inner.purifier.score, None, method=Fixed(), engine="eager")
-    metered = Metered(PurifiedClassifier(purifier, inner.classifier))
-    with pytest.raises(ValueError, match="has no `num_steps` by which it could be made coarser"):
-        Transfer(coarse_steps=1).check(metered)
+    for method, message in (
+        (Fixed(), "has no `num_steps` by which it could be made coarser"),
+        (ReverseSDE(t=(0.1, 0.05, 0.01)), "'reverse-sde' has a whole grid as `t`, .*: set `t` to a number"),
+    ):
+        purifier = Purifier(inner.purifier.score, None, method=method, engine="eager")
+        with pytest.raises(ValueError, match=message):
+            Transfer(coarse_steps=1).check(Metered(PurifiedClassifier(purifier, inner.classifier)))
 
 
 def multi_stage(device, num_steps=(3, 4), kind=MultiStage):
