@@ -273,6 +273,19 @@ def test_a_file_that_lacks_little_of_a_named_network_says_what(tmp_path):
             load_score(path)
 
 
+def test_a_class_that_is_made_of_numbers_is_not_in_the_way_of_another_ones_file(tmp_path, monkeypatch):
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.ones(2).sum().item()
+
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(2)}, path)
+    monkeypatch.setitem(registry._families, "Counted", registry.Family("Counted", "score", Counted, {"counted": {}}))
+    with pytest.raises(CheckpointError, match="unknown architecture: .* found 'a';"):
+        load_score(path)
+
+
 # --- damaged and hostile files ----------------------------------------------------------------------------------------
 
 

@@ -22,10 +22,11 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.plan import Plan, Probe, plan
+from coupfast.evaluation.purification import coarse_count
 from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
-from coupfast.methods import MultiStage
+from coupfast.methods import MultiStage, ReverseSDE
 from coupfast.options import option
 
 SHAPE = (3, 4, 4)
@@ -690,6 +691,18 @@ def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
         assert result.looks == 4 and result.looked.tolist() == [0, 4, 0]
 
 
+def test_who_is_right_and_cannot_be_moved_has_not_fallen_inside_of_it():
+    """FAB does not leave an image of black and white where the gradient is 0: it is attacked once all the same."""
+
+    class Flat(nn.Module):
+        def forward(self, x):
+            return torch.tensor([2.0, 1.0, 0.0]) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+    attack, metered = FABTargeted(iterations=2, target_classes=2, looks=2), Metered(Flat().eval())
+    result = attack.run(metered, torch.ones(2, *SHAPE), torch.zeros(2, dtype=torch.int64), seed=0)
+    assert result.looked.tolist() == [0, 0] and metered.gradient_images == 2 * attack.cost().gradient
+
+
 def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
     seen = []
 
@@ -1014,16 +1027,19 @@ def test_a_method_without_steps_has_no_coarser_form():
             return state
 
     inner = evaluation_cases.purified("cpu")
-    purifier = Purifier(inner.purifier.score, None, method=Fixed(), engine="eager")
-    metered = Metered(PurifiedClassifier(purifier, inner.classifier))
-    with pytest.raises(ValueError, match="has no `num_steps` by which it could be made coarser"):
-        Transfer(coarse_steps=1).check(metered)
+    for method, message in (
+        (Fixed(), "has no `num_steps` by which it could be made coarser"),
+        (ReverseSDE(t=(0.1, 0.05, 0.01)), "'reverse-sde' has a whole grid as `t`, .*: set `t` to a number"),
+    ):
+        purifier = Purifier(inner.purifier.score, None, method=method, engine="eager")
+        with pytest.raises(ValueError, match=message):
+            Transfer(coarse_steps=1).check(Metered(PurifiedClassifier(purifier, inner.classifier)))
 
 
-def multi_stage(device, num_steps=(3, 4)):
+def multi_stage(device, num_steps=(3, 4), kind=MultiStage):
     """A defense of two levels, three rounds in all."""
     classifier = evaluation_cases.pixel_classifier()
-    method = MultiStage(levels=(0.003, 0.006), repeats=(2, 1), num_steps=num_steps)
+    method = kind(levels=(0.003, 0.006), repeats=(2, 1), num_steps=num_steps)
     return PurifiedClassifier(Purifier(small_score(torch.float32), method=method, engine="eager"), classifier)
 
 
@@ -1039,6 +1055,9 @@ def test_rounds_are_attacked_through_few_steps_of_each(tmp_path):
     assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))).stages() == spec.stages()
     assert planning.probe(spec, x.shape[1:], defense=multi_stage, images=1, steps=1).coarse == {"transfer": 7}
     assert {stage.name: stage.steps for stage in planning.happened(ledger)} == {"clean": None, "transfer": 7, "judge": None}
+    own = type("Own", (MultiStage,), {"name": "own"})  # of somebody else's
+    rounds = Metered(multi_stage("cpu", kind=own))
+    assert coarse_count(rounds.describe(), [1, 2]) == rounds.coarser((1, 2)).purifier.num_steps == 7
     for steps, message in (((1, 2, 3), "has 2 levels, got 3 numbers of steps"), ((3, 4), "fewer than the defense's 13 steps")):
         with pytest.raises(ValueError, match=message):
             Transfer(coarse_steps=steps).check(metered)

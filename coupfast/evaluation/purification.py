@@ -124,11 +124,11 @@ def coarsened(settings: Settings, steps: int | tuple[int, ...]) -> Settings | No
 
 def coarse_count(defense: Mapping[str, Any], steps: int | Sequence[int]) -> int:
     """How many steps `coarsened` leaves in all, of a defense as `describe` has it."""
-    if defense.get("method", {}).get("name") != MultiStage.name:
+    method = defense.get("method", {})
+    if not {"levels", "repeats"} <= method.keys():  # of `MultiStage`, or of what is made of it
         return steps if isinstance(steps, int) else steps[0]
-    repeats = defense["method"]["repeats"]
-    each = [steps] * len(repeats) if isinstance(steps, int) else steps
-    return sum(count * (1 + own) for count, own in zip(repeats, each, strict=True))  # a round begins with noise
+    each = [steps] * len(method["repeats"]) if isinstance(steps, int) else steps
+    return sum(count * (1 + own) for count, own in zip(method["repeats"], each, strict=True))  # a round begins with noise
 
 
 def without_gradient(settings: Settings) -> Settings:

@@ -53,7 +53,11 @@ def coarser(defense: PurifiedClassifier, steps: int | tuple[int, ...]) -> Purifi
     purifier = defense.purifier
     settings = purification.coarsened(purifier.settings, steps)
     if settings is None:
-        raise ValueError(f"the method {purifier.settings.method.name!r} has no `num_steps` by which it could be made coarser")
+        method = purifier.settings.method
+        lacks = "has no `num_steps` by which it could be made coarser"
+        if isinstance(getattr(method, "t", None), tuple):
+            lacks = "has a whole grid as `t`, and only steps from one time can be made fewer: set `t` to a number"
+        raise ValueError(f"the method {method.name!r} {lacks}")
     if settings.num_steps >= purifier.num_steps:
         raise ValueError(
             f"a coarser purification takes fewer than the defense's {purifier.num_steps} steps, got {settings.num_steps}: "
