@@ -62,7 +62,8 @@ def resolve(name: str, expected: type | tuple[type, ...] | None = None, *, optio
 
 
 def import_place(place: str) -> ModuleType:
-    """The module `package.module`, looked for in `sys.path` and then in the current folder, or that of `file.py`; made once.
+    """The module `package.module`, looked for in `sys.path` and then in the current folder, or that of `file.py`, which finds
+    the modules beside it; made once.
 
     Raises:
         FileNotFoundError: if there is no such file. Importing may raise anything besides.
@@ -130,16 +131,25 @@ def is_from_file(found: Any) -> bool:
 
 
 def _module(place: str) -> ModuleType:
-    here, top = os.getcwd(), place.partition(".")[0]
+    top = place.partition(".")[0]
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         # A console script does not look where it is started; `python -m` does.
-        if error.name != top or here in sys.path or not (Path(top).is_dir() or Path(f"{top}.py").is_file()):
+        if error.name != top or not _found_in(os.getcwd(), error):
             raise
-    sys.path.append(here)  # after everything else; for what the module imports later, and in its workers, too
-    importlib.invalidate_caches()
     return importlib.import_module(place)
+
+
+def _found_in(folder: str, error: ModuleNotFoundError) -> bool:
+    """Whether the missing module lies in a folder that is not on `sys.path`. It then is, after everything else."""
+    top = str(error.name).partition(".")[0]
+    place = Path(folder, top)
+    if folder in sys.path or not (place.is_dir() or place.with_suffix(".py").is_file()):
+        return False
+    sys.path.append(folder)
+    importlib.invalidate_caches()
+    return True
 
 
 def _file(place: str) -> ModuleType:
@@ -155,7 +165,10 @@ def _file(place: str) -> ModuleType:
         sys.modules[name] = module  # dataclasses look their module up
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
+            # `python FILE` finds the modules beside its file.
+            if isinstance(error, ModuleNotFoundError) and _found_in(str(path.parent), error):
+                return _file(place)
             raise
     return sys.modules[name]

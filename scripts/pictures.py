@@ -1,11 +1,13 @@
-"""Make the pictures of the README and the site again: python scripts/pictures.py [DIR], by default docs/pictures.
+"""Make the pictures of the README and the site again: python scripts/pictures.py [--diagrams] [DIR], by default docs/pictures.
 
-Needs what the demo needs. All of them come from the package on the shipped networks and the 20 images of foolbox, but
-for the bars of `gradients.png`, which are of bench/results/attack_gradients.json. Takes a few minutes.
+Needs what the demo needs. The diagrams, which take seconds, are drawn by scripts/diagrams.py. All others come from the package
+on the shipped networks and the 20 images of foolbox, but for the bars of `gradients.png`, which are of
+bench/results/attack_gradients.json; they take a few minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from demo import attack
+from diagrams import DIAGRAMS
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -27,8 +30,16 @@ T, STEPS = 0.06, 60
 
 
 def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "pictures"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diagrams", action="store_true", help="make these alone")
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs" / "pictures", metavar="DIR")
+    options = parser.parse_args()
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    for name, draw in DIAGRAMS.items():
+        keep(draw().figure, out / f"{name}.png")
+    if options.diagrams:
+        return
     score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
     x, y = load_images("cifar10-20", limit=10)
     assert y is not None
@@ -46,7 +57,7 @@ def keep(picture: Figure | Path, path: Path, *, width: int = 1000) -> None:
     """As a small file: a palette of 256 colours, no wider than a page needs."""
     if isinstance(picture, Figure):
         with tempfile.TemporaryDirectory() as folder:
-            picture.savefig(Path(folder) / "picture.png", dpi=150)
+            picture.savefig(Path(folder) / "picture.png", dpi=200)
             keep(Path(folder) / "picture.png", path, width=width)
         return
     with Image.open(picture) as opened:

@@ -295,6 +295,7 @@ def test_other_images_do_not_mix(photos, networks, tmp_path, capsys):
         (["purify", "{photos}", "{large}", "--out", "{tmp}"], "are 3x9x9, those of"),
         (["purify", "{large}", "--out", "{tmp}"], "the score net is made for 8 x 8"),
         (["purify", "{photos}", "--out", "{tmp}", "--score", "{photos}/a.png"], "a.png"),
+        (["purify", "{photos}", "--out", "{tmp}", "--score", "json:dumps"], "is called without arguments"),
         (["check-gradient", "{photos}", "--draws", "1"], "`draws` is at least 2"),
         (["check-gradient", "{photos}", "--memory-limit", "1e-6"], "MiB, the limit is"),
         (["convert", "{photos}/a.png", "{tmp}/x.bin"], "safetensors: give it that suffix"),

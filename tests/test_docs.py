@@ -1,5 +1,6 @@
 """The site builds without a warning, and every block of code in the README and on the site's pages runs."""
 
+import ast
 import contextlib
 import io
 import re
@@ -20,14 +21,14 @@ from coupfast_kernels import registry as kernel_registry
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"coupfast": coupfast, "kernels/coupfast_kernels": coupfast_kernels}
 #: What else a page may tell people to type.
-SCRIPTS = ("./scripts/", ".", "python", "pip", "ray")
+SCRIPTS = ("./scripts/", ".", "python", "pip", "ray", "pytest", "sphinx-build")
 #: A fenced block, with what a comment above it says of why it is not run.
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 PAGES = sorted(
     page
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     if "experiments" not in page.relative_to(ROOT).parts and re.search(r"^```(python|sh)$", page.read_text(), re.MULTILINE)
 )
 
@@ -104,8 +105,24 @@ def check_line(line: str, *, run: bool) -> None:
     else:
         assert words[0].startswith(SCRIPTS), f"nothing checks this line: {line}"
         assert not run, f"a page says why it does not run what is not `coupfast`: {line}"
-        if script := next((word for word in words if re.fullmatch(r"(\./)?(bench|scripts|examples|\.ci)/[\w./]+", word)), None):
-            assert (ROOT / script).exists() or "MACHINE" in script, line
+        for word in words:
+            if re.fullmatch(r"(\./)?(bench|scripts|examples|tests|docs|\.ci)/[\w./]+", word):
+                assert (ROOT / word).exists() or "MACHINE" in word or "results" in word, line
+
+
+def test_errors_of_the_page_are_those_of_the_code():
+    said = []
+    for package in PACKAGES.values():
+        for file in Path(package.__file__).parent.rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    said.append(node.value)
+                elif isinstance(node, ast.JoinedStr):  # what varies stands between the dots of a row
+                    said.append("\0".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+    text = "\n".join(said)
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "reference" / "errors.md").read_text(), re.MULTILINE)[1:]
+    parts = [part.strip(" ,") for row in rows for part in row.split("…")]
+    assert len(rows) > 20 and [part for part in parts if part not in text] == []
 
 
 def test_paths_that_pages_name_are_there():

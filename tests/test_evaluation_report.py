@@ -47,6 +47,8 @@ def test_a_page_that_needs_nothing_else(runs, tmp_path):
     assert "http" not in text and "<script" not in text and "src=" in text
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
     assert len(pictures) == 5  # resubmission, curves, one path, two galleries
+    said = re.findall(r'<img alt="([^"]*)"', text)
+    assert len(set(said)) == 5 and all(len(each.split()) >= 8 for each in said), said
     for picture in pictures:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         assert pixels.shape[1] > 400 and pixels.std() > 10
@@ -83,9 +85,12 @@ def test_the_configuration_shows_what_was_set_and_the_stages_what_follows(runs):
     assert (
         rows["spec.attack_options.iterations"] == "3" and "spec.attack_options.queries" not in rows and "spec.limit" not in rows
     )
+    # The defense was given: no network that a spec names by default is its own.
+    assert "spec.defense" in rows and "spec.score" not in rows and "spec.classifier" not in rows
+    assert rows["spec.eps"] == "0.5/255"
     stages = parts["purified: stages of the attack"]
     (dlr,) = [dict(zip(stages.header, row, strict=True)) for row in stages.rows if row[0] == "apgd-dlr"]
-    assert (dlr["loss"], dlr["iterations"], dlr["eot_iter"]) == ("dlr", "3", "2")
+    assert (dlr["loss"], dlr["iterations"], dlr["eot_iter"], dlr["eps"]) == ("dlr", "3", "2", "0.5/255")
 
 
 def test_what_matters_most_comes_first_a_column_a_run(runs):

@@ -32,6 +32,16 @@ def test_modules_and_files(outside):
     assert reference_to(from_file) == f"{outside}/things_outside.py:Thing"
 
 
+def test_a_file_finds_the_modules_beside_it(outside, tmp_path_factory, monkeypatch):
+    """As `python FILE` does, wherever the command runs, and after what is installed."""
+    (outside / "from_beside_outside.py").write_text("import json\nfrom things_outside import number\n")
+    (outside / "json.py").write_text("raise KeyError('the library has one')\n")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert resolve(f"{outside}/from_beside_outside.py:number") == 3
+    with pytest.raises(ValueError, match="'a_package_that_is_not_there'$"):
+        resolve(f"{outside}/needy_outside.py:a")
+
+
 def test_expected(outside):
     kind = resolve("things_outside:Thing")
     assert resolve("things_outside:Thing", kind) is kind

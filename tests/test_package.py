@@ -88,3 +88,11 @@ def test_versions_agree():
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert version and citation and version[1] == citation[1] == coupfast.__version__
+
+
+def test_pre_commit_runs_what_comes_before_the_tests():
+    if not (ROOT / ".pre-commit-config.yaml").exists():
+        pytest.skip("this is no checkout")
+    hooks = re.findall(r"entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    script = re.findall(r'^"\$bin/([\w-]+)"(.*)$', (ROOT / "scripts" / "test").read_text(), re.MULTILINE)
+    assert len(hooks) == 3 and hooks == [name + options for name, options in script if name != "python"]

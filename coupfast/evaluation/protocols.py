@@ -389,10 +389,9 @@ def official_baseline(verdicts: Mapping[str, Judged]) -> str:
 
 def unchanged(attacked: Judged) -> str:
     """In words, how many attacked images are no other than clean ones."""
-    return (
-        f"{attacked.unchanged} of {len(attacked.labels)} attacked images are clean ones: misclassified at every first look, "
-        "they were not attacked"
-    )
+    are, were = ("is a clean one", "it was") if attacked.unchanged == 1 else ("are clean ones", "they were")
+    of = f"{attacked.unchanged} of {counted(len(attacked.labels), 'attacked image')}"
+    return f"{of} {are}: misclassified at every first look, {were} not attacked"
 
 
 def scores(verdicts: Judged, protocol: str) -> np.ndarray:

@@ -28,8 +28,11 @@ SEEDINGS = ("unit", "autoattack")
 MODES = ("full", "fast")
 #: What a ledger says in the place of a name, where images or a defense were objects that Python had.
 GIVEN = "given from Python"
+#: Names that other libraries have for what attacks are told.
+_ELSEWHERE = {"n_iter": "iterations", "steps": "iterations", "n_queries": "queries", "epsilon": "eps"}
 AUTO = "auto"  # as many workers as fit
-_NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")
+#: Fields of a defense that is built from networks here.
+NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +190,7 @@ class Spec:
         if options:
             said["attack_options"] = {**said.get("attack_options", {}), **options}
         if unknown := sorted(set(said) - fields):
-            hint = did_you_mean(unknown[0], [*fields, *known, *attack.options()])
+            hint = did_you_mean(_ELSEWHERE.get(unknown[0], unknown[0]), [*fields, *known, *attack.options()])
             raise ValueError(f"an evaluation has no {', '.join(unknown)} to set{hint}")
         return cls(**said)
 
@@ -271,7 +274,7 @@ class Spec:
 
     def networks(self) -> Networks:
         """What builds the defense from the networks."""
-        return Networks(**{name: getattr(self, name) for name in _NETWORKS}, settings=self.settings())
+        return Networks(**{name: getattr(self, name) for name in NETWORKS}, settings=self.settings())
 
     def build(self, device: str) -> Metered:
         """The defense on a device."""
@@ -280,7 +283,7 @@ class Spec:
     def refuse_own_defense(self) -> None:
         """ValueError if there are options of a defense that is built from networks here, beside one that is given."""
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        said = [name for name in _NETWORKS if getattr(self, name) != default[name]]
+        said = [name for name in NETWORKS if getattr(self, name) != default[name]]
         said += list(self.purifier) if isinstance(self.purifier, Mapping) else ["purifier"]
         if said:
             raise ValueError(

@@ -139,7 +139,7 @@ def _slug(title: str) -> str:
 
 def _section(part: Section, pictures: dict[str, str] | None = None) -> str:
     if isinstance(part, Picture):
-        return f"## {part.title}\n\n![{part.alt or part.title}]({(pictures or {})[part.title]})\n\n{part.note}"
+        return f"## {part.title}\n\n![{part.alt}]({(pictures or {})[part.title]})\n\n{part.note}"
     if isinstance(part, Table):
         return f"## {part.title}\n\n" + (f"{part.note}\n\n" if part.note else "") + markdown_rows(part)
     return f"## {part.title}\n\n{part.lines}"

@@ -31,6 +31,10 @@ _CALLS: dict[Kind, tuple[int, str]] = {
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar", ".t7", ".model")
 
 
+class WrongNetwork(TypeError, ValueError):
+    """What was given is no network of the kind that is wanted. A TypeError, and of a name also a wrong value."""
+
+
 def choices(kind: Kind) -> str:
     """What `load_score` or `load_classifier` takes beside modules, for a line of help."""
     return f"{registry.described(kind)}, a weight file, or package.module:NAME"
@@ -219,9 +223,9 @@ def as_network(kind: Kind, value: object) -> nn.Module:
     if (model := registry.adopted(kind, value)) is not None:
         return model
     if registry.adopted(other := _OTHER[kind], value) is not None:
-        raise TypeError(f"a {type(value).__name__} is a {KINDS[other]}, not a {KINDS[kind]}: are the two swapped?")
+        raise WrongNetwork(f"a {type(value).__name__} is a {KINDS[other]}, not a {KINDS[kind]}: are the two swapped?")
     if not isinstance(value, nn.Module):
-        raise TypeError(f"a {KINDS[kind]} is a name, the path of a file or an nn.Module, got {type(value).__name__}")
+        raise WrongNetwork(f"a {KINDS[kind]} is a name, the path of a file or an nn.Module, got {type(value).__name__}")
     _check_kind(kind, value)
     return value
 
@@ -290,7 +294,7 @@ def _by_reference(
         try:
             made = value()
         except TypeError as error:
-            raise TypeError(f"{module}:{name} is called without arguments and should return a network: {error}") from error
+            raise WrongNetwork(f"{module}:{name} is called without arguments and should return a network: {error}") from error
     model = as_network(kind, made)
     if weights not in (None, "random"):
         assert weights is not None
@@ -311,7 +315,7 @@ def _is_path(source: object) -> bool:
 def _check_kind(kind: Kind, module: nn.Module) -> None:
     other = registry.kind_of(module)
     if other is not None and other != kind:
-        raise TypeError(
+        raise WrongNetwork(
             f"{_CALLS[kind][1]}; {type(module).__name__} is a {KINDS[other]}: are score network and classifier swapped?"
         )
     count, expected = _CALLS[kind]
@@ -320,7 +324,7 @@ def _check_kind(kind: Kind, module: nn.Module) -> None:
     except TypeError as error:
         swapped = _takes(module, _CALLS[_OTHER[kind]][0])
         hint = f" (as a {KINDS[_OTHER[kind]]} does; are the two swapped?)" if swapped else ""
-        raise TypeError(f"{expected}; {type(module).__name__}.forward does not take that: {error}{hint}") from error
+        raise WrongNetwork(f"{expected}; {type(module).__name__}.forward does not take that: {error}{hint}") from error
     except ValueError:
         return  # a callable that tells no signature
 
@@ -352,7 +356,7 @@ def _check_result(kind: Kind, model: nn.Module) -> None:
         return
     found: Kind | None = "score" if result.shape == x.shape else "classifier" if result.ndim == 2 else None
     if found == _OTHER[kind]:
-        raise TypeError(
+        raise WrongNetwork(
             f"{_CALLS[kind][1]} that returns {'a tensor of the shape of x' if kind == 'score' else 'logits'}; of an image "
             f"{tuple(x.shape)} {type(model).__name__} makes {tuple(result.shape)}: are score network and classifier swapped?"
         )

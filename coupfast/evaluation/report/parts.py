@@ -16,12 +16,12 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """`alt` says what is to be seen to whoever does not see it; the title does where it is empty."""
+    """`alt` says what is to be seen to whoever does not see it."""
 
     title: str
     png: bytes
     note: str
-    alt: str = ""
+    alt: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _html_table(table: Table) -> str:
 
 def _html_picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    alt = html.escape(picture.alt or picture.title)
+    alt = html.escape(picture.alt)
     return f'<p>{html.escape(picture.note)}</p>\n<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 

@@ -15,7 +15,7 @@ from coupfast.evaluation.report import published
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
 from coupfast.evaluation.result import radius
-from coupfast.evaluation.spec import GIVEN, in_fast_mode
+from coupfast.evaluation.spec import GIVEN, NETWORKS, in_fast_mode
 from coupfast.evaluation.suites import SUITES, stated_errors, told_errors
 from coupfast.wording import counted
 
@@ -355,9 +355,14 @@ def certificate(run: Run) -> list[Section]:
 
 
 def configuration(run: Run) -> Table:
+    spec = run.configuration["spec"]
+    spec = {**spec, "eps": _radius(spec)}
+    if spec["defense"] is not None:
+        # It has networks of its own: a spec's are those that would be taken if none were given.
+        spec = {name: value for name, value in spec.items() if name not in NETWORKS}
     rows = [("started", run.started), ("fingerprint of the results", run.fingerprint)]
     for section in ("environment", "defense", "images", "spec"):
-        for name, value in _flat(run.configuration[section]):
+        for name, value in _flat(spec if section == "spec" else run.configuration[section]):
             # What was not set follows from the stages below.
             if name not in ("labels", "sha256") and (section, value) not in (("spec", None), ("spec", {})):
                 rows.append((f"{section}.{name}", value if isinstance(value, str) else json.dumps(value)))
@@ -377,7 +382,10 @@ def stages(run: Run) -> list[Section]:
     if not stages:
         return []
     fields = list(dict.fromkeys(name for stage in stages.values() for name in stage))
-    rows = [(stage, *(str(values.get(name, "")) for name in fields)) for stage, values in stages.items()]
+    rows = []
+    for stage, values in stages.items():
+        told = {**values, "eps": _radius(values)} if {"norm", "eps"} <= set(values) else values
+        rows.append((stage, *(str(told.get(name, "")) for name in fields)))
     return [Table(f"{run.name}: stages of the attack", ("stage", *fields), rows)]
 
 

@@ -71,22 +71,25 @@ def _sections(results: Results) -> list[Section]:
 def _ways(results: Results, title: str, chosen: np.ndarray) -> Picture:
     """Confidence of the label, and of the class that the failing method ends at (or of the next best, where none fails)."""
     labels = results.measured["labels"]
-    figure = new_figure(3.0 * len(chosen) + 1.0, 3.4)
-    panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
-    for panel, image in zip(panels, chosen, strict=True):
+    columns = min(2, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = new_figure(3.5 * columns, 2.6 * rows + 0.5)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(chosen) :]:
+        panel.set_axis_off()
+    for panel, image in zip(panels, chosen, strict=False):
         ways = {method: results.measured[f"reverse-sde: {method}"][:, image] for method in _METHODS}
         ends, ranked = [way[-1].argmax() for way in ways.values()], ways["reverse-sde"][-1].argsort()[::-1]
         wrong = next(cls for cls in (*ends, *ranked) if cls != labels[image])
         for method, style in zip(_METHODS, ("-", "--"), strict=True):
-            for colour, cls in zip(COLOURS, (labels[image], wrong), strict=False):
-                name = class_name(results.runs[fig2b.case("reverse-sde").name], cls)
-                true = " (true)" if cls == labels[image] else ""
-                panel.plot(ways[method][:, cls], style, color=colour, linewidth=1.5, label=f"{name}{true}, {NAMES[method]}")
-        panel.set_title(f"image {image}", fontsize=9)
+            for colour, (kind, cls) in zip(COLOURS, {"true class": labels[image], "wrong class": wrong}.items(), strict=False):
+                panel.plot(ways[method][:, cls], style, color=colour, linewidth=1.5, label=f"{kind}, {NAMES[method]}")
+        true, other = (class_name(results.runs[fig2b.case("reverse-sde").name], cls) for cls in (labels[image], wrong))
+        panel.set_title(f"image {image}: {true} (true) and {other}", fontsize=9)
         panel.set_ylim(-0.02, 1.02)
         panel.set_xlabel("step", fontsize=9)
-        panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=1)
     figure.supylabel("confidence", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     return Picture(
         title,
         to_png(figure),
