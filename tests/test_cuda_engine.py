@@ -475,6 +475,14 @@ class TestGraphs:
         gc.collect()
         assert waited == [1]
 
+    def test_what_all_programs_share_is_let_go_when_work_on_it_is_done(self, score):
+        """Plans, too, fold constants, on whichever stream asks, and no program need ever be made."""
+        waited = []
+        pieces = Pieces(score, None, torch.zeros(1), torch.zeros(1, 3, 8, 8), False)
+        pieces.order._last = types.SimpleNamespace(synchronize=lambda: waited.append(1))
+        del pieces
+        assert waited == [1]
+
 
 def test_what_streams_share_is_ready_when_they_read_it(backends, score, classifier, images, monkeypatch):
     """Threads with streams of their own: one makes tables, one a program's buffers, one packs weights and folds constants for
