@@ -999,8 +999,11 @@ def test_what_cannot_be_a_graph_is_named(backends, score, classifier, images, mo
         purifier(*networks.values())(images, seed=1)
 
 
-def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch):
-    """Formats of its check and of its use: what is compiled serves no others."""
+@pytest.mark.parametrize("kept_steps", [0, 4])
+def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch, kept_steps):
+    """Formats of its check and of its use: what is compiled serves no others. Activations that are kept come from one piece
+    and go into another."""
+    stored(monkeypatch, True, kept_steps)
     strides = {}
 
     def formats(inputs):
