@@ -401,6 +401,8 @@ def test_a_product_of_ragged_channels_multiplies_as_a_whole_one(channels, capabi
     assert (ragged.tensor_core > 0) == ("halves" in algorithm)
     assert ragged.programs_per_sm >= 1
     assert not re.search(r"\.f64|\.approx|\.full|cvt\.rna?\.tf32", ragged.ptx)
+    if triton.__version__ in FIGURES_OF:
+        assert ragged.spill_bytes <= {(20, 128): 80, (128, 3): 16}.get(channels, 0)
 
 
 @pytest.mark.parametrize(
