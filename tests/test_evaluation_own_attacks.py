@@ -977,6 +977,8 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
         ("transfer", {"keep": "accuracy"}, "`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0"),
         ("transfer", {"keep": "loss"}, "`keep` is one of last, accuracy, got 'loss'"),
         ("transfer", {"coarse_steps": 0}, "`coarse_steps` is at least 1, got 0"),
+        ("transfer", {"coarse_steps": 1.5}, "`coarse_steps` is an integer, or one for each level .*, got 1.5"),
+        ("transfer", {"coarse_steps": [2, None]}, r"is an integer, or one for each level .*, got \[2, None\]"),
         ("stadv", {"smoothness": -1.0}, "`smoothness` is a finite number from 0, got -1.0"),
         ("stadv", {"reach": 0.0}, "`reach` is a finite number above 0, got 0.0"),
     ],

@@ -41,7 +41,11 @@ class Transfer(PGD):
     def __post_init__(self) -> None:
         given = self.coarse_steps
         several = tuple(given) if isinstance(given, (list, tuple)) else ()  # JSON has lists
-        checked = tuple(check_integer("coarse_steps", steps, 1) for steps in several or (given,))
+        try:
+            checked = tuple(check_integer("coarse_steps", steps, 1) for steps in several or (given,))
+        except TypeError as error:
+            what = "an integer, or one for each level of a method that has several"
+            raise ValueError(f"`coarse_steps` is {what}, got {given!r}") from error
         object.__setattr__(self, "coarse_steps", checked if several else checked[0])
         super().__post_init__()
         if self.keep == "accuracy" and not self.looks:
