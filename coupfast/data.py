@@ -246,6 +246,12 @@ def image_files(folder: str | Path) -> list[Path]:
     Files directly in the folder sorted by name; or, if there are subfolders with images, those sorted by subfolder
     and then by name. Other files and names starting with a dot are left out.
 
+    Args:
+        folder: Where they lie.
+
+    Returns:
+        Their paths.
+
     Raises:
         ValueError: if there is no image, or images lie both in the folder and in its subfolders.
 
@@ -273,6 +279,9 @@ def image_files(folder: str | Path) -> list[Path]:
 
 def cifar10_512_indices() -> np.ndarray:
     """Which CIFAR-10 test images the paper evaluates on: int64, shape (512,), in its order (data seed 0).
+
+    Returns:
+        Indices into the test set.
 
     Raises:
         RuntimeError: if this numpy draws other numbers from the same seed.

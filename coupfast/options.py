@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -79,6 +80,17 @@ def option(
 ) -> Any:
     """A dataclass field that people may set; see `Option`.
 
+    Args:
+        default: Its value where nobody says; without one it has to be given.
+        help: What it means, with unit and range.
+        parse: Makes a value of a word of the command line.
+        metavar: What stands for the value in a help text.
+        choices: The words that are allowed.
+        keyword: Its name among keywords and options, where the field's is another.
+
+    Returns:
+        What stands behind `=` in the dataclass.
+
     Example:
         >>> import dataclasses, coupfast
         >>> from coupfast.options import option
@@ -139,8 +151,10 @@ def options_of(owner: Any) -> list[Option]:
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" where something known is near, else nothing."""
-    near = difflib.get_close_matches(str(value), list(known), n=1)
+    """ "; did you mean 'x'?" where something known has that word in it, or is spelled much like it, else nothing."""
+    known = list(known)
+    near = sorted((name for name in known if str(value) in re.split("[-_]", name)), key=len)
+    near = near or difflib.get_close_matches(str(value), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

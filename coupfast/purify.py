@@ -57,6 +57,11 @@ class Purifier(nn.Module):
         settings: Method, gradient and engine, with all their options.
         last_seed: The seed of the last call's noise (the one drawn, where None was given).
 
+    Raises:
+        TypeError: if nothing has a keyword, or a network is no `nn.Module`.
+        ValueError: if a value is out of its range, a guided method has no classifier, or a network is in training mode. A call
+            raises what `purify` does.
+
     Example:
         >>> import torch, coupfast
         >>> score, classifier = coupfast.load_score("cifar10-tiny"), coupfast.load_classifier("cifar10-tiny")
@@ -304,6 +309,10 @@ class PurifiedClassifier(nn.Module):
     Attributes:
         next_draw: The draw that the next call without `draw` takes; readable, settable, and in `state_dict`. Every such
             call takes the next one, so repeated calls see fresh noise, and a restored counter repeats them bit for bit.
+
+    Raises:
+        TypeError: if `purifier` is none, or `classifier` is no `nn.Module`.
+        ValueError: if the classifier is in training mode, or `seed` is outside [0, 2**64). A call raises what `purify` does.
 
     Example:
         >>> import torch, coupfast

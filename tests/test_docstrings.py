@@ -1,6 +1,7 @@
 """Every public name, which is what the page of the API has, has an example in its docstring, and it runs."""
 
 import doctest
+import inspect
 import io
 import pkgutil
 import re
@@ -27,6 +28,19 @@ def test_its_example_runs(name, monkeypatch):
     output = io.StringIO()
     failed, _ = doctest.DocTestRunner().run(found, out=output.write)
     assert not failed, output.getvalue()
+
+
+FUNCTIONS = [name for name in NAMES if inspect.isfunction(pkgutil.resolve_name(":".join(name.rsplit(".", 1))))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_it_tells_what_it_takes_and_gives(name):
+    """Every parameter by its name, before the example, and what is returned, if anything is."""
+    function = pkgutil.resolve_name(":".join(name.rsplit(".", 1)))
+    text = inspect.getdoc(function).partition("Example:")[0]
+    signature = inspect.signature(function)
+    assert [word for word in signature.parameters if not re.search(rf"\b{word}\b", text)] == []
+    assert "Returns:" in text or signature.return_annotation in (None, "None")
 
 
 def test_the_page_has_every_name():

@@ -90,6 +90,7 @@ def test_flat_keywords_go_where_they_belong():
     for wrong, message in (
         ({"iteration": 3}, "an evaluation has no iteration to set; did you mean 'iterations'?"),
         ({"n_iter": 3}, "did you mean 'iterations'"),
+        ({"steps": 3}, "did you mean 'num_steps'"),
         ({"method": "none", "t": 0.05}, "`t` is of a purifier, and with method 'none' there is none"),
         ({"attack": "apgd-ce", "queries": 3}, "'apgd-ce' has no queries to set"),
         ({"t": 3.0}, "`t` is continuous time"),

@@ -193,6 +193,9 @@ def certify(
         journal: File that keeps what is counted, in which the same call goes on after it was stopped; None keeps nothing.
         progress: Show a bar.
 
+    Returns:
+        A class or an abstention for each image, with the L2 radius within which that class is certified.
+
     Raises:
         TypeError, ValueError: for what cannot be certified; the message says what was found.
 

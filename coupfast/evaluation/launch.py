@@ -79,6 +79,9 @@ def evaluate(
             `shard`, `draws`, …, the attack's knobs (`iterations`, …) and, where no defense is given, the purifier's keywords
             (`t`, …).
 
+    Returns:
+        The finished run: accuracies with intervals, logits and attacked images, and its ledger.
+
     Raises:
         ValueError: if images, labels, defense and attack do not fit, options contradict each other, or the configuration is
             not the run's; the message shows the difference. Before any work.

@@ -27,6 +27,14 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
 
     `successes` may be a sum of numbers in [0, 1]: they vary less than successes and failures would, so it is too wide then.
 
+    Args:
+        successes: How many, in [0, trials].
+        trials: Out of how many, above 0.
+        z: Half the interval's width, in standard deviations of a normal distribution.
+
+    Returns:
+        Its lower and upper end.
+
     Raises:
         ValueError: if not 0 <= successes <= trials and trials > 0.
 
@@ -239,6 +247,12 @@ def resubmissions(verdicts: Judged) -> list[Accuracy]:
     The bootstrap is over images with their draws as they fell. Images are the sample: each one's estimate is unbiased, and how
     it scatters over images has both parts in it, that images differ and that each had so many draws only, which are its own.
     (Draws with repetition would show fewer different ones, and so be another quantity.)
+
+    Args:
+        verdicts: What the judge saw: N draws of every image.
+
+    Returns:
+        An accuracy with intervals for each M, the first of them the average over draws, the last the worst of them.
 
     Example:
         >>> import numpy as np
@@ -492,6 +506,13 @@ class Comparison:
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p of equal accuracies, given the images that only one of two classifies correctly (McNemar 1947).
+
+    Args:
+        only_first: Images that only the first one classifies correctly.
+        only_second: Those that only the second one does.
+
+    Returns:
+        p in (0, 1]; 1 where there is no image of either kind.
 
     Example:
         >>> from coupfast.evaluation.protocols import mcnemar

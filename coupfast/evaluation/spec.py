@@ -29,7 +29,7 @@ MODES = ("full", "fast")
 #: What a ledger says in the place of a name, where images or a defense were objects that Python had.
 GIVEN = "given from Python"
 #: Names that other libraries have for what attacks are told.
-_ELSEWHERE = {"n_iter": "iterations", "steps": "iterations", "n_queries": "queries", "epsilon": "eps"}
+_ELSEWHERE = {"n_iter": "iterations", "n_queries": "queries", "epsilon": "eps"}
 AUTO = "auto"  # as many workers as fit
 #: Fields of a defense that is built from networks here.
 NETWORKS = ("score", "score_weights", "classifier", "classifier_weights", "activation", "guide", "guide_weights")

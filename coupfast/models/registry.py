@@ -196,6 +196,16 @@ def register(entry: Family | Names) -> None:
 def register_score(arch: str | None = None, **fields: Any) -> Callable[[Network], Network]:
     """Register a class of score networks; keyword arguments are fields of its `Family`, `arch` its own name if not given.
 
+    Args:
+        arch: The name of the architecture.
+        fields: `names`, `recognise`, `randomise`, …, each a field of `Family`.
+
+    Returns:
+        A decorator that leaves the class as it is.
+
+    Raises:
+        ValueError: if a name is taken.
+
     Example:
         >>> import torch, coupfast
         >>> from coupfast.models.registry import register_score
@@ -214,6 +224,16 @@ def register_score(arch: str | None = None, **fields: Any) -> Callable[[Network]
 
 def register_classifier(arch: str | None = None, **fields: Any) -> Callable[[Network], Network]:
     """Register a class of classifiers; keyword arguments are fields of its `Family`, `arch` its own name if not given.
+
+    Args:
+        arch: The name of the architecture.
+        fields: `names`, `recognise`, `randomise`, …, each a field of `Family`.
+
+    Returns:
+        A decorator that leaves the class as it is.
+
+    Raises:
+        ValueError: if a name is taken.
 
     Example:
         >>> import torch, coupfast

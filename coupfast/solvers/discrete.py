@@ -204,6 +204,14 @@ def reverse_diffusion(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | fl
 
     x' = (2 − sqrt(1 − β_i)) x + β_i s(x) + sqrt(β_i) z with β_i = β(t) h, and no noise in the last step (their `denoise`).
 
+    Args:
+        sde: Its β and σ.
+        t: Falling times, float64, shape (num_steps + 1,).
+        guidance_scale: λ, one number or one for each step.
+
+    Returns:
+        A row of coefficients for each step, float64.
+
     Raises:
         ValueError: where β(t) h exceeds 1: the steps are too long for this predictor.
 
@@ -232,6 +240,14 @@ def exponential(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -
 
     x' = r x + 2 (r − 1) s(x) + sqrt(r² − 1) z with r = α_t/α_s = exp(½ ∫ β). (The other exact steps hold ε̂ or x̂0 in the place
     of the score: the solvers sde-dpm-solver-1 and ancestral; that of the ODE with ε̂ held is ddim.)
+
+    Args:
+        sde: Its β and σ.
+        t: Falling times, float64, shape (num_steps + 1,).
+        guidance_scale: λ, one number or one for each step.
+
+    Returns:
+        A row of coefficients for each step, float64.
 
     Example:
         >>> import numpy as np, coupfast

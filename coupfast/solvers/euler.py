@@ -12,6 +12,14 @@ def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float
     """Euler-Maruyama on the reverse SDE of COUP with coefficients at the start of each step. Zhang et al. 2024,
     arXiv:2408.05900, eq. 5.
 
+    Args:
+        sde: Its β and σ.
+        t: Falling times, float64, shape (num_steps + 1,).
+        guidance_scale: λ, one number or one for each step.
+
+    Returns:
+        A row of coefficients for each step, float64.
+
     Example:
         >>> import numpy as np, coupfast
         >>> from coupfast.solvers import euler_maruyama
@@ -32,6 +40,14 @@ def euler_maruyama(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float
 def probability_flow(sde: VPSDE, t: np.ndarray, guidance_scale: np.ndarray | float) -> CoefficientTable:
     """Euler on the probability-flow ODE with the same guided score; no noise. Song et al. 2021,
     arXiv:2011.13456, eq. 13.
+
+    Args:
+        sde: Its β and σ.
+        t: Falling times, float64, shape (num_steps + 1,).
+        guidance_scale: λ, one number or one for each step.
+
+    Returns:
+        A row of coefficients for each step, float64.
 
     Example:
         >>> import numpy as np, coupfast

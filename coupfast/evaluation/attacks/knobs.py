@@ -51,6 +51,9 @@ def knob(
         words: What values are valid: "at least 1".
         valid: Whether a value is; asked after the type was checked, and not about None.
 
+    Returns:
+        What stands behind `=` in the dataclass. A value that is not valid is a ValueError when an attack is made.
+
     Example:
         >>> import dataclasses
         >>> from coupfast.evaluation import knob
@@ -66,6 +69,13 @@ def knob(
 
 def count(default: int, help: str) -> Any:
     """A knob that counts something, at least 1.
+
+    Args:
+        default: How many where nothing is said.
+        help: What is counted.
+
+    Returns:
+        What stands behind `=` in the dataclass; see `knob`.
 
     Example:
         >>> import dataclasses
