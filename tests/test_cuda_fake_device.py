@@ -181,9 +181,9 @@ def test_pieces_compile_whole(name):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA: what captures call is NOT looked up")
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA: what captures call is NOT looked up")
 def test_what_captures_call_of_pytorchs_own_is_there():
-    """Undocumented, so that another version may lack it; it shows on a GPU alone, and then only where a capture fails."""
+    """Undocumented, so that another version may lack it, which else shows on a GPU alone."""
     names = set(re.findall(r"torch\._C\.(\w+)\(", inspect.getsource(capture)))
     assert len(names) == 3
     assert not {name for name in names if not hasattr(torch._C, name)}

@@ -81,7 +81,8 @@ def test_what_an_image_lacks_is_taken_from_wheels_without_an_index(tmp_path):
     with zipfile.ZipFile(tmp_path / "made_here-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("made_here.py", "")
         # Requires what is nowhere: nothing is installed but what is given.
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: made_here\nVersion: 1.0\nRequires-Dist: not-made-here\n")
+        about = "Metadata-Version: 2.1\nName: made_here\nVersion: 1.0\nRequires-Dist: not-made-here\n"
+        wheel.writestr(f"{info}/METADATA", about)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     assert on_gpu_module._is_missing("made_here", [])
