@@ -216,7 +216,8 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
     whole = dataclasses.replace(scale, budget=1.0)
     specs = [case.spec(scale) for case in results.cases]
     if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(results.cases, specs, strict=True)):
-        found.append("smaller attacks than published: robust accuracies here are above what the published size would find")
+        likely = "robust accuracies here are likely above what the published size would find"
+        found.append(f"smaller attacks than published: {likely}")
     if any(_follows_exact(spec) for spec in specs):
         found.append(
             "attacks follow the exact gradient of the steps that ran, and the published ones that of a continuous adjoint, "
