@@ -19,7 +19,8 @@ solvers and SDE solvers move an image that is off by other amounts: each is comp
 reference SDE above, where the ODE's rows do not tend to 0. `--gaussian` does this part alone, in a second.
 
 Intervals are of 95 %, from images drawn again: images are the sample, draws of the same image say little of others. Differences
-are from Euler-Maruyama in the most steps, paired by image.
+are from Euler-Maruyama in the most steps, paired by image; p is by flipped signs of images' differences, since few images that
+are drawn again vary less than new ones would.
 
 A row is a file of its own in `--out`, which is skipped where it is there. The last lines put them together: solvers.json,
 solvers.md and solvers.png; with `--kept` nothing is computed, and what is there is put together.
@@ -46,6 +47,7 @@ import coupfast
 from coupfast.data import load_images
 from coupfast.evaluation.attacks import ball
 from coupfast.evaluation.drawing import COLOURS, check_matplotlib, new_figure, to_png
+from coupfast.experiments.announced import sign_flips
 from coupfast.experiments.defenses import NAMES
 from coupfast.sde import T_END, VPSDE, time_grid
 from coupfast.solvers import SOLVERS, as_solver
@@ -76,14 +78,18 @@ def main(argv: list[str] | None = None) -> int:
     cells = [(m, s, k) for k in options.steps for m in options.methods for s in options.solvers]
     if options.kept:
         cells = [cell for cell in cells if study.file(*cell).exists()]
-    for method in options.methods:
+        if not cells:
+            raise SystemExit(f"--kept: {options.out} has no row of these options; leave it out to compute them")
+    methods = [method for method in options.methods if any(method == of for of, *_ in cells)]
+    for method in methods:
         study.reference(method)
-        study.transferred(method)
+        if not options.kept:
+            study.transferred(method)
     for method, solver, steps in tqdm(cells, unit="row", disable=None):
         study.row(method, solver, steps)
     rows = [row for cell in cells if (row := study.row(*cell)) is not None]
     rows = with_differences(rows, options.draws)
-    floors = {method: study.floor(method) for method in options.methods}
+    floors = {method: study.floor(method) for method in methods}
     exact = gaussian_rows(options)
     write_whole(options.out / "solvers.png", picture(rows, floors))
     found = {"rows": rows, "floor": floors, "gaussian": exact}
@@ -115,7 +121,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gaussian", action="store_true", help="only what is exact, of Gaussian data")
     parser.add_argument("--kept", action="store_true", help="put together the rows that are there, and compute no other")
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.draws < 2:
+        parser.error(f"--draws is at least 2, of which a law has a spread, got {options.draws}")
+    return options
 
 
 class Study:
@@ -235,6 +244,7 @@ def with_differences(rows: list[dict[str, Any]], draws: int) -> list[dict[str, A
             if baseline is not None and name in row:
                 apart = np.subtract(row[f"{name}_of_each_image"], baseline[f"{name}_of_each_image"]) * (100.0 / draws)
                 more |= {f"{name}_difference": float(apart.mean()), f"{name}_difference_95": interval(apart)}
+                more |= {f"{name}_difference_p": sign_flips(apart)}
         found.append(row | more)
     return found
 

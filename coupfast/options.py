@@ -191,6 +191,12 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     return number
 
 
+def parse_integers(word: str) -> int | tuple[int, ...]:
+    """A parser for the command line: a whole number, or several with commas between."""
+    several = tuple(int(part) for part in word.split(",") if part)
+    return several if "," in word else int(word)
+
+
 def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:
     """A parser for the command line: a number where the word is one, else what the other parser makes of it."""
 

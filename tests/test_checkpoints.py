@@ -264,13 +264,27 @@ def test_a_file_that_lacks_little_of_a_named_network_says_what(tmp_path):
     key = [key for key, value in whole.items() if value.dim() == 4][3]
     shape = tuple(whole[key].shape)
     cropped = whole[key][:-1].clone()
+    without = {name: value for name, value in whole.items() if name != key}
     for state, message in (
-        ({name: value for name, value in whole.items() if name != key}, f"nearly 'cifar10-tiny', of which '{key}' is missing"),
+        (without, f"nearly 'cifar10-tiny', of which '{key}' is missing: .* of another network, build the network yourself"),
         (whole | {key: cropped}, rf"'{key}' is {tuple(cropped.shape)}, not {shape}".replace("(", r"\(").replace(")", r"\)")),
     ):
         torch.save(state, path)
         with pytest.raises(CheckpointError, match=message):
             load_score(path)
+
+
+def test_a_class_that_is_made_of_numbers_is_not_in_the_way_of_another_ones_file(tmp_path, monkeypatch):
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.ones(2).sum().item()
+
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(2)}, path)
+    monkeypatch.setitem(registry._families, "Counted", registry.Family("Counted", "score", Counted, {"counted": {}}))
+    with pytest.raises(CheckpointError, match="unknown architecture: .* found 'a';"):
+        load_score(path)
 
 
 # --- damaged and hostile files ----------------------------------------------------------------------------------------

@@ -475,6 +475,14 @@ class TestGraphs:
         gc.collect()
         assert waited == [1]
 
+    def test_what_all_programs_share_is_let_go_when_work_on_it_is_done(self, score):
+        """Plans, too, fold constants, on whichever stream asks, and no program need ever be made."""
+        waited = []
+        pieces = Pieces(score, None, torch.zeros(1), torch.zeros(1, 3, 8, 8), False)
+        pieces.order._last = types.SimpleNamespace(synchronize=lambda: waited.append(1))
+        del pieces
+        assert waited == [1]
+
 
 def test_what_streams_share_is_ready_when_they_read_it(backends, score, classifier, images, monkeypatch):
     """Threads with streams of their own: one makes tables, one a program's buffers, one packs weights and folds constants for
@@ -616,18 +624,21 @@ def test_the_plan_counts_what_convolutions_take_beside_their_results(backends, s
     assert with_ours.slopes == without.slopes
 
 
-@pytest.mark.parametrize("name", ["score", "score vjp"])
+@pytest.mark.parametrize("name", ["score", "score vjp", "cotangent"])
 def test_a_check_takes_the_memory_of_a_step(score, classifier, images, name):
     """Of what is compared with: a graph of activations that nobody goes back through would be many times as much."""
     table = purifier(score, classifier, engine="eager").recipe.table
     eager = EagerProgram(score.requires_grad_(False), Guidance(classifier.requires_grad_(False), images), table, images, True)
     planned, bucket = eager.memory(8), 8
     found = torch.zeros(bucket, *images.shape[1:])
-    with AllocationAccount([*score.parameters(), eager.labels, found]) as account, torch.no_grad():
+    _, slopes = eager.guidance.graph.evaluate(found, keep_slopes=True)
+    sides = [slope.side() for slope in slopes]
+    networks = [*score.parameters(), *classifier.parameters(), eager.labels]
+    with AllocationAccount([*networks, found, *sides]) as account, torch.no_grad():
         with pytest.raises(RuntimeError, match="differs from PyTorch's"):
-            check_piece(name, lambda *inputs: (found,), eager, bucket, [], tf32=False)
+            check_piece(name, lambda *inputs: (found,), eager, bucket, sides, tf32=False)
     # Its two states, each in two formats, and what they are made of; then the comparison in float64.
-    assert account.peak <= (planned.forward if name == "score" else planned.transpose) + 10 * found.nbytes
+    assert account.peak <= (planned.transpose if name == "score vjp" else planned.forward) + 10 * found.nbytes
 
 
 class TestActivations:
@@ -988,8 +999,11 @@ def test_what_cannot_be_a_graph_is_named(backends, score, classifier, images, mo
         purifier(*networks.values())(images, seed=1)
 
 
-def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch):
-    """Formats of its check and of its use: what is compiled serves no others."""
+@pytest.mark.parametrize("kept_steps", [0, 4])
+def test_every_piece_is_compiled_for_what_it_is_called_with(backends, score, flattening, images, monkeypatch, kept_steps):
+    """Formats of its check and of its use: what is compiled serves no others. Activations that are kept come from one piece
+    and go into another."""
+    stored(monkeypatch, True, kept_steps)
     strides = {}
 
     def formats(inputs):

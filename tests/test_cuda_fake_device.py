@@ -6,7 +6,9 @@ their graphs are rewritten, and what is left has no autograd in it.
 
 import copy
 import functools
+import inspect
 import logging
+import re
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coupfast import Purifier
-from coupfast.engine.cuda import order
+from coupfast.engine.cuda import capture, order
 from coupfast.engine.cuda.flat import VIEWS
 from coupfast.engine.cuda.networks import CudaNetworks
 from coupfast.engine.cuda.program import CudaProgram
@@ -177,3 +179,11 @@ def test_pieces_compile_whole(name):
     logging.getLogger("torch").setLevel(logging.WARNING)
     for found, expected in zip(compiled(*inputs, *graph.constants), graph(*inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA: what captures call is NOT looked up")
+def test_what_captures_call_of_pytorchs_own_is_there():
+    """Undocumented, so that another version may lack it, which else shows on a GPU alone."""
+    names = set(re.findall(r"torch\._C\.(\w+)\(", inspect.getsource(capture)))
+    assert len(names) == 3
+    assert not {name for name in names if not hasattr(torch._C, name)}

@@ -7,6 +7,7 @@ import math
 import evaluation_cases
 import pytest
 import torch
+from conftest import small_score
 from evaluation_cases import labelled, run
 from test_evaluation_journal import asked, check_same, found, journals, stopped
 from torch import nn
@@ -21,9 +22,11 @@ from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.plan import Plan, Probe, plan
+from coupfast.evaluation.purification import coarse_count
 from coupfast.evaluation.suites import SUITES, Suite, find
 from coupfast.evaluation.units import derive_seed
 from coupfast.evaluation.views import Known, View
+from coupfast.methods import MultiStage, ReverseSDE
 from coupfast.options import option
 
 SHAPE = (3, 4, 4)
@@ -688,6 +691,18 @@ def test_who_is_misclassified_before_any_attack_has_fallen_inside_of_it():
         assert result.looks == 4 and result.looked.tolist() == [0, 4, 0]
 
 
+def test_who_is_right_and_cannot_be_moved_has_not_fallen_inside_of_it():
+    """FAB does not leave an image of black and white where the gradient is 0: it is attacked once all the same."""
+
+    class Flat(nn.Module):
+        def forward(self, x):
+            return torch.tensor([2.0, 1.0, 0.0]) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+    attack, metered = FABTargeted(iterations=2, target_classes=2, looks=2), Metered(Flat().eval())
+    result = attack.run(metered, torch.ones(2, *SHAPE), torch.zeros(2, dtype=torch.int64), seed=0)
+    assert result.looked.tolist() == [0, 0] and metered.gradient_images == 2 * attack.cost().gradient
+
+
 def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
     seen = []
 
@@ -809,7 +824,7 @@ def test_published_sizes():
     "attack",
     [
         DiffHammer(eps=1 / 255, iterations=3, eot_iter=2, losses="margin,ce"),
-        Transfer(eps=1 / 255, coarse_steps=1, iterations=4, eot_iter=2, drop="majority", error=0.5),
+        Transfer(eps=1 / 255, coarse_steps=(1,), iterations=4, eot_iter=2, drop="majority", error=0.5),
         PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
         PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, keep="last", drop="majority", error=0.5, batch=2),
         APGD(eps=1 / 255, iterations=2, eot_iter=1, looks=2, dw_box=True),
@@ -908,7 +923,8 @@ def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
 
 
 def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None))
+    coarse = {"transfer-3": 3, "transfer-5": 5}
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 20, None, coarse=coarse))
     spec = Spec.of(attack="cascade", t=0.06, num_steps=20, limit=10, draws=2, paths=0)
     found = plan(spec)
     stages = {stage.name: stage for stage in found.stages}
@@ -961,6 +977,8 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
         ("transfer", {"keep": "accuracy"}, "`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0"),
         ("transfer", {"keep": "loss"}, "`keep` is one of last, accuracy, got 'loss'"),
         ("transfer", {"coarse_steps": 0}, "`coarse_steps` is at least 1, got 0"),
+        ("transfer", {"coarse_steps": 1.5}, "`coarse_steps` is an integer, or one for each level .*, got 1.5"),
+        ("transfer", {"coarse_steps": [2, None]}, r"is an integer, or one for each level .*, got \[2, None\]"),
         ("stadv", {"smoothness": -1.0}, "`smoothness` is a finite number from 0, got -1.0"),
         ("stadv", {"reach": 0.0}, "`reach` is a finite number above 0, got 0.0"),
     ],
@@ -1011,10 +1029,42 @@ def test_a_method_without_steps_has_no_coarser_form():
             return state
 
     inner = evaluation_cases.purified("cpu")
-    purifier = Purifier(inner.purifier.score, None, method=Fixed(), engine="eager")
-    metered = Metered(PurifiedClassifier(purifier, inner.classifier))
-    with pytest.raises(ValueError, match="has no `num_steps` by which it could be made coarser"):
-        Transfer(coarse_steps=1).check(metered)
+    for method, message in (
+        (Fixed(), "has no `num_steps` by which it could be made coarser"),
+        (ReverseSDE(t=(0.1, 0.05, 0.01)), "'reverse-sde' has a whole grid as `t`, .*: set `t` to a number"),
+    ):
+        purifier = Purifier(inner.purifier.score, None, method=method, engine="eager")
+        with pytest.raises(ValueError, match=message):
+            Transfer(coarse_steps=1).check(Metered(PurifiedClassifier(purifier, inner.classifier)))
+
+
+def multi_stage(device, num_steps=(3, 4), kind=MultiStage):
+    """A defense of two levels, three rounds in all."""
+    classifier = evaluation_cases.pixel_classifier()
+    method = kind(levels=(0.003, 0.006), repeats=(2, 1), num_steps=num_steps)
+    return PurifiedClassifier(Purifier(small_score(torch.float32), method=method, engine="eager"), classifier)
+
+
+def test_rounds_are_attacked_through_few_steps_of_each(tmp_path):
+    """As Lee and Kim say them, level by level; noising is one more of each round."""
+    x, _ = labelled(3)
+    metered, ids, draw = Metered(multi_stage("cpu")), torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    for said, each, count in ((1, (1, 1), 6), ((1, 2), (1, 2), 7)):
+        assert torch.equal(metered.ask(x, ids, draw, View(steps=said)), multi_stage("cpu", each)(x, ids=ids, draw=draw))
+        assert metered.coarser(said).purifier.num_steps == count
+    spec = Spec.of(attack="transfer", coarse_steps=(1, 2), iterations=2, eot_iter=1, draws=1, paths=0, shard=5, limit=5)
+    ledger = run(tmp_path / "run", spec, build=multi_stage)
+    assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))).stages() == spec.stages()
+    assert planning.probe(spec, x.shape[1:], defense=multi_stage, images=1, steps=1).coarse == {"transfer": 7}
+    assert {stage.name: stage.steps for stage in planning.happened(ledger)} == {"clean": None, "transfer": 7, "judge": None}
+    own = type("Own", (MultiStage,), {"name": "own"})  # of somebody else's
+    rounds = Metered(multi_stage("cpu", kind=own))
+    assert coarse_count(rounds.describe(), [1, 2]) == rounds.coarser((1, 2)).purifier.num_steps == 7
+    for steps, message in (((1, 2, 3), "has 2 levels, got 3 numbers of steps"), ((3, 4), "fewer than the defense's 13 steps")):
+        with pytest.raises(ValueError, match=message):
+            Transfer(coarse_steps=steps).check(metered)
+    with pytest.raises(ValueError, match=r"'coup' has 1 level, got 2 numbers of steps: \(1, 2\)"):
+        Transfer(coarse_steps=(1, 2)).check(Metered(evaluation_cases.purified("cpu")))
 
 
 def test_every_suite_stays_in_its_ball_from_anywhere():

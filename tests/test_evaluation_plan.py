@@ -59,7 +59,8 @@ def test_the_papers_run_can_be_counted_without_its_images(monkeypatch):
 
 
 def test_the_papers_run_in_the_fast_mode_stage_by_stage(monkeypatch):
-    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 100, None))
+    coarse = {"transfer-3": 3, "transfer-5": 5}
+    monkeypatch.setattr(planning, "probe", lambda *_, **__: Probe(1.0, 3.0, 1, 2, 100, None, coarse=coarse))
     found = plan(Spec.of(**paper("Linf"), attack="cascade", mode="fast"))
     stages = {stage.name: stage for stage in found.stages}
     assert list(stages) == ["clean", "transfer-3", "transfer-5", "exact", "judge"]

@@ -18,7 +18,7 @@ from PIL import Image
 from coupfast.cli import main
 from coupfast.evaluation import configuration
 from coupfast.evaluation.ledger import DATABASE
-from coupfast.evaluation.protocols import Comparison, mcnemar
+from coupfast.evaluation.protocols import Comparison, Judged, accuracy, mcnemar
 from coupfast.experiments import (
     EXPERIMENTS,
     Network,
@@ -104,6 +104,17 @@ def test_a_page_has_the_times_of_its_runs_alone():
         assert dict(table.rows)["steps of a purification"] == steps
     said = tables.differences(EXPERIMENTS["table2"], Results(scale, {}, {}, EXPERIMENTS["table2"].cases))
     assert any(line.startswith("8 steps from t = 0.075, and not 75:") for line in said)
+
+
+def test_a_table_says_of_how_many_draws_its_runs_are():
+    def run(draws):
+        found = Judged(np.ones(2, dtype=bool), np.eye(2)[None].repeat(draws, axis=0), np.arange(2))
+        shares = {protocol: accuracy(found, protocol) for protocol in tables.SHOWN}
+        return types.SimpleNamespace(verdicts={"clean": found, "attacked": found}, accuracies={"attacked": shares})
+
+    for counts, said in (((4, 4), "of 4 fresh draws of"), ((1,), "of 1 fresh draw of"), ((4, 15), "of 4 to 15 fresh draws of")):
+        note = tables.by_protocol(Results(Scale(), {str(i): run(draws) for i, draws in enumerate(counts)}, {}, [])).note
+        assert said in note and ("worst of more draws" in note) == (len(set(counts)) > 1)
 
 
 def test_a_run_that_two_need_is_made_once(out, capsys):

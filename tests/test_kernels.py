@@ -119,6 +119,18 @@ def test_cudnn_may_take_its_fastest_beside_ours(monkeypatch):
     assert not cudnn.benchmark
 
 
+def test_cudnn_is_an_opponent_in_both_formats():
+    """Some of its algorithms exist in one of them alone."""
+    (kernel,) = (kernel for kernel in registry.kernels() if kernel.name == "conv3x3 winograd")
+    assert all(set(case.others) == {"pytorch, channels last", "pytorch, contiguous"} for case in kernel.timed(1))
+    trial = next(iter(kernel.checks())).make(torch.device("cpu"))
+    (wanted,) = trial.definition(torch.float64)
+    for name, layout in (("channels last", torch.channels_last), ("contiguous", torch.contiguous_format)):
+        found = trial.others[f"pytorch, {name}"]()
+        assert found.is_contiguous(memory_format=layout)
+        assert parity.relative_error(found, wanted) < 1e-6
+
+
 class TestFromElsewhere:
     @pytest.fixture
     def folder(self, tmp_path):

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -73,6 +74,20 @@ def test_bad_input_is_named_before_any_work(tmp_path, arguments, message):
     (places["full"] / "environment.json").write_text("{}")
     done = on_gpu(*(argument.format(**places) for argument in arguments))
     assert done.returncode != 0 and message in done.stderr and done.stdout == ""
+
+
+def test_what_an_image_lacks_is_taken_from_wheels_without_an_index(tmp_path):
+    on_gpu_module, info = __import__("on_gpu"), "made_here-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "made_here-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("made_here.py", "")
+        # Requires what is nowhere: nothing is installed but what is given.
+        about = "Metadata-Version: 2.1\nName: made_here\nVersion: 1.0\nRequires-Dist: not-made-here\n"
+        wheel.writestr(f"{info}/METADATA", about)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    assert on_gpu_module._is_missing("made_here", [])
+    site = on_gpu_module._unpacked(tmp_path, tmp_path / "site")
+    assert not on_gpu_module._is_missing("made_here", [str(site)])
 
 
 def test_a_stage_over_its_limit_says_where_it_was(tmp_path):

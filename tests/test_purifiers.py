@@ -19,7 +19,7 @@ from coupfast.settings import Settings
 from coupfast.solvers import DDIM, SOLVERS, CoefficientTable, one_after_the_other
 
 METHODS_HERE = {
-    "multi-stage": MultiStage(levels=(0.03, 0.2), repeats=(2, 1), num_steps=3),
+    "multi-stage": MultiStage(levels=(0.03, 0.2), repeats=(2, 1), num_steps=(2, 4)),
     "multi-stage, two-step solver": MultiStage(levels=(0.1,), repeats=(2,), num_steps=4, solver="sde-dpm-solver++-2m"),
     "multi-stage, Euler": MultiStage(levels=(0.1,), repeats=(2,), num_steps=3, solver="euler-maruyama", sde=VPSDE()),
     "ld-sde": LangevinSDE(t=0.075, clamp=False),
@@ -177,6 +177,8 @@ def test_gdmp_as_published():
 def test_multi_stage_as_published():
     table = MultiStage().recipe().table
     assert table.num_steps == 4 * 31 + 2 * 51 + 2 * 126 and MultiStage().score_evaluations == 470
+    assert MultiStage(num_steps=(1, 1, 5)).score_evaluations == 4 + 2 + 2 * 5
+    assert MultiStage(num_steps=2).score_evaluations == 2 * (4 + 2 + 2)
     starts = [k for k in range(table.num_steps) if not table.evaluates(k)]
     np.testing.assert_allclose(table.t[1:][starts], [0.03] * 4 + [0.05] * 2 + [0.125] * 2)
     alpha_bar = np.cumprod(1 - (1e-4 + (0.02 - 1e-4) * np.arange(1000) / 999))

@@ -46,6 +46,11 @@ def test_differences_are_paired_and_from_the_most_steps(study):
     assert {row["baseline_steps"] for row in (first, second, baseline)} == {9}
     assert first["exact_difference"] == pytest.approx(100 * (-1 + 0 + 2) / 6) and "clean_difference" not in first
     assert second["exact_difference"] == pytest.approx(100 / 6) and second["exact_difference_95"] == [0.0, 50.0]
+    assert [row["exact_difference_p"] for row in (first, second, baseline)] == [1.0] * 3
+    # Three images that differ alike do so by two of eight choices of signs, whatever ends a resampled interval has.
+    alike = [rows[0] | {"exact_of_each_image": [0] * 3}, rows[2] | {"exact_of_each_image": [2] * 3}]
+    found = study.with_differences(alike, draws=2)[0]
+    assert found["exact_difference_95"] == [-100.0, -100.0] and found["exact_difference_p"] == pytest.approx(0.25, abs=0.02)
     assert baseline["exact_difference_95"] == [0.0, 0.0]
 
 
@@ -76,6 +81,11 @@ def test_goes_on(study, tmp_path, monkeypatch, capsys):
     assert study.main([*again, "--kept"]) == 0  # and what is not there is left out
     kept = json.loads((tmp_path / "solvers.json").read_text())["rows"]
     assert kept == [row for row in rows if (row["solver"], row["steps"]) != ("ddim", 2)]
+    others = [*again, "--kept", "--methods"]
+    assert study.main([*others, "coup", "diffpure"]) == 0  # and so is DiffPure, of which there is nothing
+    assert set(json.loads((tmp_path / "solvers.json").read_text())["floor"]) == {"coup"}
+    with pytest.raises(SystemExit, match="has no row of these options"):
+        study.main([*others, "diffpure"])
     assert study.main([*again, "--gaussian"]) == 0
     assert "| sde-dpm-solver++-2m | log-snr" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from coupfast_kernels import registry
 from coupfast_kernels.convolution import cases as convolution
 from coupfast_kernels.convolution import gpu_split, gpu_winograd
 from coupfast_kernels.convolution.gpu import ALGORITHMS, pack_halves
-from coupfast_kernels.convolution.gpu_tuning import CONFIGS
+from coupfast_kernels.convolution.gpu_tuning import CONFIGS, candidates
 from coupfast_kernels.group_norm import cases as group_norm
 from coupfast_kernels.guided_step import cases as guided_step
 from coupfast_kernels.guided_step import guided_step_ref
@@ -332,9 +332,11 @@ WINOGRAD = {
 
 
 @functools.cache
-def built_winograd(part: str, number: int, capability: int, algorithm: str = "winograd") -> Compiled:
+def built_winograd(
+    part: str, number: int, capability: int, algorithm: str = "winograd", channels: tuple[int, int] = (128, 128)
+) -> Compiled:
     kind, *_ = part.split(",")
-    more = (128, 128, CONFIGS[algorithm][number], algorithm) if kind == "product" else WINOGRAD[part]
+    more = (*channels, CONFIGS[algorithm][number], algorithm) if kind == "product" else WINOGRAD[part]
     return compile_offline(launched(convolution.launch_winograd_part, kind, *more), capability)
 
 
@@ -381,6 +383,26 @@ def test_a_product_of_halves_is_runs_on_tensor_cores(number, capability):
         if (number, capability) == (0, 90):
             # Predicted: less than the 300 that a direct sum's pass may take, since no taps are masked.
             assert 0 < built.loop_instructions < 300
+
+
+@pytest.mark.parametrize("algorithm", [name for name, each in ALGORITHMS.items() if each.way == "winograd"])
+@pytest.mark.parametrize(
+    ("channels", "capability"), [((20, 128), 80), ((20, 128), 100), ((128, 3), 90), ((40, 20), 90)], ids=str
+)
+def test_a_product_of_ragged_channels_multiplies_as_a_whole_one(channels, capability, algorithm):
+    """By the config that a large map is first tried with: what is masked adds zeros, by the same instructions."""
+    config, *_ = candidates(1024, channels[1], algorithm)
+    number = CONFIGS[algorithm].index(config)
+    ragged, whole = (
+        built_winograd("product", number, capability, algorithm, each) for each in (channels, (128, 128))
+    )
+    assert float32_operations(ragged) == float32_operations(whole)
+    assert ragged.tensor_core == whole.tensor_core
+    assert (ragged.tensor_core > 0) == ("halves" in algorithm)
+    assert ragged.programs_per_sm >= 1
+    assert not re.search(r"\.f64|\.approx|\.full|cvt\.rna?\.tf32", ragged.ptx)
+    if triton.__version__ in FIGURES_OF:
+        assert ragged.spill_bytes <= {(20, 128): 80, (128, 3): 16}.get(channels, 0)
 
 
 @pytest.mark.parametrize(

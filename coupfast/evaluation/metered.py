@@ -59,7 +59,7 @@ class Metered(nn.Module):
         self.passed: Callable[[int], object] | None = None
         self.recorder: Recording | None = None
         self.known: Known | None = None
-        self._coarser: dict[int, PurifiedClassifier] = {}
+        self._coarser: dict[int | tuple[int, ...], PurifiedClassifier] = {}
         self.training = False  # what is inside stays as it is: a defense may have dropout on purpose
         self._inner = [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
         self._purifiers = [module for module in model.modules() if isinstance(module, Purifier)]
@@ -163,7 +163,7 @@ class Metered(nn.Module):
         """
         return self._checked(self._purified().classify(x_pure))
 
-    def coarser(self, steps: int) -> PurifiedClassifier:
+    def coarser(self, steps: int | tuple[int, ...]) -> PurifiedClassifier:
         """The defense in fewer steps; see `views.coarser`."""
         if steps not in self._coarser:
             self._coarser[steps] = coarser(self._purified(), steps)

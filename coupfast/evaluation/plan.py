@@ -46,6 +46,7 @@ class Probe:
         steps, of_steps: How many steps of a purification the probe ran, and how many there are.
         memory: Predicted peak bytes of a worker, weights included, over all stages; None if it cannot be told.
         memory_of: The same, stage by stage.
+        coarse: Steps of the coarser purification that gradients go through, of stages that have one.
     """
 
     forward: float
@@ -55,6 +56,7 @@ class Probe:
     of_steps: int
     memory: int | None
     memory_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    coarse: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,7 @@ def plan(
     measured = probe(spec, shape, defense=defense, images=probe_images, steps=probe_steps)
     stages = []
     for name, forward, gradient in _counts(spec, count):
-        stage = Stage(name, count, forward, gradient, 0.0, steps=spec.costs()[name].steps)
+        stage = Stage(name, count, forward, gradient, 0.0, steps=measured.coarse.get(name))
         stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
     expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
     pilot = "" if pilot is None else str(pilot)
@@ -296,6 +298,8 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         if purified is None:
             return Probe(_seconds(metered, x, False) / images, _seconds(metered, x, True) / images, images, 1, 1, None)
         purifier, classifier = purified.purifier, purified.classifier
+        through = {name: cost.steps for name, cost in spec.costs().items() if cost.steps is not None}
+        coarse = {name: metered.coarser(steps).purifier.num_steps for name, steps in through.items()}
         # The backward pass of a surrogate has another number of steps than the forward pass: nothing to scale by.
         ran = purifier.num_steps if purifier.settings.gradient.name == Surrogate.name else min(steps, purifier.num_steps)
         fewer = purification.begun(purifier.settings, ran)
@@ -310,7 +314,7 @@ def probe(spec: Spec, shape: torch.Size, *, defense: Given | None = None, images
         del short  # a purifier leaves out algorithms that have no room beside another one's weights
         memory_of = _memory(spec, purifier, classifier, shape)
         memory = max(memory_of.values()) if memory_of else None
-        return Probe(seconds[0], seconds[1], images, ran, purifier.num_steps, memory, memory_of)
+        return Probe(seconds[0], seconds[1], images, ran, purifier.num_steps, memory, memory_of, coarse)
 
 
 def _memory(spec: Spec, purifier: Purifier, classifier: nn.Module, shape: torch.Size) -> dict[str, int]:
@@ -348,6 +352,7 @@ def happened(ledger: Ledger) -> list[Stage]:
     stages: dict[str, Stage] = {}
     for record in ledger.done().values():
         before = stages.get(record.unit.stage, Stage(record.unit.stage, 0, 0, 0, 0.0))
+        coarse = ledger.configuration["stages"].get(record.unit.stage, {}).get("coarse_steps")
         stages[record.unit.stage] = Stage(
             record.unit.stage,
             before.images + len(record.unit.images),
@@ -355,7 +360,7 @@ def happened(ledger: Ledger) -> list[Stage]:
             before.gradient + record.gradient_images,
             before.seconds + record.seconds,
             max(before.peak_bytes, record.peak_bytes),
-            ledger.configuration["stages"].get(record.unit.stage, {}).get("coarse_steps"),
+            None if coarse is None else purification.coarse_count(ledger.configuration["defense"], coarse),
         )
     order = [CLEAN, *ledger.configuration["stages"], JUDGE]
     return [stages[name] for name in order if name in stages]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from coupfast.gradients import GRADIENTS, Adjoint, NoGradient
-from coupfast.methods import METHODS, DiffusionMethod, Method, TableMethod, method_name
+from coupfast.methods import METHODS, DiffusionMethod, Method, MultiStage, TableMethod, method_name
 from coupfast.naming import is_reference, resolve
 from coupfast.options import options_of
 from coupfast.purify import Purifier
@@ -99,6 +99,36 @@ def shortened(settings: Settings, num_steps: int) -> Settings | None:
     if not isinstance(getattr(method, "t", None), float) or not any(o.field == "num_steps" for o in options_of(method)):
         return None
     return dataclasses.replace(settings, method=dataclasses.replace(method, num_steps=num_steps))  # type: ignore[call-arg]
+
+
+def coarsened(settings: Settings, steps: int | tuple[int, ...]) -> Settings | None:
+    """The same purification in fewer steps, for an attack to go through; None where the method cannot say it.
+
+    Args:
+        steps: Of the purification; of each round where it has several, one number for all or one a level.
+
+    Raises:
+        ValueError: if there are several numbers, and the method has another number of levels.
+    """
+    method = settings.method
+    levels = len(method.levels) if isinstance(method, MultiStage) else 1
+    if isinstance(steps, tuple) and len(steps) != levels:
+        raise ValueError(
+            f"{method_name(method)!r} has {counted(levels, 'level')}, got {counted(len(steps), 'number')} of steps: {steps}; "
+            "set `coarse_steps`"
+        )
+    if isinstance(method, MultiStage):
+        return dataclasses.replace(settings, method=dataclasses.replace(method, num_steps=steps))
+    return shortened(settings, steps[0] if isinstance(steps, tuple) else steps)
+
+
+def coarse_count(defense: Mapping[str, Any], steps: int | Sequence[int]) -> int:
+    """How many steps `coarsened` leaves in all, of a defense as `describe` has it."""
+    method = defense.get("method", {})
+    if not {"levels", "repeats"} <= method.keys():  # of `MultiStage`, or of what is made of it
+        return steps if isinstance(steps, int) else steps[0]
+    each = [steps] * len(method["repeats"]) if isinstance(steps, int) else steps
+    return sum(count * (1 + own) for count, own in zip(method["repeats"], each, strict=True))  # a round begins with noise
 
 
 def without_gradient(settings: Settings) -> Settings:

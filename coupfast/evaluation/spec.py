@@ -322,7 +322,7 @@ class Spec:
 
 
 def in_fast_mode(spec: Mapping[str, Any]) -> str:
-    """Behind an attack's name, that it was cut short; "" where it was not. Of a spec as a ledger has it."""
+    """Behind an attack's name, that the mode is the fast one; "" where it is not. Of a spec as a ledger has it."""
     return " in fast mode" if spec.get("mode") == "fast" else ""
 
 

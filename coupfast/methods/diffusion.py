@@ -70,10 +70,13 @@ class SolverMethod(TableMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
+        self._check_num_steps()
         check_name("grid", self.grid, GRIDS)
         check_sde(self.sde)
         object.__setattr__(self, "solver", as_solver(self.solver))
+
+    def _check_num_steps(self) -> None:
+        object.__setattr__(self, "num_steps", check_num_steps(self.num_steps))
 
     def scale(self, t: float) -> float:
         """λ at time t; 0 without guidance."""

@@ -11,7 +11,7 @@ import numpy as np
 from coupfast.methods.base import Networks, Recipe, StepState
 from coupfast.methods.diffusion import SolverMethod
 from coupfast.noise import Noise
-from coupfast.options import check_integer, option, other_default
+from coupfast.options import check_integer, option, other_default, parse_integers
 from coupfast.sde import VPSDE, DiscreteVPSDE, check_t, time_grid
 from coupfast.solvers import Ancestral, Solver, noising, one_after_the_other
 
@@ -31,7 +31,7 @@ class MultiStage(SolverMethod):
     Attributes:
         levels: Times in (1e-5, 1] that rounds noise to, level n of 1000 being n/1000.
         repeats: How many rounds each level has, at least 1.
-        num_steps: Steps of each round; None is one each 1e-3.
+        num_steps: Steps of each round, one number for all of them or one a level; None is a step each 1e-3.
         solver: By default `Ancestral()`.
         sde: By default the discrete chain.
 
@@ -54,6 +54,12 @@ class MultiStage(SolverMethod):
     repeats: tuple[int, ...] = option(
         (4, 2, 2), help="rounds at each of the levels", parse=_numbers(int), metavar="N,..."
     )
+    num_steps: int | tuple[int, ...] | None = option(  # type: ignore[assignment]  # wider: several levels
+        None,
+        help="that many equal steps a round, one number or one a level; without it one step each 1e-3",
+        parse=parse_integers,
+        metavar="K,...",
+    )
     solver: str | Solver = other_default(SolverMethod, "solver", Ancestral())
     sde: VPSDE = other_default(SolverMethod, "sde", DiscreteVPSDE())
 
@@ -67,11 +73,22 @@ class MultiStage(SolverMethod):
         if len(self.repeats) != len(self.levels):
             raise ValueError(f"{len(self.levels)} `levels` need as many `repeats`, got {len(self.repeats)}: {self.repeats}")
         object.__setattr__(self, "repeats", tuple(check_integer("repeats", count, 1) for count in self.repeats))
+        if isinstance(self.num_steps, tuple) and len(self.num_steps) != len(self.levels):
+            raise ValueError(
+                f"{len(self.levels)} `levels` need as many `num_steps`, or one number for all, got {self.num_steps}"
+            )
+
+    def _check_num_steps(self) -> None:
+        if isinstance(self.num_steps, Sequence) and not isinstance(self.num_steps, str):
+            object.__setattr__(self, "num_steps", tuple(check_integer("num_steps", steps, 1) for steps in self.num_steps))
+        else:
+            super()._check_num_steps()
 
     def _rounds(self) -> list[np.ndarray]:
         """The times of each round."""
-        pairs = zip(self.levels, self.repeats, strict=True)
-        grids = [(time_grid(level, self.num_steps, grid=self.grid, sde=self.sde), count) for level, count in pairs]
+        steps = self.num_steps if isinstance(self.num_steps, tuple) else [self.num_steps] * len(self.levels)
+        levels = zip(self.levels, self.repeats, steps, strict=True)
+        grids = [(time_grid(level, num_steps, grid=self.grid, sde=self.sde), count) for level, count, num_steps in levels]
         return [times for times, count in grids for _ in range(count)]
 
     def recipe(self) -> Recipe:

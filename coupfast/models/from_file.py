@@ -255,13 +255,13 @@ def _unknown(content: Any, kind: Kind | None) -> CheckpointError:
     if not dictionaries:
         return _no_state_dict(content)
     _, state = max(dictionaries, key=lambda found: len(found[1]))
+    build = "build the network yourself and pass the module (on the command line: --defense FILE.py:FUNCTION)"
     if (near := _nearly_named(state, kind)) is not None:
-        return CheckpointError(f"the weights are {near}: is the file whole, and of this network?")
+        return CheckpointError(f"the weights are {near}: is the file whole? If they are of another network, {build}")
     known = ", ".join(family.arch for family in registry.families(kind) if family.recognise is not None)
     return CheckpointError(
         f"unknown architecture: expected the names and shapes of {known}, found {some(list(state))}; give `config` where it is "
-        "one of these in another size, or build the network yourself and pass the module (on the command line: --defense "
-        "FILE.py:FUNCTION)"
+        f"one of these in another size, or {build}"
     )
 
 
@@ -272,13 +272,16 @@ def _nearly_named(state: Mapping[str, Tensor], kind: Kind | None) -> str | None:
             named = registry.find_known(each, name)
             if named is None or named.config is None:
                 continue
-            expected = _shapes(each, name, repr(named.config))
+            try:
+                expected = _shapes(each, name, repr(named.config))
+            except Exception:  # somebody else's network may need real numbers to be made, and is not what was asked about
+                continue
             wrong = [key for key, shape in expected.items() if key not in state or tuple(state[key].shape) != shape]
             if not 0 < 10 * len(wrong) <= len(expected):
                 continue
             first = wrong[0]
             found = f"is {tuple(state[first].shape)}, not {expected[first]}" if first in state else "is missing"
-            others = f", and so on of {len(wrong)} tensors" if len(wrong) > 1 else ""
+            others = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
             return f"nearly {name!r}, of which {first!r} {found}{others}"
     return None
 

@@ -20,9 +20,10 @@ RESULTS = ROOT / "bench" / "results"
 sys.path[:0] = [str(ROOT / "bench")]
 
 import fit_algorithms  # noqa: E402  of bench/
-from solvers import SHARES  # noqa: E402  the ODEs among bench/solvers.py's
+from solvers import REFERENCE, SHARES  # noqa: E402  bench/solvers.py: the baseline and the ODEs
 from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
 
+from coupfast.experiments import announced  # noqa: E402
 from coupfast.experiments.defenses import NAMES  # noqa: E402
 
 Row = dict[str, Any]
@@ -352,9 +353,8 @@ def solver_accuracies(method: str, name: str = "exact") -> str:
             if (found := _solver_row(method, solver, count)) is None:
                 cells.append("–")
                 continue
-            low, high = found[f"{name}_difference_95"]
             ends = ", ".join(f"{end:.0f}" for end in found[f"{name}_95"])
-            cells.append(bold(f"{found[name]:.1f} [{ends}]", low > 0 or high < 0))
+            cells.append(bold(f"{found[name]:.1f} [{ends}]", found[f"{name}_difference_p"] <= announced.LEVEL))
         body.append([_solver_name(solver), *cells])
     return markdown([NAMES[method], *(f"{count} steps" for count in _solver_steps(method))], body)
 
@@ -363,8 +363,17 @@ def solver_share(name: str, method: str, solver: str, steps: int) -> str:
     """One of the study's figures."""
     if (found := _solver_row(method, solver, steps)) is None:
         raise LookupError(f"the solver study has no {solver} of {method} in {steps} steps")
+    if name.endswith("_p"):
+        return f"{found[name]:.2g}"
     said = {"energy_distance": f"{found[name]:.3f}", "cpu_seconds_an_image": f"{found[name]:.3f} s"}
     return said.get(name, f"{found[name]:.1f} %")
+
+
+def solver_least_p(name: str = "exact") -> str:
+    """Of all comparisons with the baseline, after Holm's correction over them."""
+    rows = results(_SOLVER_STUDY)["rows"]
+    others = [row for row in rows if (row["solver"], row["steps"]) != (REFERENCE, row["baseline_steps"])]
+    return f"{min(announced.holm({i: row[f'{name}_difference_p'] for i, row in enumerate(others)}).values()):.2g}"
 
 
 def solver_baseline() -> str:
@@ -730,7 +739,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against),
         *(gradient_signal, signal_against, kept_draws),
-        *(solvers, solver_distances, solver_accuracies, solver_share, solver_baseline),
+        *(solvers, solver_distances, solver_accuracies, solver_share, solver_least_p, solver_baseline),
         *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
         *(workers, oversubscribed, guided_step_cpu, absent_columns, kernel_times, slower_kernels, files),
     )

@@ -82,6 +82,11 @@ class Pieces:
         self._kept: tuple[int, int] | None = None  # a bucket, and the bytes that its step keeps
         self._lock, self.order = threading.RLock(), Order(example.device)
 
+    def __del__(self) -> None:
+        # As of a program's buffers: what was folded or packed on one stream may still read what another one had made.
+        if hasattr(self, "order"):
+            self.order.finish()
+
     def weights_bytes(self) -> int:
         """Copies of weights made so far: in channels last, and packed for this project's convolutions."""
         networks = [self.score] + ([] if self.guidance is None else [self.guidance.classifier])

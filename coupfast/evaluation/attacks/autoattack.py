@@ -186,13 +186,8 @@ class Square(_AutoAttack):
 
     def run(self, defense: Metered, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> Result:
         settings = {"norm": self.norm, "eps": self.eps, "n_queries": self.queries, "p_init": 0.8, "resc_schedule": False}
-        seen = _Seen(
-            *(defense, x, y, self.norm, self.eps),
-            copies=self.eot_iter,
-            looks=self.looks,
-            everywhere=True,
-            named=self.dw_box,
-        )
+        looks, named = self.looks, self.dw_box
+        seen = _Seen(defense, x, y, self.norm, self.eps, copies=self.eot_iter, looks=looks, everywhere=True, named=named)
         return seen.result(_perturb("square.SquareAttack", settings, seen, seed=seed))
 
     @property
@@ -258,7 +253,7 @@ class _Seen:
         self._calls += 1
         if self.offers == 1:
             (self.with_gradient if x.requires_grad else self.plain).append(logits.detach().argmax(dim=1))
-        self._keep(x.detach(), logits.detach(), looking=self.looks > 0 and (self.everywhere or x.requires_grad))
+        self._keep(x.detach(), logits.detach(), followed=x.requires_grad)
         return logits
 
     def _answer(self, x: torch.Tensor) -> torch.Tensor:
@@ -280,11 +275,12 @@ class _Seen:
             return Result(self._strongest, curve, self._strongest, self._loss, self._failed, None, looked, self.looks)
         return Result(x_adv, curve, self._strongest, self._loss, self._failed > 0)
 
-    def _keep(self, x: torch.Tensor, logits: torch.Tensor, *, looking: bool) -> None:
+    def _keep(self, x: torch.Tensor, logits: torch.Tensor, *, followed: bool) -> None:
         images = self._images(x)
         change = (x - self.x[images]).flatten(1)
         size = change.abs().amax(dim=1) if self.norm == "Linf" else change.norm(dim=1)
-        self.begun[images[size > 0]] = True
+        # FAB begins at the image itself, and stays there if the gradient is 0.
+        self.begun[images if followed else images[size > 0]] = True
         for equal in self._equal.values():
             self.begun[equal] = self.begun[equal].any()
         # A little more than eps is rounding; FAB asks far outside, too.
@@ -299,7 +295,7 @@ class _Seen:
         self._failing[images] = torch.maximum(torch.where(again, self._failing[images], 0.0), wrong)
         whole = self._count[images] == self.draws
         if self.looks:
-            whole &= looking
+            whole &= self.everywhere or followed
             self._failing[images[whole]] = self._look(x[whole], images[whole])
         mean, failing, failed = self._sum[images] / self.draws, self._failing[images], self._failed[images]
         better = whole & ((failing > failed) | ((failing == failed) & (mean > self._loss[images])))

@@ -22,7 +22,7 @@ class Cost:
     Attributes:
         again: Without a gradient, at most, besides: looks at an image that does not begin because it is seen misclassified, or
             that seems to have fallen.
-        steps: Steps of the purification that those with a gradient go through; None: the defense's own.
+        steps: Of the coarser purification that those with a gradient go through (`Metered.coarser`); None: the defense's.
 
     Example:
         >>> from coupfast.evaluation import Cost
@@ -33,7 +33,7 @@ class Cost:
     forward: int
     gradient: int
     again: int = 0
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Attack(abc.ABC):
         fields = {name: getattr(self, name) for name in knobs.names(self)}
         for name, value in fields.items():
             try:
-                json.dumps(value)
+                fields[name] = json.loads(json.dumps(value))  # tuples are lists there
             except TypeError as error:
                 raise ValueError(
                     f"`{name}` of {kind.__name__} is a {type(value).__name__}, and a ledger keeps numbers, texts and lists of "

@@ -29,6 +29,7 @@ _KEY = "knob"
 class _Range:
     words: str
     valid: Callable[[Any], bool]
+    parse: Callable[[str], Any] | None = None
 
 
 def knob(
@@ -36,6 +37,7 @@ def knob(
     help: str = "",
     *,
     metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
     words: str = "",
     valid: Callable[[Any], bool] = lambda value: True,
 ) -> Any:
@@ -45,6 +47,7 @@ def knob(
         default: Its value where nothing is said; it has to be given without one.
         help: What it is, with its unit.
         metavar: What stands for the value in a help text.
+        parse: Makes a value of a word of the command line, where the field's type is no number, text or choice of them.
         words: What values are valid: "at least 1".
         valid: Whether a value is; asked after the type was checked, and not about None.
 
@@ -61,7 +64,7 @@ def knob(
         0.9
     """
     field = option(default, help=help, metavar=metavar)
-    return dataclasses.field(default=default, metadata={**field.metadata, _KEY: _Range(words, valid)})
+    return dataclasses.field(default=default, metadata={**field.metadata, _KEY: _Range(words, valid, parse)})
 
 
 def count(default: int, help: str) -> Any:
@@ -115,18 +118,22 @@ def names(attack: Any) -> list[str]:
 
 
 def options(attack: Any) -> list[Option]:
-    """What of an attack, a class or an object, can be set in a word: fields of numbers, texts and choices.
+    """What of an attack, a class or an object, can be set in a word: fields of numbers, texts and choices, and those that say
+    how a word is read.
 
     The defaults of an object are its values.
     """
     kind = attack if isinstance(attack, type) else type(attack)
     hints, found = _hints(kind), []
+    ranges = {field.name: field.metadata.get(_KEY) for field in dataclasses.fields(kind)}
     for said in options_of(attack):
-        simple = _simple(hints.get(said.field))
+        allowed, simple = ranges[said.field], _simple(hints.get(said.field))
+        parse, choices = allowed and allowed.parse, None
         if simple is not None:
+            parse, choices = parse_fraction if simple[0] is float else simple[0], simple[1]
+        if parse is not None:
             default = said.default if isinstance(attack, type) else getattr(attack, said.field)
-            parse = parse_fraction if simple[0] is float else simple[0]
-            found.append(dataclasses.replace(said, default=default, parse=parse, choices=simple[1]))
+            found.append(dataclasses.replace(said, default=default, parse=parse, choices=choices))
     return found
 
 

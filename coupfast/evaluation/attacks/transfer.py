@@ -11,6 +11,7 @@ from coupfast.evaluation.attacks.knobs import count, knob
 from coupfast.evaluation.attacks.pgd import PGD
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.views import View
+from coupfast.options import check_integer, parse_integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,17 @@ class Transfer(PGD):
     While it climbs it sees the coarse defense only, and so does its curve. Who leaves is decided on the real one.
 
     Attributes:
-        coarse_steps: Of the coarser purification, fewer than the defense has.
+        coarse_steps: Of the coarser purification, fewer than the defense has. Of method multi-stage those of each round, one
+            number for all or one a level: Lee and Kim attack their levels through (1, 1, 5).
     """
 
-    coarse_steps: int = count(5, "steps of the purification that the attack goes through, fewer than the defense's")
+    coarse_steps: int | tuple[int, ...] = knob(
+        5,
+        "steps of the purification that the attack goes through, fewer than the defense's; of each round of method "
+        "multi-stage, one number or one a level",
+        metavar="N,...",
+        parse=parse_integers,
+    )
     iterations: int = count(100, "steps of the attack")
     eot_iter: int = count(10, "draws of the noise that a gradient is averaged over")
     keep: Literal["last", "accuracy"] = knob(
@@ -31,6 +39,14 @@ class Transfer(PGD):
     )
 
     def __post_init__(self) -> None:
+        given = self.coarse_steps
+        several = tuple(given) if isinstance(given, (list, tuple)) else ()  # JSON has lists
+        try:
+            checked = tuple(check_integer("coarse_steps", steps, 1) for steps in several or (given,))
+        except TypeError as error:
+            what = "an integer, or one for each level of a method that has several"
+            raise ValueError(f"`coarse_steps` is {what}, got {given!r}") from error
+        object.__setattr__(self, "coarse_steps", checked if several else checked[0])
         super().__post_init__()
         if self.keep == "accuracy" and not self.looks:
             raise ValueError("`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0")
