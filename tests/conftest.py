@@ -116,12 +116,16 @@ def bound_of(purifier: Purifier, x: torch.Tensor) -> BoundEngine:
 def under_sanitizers(code: str) -> subprocess.CompletedProcess[str]:
     """A process that runs `code` beside the tests, its kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = native.describe()["compiler"].split()[0]
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(found):
-        pytest.skip("this compiler has no libasan")
+    # Without the second one the first does not find how exceptions are thrown, and stops at the first one of any library.
+    preloaded = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(map(os.path.isabs, preloaded)):
+        pytest.skip("this compiler has no libasan, or its libstdc++ cannot be loaded first")
     environment = os.environ | {
         "COUPFAST_CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1",
-        "LD_PRELOAD": os.path.realpath(found),
+        "LD_PRELOAD": " ".join(map(os.path.realpath, preloaded)),
         "ASAN_OPTIONS": "detect_leaks=0,verify_asan_link_order=0",
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]),
         "OMP_NUM_THREADS": "1",

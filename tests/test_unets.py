@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import coupfast
 from coupfast.engine.cuda.flat import flatten
@@ -43,6 +44,19 @@ def states(batch=2, dtype=torch.float64):
 @pytest.fixture(params=SMALL, ids=str)
 def network(request):
     return small(request.param)
+
+
+def formats_are_foreseen():
+    """Whether on a CPU a 1 x 1 convolution of a norm of a map in channels last lies as tensors without data say. Otherwise a
+    view behind it may be impossible."""
+
+    def format_of(x, weight):
+        return F.conv2d(F.group_norm(x, 2), weight).stride()
+
+    inputs = torch.rand(2, 64, 4, 4).to(memory_format=torch.channels_last), torch.rand(192, 64, 1).unsqueeze(3)
+    with FakeTensorMode() as mode:
+        foreseen = format_of(*map(mode.from_tensor, inputs))
+    return foreseen == format_of(*inputs)
 
 
 def counted(name):
@@ -403,6 +417,8 @@ class TestEach:
         found = trace(score, lambda batch: (torch.zeros(batch, 3, 8, 8), labels[:1].expand(batch).clone()))
         traced, x = TracedScore(found, labels), states(dtype=torch.float32)
         graph = flatten(lambda x, step, *c: (traced(x, step, *c),), (x, torch.tensor(0)), traced.constants)
+        if not formats_are_foreseen():
+            pytest.skip("this PyTorch foresees another format of a CPU's maps than it makes: the graph is NOT run")
         for step, label in enumerate(labels):
             expected = score(x, label.expand(2))
             torch.testing.assert_close(graph(x, torch.tensor(step))[0], expected, rtol=1e-4, atol=1e-5)
