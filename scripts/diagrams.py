@@ -192,74 +192,47 @@ def _maps(
     drawing.words(centre[0], centre[1] - size / 2 - 0.14, words, va="top", fontsize=9.5)
 
 
-def _way(drawing: Drawing, top: float, boxes: Sequence[tuple[str, str, float]], beside: Sequence[str]) -> None:
-    """Boxes below each other, of a colour and a height each, with arrows between and words at their right."""
-    y = top
-    for number, ((words, colour, height), note) in enumerate(zip(boxes, beside, strict=True)):
+def _way(*boxes: tuple[str, str, float, str]) -> Drawing:
+    """Boxes below each other with arrows between: words, a colour, a height, and what stands at the right."""
+    gap, below, above = 0.24, 0.12, 0.1
+    y = round(sum(height for _, _, height, _ in boxes) + gap * (len(boxes) - 1) + below, 2)
+    drawing = Drawing(y + above)
+    for number, (words, colour, height, note) in enumerate(boxes):
         if number:
-            drawing.arrow((1.62, y), (1.62, y - 0.24))
-            y -= 0.24
+            drawing.arrow((1.62, y), (1.62, y - gap))
+            y -= gap
         drawing.box(1.62, y - height / 2, 3.0, height, words, colour, fontsize=10)
         drawing.words(3.24, y - height / 2, note, ha="left", fontsize=9)
         y -= height
+    return drawing
 
 
 def cpu_engine() -> Drawing:
     """How engine cpu makes a list of kernel calls of a network."""
-    drawing = Drawing(5.0)
-    _way(
-        drawing,
-        4.9,
-        [
-            ("your network", _PLAIN, 0.4),
-            ("trace: its operations, in order", COMPUTED, 0.46),
-            (
-                "parts:\nconvolutions with what is around them,\nattention, joined maps, group norms;\nregions: all the rest",
-                COMPUTED,
-                1.02,
-            ),
-            ("program: two lists of calls,\nforwards and backwards", COMPUTED, 0.62),
-            ("memory, planned as a whole:\nan address for every value", MEMORY, 0.62),
-            ("a step: the lists run", COMPUTED, 0.46),
-        ],
-        [
-            "any nn.Module",
-            "once for a shape\nof images",
-            "kernels take the\nparts, PyTorch\nthe regions",
-            "once for each\nbatch size",
-            "kernels allocate\nnothing in a step",
-            "every step, image\nand seed",
-        ],
+    parts = "parts:\nconvolutions with what is around them,\nattention, joined maps, group norms;\nregions: all the rest"
+    return _way(
+        ("your network", _PLAIN, 0.4, "any nn.Module"),
+        ("trace: its operations, in order", COMPUTED, 0.46, "once for a shape\nof images"),
+        (parts, COMPUTED, 1.02, "kernels take the\nparts, PyTorch\nthe regions"),
+        ("program: two lists of calls,\nforwards and backwards", COMPUTED, 0.62, "once for each\nbatch size"),
+        ("memory, planned as a whole:\nan address for every value", MEMORY, 0.62, "kernels allocate\nnothing in a step"),
+        ("a step: the lists run", COMPUTED, 0.46, "every step, image\nand seed"),
     )
-    return drawing
 
 
 def cuda_engine() -> Drawing:
     """How engine cuda makes a graph that is replayed of two networks."""
-    drawing = Drawing(6.0)
-    _way(
-        drawing,
-        5.9,
-        [
-            ("score network and classifier", _PLAIN, 0.4),
-            ("traces", COMPUTED, 0.4),
-            ("pieces, as flat graphs with\nderivatives written out:\nscore, evaluate, cotangent, …", COMPUTED, 0.84),
-            ("this project's kernels put in\nwhere calibration favours them", COMPUTED, 0.62),
-            ("a piece compiled where that\nspares launches", COMPUTED, 0.62),
-            ("one step captured as one graph\non fixed addresses", COMPUTED, 0.62),
-            ("replayed for every step: state, step's\nindex, seed, ids and draws lie\nin memory", MEMORY, 0.84),
-        ],
-        [
-            "any nn.Modules",
-            "once for a shape\nof images",
-            "each compared with\nPyTorch's before use",
-            "measured once\non a GPU, kept",
-            "launches are\ncounted, kept",
-            "once for a range\nof batch sizes",
-            "the host launches\nthe graph and copies\nthe state",
-        ],
+    pieces = "pieces, as flat graphs with\nderivatives written out:\nscore, evaluate, cotangent, …"
+    replayed = "replayed for every step: state, step's\nindex, seed, ids and draws lie\nin memory"
+    return _way(
+        ("score network and classifier", _PLAIN, 0.4, "any nn.Modules"),
+        ("traces", COMPUTED, 0.4, "once for a shape\nof images"),
+        (pieces, COMPUTED, 0.84, "each compared with\nPyTorch's before use"),
+        ("this project's kernels put in\nwhere calibration favours them", COMPUTED, 0.62, "measured once\non a GPU, kept"),
+        ("a piece compiled where that\nspares launches", COMPUTED, 0.62, "launches are\ncounted, kept"),
+        ("one step captured as one graph\non fixed addresses", COMPUTED, 0.62, "once for a range\nof batch sizes"),
+        (replayed, MEMORY, 0.84, "the host launches\nthe graph and copies\nthe state"),
     )
-    return drawing
 
 
 def design() -> Drawing:
