@@ -191,10 +191,14 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     return number
 
 
-def parse_integers(word: str) -> int | tuple[int, ...]:
-    """A parser for the command line: a whole number, or several with commas between."""
-    several = tuple(int(part) for part in word.split(",") if part)
-    return several if "," in word else int(word)
+def several(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for the command line: several values with commas between, as a tuple."""
+    return lambda word: tuple(kind(part) for part in word.split(",") if part)
+
+
+def one_or_several(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for the command line: a value, or a tuple of several that have commas between."""
+    return lambda word: several(kind)(word) if "," in word else kind(word)
 
 
 def number_or(parse_other: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -14,7 +14,7 @@ from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.evaluation.spec import GIVEN, MODES, SEEDINGS, Spec, paper
 from coupfast.methods import method_name
-from coupfast.options import Option, options_of
+from coupfast.options import Option, one_or_several, options_of
 
 _KNOB = "knob:"  # how destinations of knobs begin, so that none meets another option
 
@@ -262,6 +262,6 @@ def _told(published: dict[str, list[Any]]) -> str:
 
 def _paths(text: str) -> int | tuple[int, ...]:
     try:
-        return tuple(int(number) for number in text.split(",") if number) if "," in text else int(text)
+        return one_or_several(int)(text)  # type: ignore[no-any-return]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of images and no list of them; say 4 or 0,5,7") from error

@@ -14,14 +14,9 @@ from coupfast import reference
 from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
-from coupfast.options import check_name, number_or, option
+from coupfast.options import check_name, number_or, one_or_several, option
 from coupfast.sde import GRIDS, VPSDE, DiscreteVPSDE, check_num_steps, check_sde, check_t, check_times, time_grid
 from coupfast.solvers import SOLVERS, CoefficientTable, NamedSolver, Solver, as_solver, solver_name
-
-
-def parse_times(word: str) -> Any:
-    """0.1, or several times: 0.1,0.05,0.01."""
-    return tuple(float(part) for part in word.split(",") if part) if "," in word else float(word)
 
 
 def _sde(word: str) -> VPSDE:
@@ -119,7 +114,7 @@ class DiffusionMethod(SolverMethod):
     t: float | tuple[float, ...] = option(
         0.1,
         help="purification time in (1e-5, 1], step 100 of 1000 is 0.1; or all times of a grid, T,T,...",
-        parse=parse_times,
+        parse=one_or_several(float),
         metavar="T",
     )
 

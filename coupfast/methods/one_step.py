@@ -11,10 +11,10 @@ import numpy as np
 
 from coupfast import reference
 from coupfast.methods.base import Networks, Recipe, StepState, TableMethod
-from coupfast.methods.diffusion import parse_times, sde_option
+from coupfast.methods.diffusion import sde_option
 from coupfast.naming import is_reference, resolve
 from coupfast.noise import Noise
-from coupfast.options import check_flag, number_or, option
+from coupfast.options import check_flag, number_or, one_or_several, option
 from coupfast.sde import NUM_LABELS, VPSDE, check_sde, check_t
 from coupfast.solvers import CoefficientTable, noising, one_after_the_other
 
@@ -47,7 +47,7 @@ class OneStep(TableMethod):
     reference: ClassVar[str] = "Carlini et al. 2022, arXiv:2206.10550; Song et al. 2023, arXiv:2303.01469, eq. 5"
 
     t: float | tuple[float, ...] = option(
-        0.1, help="time of the evaluation, or of each: T,T,...", parse=parse_times, metavar="T"
+        0.1, help="time of the evaluation, or of each: T,T,...", parse=one_or_several(float), metavar="T"
     )
     c_skip: Factor | None = option(
         None,

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from coupfast.methods.base import Networks, Recipe, StepState
 from coupfast.methods.diffusion import SolverMethod
 from coupfast.noise import Noise
-from coupfast.options import check_integer, option, other_default, parse_integers
+from coupfast.options import check_integer, one_or_several, option, other_default, several
 from coupfast.sde import VPSDE, DiscreteVPSDE, check_t, time_grid
 from coupfast.solvers import Ancestral, Solver, noising, one_after_the_other
-
-
-def _numbers(kind: type) -> Any:
-    return lambda word: tuple(kind(part) for part in word.split(",") if part)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,16 +44,16 @@ class MultiStage(SolverMethod):
     levels: tuple[float, ...] = option(
         (0.03, 0.05, 0.125),
         help="times that method multi-stage noises to, level 30 of 1000 being 0.03",
-        parse=_numbers(float),
+        parse=several(float),
         metavar="T,...",
     )
     repeats: tuple[int, ...] = option(
-        (4, 2, 2), help="rounds at each of the levels", parse=_numbers(int), metavar="N,..."
+        (4, 2, 2), help="rounds at each of the levels", parse=several(int), metavar="N,..."
     )
     num_steps: int | tuple[int, ...] | None = option(  # type: ignore[assignment]  # wider: several levels
         None,
         help="that many equal steps a round, one number or one a level; without it one step each 1e-3",
-        parse=parse_integers,
+        parse=one_or_several(int),
         metavar="K,...",
     )
     solver: str | Solver = other_default(SolverMethod, "solver", Ancestral())

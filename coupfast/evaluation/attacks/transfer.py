@@ -11,7 +11,7 @@ from coupfast.evaluation.attacks.knobs import count, knob
 from coupfast.evaluation.attacks.pgd import PGD
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.views import View
-from coupfast.options import check_integer, parse_integers
+from coupfast.options import check_integer, one_or_several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Transfer(PGD):
         "steps of the purification that the attack goes through, fewer than the defense's; of each round of method "
         "multi-stage, one number or one a level",
         metavar="N,...",
-        parse=parse_integers,
+        parse=one_or_several(int),
     )
     iterations: int = count(100, "steps of the attack")
     eot_iter: int = count(10, "draws of the noise that a gradient is averaged over")
