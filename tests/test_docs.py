@@ -134,7 +134,7 @@ def test_paths_that_pages_name_are_there():
     packages = {f"{folder}/": Path(package.__file__).parent for folder, package in PACKAGES.items()}
     missing = []
     for page, path in sorted(named):
-        folder = next((folder for folder in packages if path.startswith(folder)), "")
-        if not (packages.get(folder, ROOT) / path.removeprefix(folder)).exists():
+        folder = next((folder for folder in packages if f"{path}/".startswith(folder)), "")
+        if not (packages.get(folder, ROOT) / f"{path}/".removeprefix(folder)).exists():
             missing.append((page, path))
     assert missing == []
