@@ -43,6 +43,9 @@ class Engine:
         options: Of the cuda engine, parts to switch off, to find out which is at fault: `compile`, `graphs`, `triton` and
             `beside`, see `coupfast.engine.cuda.Options`. Of the cpu engine `largest_tile`, see `coupfast.engine.cpu.Options`.
 
+    Raises:
+        ValueError: if a name is unknown, or an option belongs to no engine or has a value that it does not take.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

@@ -115,6 +115,9 @@ class Exact(Gradient):
             `"least"` keeps nothing but states. Splits the batch only where one step of it does not fit, which changes its
             rounding (what is kept does not): `"whole"` takes as much as `"auto"`, and `"least"` as little as it can, without.
 
+    Raises:
+        ValueError: if `guidance` or `memory_budget` is something else.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")
@@ -156,6 +159,10 @@ class Surrogate(Exact):
     Attributes:
         steps: Of the coarser grid.
         guidance, memory_budget: As of `Exact`.
+
+    Raises:
+        TypeError: if `steps` is no int.
+        ValueError: as `Exact`. How many steps there are is checked with the method's.
 
     Example:
         >>> import coupfast
@@ -214,6 +221,9 @@ class Adjoint(Gradient):
 
     Attributes:
         guidance: As of `Exact`.
+
+    Raises:
+        ValueError: if `guidance` is something else.
 
     Example:
         >>> import coupfast

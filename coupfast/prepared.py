@@ -47,6 +47,9 @@ class Prepared(abc.ABC):
         engine: The name of the engine that runs.
         score, classifier: The caller's; frozen copies around the same weights are made of them.
         example: An image; its shape, dtype and device are those of all images to come.
+
+    Raises:
+        TypeError, ValueError: if images or networks do not fit each other or the method; the message says which.
     """
 
     bound: BoundEngine | BoundSteps

@@ -43,5 +43,16 @@ def test_it_tells_what_it_takes_and_gives(name):
     assert "Returns:" in text or signature.return_annotation in (None, "None")
 
 
+CHECKING = [
+    name for name in set(NAMES) - set(FUNCTIONS) if "__post_init__" in vars(pkgutil.resolve_name(":".join(name.rsplit(".", 1))))
+]
+
+
+@pytest.mark.parametrize("name", sorted(CHECKING))
+def test_a_class_that_checks_its_fields_tells_what_it_raises(name):
+    found = pkgutil.resolve_name(":".join(name.rsplit(".", 1)))
+    assert "Raises:" in inspect.cleandoc(found.__doc__).partition("Example:")[0]
+
+
 def test_the_page_has_every_name():
     assert {f"coupfast.{name}" for name in coupfast.__all__} - set(NAMES) == set()

@@ -82,6 +82,9 @@ class Worker:
         rules: The run's.
         build: Makes the defense on a device; every worker calls it for itself.
         device: Where.
+
+    Raises:
+        ValueError: if its weights, software or processor would not give the bits that the run has.
     """
 
     def __init__(self, rules: Rules, build: Builder, device: str) -> None:

@@ -84,6 +84,9 @@ class Experiment:
         simulates: Whether `Scale.paths` is a part of it, and images are not.
         alone: Whether it runs only if it is named: "all" leaves it out.
         check: What must hold before any work; raises an error that says what to do.
+
+    Raises:
+        ValueError: if two of its runs have one name.
     """
 
     name: str

@@ -47,6 +47,11 @@ class ADP(StepMethod):
         stop_below: τ, at or below which an image stops (1e-3 as published).
         sde: The schedule of the network.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if a number is outside of its range, every image would stop at once, the schedule is discrete, or no time
+            up to 1 of it is as noisy as `score_sigma`.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

@@ -83,6 +83,9 @@ class Method(abc.ABC):
             `clamp`, the first clip of the state is one all the same). In the first two cases a few roundings beyond are clipped
             and keep their gradient.
 
+    Raises:
+        ValueError: if `out_of_range` is something else.
+
     Example:
         >>> import coupfast
         >>> isinstance(coupfast.COUP(), coupfast.Method), coupfast.COUP().guided, coupfast.DiffPure().guided

@@ -52,6 +52,10 @@ class SolverMethod(TableMethod):
         sde: The VP-SDE; β from 0.1 to 20 unless given.
         clamp: Clip the state to [-1, 1] before the first and after the last step, as COUP's code does (DiffPure's does not:
             pass False to reproduce it). The gradient contains the clip.
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if `num_steps` is below 1, or a name is unknown; the message has the nearest one.
     """
 
     num_steps: int | None = option(
@@ -109,6 +113,10 @@ class DiffusionMethod(SolverMethod):
 
     Attributes:
         t: Purification time t* in (1e-5, 1]; step 100 of 1000 is 0.1. Or the whole grid: times t_0 > … > t_K in (0, 1].
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: as `SolverMethod`, if `t` is out of range or no falling grid, or a grid comes with `num_steps` or `grid`.
     """
 
     t: float | tuple[float, ...] = option(
@@ -160,6 +168,10 @@ class COUP(DiffusionMethod):
 
     Attributes:
         guidance_scale: λ of the paper, at least 0 (1.0 there); a number, or a function of t (`package.module:NAME` of one).
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: as `DiffusionMethod`, or if λ is negative or not finite at a time of the run.
 
     Example:
         >>> import coupfast

@@ -38,6 +38,10 @@ class GDMP(TableMethod):
         guide_batch: Images that the mean is taken over, at least 1; 100 as published.
         image_elements: Elements of an image that the mean is taken over: 3 · 32 · 32.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if a number is outside of its range.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

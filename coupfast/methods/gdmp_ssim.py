@@ -68,6 +68,10 @@ class GDMPSSIM(StepMethod):
         sde: Whose discrete chain this is: β_i from beta_min/1000 to beta_max/1000.
         clamp: Clip at the end, as published; rounds follow each other without.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if a number is outside of its range.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

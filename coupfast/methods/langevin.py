@@ -34,6 +34,10 @@ class LangevinSDE(TableMethod):
         noise_scale: η.
         sde: The VP-SDE of the score network.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if a number is outside of its range, or the steps diverge.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

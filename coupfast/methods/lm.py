@@ -41,6 +41,11 @@ class LM(StepMethod):
         sde: The schedule of the network.
         clamp: Clip to [-1, 1] at the end, as published.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if a number is outside of its range, `sigma_min` is above `sigma_max`, the schedule is discrete, or no time
+            up to 1 of it is so noisy.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")
@@ -135,6 +140,10 @@ class GuidedLM(LM):
 
     Attributes:
         guidance_scale: λ, at least 0.
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: as `LM`, or if λ is negative or not finite.
 
     Example:
         >>> import coupfast

@@ -36,6 +36,11 @@ class OneStep(TableMethod):
         clip_denoised: Clip f to [-1, 1]; the gradient has the mask.
         sde: The VP-SDE whose ᾱ(t) the noising and x̂0 have.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if times are out of range or do not fall, or one of `c_skip` and `c_out` is missing, not finite, or 0 for
+            `c_out`.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

@@ -31,6 +31,10 @@ class MultiStage(SolverMethod):
         solver: By default `Ancestral()`.
         sde: By default the discrete chain.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: as `SolverMethod`, if a level or a count is out of range, or there is not one of each for every level.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

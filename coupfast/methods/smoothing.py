@@ -34,6 +34,10 @@ class DenoisedSmoothing(TableMethod):
         clip_denoised: Clip x̂0 to [-1, 1]; the gradient has the mask.
         sde: The schedule of the network.
 
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if no time up to 1 of the schedule is as noisy as `sigma`, or the schedule is discrete.
+
     Example:
         >>> import coupfast
         >>> score = coupfast.load_score("cifar10-tiny")

@@ -170,6 +170,9 @@ class NoiseFromEDM(nn.Module):
         sigma_data: What it was trained with.
         sde: The schedule of the states.
 
+    Raises:
+        ValueError: if `sigma_data` is not above 0.
+
     Example:
         >>> import torch
         >>> from coupfast.models.adapters import NoiseFromEDM
@@ -209,6 +212,9 @@ class NoiseFromScore(nn.Module):
         network: (images, levels (batch,) int64) → ∇ log p of images with that noise.
         sigmas: σ_j of every level, standard deviations on images in [0, 1], in the order of the levels.
         sde: The schedule of the states.
+
+    Raises:
+        ValueError: if there are no `sigmas`, or one is not above 0 and finite.
 
     Example:
         >>> import torch

@@ -72,6 +72,9 @@ class ClippingSolver(NamedSolver):
 
     Attributes:
         clip_denoised: Clip x̂0 to [-1, 1], as `clip_denoised=True` of published samplers does; the gradient has the mask.
+
+    Raises:
+        TypeError: if `clip_denoised` is no bool.
     """
 
     clip_denoised: bool = option(
@@ -94,6 +97,10 @@ class DDIM(ClippingSolver):
     Attributes:
         eta: η, at least 0. 0 has no noise, and is DPM-Solver-1, the exact exponential step of the probability-flow ODE; 1 is
             ancestral sampling with small variance. Above 1 only as far as d stays below σ_t.
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if η is negative or not finite; that it is too large for a grid is said when its table is made.
 
     Example:
         >>> import coupfast
@@ -139,6 +146,10 @@ class Ancestral(ClippingSolver):
 
     Attributes:
         variance: "small" or "large".
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if `variance` is something else.
 
     Example:
         >>> import coupfast

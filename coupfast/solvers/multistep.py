@@ -28,6 +28,9 @@ class DPMSolverPP2M(ClippingSolver):
     Attributes:
         lower_order_final: Take the last step with first order, which few steps need: it is the longest one in log-SNR.
 
+    Raises:
+        TypeError: if a field is no bool.
+
     Example:
         >>> import coupfast
         >>> table = coupfast.COUP(t=0.06, num_steps=20, solver=coupfast.DPMSolverPP2M(lower_order_final=False)).recipe().table

@@ -73,6 +73,9 @@ class ConvolutionShape:
 
     Attributes:
         groups: Of the GroupNorm that is in front of it, with SiLU behind that; 0 where there is none.
+
+    Raises:
+        ValueError: if a number is no int of at least 1 (`groups`: 0), or the groups do not divide the channels.
     """
 
     batch: int

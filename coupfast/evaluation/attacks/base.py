@@ -80,6 +80,9 @@ class Attack(abc.ABC):
     Attributes:
         gradient: The gradient of a purifier that the attack is made for; None where it follows none.
 
+    Raises:
+        ValueError: if a knob has a value that it does not take, or `eps` is no radius above 0 or reaches every image.
+
     Example:
         >>> from coupfast.evaluation.attacks import PGD
         >>> attack = PGD(norm="Linf", eps=8 / 255, iterations=40, eot_iter=10)

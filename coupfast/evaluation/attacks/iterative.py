@@ -96,6 +96,9 @@ class Iterative(Attack):
             factor from point to point, rounded, up to `eot_iter` at the last one. None: `eot_iter` at every point. Means of
             unequally many draws are not compared: `keep` is "last", or "accuracy" with `looks`, and there is an N-evaluation
             with `looks` only.
+
+    Raises:
+        ValueError: as `Attack`, or if knobs contradict each other or ask for more draws than there are.
     """
 
     iterations: int = count(40, "steps of the attack")

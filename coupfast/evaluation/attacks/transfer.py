@@ -23,6 +23,9 @@ class Transfer(PGD):
     Attributes:
         coarse_steps: Of the coarser purification, fewer than the defense has. Of method multi-stage those of each round, one
             number for all or one a level: Lee and Kim attack their levels through (1, 1, 5).
+
+    Raises:
+        ValueError: as `Iterative`, or if `coarse_steps` are no integers of at least 1, or nothing tells which point to keep.
     """
 
     coarse_steps: int | tuple[int, ...] = knob(
