@@ -18,6 +18,7 @@ from coupfast.experiments.defenses import NAMES
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import SETS, Scale
 from coupfast.experiments.tables import NONE
+from coupfast.wording import counted
 
 _TIMES = (0.0, 0.001, 0.05, 0.1, 0.15)
 _PUBLISHED = {
@@ -48,13 +49,21 @@ def _check(scale: Scale) -> None:
         )
 
 
+def _batch(scale: Scale) -> int:
+    return min(scale.images or 1, 8)
+
+
+def _repeats(scale: Scale) -> int:
+    return max(2, round(5 * scale.budget))
+
+
 def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Seconds for an image: by method, engine and time, as bench/speed.py writes them; of few steps, and scaled."""
     with tempfile.TemporaryDirectory(prefix="coupfast-") as folder:
         target = Path(folder) / "speed.json"
         words = [sys.executable, str(_bench()), "--t", *map(str, _TIMES), "--methods", *_PUBLISHED, "--json", str(target)]
         words += ["--network", scale.networks, "--device", scale.device, "--threads", str(scale.threads)]
-        words += ["--batch", str(min(scale.images or 1, 8)), "--repeats", str(max(2, round(5 * scale.budget)))]
+        words += ["--batch", str(_batch(scale)), "--repeats", str(_repeats(scale))]
         words += ["--steps-timed", str(scale.steps)] if scale.steps else []
         for role in ("score", "classifier"):
             weights = scale.network(role).weights
@@ -81,6 +90,8 @@ def _sections(results: Results) -> list[Section]:
         seconds.setdefault((str(row["method"]), str(row["engine"])), {})[float(str(row["t"]))] = told
     where = json.loads(str(results.measured["environment"]))
     alone = seconds.pop((_CLASSIFIER, "eager"), {}).get(0.0, NONE)
+    steps = results.scale.steps
+    fewer = f"; *: scaled from {counted(steps, 'step')}" if steps else ""
     table = []
     for method, published in _PUBLISHED.items():
         table.append((NAMES[method], "published, V100", *(f"{value:.3f}" for value in published)))
@@ -92,9 +103,10 @@ def _sections(results: Results) -> list[Section]:
             "Seconds for an image, published beside measured",
             ("method", "where", *(f"t* = {t:g}" for t in _TIMES)),
             table,
-            "At t* = 0 the classifier alone. reference: the published way of computing, here. *: scaled from fewer steps. "
-            f"Measured on {where['date']}: {where['cpu'] if where['gpu'] is None else where['device']}, {where['threads']} "
-            f"threads, torch {where['torch']}.",
+            "At t* = 0 the classifier alone. reference: the published way of computing, here. Median of "
+            f"{counted(_repeats(results.scale), 'run')} of {counted(_batch(results.scale), 'image')} at once{fewer}. Measured "
+            f"on {where['date']}: {where['cpu'] if where['gpu'] is None else where['device']}, "
+            f"{counted(where['threads'], 'thread')}, torch {where['torch']}.",
         )
     ]
 
