@@ -130,6 +130,28 @@ def part_of(source: str | Path) -> tuple[str | Path, range | None]:
     return found["source"], part
 
 
+def are_jpeg(source: str | Path) -> bool:
+    """Whether the images of a source are JPEG files: not quite the pixels that were compressed.
+
+    Args:
+        source: As for `load_images`; it need not be read.
+
+    Returns:
+        True for an .npz with the field ``jpeg``, and for a folder or file of which any image is a JPEG.
+    """
+    whole = Path(part_of(source)[0])
+    if whole.is_dir():
+        return any(_is_jpeg(file) for file in image_files(whole))
+    if whole.suffix == ".npz" and zipfile.is_zipfile(whole):
+        with zipfile.ZipFile(whole) as archive:
+            return "jpeg.npy" in archive.namelist()
+    return _is_jpeg(whole)
+
+
+def _is_jpeg(file: Path) -> bool:
+    return file.suffix.lower() in (".jpg", ".jpeg")
+
+
 def _check_stop(source: str | Path, part: range, count: int) -> None:
     if part.stop > count:
         raise ValueError(f"{source} asks for images up to {part.stop - 1}, counted from 0, and there are {count}")

@@ -75,7 +75,8 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--gradient",
         choices=list(GRADIENTS),
-        help="that attacks follow, but for those of BPDA (default: the one that each is made for; the paper's is adjoint)",
+        help="that attacks follow, but for those of BPDA (default: the one that each is made for; the paper's is adjoint, with "
+        "COUP's guidance taken for a constant)",
     )
     group.add_argument("--seed", type=int, default=121, metavar="S", help="fixes all randomness")
     group.add_argument("--shard", type=int, default=16, metavar="N", help="images of a unit of work, which is a batch")

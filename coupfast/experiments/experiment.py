@@ -80,8 +80,8 @@ class Experiment:
         times: That `measure` purifies from, beside those of the cases.
         assumptions: Where the paper's text lost a number or does not say it: what is assumed, and other differences that do not
             follow from the size.
-        pictured: Whether there are pictures among its sections.
         simulates: Whether `Scale.paths` is a part of it, and images are not.
+        images: How many the published evaluation has.
         alone: Whether it runs only if it is named: "all" leaves it out.
         check: What must hold before any work; raises an error that says what to do.
 
@@ -104,8 +104,8 @@ class Experiment:
     roles: tuple[str, ...] = ()
     times: tuple[float, ...] = ()
     assumptions: tuple[str, ...] = ()
-    pictured: bool = True
     simulates: bool = False
+    images: int = 512
     alone: bool = False
     check: Callable[[Scale], None] = lambda scale: None
 

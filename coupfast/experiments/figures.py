@@ -26,8 +26,9 @@ def bars(
         published: In per cent, drawn as marks beside the bars.
     """
     names = list(next(iter(groups.values())))
-    axes = new_figure(2.4 + 1.9 * len(groups), 3.9).add_subplot()
+    axes = new_figure(2.4 + max(1.9, 0.6 * len(names)) * len(groups), 3.9).add_subplot()
     width = 0.8 / len(names)
+    label: str | None = "published"
     for number, name in enumerate(names):
         at = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
         found = [group[name] for group in groups.values()]
@@ -44,7 +45,8 @@ def bars(
         if marks:
             # Beside the interval, which may end there.
             beside = [(x + 0.3 * width, value) for x, value in marks]
-            axes.plot(*zip(*beside, strict=True), "kD", markersize=6, label="published" if number == 0 else None)
+            axes.plot(*zip(*beside, strict=True), "kD", markersize=6, label=label, clip_on=False)
+            label = None
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)
@@ -56,15 +58,21 @@ def bars(
     return Picture(title, to_png(axes.figure), note, f"Bars with intervals. {'; '.join(told)}.")
 
 
+def band(found: Accuracy) -> tuple[float, float]:
+    """Of 95 %, the wider of two at either end: of 0 or 100 % every resample is the same, as if there were no doubt."""
+    (low, high), (least, most) = found.wilson, found.bootstrap or found.wilson
+    return min(low, least), max(high, most)
+
+
 def curves(title: str, across: str, x: Sequence[float], lines: Mapping[str, Sequence[Accuracy]], note: str) -> Picture:
     """Accuracies over a number, with bands of 95 %."""
     axes = new_figure(6.6, 4.0).add_subplot()
     for number, (name, found) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        ends = 100 * np.array([one.bootstrap or one.wilson for one in found])
+        low, high = 100 * np.array([band(one) for one in found]).T
         style = f"{_MARKS[number % len(_MARKS)]}{_LINES[number % 2]}"
         axes.plot(x, [100 * one.value for one in found], style, color=colour, label=name, markersize=5)
-        axes.fill_between(x, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel(across)
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 104)

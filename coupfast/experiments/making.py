@@ -27,6 +27,10 @@ from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole
 
+_OTHERWISE = (
+    " With --networks tiny the networks that ship are taken, on images that ship (--data names others): methods can be "
+    "compared with each other there, and not with the published figures."
+)
 RUNS, MEASURED, ANNOUNCED = "runs", "measured", "announced"
 
 
@@ -38,14 +42,12 @@ def check(experiment: Experiment, scale: Scale) -> None:
         ValueError, OSError: if images are not there, or what the experiment itself needs is not.
         ImportError: if its pictures cannot be drawn.
     """
-    if experiment.pictured:
-        check_matplotlib()
+    check_matplotlib()
     experiment.check(scale)
     scale.check(
         experiment.needs,
         experiment=experiment.name,
-        otherwise="With --networks tiny the networks that ship are taken, on images that ship (--data names others): methods "
-        "can be compared with each other there, and not with the published figures.",
+        otherwise="" if scale.networks == "tiny" else _OTHERWISE,
     )
     for case in experiment.cases[:1]:
         case.spec(scale).load()

@@ -23,6 +23,8 @@ ROLES = {
 #: Knobs of attacks whose product is the work for an image, with the least that a budget leaves of each; and queries.
 _COUNTS = {"iterations": 2, "eot_iter": 1, "target_classes": 1}
 _QUERIES = {"queries": 10}
+#: Gradients of a continuous adjoint, as published code follows them.
+ADJOINTS = ("adjoint", "adjoint-parameters")
 #: All images.
 WHOLE = (0.0, 1.0)
 #: The published number of steps at t = 0.1, one every 1e-3.
@@ -105,6 +107,7 @@ class Scale:
         draws: Fresh draws that judge an image.
         paths: Simulated paths of a point, where an experiment simulates.
         gradient: Of the purification, that attacks follow, but for BPDA's, which keep it; None: the one that each is made for.
+            The published ones are the adjoints, which take COUP's guidance for a constant.
         seed: All randomness follows from it.
         shard: Images of a unit of work.
         threads, device: See `Spec`.
@@ -182,6 +185,9 @@ class Scale:
             made_for = suites.find(keywords.get("attack", Spec.attack)).gradient
             gradient = None if made_for == "bpda" else self.gradient
             said |= {"score": score.name, "score_weights": score.weights, "gradient": keywords.get("gradient", gradient)}
+            if said["gradient"] in ADJOINTS and keywords.get("method") == "coup":
+                # As published: COUP's code takes its guidance for a constant there.
+                said.setdefault("guidance_gradient", "detached")
             if "t" in keywords:
                 said["num_steps"] = self.steps_of(keywords["t"])
         spec = Spec.of(**said)
@@ -249,7 +255,7 @@ class Scale:
                 reason = " ".join(str(error).split())
                 missing.append(f"{ROLES[role]} {network.name}: {reason}{f' ({flag} FILE; it is {source})' if source else ''}")
         if missing:
-            raise MissingNetworks(f"{experiment} lacks weights: {'; '.join(missing)}. {otherwise}")
+            raise MissingNetworks(f"{experiment} lacks weights: {'; '.join(missing)}.{otherwise}")
 
 
 def sizes(spec: Spec) -> dict[str, int]:
@@ -263,7 +269,7 @@ def sizes(spec: Spec) -> dict[str, int]:
 
 
 QUICK: dict[str, Any] = {"images": 8, "budget": 0.01, "steps": 10, "draws": 4, "paths": 20_000}
-#: Where nothing is said, for each set: minutes to an hour on a core, or the paper's.
+#: Where nothing is said, for each set: hours of a core for what attacks much, or the paper's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {"images": 20, "budget": 0.04, "steps": 20, "draws": 10, "paths": 100_000},
     "paper": {"images": 512, "budget": 1.0, "steps": None, "draws": 10, "paths": 100_000},

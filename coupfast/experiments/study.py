@@ -7,6 +7,7 @@ how many, and what so many images can show, is written down before the first run
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,27 @@ class Design:
                     found.append(Case(_published(name, norm), published, part=_JUDGED))
         return found
 
+    def check(self, scale: Scale) -> None:
+        """That the runs can begin: a stage through few steps needs a purification of more at every t* that may be chosen.
+
+        Raises:
+            ValueError: if it is not so, or if another gradient is asked for.
+        """
+        if scale.gradient is not None:
+            raise ValueError(
+                "study compares the exact gradient with the published one itself, and --gradient would put "
+                f"{scale.gradient!r} in the place of both: leave it out"
+            )
+        for name, purifier in self.defenses.items():
+            for t, attack in itertools.product(self.times, (self.choosing_attack, self.attack)):
+                spec = Case(name, {**purifier, "t": t, **attack, **threat(self.norms[0])}).spec(scale)
+                most = max((getattr(stage, "coarse_steps", 0) for stage in spec.stages().values()), default=0)
+                if scale.steps_of(t) <= most:
+                    raise ValueError(
+                        f"{spec.attack} goes through {counted(most, 'step')}, and a purification from t = {t:g} has "
+                        f"{scale.steps_of(t)} here: take more (--steps)"
+                    )
+
     def announces(self, scale: Scale) -> list[Table]:
         start, stop = scale.part(_JUDGED)
         levels = (announced.LEVEL, announced.LEVEL / len(self.compared))
@@ -172,14 +194,16 @@ class Design:
             for name in self.defenses:
                 runs = [results.runs[_at(name, norm, t)] for t in self.times]
                 cells = [f"{tables.robust(run, _CHOSEN_BY)}; {tables.clean(run, _CHOSEN_BY)}" for run in runs]
-                rows.append((name, norm, *cells, f"{self.chosen(results.runs, name, norm):g}"))
+                chosen = self.chosen(results.runs, name, norm)
+                ends = {min(self.times): ", the shortest", max(self.times): ", the longest"}
+                rows.append((name, norm, *cells, f"{chosen:g}{ends.get(chosen, '')}"))
         start, stop = results.scale.part(_CHOOSING)
         return Table(
             "Choice of t*",
             ("defense", "norm", *(f"robust; clean at t* = {t:g}" for t in self.times), "chosen"),
             rows,
             f"In %, with 95 % intervals over {counted(stop - start, 'image')} that judge nothing; the average over the "
-            "judge's draws.",
+            "judge's draws. Where it is the shortest or longest that was tried, one beyond may be better still.",
         )
 
     def _accuracies(self, results: Results) -> Table:
@@ -194,8 +218,17 @@ class Design:
             ("defense", "norm", f"clean, {PRIMARY}", *shown),
             rows,
             "In %, with 95 % intervals over images. Robust, under the exact gradient, by every protocol; inside: at the worst "
-            "point that the attack saw for each image. The undefended classifier is under AutoAttack's standard.",
+            f"point that the attack saw for each image, of {self._looked(results)} there. The undefended classifier is under "
+            "AutoAttack's standard.",
         )
+
+    def _looked(self, results: Results) -> str:
+        """How many draws the verdicts inside of the attack are of."""
+        found = {
+            results.runs[_of(name, norm)].verdicts["attacked"].inside_draws for norm in self.norms for name in self.defenses
+        }
+        least, most = min(found), max(found)
+        return counted(most, "fresh draw") if least == most else f"{least} to {counted(most, 'fresh draw')}"
 
     def _gradients(self, results: Results) -> Table:
         by = (PRIMARY, _CHOSEN_BY)
@@ -224,7 +257,8 @@ class Design:
         return {name: Tested(found[name], p[name], adjusted[name]) for name in found}
 
     def concludes(self, results: Results) -> list[str]:
-        decided = {name: one for name, one in self.tested(results).items() if one.decided}
+        tested = self.tested(results)
+        decided = {name: one for name, one in tested.items() if one.decided}
         told = "; ".join(f"{name}: {tables.points(one.found)} points" for name, one in decided.items())
         start, stop = results.scale.part(_JUDGED)
         share, level = _DISCORDANT[1], announced.LEVEL / len(self.compared)
@@ -235,7 +269,7 @@ class Design:
             f"Of {len(self.compared)} announced comparisons {len(decided)} can be told apart by {PRIMARY} after Holm's "
             f"correction{f' ({told})' if told else ''}.",
             f"What cannot be told apart is not equal: where {share:.0%} of images are right by one defense only, {shows} "
-            f"(with a chance of {announced.POWER:.0%}).",
+            f"(with a chance of {announced.POWER:.0%}). {_disagreed(tested)}",
         ]
         for protocol in _OTHERS:
             other = self.tested(results, protocol)
@@ -259,9 +293,12 @@ class Design:
             sections=self.sections,
             concludes=self.concludes,
             alone=True,
+            check=self.check,
             assumptions=(
                 f"The first {_JUDGED[1]:.0%} of the images judge, and the others choose t*, under a cheaper attack than the "
                 "verdict's: accuracies of the one do not compare with those of the other.",
+                "The choosing attack goes through as few steps at every t*, and the defense has more at a longer one: the "
+                "attack may find less there, and long times be chosen for it.",
                 "The published gradient is as published to about 1 % only in the published steps of 1e-3; in fewer it is the "
                 "same rule with another error, which the attack's coarse stages have, too.",
                 f"The {PRIMARY} decides; other protocols are corrected each for itself, and were not announced as decisive.",
@@ -297,6 +334,12 @@ def _flipped(results: Results, first: str, second: str, protocol: str) -> float:
     pair = protocols.common(results.runs[first].verdicts["attacked"], results.runs[second].verdicts["attacked"])
     one, other = (protocols.scores(verdicts, protocol) for verdicts in pair)
     return announced.sign_flips(one - other)
+
+
+def _disagreed(tested: Mapping[str, Tested]) -> str:
+    """In a sentence, on how many images two compared defenses disagreed."""
+    shares = [((one.found.only_first or 0) + (one.found.only_second or 0)) / one.found.images for one in tested.values()]
+    return f"Of the images {min(shares):.0%} to {max(shares):.0%} were right by one of a pair only."
 
 
 def _tested(found: Mapping[str, Tested], protocol: str) -> Table:

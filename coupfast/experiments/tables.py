@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from coupfast.data import are_jpeg
 from coupfast.evaluation import Spec, protocols
 from coupfast.evaluation.configuration import environment
 from coupfast.evaluation.plan import duration
@@ -56,7 +58,8 @@ def plain(table: Table) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
     shown = rows if any(table.header) else rows[1:]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+    note = textwrap.wrap(table.note, 118, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([table.title, *(f"  {line}" for line in lines), *note])
 
 
 def to_dict(table: Table) -> dict[str, Any]:
@@ -109,6 +112,8 @@ def decided(found: Comparison) -> int:
 
 def points(found: Comparison) -> str:
     low, high = found.interval
+    if low == high:  # no resample differs: it is the images that do not, and not the defenses
+        return f"{100 * found.difference:+.1f} [{NONE}]"
     return f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -169,7 +174,10 @@ def setting(experiment: Experiment, scale: Scale, times: Iterable[float]) -> Tab
 def attacks(results: Results) -> Table:
     """Sizes of the attacks, beside the published ones."""
     rows: dict[tuple[str, ...], None] = {}
-    note = "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn."
+    note = (
+        "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn. Of several "
+        "stages the largest. Cut ones beside their full size, which is the published one where a suite is published."
+    )
     scale = results.scale
     whole = dataclasses.replace(scale, budget=1.0)
     for case in results.cases:
@@ -183,7 +191,7 @@ def attacks(results: Results) -> Table:
 def _counts(found: Mapping[str, int], full: Mapping[str, int]) -> str:
     words = {"iterations": "iteration", "eot_iter": "draw", "target_classes": "target", "queries": "question"}
     said = [
-        f"{counted(count, words[name])}" + (f" (published {full[name]})" if full[name] != count else "")
+        counted(count, words[name]) if full[name] == count else f"{count} of {counted(full[name], words[name])}"
         for name, count in found.items()
         if full[name] > 1
     ]
@@ -205,9 +213,10 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
         )
     if not experiment.cases:
         return found
-    if scale.source != default.data or (scale.images or 512) != 512:
+    if scale.source != default.data or (scale.images or experiment.images) != experiment.images:
         images = "all images" if scale.images is None else counted(scale.images, "image")
-        found.append(f"{images} of {scale.source}, and not those of the paper")
+        copies = " (JPEG copies: not the pixels that were published)" if are_jpeg(scale.source) else ""
+        found.append(f"{images} of {scale.source}{copies}, and not those of the paper")
     published = dataclasses.replace(scale, steps=None)
     for t in times(experiment, results.cases)[:1]:
         if scale.steps_of(t) != published.steps_of(t):
@@ -216,8 +225,7 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
     whole = dataclasses.replace(scale, budget=1.0)
     specs = [case.spec(scale) for case in results.cases]
     if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(results.cases, specs, strict=True)):
-        likely = "robust accuracies here are likely above what the published size would find"
-        found.append(f"smaller attacks than published: {likely}")
+        found.append("smaller attacks than at their full size: robust accuracies here are likely above what that would find")
     if any(_follows_exact(spec) for spec in specs):
         found.append(
             "attacks follow the exact gradient of the steps that ran, and the published ones that of a continuous adjoint, "

@@ -10,7 +10,7 @@ from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.report import Picture, Section, Table
 from coupfast.evaluation.report.read import class_name
 from coupfast.experiments import images
-from coupfast.experiments.defenses import EOT_ASSUMED, NAMES, defense
+from coupfast.experiments.defenses import EOT_ASSUMED, LOST, NAMES, defense
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import fig2b
 from coupfast.experiments.scale import Scale
@@ -127,5 +127,5 @@ EXPERIMENT = Experiment(
     measure=_measure,
     sections=_sections,
     concludes=_concludes,
-    assumptions=(EOT_ASSUMED,),
+    assumptions=(LOST, EOT_ASSUMED),
 )

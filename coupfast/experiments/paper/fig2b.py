@@ -3,7 +3,7 @@
 from coupfast.evaluation.protocols import OFFICIAL
 from coupfast.evaluation.report import Section, Table
 from coupfast.experiments import figures, tables
-from coupfast.experiments.defenses import APGD_CE, EOT_ASSUMED, NAMES, defense, threat
+from coupfast.experiments.defenses import APGD_CE, EOT_ASSUMED, LOST, NAMES, defense, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
 
 _METHODS = ("diffpure", "reverse-sde", "coup")
@@ -55,5 +55,5 @@ EXPERIMENT = Experiment(
     cases=[case(method, role) for role in _ROLES for method in _METHODS],
     sections=_sections,
     concludes=_concludes,
-    assumptions=(EOT_ASSUMED,),
+    assumptions=(LOST, EOT_ASSUMED),
 )

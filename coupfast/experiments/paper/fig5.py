@@ -3,7 +3,7 @@
 import numpy as np
 
 from coupfast.evaluation.report import Section, Table
-from coupfast.experiments.defenses import EOT_ASSUMED, NAMES
+from coupfast.experiments.defenses import EOT_ASSUMED, LOST, NAMES
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import gallery
 
@@ -60,5 +60,9 @@ EXPERIMENT = Experiment(
     measure=gallery.measure,
     sections=_sections,
     concludes=_concludes,
-    assumptions=("The paper does not say through which purifier its images were attacked: the reverse SDE here.", EOT_ASSUMED),
+    assumptions=(
+        "The paper does not say through which purifier its images were attacked: the reverse SDE here.",
+        LOST,
+        EOT_ASSUMED,
+    ),
 )

@@ -4,7 +4,7 @@ import numpy as np
 
 from coupfast.evaluation.report import Section, Table
 from coupfast.experiments import images
-from coupfast.experiments.defenses import EOT_ASSUMED
+from coupfast.experiments.defenses import EOT_ASSUMED, LOST
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import gallery
 from coupfast.wording import counted
@@ -54,5 +54,5 @@ EXPERIMENT = Experiment(
     measure=gallery.measure,
     sections=_sections,
     concludes=_concludes,
-    assumptions=(EOT_ASSUMED,),
+    assumptions=(LOST, EOT_ASSUMED),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from coupfast.evaluation.report import Section, Table
 from coupfast.experiments import figures, tables
-from coupfast.experiments.defenses import APGD_CE, EOT_ASSUMED, threat
+from coupfast.experiments.defenses import APGD_CE, EOT_ASSUMED, LOST, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
 
 _PROTOCOL = "average"
@@ -46,7 +46,7 @@ def experiment(
                 run = results.runs[run_name(line, point)]
                 average = (tables.clean(run, _PROTOCOL), tables.robust(run, _PROTOCOL))
                 rows.append((line, f"{point:g}", *average, tables.robust(run)))
-        note = "The average over the judge's draws; bands are 95 %, from resampled images and draws."
+        note = "The average over the judge's draws; bands are 95 %, the wider of Wilson's and of resampled images and draws."
         return [
             figures.curves(f"Accuracy over {across}, curves", across, points, found, note),
             Table(
@@ -87,5 +87,5 @@ def experiment(
         ],
         sections=sections,
         concludes=concludes,
-        assumptions=(tried, EOT_ASSUMED),
+        assumptions=(tried, LOST, EOT_ASSUMED),
     )

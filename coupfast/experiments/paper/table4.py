@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import coupfast
-from coupfast.evaluation.report import Section, Table
+from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
+from coupfast.evaluation.report import Picture, Section, Table
 from coupfast.experiments.defenses import NAMES
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.scale import SETS, Scale
@@ -57,17 +58,23 @@ def _repeats(scale: Scale) -> int:
     return max(2, round(5 * scale.budget))
 
 
+def options(scale: Scale) -> list[str]:
+    """What bench/speed.py is asked for."""
+    words = ["--t", *map(str, _TIMES), "--methods", *_PUBLISHED]
+    words += ["--network", scale.networks, "--device", scale.device, "--threads", str(scale.threads)]
+    words += ["--batch", str(_batch(scale)), "--repeats", str(_repeats(scale))]
+    words += ["--steps-timed", str(scale.steps)] if scale.steps else []
+    for role in ("score", "classifier"):
+        weights = scale.network(role).weights
+        words += [f"--{role}", weights] if weights else []
+    return words
+
+
 def _measure(scale: Scale, folders: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Seconds for an image: by method, engine and time, as bench/speed.py writes them; of few steps, and scaled."""
     with tempfile.TemporaryDirectory(prefix="coupfast-") as folder:
         target = Path(folder) / "speed.json"
-        words = [sys.executable, str(_bench()), "--t", *map(str, _TIMES), "--methods", *_PUBLISHED, "--json", str(target)]
-        words += ["--network", scale.networks, "--device", scale.device, "--threads", str(scale.threads)]
-        words += ["--batch", str(_batch(scale)), "--repeats", str(_repeats(scale))]
-        words += ["--steps-timed", str(scale.steps)] if scale.steps else []
-        for role in ("score", "classifier"):
-            weights = scale.network(role).weights
-            words += [f"--{role}", weights] if weights else []
+        words = [sys.executable, str(_bench()), *options(scale), "--json", str(target)]
         # What it prints is for whoever runs it, and standard output is this command's own.
         status = subprocess.run(words, stdout=sys.stderr, check=False).returncode
         if status and not target.is_file():
@@ -107,8 +114,37 @@ def _sections(results: Results) -> list[Section]:
             f"{counted(_repeats(results.scale), 'run')} of {counted(_batch(results.scale), 'image')} at once{fewer}. Measured "
             f"on {where['date']}: {where['cpu'] if where['gpu'] is None else where['device']}, "
             f"{counted(where['threads'], 'thread')}, torch {where['torch']}.",
-        )
+        ),
+        _picture(seconds),
     ]
+
+
+def _picture(seconds: Mapping[tuple[str, str], Mapping[float, str]]) -> Picture:
+    """Of every method, published and measured seconds of an image over t*."""
+    times = _TIMES[1:]
+    engines = list(dict.fromkeys(engine for _, engine in seconds))
+    figure = new_figure(9.6, 3.6)
+    panels = figure.subplots(1, len(_PUBLISHED), sharey=True)
+    for panel, (method, published) in zip(panels, _PUBLISHED.items(), strict=True):
+        panel.plot(times, published[1:], "kD--", markersize=5, label="published, V100")
+        for number, engine in enumerate(engines):
+            found = {t: float(told.rstrip("*")) for t, told in seconds.get((method, engine), {}).items() if t and told != NONE}
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": "os^v"[number % 4], "markersize": 5}
+            panel.plot(list(found), list(found.values()), label=engine, **look)
+        panel.set_yscale("log")
+        panel.set_title(NAMES[method], fontsize=9)
+        panel.set_xlabel("purification time t*")
+    panels[0].set_ylabel("seconds for an image")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    ends = "; ".join(
+        f"{NAMES[method]} {engine} {found[max(found)]} at {max(found):g}" for (method, engine), found in seconds.items()
+    )
+    return Picture(
+        "Seconds over t*, published beside measured",
+        to_png(figure),
+        "Of other machines and networks: slopes and distances between curves of one machine can be compared.",
+        f"A panel for each method, seconds in powers of ten over t*, a curve for each engine and the published one: {ends}.",
+    )
 
 
 def _concludes(results: Results) -> list[str]:
@@ -138,7 +174,6 @@ EXPERIMENT = Experiment(
     version=2,
     sections=_sections,
     concludes=_concludes,
-    pictured=False,
     roles=("score", "classifier"),
     assumptions=("The table's header is not legible: the times are inferred from the entries.",),
     check=_check,

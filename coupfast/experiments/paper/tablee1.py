@@ -2,7 +2,7 @@
 
 from coupfast.evaluation.report import Section, Table
 from coupfast.experiments import figures, tables
-from coupfast.experiments.defenses import NAMES, defense
+from coupfast.experiments.defenses import LOST, NAMES, defense
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.tables import per_cent
 
@@ -35,6 +35,7 @@ def _sections(results: Results) -> list[Section]:
 
 EXPERIMENT = Experiment(
     name="tableE1",
+    images=500,
     place="Appendix E.1",
     title="salt-and-pepper noise",
     asks="Does purification help against salt-and-pepper noise, which is no adversary, and does guidance add to it?",
@@ -46,5 +47,5 @@ EXPERIMENT = Experiment(
         tables.says(results, NAMES["coup"], NAMES["none"]),
         "This noise has no adversary behind it: it says nothing of robustness to attacks.",
     ],
-    assumptions=("The amount of noise is not legible: 5 % of pixels, black or white with equal chance, is assumed.",),
+    assumptions=("The amount of noise is not legible: 5 % of pixels, black or white with equal chance, is assumed.", LOST),
 )
