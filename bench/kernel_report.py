@@ -1,7 +1,7 @@
 """What Triton and ptxas make of the kernels, found without a GPU: python bench/kernel_report.py [--markdown]
 
 Compiles what every registered kernel says becomes machine code of its own, for sm_80, sm_90 and sm_100, exactly as its launcher
-would launch it, reads the machine code with the tools that come with Triton, and prints two tables. Registers, spills and
+would launch it, reads the machine code with the tools that come with Triton, and prints tables. Registers, spills and
 instructions are facts of compilation; speed is not among them.
 """
 

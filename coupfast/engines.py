@@ -58,7 +58,8 @@ class Engine:
     options: Mapping[str, bool | int] = option(
         {},
         keyword="engine_options",
-        help="of the cuda engine, parts to switch off: compile=false,graphs=false,triton=false; of the cpu: largest_tile=2",
+        help="of the cuda engine, parts to switch off: compile=false,graphs=false,triton=false,beside=false; of the cpu "
+        "engine: largest_tile=2",
         parse=_choices,
         metavar="NAME=VALUE,...",
     )
