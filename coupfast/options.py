@@ -13,8 +13,9 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+Value = TypeVar("Value")
 _KEY = "option"
 
 
@@ -191,12 +192,12 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     return number
 
 
-def several(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
     """A parser for the command line: several values with commas between, as a tuple."""
     return lambda word: tuple(kind(part) for part in word.split(",") if part)
 
 
-def one_or_several(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def one_or_several(kind: Callable[[str], Value]) -> Callable[[str], Value | tuple[Value, ...]]:
     """A parser for the command line: a value, or a tuple of several that have commas between."""
     return lambda word: several(kind)(word) if "," in word else kind(word)
 

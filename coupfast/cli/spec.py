@@ -262,6 +262,6 @@ def _told(published: dict[str, list[Any]]) -> str:
 
 def _paths(text: str) -> int | tuple[int, ...]:
     try:
-        return one_or_several(int)(text)  # type: ignore[no-any-return]
+        return one_or_several(int)(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of images and no list of them; say 4 or 0,5,7") from error
