@@ -232,10 +232,16 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
     for runs, attack in ((choosing, "transfer"), (judged[1:], "cascade")):
         assert {(run.configuration["spec"]["attack"], run.configuration["spec"]["mode"]) for run in runs} == {(attack, "fast")}
     (path,) = (tmp_path / "announced").iterdir()
-    assert json.loads(path.read_text())["at"] == results.announced <= min(run.started for run in results.runs.values())
+    kept = json.loads(path.read_text())
+    assert kept["at"] == results.announced <= min(run.started for run in results.runs.values())
+    assert {run.folder.name for run in results.runs.values()} <= set(kept["runs"])
     page = Page(experiment, results, "coupfast reproduce study").write(tmp_path).read_text()
     making._announced(experiment, dataclasses.replace(scale, seed=1), tmp_path)
     assert len(list((tmp_path / "announced").iterdir())) == 2  # what another seed brings was not announced
+    other = dataclasses.replace(design, pairs=[("reverse SDE", "COUP")]).experiment()
+    assert making._announced(other, scale, tmp_path) and len(list((tmp_path / "announced").iterdir())) == 3
+    making._announced(dataclasses.replace(experiment, setting="In other words"), scale, tmp_path)
+    assert len(list((tmp_path / "announced").iterdir())) == 3
     for what in ("Choice of t", "p after Holm", "inside worst", results.announced, "2 images show"):
         assert what in page
 
@@ -276,6 +282,12 @@ def test_the_whole_study_is_as_it_is_asked_for():
     assert EXPERIMENTS["study"].alone
     with pytest.raises(ValueError, match="of 2 images none is between 80% and 100%"):
         cases[0].spec(dataclasses.replace(scale, images=2))
+
+
+def test_an_announcement_after_the_first_run_says_so():
+    before, after = "2026-01-02T03:04:05+00:00", "2026-01-02T03:04:06+00:00"
+    assert announced.dated(after, before).startswith("Not announced before")
+    assert announced.dated(before, after).startswith("Written down at 2026-01-02T03:04:05")
 
 
 def test_holm_is_bonferroni_on_every_subset():

@@ -11,16 +11,45 @@ chance that any true hypothesis is rejected stays at α, whatever depends on wha
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 from scipy import special
 
+from coupfast.evaluation import Spec
+from coupfast.evaluation.report import Table
+
 Key = TypeVar("Key", bound=Hashable)
 LEVEL, POWER = 0.05, 0.8
 FLIPS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Announcement:
+    """What is said before the first run. Other runs, comparisons or another protocol are another one, and other words are not.
+
+    Attributes:
+        tables: In words.
+        runs: All that there may be.
+        compared: Of what with what.
+        decides: The protocol that does.
+    """
+
+    tables: Sequence[Table]
+    runs: Sequence[Spec]
+    compared: Sequence[tuple[str, ...]]
+    decides: str
+
+
+def dated(announced: str, began: str) -> str:
+    """In a sentence, when it was announced, and whether that was in time; both times as ISO 8601 has them."""
+    if datetime.datetime.fromisoformat(announced) > datetime.datetime.fromisoformat(began):
+        return f"Not announced before: written down at {announced}, and the first run began at {began}."
+    return f"Written down at {announced}; the first run began at {began}."
 
 
 def holm(p: Mapping[Key, float]) -> dict[Key, float]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from coupfast.evaluation import Spec
-from coupfast.evaluation.report import Run, Section, Table
+from coupfast.evaluation.report import Run, Section
+from coupfast.experiments.announced import Announcement
 from coupfast.experiments.scale import WHOLE, Scale
 
 
@@ -72,7 +73,7 @@ class Experiment:
         concludes: Makes sentences: what one may conclude. The first is the headline.
         cases: The runs.
         then: Makes more of them, from what the first ones found.
-        announces: Tables of what is said before the first run: kept with its date.
+        announces: What is said before the first run: kept with its date.
         measure: What else is computed, arrays by name; it is given the size, and the folders of the runs. Kept, and not
             computed again for equal runs.
         version: Of `measure`: what is kept of another is computed again.
@@ -98,7 +99,7 @@ class Experiment:
     concludes: Callable[[Results], list[str]]
     cases: Sequence[Case] = ()
     then: Callable[[Mapping[str, Run]], Sequence[Case]] | None = None
-    announces: Callable[[Scale], list[Table]] | None = None
+    announces: Callable[[Scale], Announcement] | None = None
     measure: Callable[[Scale, Mapping[str, str]], dict[str, np.ndarray]] | None = None
     version: int = 1
     roles: tuple[str, ...] = ()

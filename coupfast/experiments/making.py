@@ -98,20 +98,19 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:
-    """When what is said before the first run was written down; "" where nothing is.
-
-    Other words are another announcement, and so are other networks, images, sizes or seeds, which would else be tried under it.
-    """
+    """When what is said before the first run was written down; "" where nothing is."""
     if experiment.announces is None:
         return ""
-    # The paper's times, for steps to be counted by: which ones the runs take, the first of them decide.
-    said = [tables.setting(experiment, scale, TIMES.values()), *experiment.announces(scale)]
-    content = [tables.to_dict(table) for table in said]
+    said = experiment.announces(scale)
+    content: dict[str, Any] = {"runs": sorted(map(name_of, said.runs)), "compared": said.compared, "decides": said.decides}
     path = out / ANNOUNCED / f"{experiment.name}-{_digest(content)}.json"
     if not path.is_file():
-        _say("\n\n".join(["announced before the first run:", *map(tables.plain, said)]))
+        # The paper's times, for steps to be counted by: which ones the runs take, the first of them decide.
+        shown = [tables.setting(experiment, scale, TIMES.values()), *said.tables]
+        _say("\n\n".join(["announced before the first run:", *map(tables.plain, shown)]))
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        write_whole(path, (json.dumps({"at": now, "tables": content}, indent=1) + "\n").encode())
+        kept = {"at": now, "tables": [tables.to_dict(table) for table in shown], **content}
+        write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
     return str(json.loads(path.read_text())["at"])
 
 

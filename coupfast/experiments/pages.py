@@ -79,7 +79,7 @@ class Page:
         """What was run."""
         times = tables.times(self.experiment, self.results.cases)
         setting = tables.setting(self.experiment, self.results.scale, times)
-        return [setting, tables.attacks(self.results)] if self.experiment.cases else [setting]
+        return [setting, tables.attacks(self.results.scale, self.results.cases)] if self.experiment.cases else [setting]
 
     def _tables(self) -> list[Table]:
         here = [*self._ran, *(part for part in self.sections if isinstance(part, Table))]

@@ -19,6 +19,7 @@ from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, Compariso
 from coupfast.evaluation.report import Picture, Run, Section, Table
 from coupfast.evaluation.result import radius
 from coupfast.experiments import announced, figures, tables
+from coupfast.experiments.announced import Announcement
 from coupfast.experiments.defenses import NAMES, RADII, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import Scale
@@ -109,11 +110,15 @@ class Design:
         return max(self.times, key=worth)
 
     def judged(self, runs: Mapping[str, Run]) -> list[Case]:
+        return self._judged({(name, norm): self.chosen(runs, name, norm) for norm in self.norms for name in self.defenses})
+
+    def _judged(self, times: Mapping[tuple[str, str], float]) -> list[Case]:
+        """With t* by defense and norm."""
         found = []
         for norm in self.norms:
             found.append(Case(_of(NAMES["none"], norm), {**_UNDEFENDED, **threat(norm)}, part=_JUDGED))
             for name, purifier in self.defenses.items():
-                keywords = {**purifier, "t": self.chosen(runs, name, norm), **self.attack, **threat(norm)}
+                keywords = {**purifier, "t": times[name, norm], **self.attack, **threat(norm)}
                 found.append(Case(_of(name, norm), keywords, part=_JUDGED))
                 if (name, norm) in self.contrasted:
                     detached = {"guidance_gradient": "detached"} if purifier["method"] == "coup" else {}
@@ -142,7 +147,15 @@ class Design:
                         f"{scale.steps_of(t)} here: take more (--steps)"
                     )
 
-    def announces(self, scale: Scale) -> list[Table]:
+    def announces(self, scale: Scale) -> Announcement:
+        # Of every run that there may be, whatever t* is chosen.
+        possible = [self._judged(dict.fromkeys(itertools.product(self.defenses, self.norms), t)) for t in self.times]
+        cases = [*self.choices(), *itertools.chain.from_iterable(possible)]
+        said = [tables.attacks(scale, cases), *self._announced(scale)]
+        return Announcement(said, [case.spec(scale) for case in cases], self.compared, PRIMARY)
+
+    def _announced(self, scale: Scale) -> list[Table]:
+        """The comparisons, and what so many images can show."""
         start, stop = scale.part(_JUDGED)
         levels = (announced.LEVEL, announced.LEVEL / len(self.compared))
         times = ", ".join(f"{t:g}" for t in self.times)
@@ -170,9 +183,8 @@ class Design:
         ]
 
     def sections(self, results: Results) -> list[Section]:
-        began = min(run.started for run in results.runs.values())
-        date = f"Written down at {results.announced}; the first run began at {began}."
-        said = [dataclasses.replace(table, note=f"{table.note} {date}") for table in self.announces(results.scale)]
+        date = announced.dated(results.announced, min(run.started for run in results.runs.values()))
+        said = [dataclasses.replace(table, note=f"{table.note} {date}") for table in self._announced(results.scale)]
         groups = {
             norm: {name: results.runs[_of(name, norm)].accuracies["attacked"][PRIMARY] for name in self.defenses}
             for norm in self.norms

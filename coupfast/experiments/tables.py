@@ -171,16 +171,15 @@ def setting(experiment: Experiment, scale: Scale, times: Iterable[float]) -> Tab
     return Table("Setting", ("", ""), rows)
 
 
-def attacks(results: Results) -> Table:
+def attacks(scale: Scale, cases: Iterable[Case]) -> Table:
     """Sizes of the attacks, beside the published ones."""
     rows: dict[tuple[str, ...], None] = {}
     note = (
         "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn. Of several "
         "stages the largest. Cut ones beside their full size, which is the published one where a suite is published."
     )
-    scale = results.scale
     whole = dataclasses.replace(scale, budget=1.0)
-    for case in results.cases:
+    for case in cases:
         spec = case.spec(scale)
         said = _counts(sizes(spec), sizes(case.spec(whole)))
         ball = f"{spec.norm}, {radius(str(spec.norm), float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
