@@ -261,9 +261,9 @@ class Design:
                 f"exact − published, {PRIMARY}",
             ),
             rows,
-            f"Robust accuracy in %, with 95 % intervals over the first {counted(stop - start, 'image')}, of one attack along two "
-            "gradients: the exact one of the steps that run, and a continuous adjoint with the guidance taken for a constant, "
-            "as published code has it. Differences in points.",
+            f"Robust accuracy in %, with 95 % intervals over the first {counted(stop - start, 'image')}, of one attack along "
+            "two gradients: the exact one of the steps that run, and a continuous adjoint with the guidance taken for a "
+            "constant, as published code has it. Differences in points.",
         )
 
     def tested(self, results: Results, protocol: str = PRIMARY) -> dict[str, Tested]:
