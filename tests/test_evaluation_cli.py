@@ -323,7 +323,7 @@ def test_what_contradicts_the_run_is_refused(begun, words, message, capsys):
     "word, message",
     [
         ("exact=7", "'exact=7' is no STAGE.KNOB=VALUE; say exact.iterations=20"),
-        ("exact.iterations", "is no STAGE.KNOB=VALUE"),
+        ("exact.iterations", "'exact.iterations' is no STAGE.KNOB=VALUE"),
         ("exact.iterations=many", "'exact.iterations=many': invalid literal .* 'many'; steps"),
         ("exact.dw_box=7", "'exact.dw_box=7': true or false, got '7'; the attacker knows"),
     ],
