@@ -37,7 +37,7 @@ from coupfast.evaluation import plan as planning
 from coupfast.evaluation.attacks import Iterative
 from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.ledger import Ledger
-from coupfast.evaluation.protocols import PROTOCOLS
+from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.experiments.defenses import NAMES
 from coupfast_kernels.files import write_whole
@@ -61,16 +61,21 @@ class Curve:
     knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def at(self, share: float, eps: float) -> dict[str, Any]:
-        """Keywords of `Spec.of` for a share of the iterations; all stages of a suite get those of its longest one.
+        """Keywords of `Spec.of` for a share of every stage's iterations; where stages differ, each one's own as "STAGE.KNOB".
 
         Steps that are too short to cross the ball in fewer iterations grow to 2.5 eps / iterations, as is usual for PGD.
         """
-        stages = Spec.of(attack=self.attack, **self.knobs).stages().values()
-        iterations = max(1, round(share * max(getattr(attack, "iterations", 1) for attack in stages)))
-        keywords = {"attack": self.attack, "mode": self.mode, **self.knobs, "iterations": iterations}
-        if any(isinstance(attack, Iterative) for attack in stages):
-            keywords["step_size"] = max(0.007, 2.5 * eps / iterations)
-        return keywords
+        stages = Spec.of(attack=self.attack, **self.knobs).stages()
+        sizes: dict[str, dict[str, Any]] = {}
+        for stage, attack in stages.items():
+            iterations = max(1, round(share * getattr(attack, "iterations", 1)))
+            sizes[stage] = {"iterations": iterations}
+            if isinstance(attack, Iterative):
+                sizes[stage]["step_size"] = max(0.007, 2.5 * eps / iterations)
+        longest = max(sizes.values(), key=lambda size: size["iterations"])
+        own = [(stage, knob, value) for stage, size in sizes.items() for knob, value in size.items()]
+        others = {f"{stage}.{knob}": value for stage, knob, value in own if value != longest[knob]}
+        return {"attack": self.attack, "mode": self.mode, **self.knobs, **longest, **others}
 
 
 CURVES = {
@@ -86,6 +91,7 @@ CURVES = {
     "cascade, fast": Curve("cascade", "fast"),
 }
 REFERENCE = "rand"
+COUNTED = (OFFICIAL, *PROTOCOLS)
 WORK = {"image_steps": "image-steps", "seconds": "seconds of work"}
 
 
@@ -184,7 +190,7 @@ def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | No
     if not references:
         return None
     reference = max(references, key=lambda row: row["share"])
-    ends = {protocol: reference["robust"][protocol]["bootstrap"][1] for protocol in PROTOCOLS}
+    ends = {by: (reference["robust"][by]["bootstrap"] or reference["robust"][by]["wilson"])[1] for by in COUNTED}
     enough = [row for row in here if all(row["robust"][protocol]["value"] <= end for protocol, end in ends.items())]
     cheapest = min(enough, key=lambda row: row["image_steps"])
     return {
@@ -196,7 +202,7 @@ def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | No
         "image_steps": cheapest["image_steps"],
         "ratio": cheapest["image_steps"] / reference["image_steps"],
         "seconds_ratio": cheapest["seconds"] / reference["seconds"],
-        "lower_or_equal_in_value": [p for p in PROTOCOLS if cheapest["robust"][p]["value"] <= reference["robust"][p]["value"]],
+        "lower_or_equal_in_value": [p for p in COUNTED if cheapest["robust"][p]["value"] <= reference["robust"][p]["value"]],
     }
 
 
@@ -219,12 +225,14 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[str] = tuple(WORK)) -> bytes:
-    """A panel for each defense and measure of work."""
+    """A panel for each defense and measure of work: a row of defenses, or a row for each of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
-    figure = new_figure(4.5 * len(works) + (len(works) == 1), 2.6 * len(defenses) + 0.6)
-    panels = figure.subplots(len(defenses), len(works), sharey=True, squeeze=False)
+    lines = 1 if len(works) == 1 else len(defenses)
+    columns = len(defenses) * len(works) // lines
+    figure = new_figure(max(3.1 * columns, 5.0), 2.6 * lines + 0.6)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).reshape(len(defenses), len(works))
     names = list(dict.fromkeys(row["curve"] for row in rows))
     for line_of_panels, defense in zip(panels, defenses, strict=True):
         for panel, work in zip(line_of_panels, works, strict=True):
@@ -252,7 +260,8 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[st
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xlabel(WORK[work])
             panel.set_title(NAMES[defense], fontsize=9)
-        line_of_panels[0].set_ylabel(f"robust, {protocol}, %")
+            if panel.get_subplotspec().is_first_col():
+                panel.set_ylabel(f"robust, {protocol}, %")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return to_png(figure)
 

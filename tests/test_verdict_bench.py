@@ -31,7 +31,7 @@ def test_a_tiny_study(tmp_path, capsys):
 
 def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol():
     def row(curve, share, work, value):
-        robust = {protocol: {"value": value, "bootstrap": (value - 0.1, value + 0.1)} for protocol in verdict.PROTOCOLS}
+        robust = {protocol: {"value": value, "bootstrap": (value - 0.1, value + 0.1)} for protocol in verdict.COUNTED}
         return {
             **{"defense": "coup", "curve": curve, "share": share, "attack": {}, "image_steps": work, "seconds": 2.0 * work},
             "robust": robust,
@@ -41,9 +41,13 @@ def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol():
     found = verdict.goal(rows, "coup")
     assert (found["curve"], found["ratio"], found["seconds_ratio"]) == ("good", 0.1, 0.1)
     assert found["lower_or_equal_in_value"] == []
-    rows[3]["robust"]["worst"]["value"] = 0.41  # by one protocol it is not as low
-    rows[0]["robust"]["worst"]["value"] = 0.45
-    assert (verdict.goal(rows, "coup")["curve"], verdict.goal(rows, "coup")["ratio"]) == ("rand", 1.0)
+    for by in ("worst", "official"):  # by one protocol it is not as low
+        other = [{**row, "robust": {**row["robust"]}} for row in rows]
+        other[3]["robust"][by] = {"value": 0.41, "bootstrap": None, "wilson": (0.3, 0.5)}
+        other[0]["robust"][by] = {"value": 0.45, "bootstrap": None, "wilson": (0.3, 0.5)}
+        assert (verdict.goal(other, "coup")["curve"], verdict.goal(other, "coup")["ratio"]) == ("rand", 1.0)
+    rows[1]["robust"]["official"] = {"value": 0.3, "bootstrap": None, "wilson": (0.2, 0.37)}  # which has no bootstrap
+    assert verdict.goal(rows, "coup")["curve"] == "rand"
     assert verdict.goal(rows, "diffpure") is None
 
 
@@ -52,6 +56,12 @@ def test_sizes_keep_the_proportion_of_nothing_below_one():
     assert half == {"attack": "pgd-eot", "mode": "full", "iterations": 50, "step_size": 0.007}
     cut = verdict.CURVES["cascade, fast"].at(1e-6, 0.02)
     assert cut == {"attack": "cascade", "mode": "fast", "iterations": 1, "step_size": 2.5 * 0.02}
+    parts = verdict.CURVES["cascade"].at(0.1, 8 / 255)
+    step = 2.5 * 8 / 255
+    assert parts == {
+        **{"attack": "cascade", "mode": "full", "iterations": 10, "step_size": step / 10},
+        **{"exact.iterations": 5, "exact.step_size": step / 5},
+    }
     assert verdict.CURVES["rand"].at(0.5, 0.02) == {"attack": "autoattack-rand", "mode": "full", "iterations": 50}
 
 
@@ -71,6 +81,6 @@ def test_what_is_recommended_is_so_for_what_was_measured():
     ):
         assert said in RECOMMENDATION.reasons
     for row, full in zip(ours, rand, strict=True):
-        for by in verdict.PROTOCOLS:
-            assert row["robust"][by]["value"] <= full["robust"][by]["bootstrap"][1]
+        for by in verdict.COUNTED:
+            assert row["robust"][by]["value"] <= (full["robust"][by]["bootstrap"] or full["robust"][by]["wilson"])[1]
     assert [row["stages"][0]["steps"] for row in ours] == [3] * 3 and [row["stages"][1]["steps"] for row in ours] == [5] * 3

@@ -499,7 +499,7 @@ def verdict() -> str:
 
 def verdict_against(curve: str) -> dict[str, str]:
     """Of an attack at its full size beside `rand`: its share of the image-steps, by how many points of the average it leaves
-    more, and the defenses on which it leaves no more than the upper ends of `rand`'s intervals, by every count of the draws.
+    more, and the defenses on which it leaves no more than the upper ends of `rand`'s intervals, by every count.
     """
     at = {(each["defense"], each["curve"]): each for each in results(VERDICT)["rows"] if each["share"] == 1}
     pairs = {defense: (at[defense, curve], at[defense, "rand"]) for defense in dict.fromkeys(defense for defense, _ in at)}
@@ -507,13 +507,34 @@ def verdict_against(curve: str) -> dict[str, str]:
     points = [100 * (one["robust"]["average"]["value"] - rand["robust"]["average"]["value"]) for one, rand in pairs.values()]
     within = []
     for defense, (one, rand) in pairs.items():
-        ends = {by: found["bootstrap"][1] for by, found in rand["robust"].items() if found["bootstrap"]}
+        ends = {by: (found["bootstrap"] or found["wilson"])[1] for by, found in rand["robust"].items()}
         within += [NAMES[defense]] if all(one["robust"][by]["value"] <= end for by, end in ends.items()) else []
     return {
         "shares": f"{min(shares):.2f} to {max(shares):.2f}",
         "points": f"{min(points):+.1f} to {max(points):+.1f}".replace("-", "−"),
         "within": ", ".join(within) or "none",
     }
+
+
+def verdict_goal() -> str:
+    """On each defense the cheapest attack that leaves no more than the upper ends of `rand`'s intervals, and its share."""
+    found = [
+        f"{NAMES[each['defense']]} {each['ratio']:.2f} ({each['curve']}, {each['attack']['iterations']} iterations)"
+        for each in results(VERDICT)["goal"]
+    ]
+    return ", ".join(found)
+
+
+def verdict_stages(curve: str) -> str:
+    """How many images each stage of an attack was left, and the judge's majority at the end."""
+    rows = [each for each in results(VERDICT)["rows"] if each["curve"] == curve and each["share"] == 1]
+    names = [stage["name"] for stage in rows[0]["stages"]]
+    body = []
+    for each in rows:
+        images = [f"{stage['images']}" for stage in each["stages"]]
+        standing = each["robust"]["official"]["value"] * each["images"]
+        body.append([NAMES[each["defense"]], *images, f"{standing:.0f}"])
+    return markdown(["defense", *(f"attacked by {name}" for name in names), "still standing"], body)
 
 
 LAYERS = tuple(
@@ -665,6 +686,7 @@ def readme() -> str:
     memory = "gradient-paper-b1-epyc-zen3.json"
     attack = "autoattack-paper-epyc-zen3.json"
     peer = fastest_peer(batch=1)
+    rand, ours = (row(VERDICT, defense="coup", curve=curve, share=1.0) for curve in ("rand", "cascade, fast"))
     speed_cpu = row(full, engine="cpu")
     gradient_cpu = row(engines, mode="exact", engine="cpu")
 
@@ -684,13 +706,6 @@ def readme() -> str:
             f"{seconds(row(engines, mode='published')['seconds_per_image'])} s, torchsde's adjoint as published",
             f"{seconds(gradient_cpu['seconds_per_image'])} s",
             f"{times(gradient_cpu['ratio_to_published'])} ×",
-            of(engines, "gradients"),
-        ],
-        [
-            "its gradient, networks frozen",
-            f"{seconds(row(engines, mode='frozen')['seconds_per_image'])} s, torchsde's adjoint",
-            f"{seconds(gradient_cpu['seconds_per_image'])} s",
-            f"{times(gradient_cpu['ratio_to_frozen'])} ×",
             of(engines, "gradients"),
         ],
         [
@@ -715,6 +730,13 @@ def readme() -> str:
             of(attack, "attacks"),
         ],
         [
+            "AutoAttack `rand`'s verdict on COUP, both cut short, small networks",
+            f"{rand['image_steps']:,} image-steps",
+            f"{ours['image_steps']:,}",
+            f"{times(rand['image_steps'] / ours['image_steps'])} ×",
+            of(VERDICT, "attacks"),
+        ],
+        [
             "the score network alone",
             f"{seconds(peer['seconds_per_image'])} s, {peer['runtime']}",
             f"{seconds(row(PEERS, runtime='cpu engine', batch=1)['seconds_per_image'])} s",
@@ -737,7 +759,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
     for function in (
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
-        *(peers, autoattack, attack_gradients, verdict, verdict_against),
+        *(peers, autoattack, attack_gradients, verdict, verdict_against, verdict_goal, verdict_stages),
         *(gradient_signal, signal_against, kept_draws),
         *(solvers, solver_distances, solver_accuracies, solver_share, solver_least_p, solver_baseline),
         *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
