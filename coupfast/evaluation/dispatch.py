@@ -89,5 +89,11 @@ def _inputs(
     if start is not None and unit.stage in schedule.attacks:
         arrays["x_start"] = start[chosen]
     if unit.stage == JUDGE and schedule.attacks:
-        arrays["x_adv"] = ledger.attacked_images(unit.images, x)
+        forms = ledger.forms(unit.images)
+        arrays["x_adv"] = np.stack([forms[image][0].x if forms[image] else x[image] for image in chosen])
+        several = [(place, forms[image]) for place, image in enumerate(chosen) if len(forms[image]) > 1]
+        for number in range(max((len(found) for _, found in several), default=0)):
+            here = [(place, found[number].x) for place, found in several if len(found) > number]
+            arrays[f"form_{number}"] = np.stack([form for _, form in here])
+            arrays[f"form_{number}_of"] = np.array([place for place, _ in here])
     return arrays

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from coupfast.evaluation import journal
-from coupfast.evaluation.units import Unit
+from coupfast.evaluation.units import JUDGE, Unit
 from coupfast_kernels.files import write_whole
 from coupfast_kernels.locks import locked
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 #: 5: gradients of units.
 VERSION = 5
 DATABASE, LOCK, FILES = "ledger.sqlite", "lock", "units"
+#: Of a judge's unit, for each image, which of its forms was judged; −1 where there is one only.
+FORM = "form"
 
 _TABLES = """
 CREATE TABLE run (version INTEGER NOT NULL, configuration TEXT NOT NULL, command TEXT NOT NULL, started TEXT NOT NULL);
@@ -102,6 +104,25 @@ class Record:
     def onward(self) -> tuple[int, ...]:
         """Those that the next stage attacks."""
         return tuple(self.result.get("onward", self.standing))
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a stage made of an image.
+
+    Attributes:
+        x: The image.
+        failed: Share of draws that its attack saw fail there.
+        loss: Mean cross-entropy that it saw there; of an attack that does not tell it is above all others.
+    """
+
+    x: np.ndarray
+    failed: float = 1.0
+    loss: float = np.inf
+
+    @property
+    def strength(self) -> tuple[float, float]:
+        return self.failed, self.loss
 
 
 class Ledger:
@@ -291,31 +312,43 @@ class Ledger:
             problem = f"cannot be read ({error})"
         raise LedgerError(f"{path} {problem}; `coupfast evaluate --resume {self.folder}` makes it again, with the same bits")
 
+    def forms(self, images: Sequence[int]) -> dict[int, list[Form]]:
+        """What the stages made of each image, in order and each form once; nothing where none attacked it."""
+        found: dict[int, list[Form]] = {image: [] for image in images}
+        done = self.done()
+        for stage in self.configuration["stages"]:
+            for record in done.values():
+                if record.unit.stage != stage or not set(record.unit.images) & set(found):
+                    continue
+                arrays = self.arrays(record)
+                if "x_strongest" in arrays:
+                    forms = map(Form, arrays["x_strongest"], arrays["failed"].tolist(), arrays["loss"].tolist())
+                else:  # of an attack that does not tell, what it returned
+                    forms = map(Form, arrays["x_adv"])
+                for image, form in zip(record.unit.images, forms, strict=True):
+                    if image in found and not any(np.array_equal(form.x, other.x) for other in found[image]):
+                        found[image].append(form)
+        return found
+
     def attacked_images(self, images: Sequence[int], x: np.ndarray) -> np.ndarray:
-        """What each image has become: its strongest form by what any stage saw of it, else what the last stage left of it.
+        """What each image has become: of the forms that stages made of it the one that the judge chose, and before there is a
+        judgement the strongest by what they saw of it.
 
         Args:
             images: Their numbers.
             x: The run's clean images.
         """
-        result = {image: x[image] for image in images}
-        highest = dict.fromkeys(images, (False, -np.inf))
-        done = self.done()
-        for stage in self.configuration["stages"]:
-            for record in done.values():
-                if record.unit.stage != stage or not set(record.unit.images) & set(result):
-                    continue
+        chosen: dict[int, int] = {}
+        for record in self.done().values():
+            if record.unit.stage == JUDGE and set(record.unit.images) & set(images):
                 arrays = self.arrays(record)
-                if "x_strongest" in arrays:
-                    forms = arrays["x_strongest"]
-                    strengths = list(zip(arrays["failed"].tolist(), arrays["loss"].tolist(), strict=True))
-                else:  # of an attack that does not tell, the last counts
-                    forms = arrays["x_adv"]
-                    strengths = [(True, np.inf)] * len(forms)
-                for image, form, strength in zip(record.unit.images, forms, strengths, strict=True):
-                    if image in result and (strength > highest[image] or strength[1] == np.inf):
-                        result[image], highest[image] = form, strength
-        return np.stack([result[image] for image in images])
+                chosen |= dict(zip(record.unit.images, arrays.get(FORM, ()), strict=False))
+        result = []
+        for image, forms in self.forms(images).items():
+            number = int(chosen.get(image, -1))
+            form = forms[number] if number >= 0 else max(forms, key=lambda form: form.strength, default=Form(x[image]))
+            result.append(form.x)
+        return np.stack(result)
 
     def forget_damaged(self) -> list[str]:
         """Units whose file is gone or damaged are not done any more; their names."""

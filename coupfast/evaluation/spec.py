@@ -310,11 +310,13 @@ class Spec:
         return max(1, min(places, -(-images // self.shard)))
 
     def costs(self) -> dict[str, Cost]:
-        """What one image takes at each stage, at most; of an attack with the verdict on one fresh draw that follows it."""
+        """What one image takes at each stage, at most; of an attack with the verdict on one fresh draw that follows it, of the
+        judge with the draws on which it chooses among several stages' forms."""
         stages = self.stages()
         attacks = {stage: attack.cost() for stage, attack in stages.items()}
         attacks = {stage: dataclasses.replace(cost, forward=cost.forward + 1) for stage, cost in attacks.items()}
-        return {CLEAN: Cost(1, 0), **attacks, JUDGE: Cost(self.draws * (2 if stages else 1), 0)}
+        chooses = self.draws * len(stages) if len(stages) > 1 else 0
+        return {CLEAN: Cost(1, 0), **attacks, JUDGE: Cost(self.draws * (2 if stages else 1), 0, again=chooses)}
 
     def path_cost(self, images: int) -> int:
         """Images that the judge of a purifier purifies to show their way, in a run on that many."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +19,12 @@ import torch
 
 from coupfast.engine.memory import share_memory
 from coupfast.evaluation.attacks import Attack, InBall, Result
+from coupfast.evaluation.attacks.losses import ce
 from coupfast.evaluation.building import Builder
 from coupfast.evaluation.configuration import difference, environment
 from coupfast.evaluation.journal import Journal, JournalError
 from coupfast.evaluation.journal import path_of as journal_path
-from coupfast.evaluation.ledger import DATABASE, Outcome
+from coupfast.evaluation.ledger import DATABASE, FORM, Outcome
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.recorder import Recorder
 from coupfast.evaluation.units import CLEAN, JUDGE, Unit, derive_seed
@@ -33,7 +36,8 @@ logger = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A unit and its images: `x` and `y`, for an attack `x_start` if it begins elsewhere, and for the judge `x_adv` where there
-    was an attack."""
+    was an attack. Of images that several stages made another form of, these are `form_0`, `form_1`, …, and `form_0_of`, … are
+    their places in the unit."""
 
     unit: Unit
     arrays: dict[str, np.ndarray]
@@ -232,17 +236,13 @@ class Worker:
         ids = torch.tensor(unit.images)
         result: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
+        if "form_0" in inputs:
+            tensors[FORM], x_adv = self._strongest(ids, inputs)
+            inputs = {**inputs, "x_adv": x_adv}
         for kind, name in (("clean", "x"), ("attacked", "x_adv")):
             if name not in inputs:
                 continue
-            rows = []
-            for draw in range(self.rules.draws):
-                self.defense.reseed(seed, draw)
-                with torch.no_grad():
-                    if self.defense.purified is None:
-                        torch.manual_seed(derive_seed(seed, str(draw)))
-                    rows.append(self.defense(inputs[name], ids=ids, draw=draw))
-            logits = torch.stack(rows)  # [draws, images, classes]
+            logits = self._draw(inputs[name], ids, seed)
             tensors[f"{kind}_logits"] = logits
             if kind == "attacked":
                 same = (inputs["x"] == inputs["x_adv"]).flatten(1).all(dim=1).tolist()
@@ -253,6 +253,41 @@ class Worker:
                 path = self._path(kind, inputs[name][shown], ids[shown], seed)
                 tensors |= {f"{kind}_{name}": tensor for name, tensor in path.items()}
         return result, tensors
+
+    def _draw(self, x: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
+        """Logits of the judge's draws, (draws, images, classes)."""
+        rows = []
+        for draw in range(self.rules.draws):
+            self.defense.reseed(seed, draw)
+            with torch.no_grad():
+                if self.defense.purified is None:
+                    torch.manual_seed(derive_seed(seed, str(draw)))
+                rows.append(self.defense(x, ids=ids, draw=draw))
+        return torch.stack(rows)
+
+    def _strongest(self, ids: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which form of each image is judged, −1 where there is one only, and the images in these forms.
+
+        Stages saw their forms on draws of their own, and each chose among other numbers of points, of which the luckiest seems
+        the strongest. So all forms of an image meet the same fresh draws, which judge nothing: the one goes on of which most
+        fail, of equal ones that of the highest mean cross-entropy. An attack that knows the judge's draws chooses by these.
+        """
+        known = any(attack.knows_noise for attack in self.rules.attacks.values())
+        seed = derive_seed(self.rules.seed, JUDGE, *([] if known else ["forms"]))
+        x_adv, y = inputs["x_adv"].clone(), inputs["y"]
+        chosen = torch.full_like(y, -1)
+        most_failed = torch.full(y.shape, -1.0, device=y.device)
+        highest = torch.full(y.shape, -math.inf, device=y.device)
+        for number in itertools.takewhile(lambda number: f"form_{number}" in inputs, itertools.count()):
+            x, places = inputs[f"form_{number}"], inputs[f"form_{number}_of"]
+            logits = self._draw(x, ids[places.cpu()], seed)
+            failed = (logits.argmax(dim=2) != y[places]).float().mean(dim=0)
+            loss = torch.stack([ce(each, y[places]) for each in logits]).mean(dim=0)
+            stronger = (failed > most_failed[places]) | (failed == most_failed[places]) & (loss > highest[places])
+            these = places[stronger]
+            chosen[these], x_adv[these] = number, x[stronger]
+            most_failed[these], highest[these] = failed[stronger], loss[stronger]
+        return chosen, x_adv
 
     def _path(self, kind: str, x: torch.Tensor, ids: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
         """Images through the purification: what comes out at draw 0, and confidences on the way without noise."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from coupfast.data import CIFAR10_CLASSES, named_count
 from coupfast.evaluation import plan
-from coupfast.evaluation.ledger import Record
+from coupfast.evaluation.ledger import FORM, Record
 from coupfast.evaluation.protocols import Accuracy, Judged
 from coupfast.evaluation.result import Evaluation
 from coupfast.evaluation.units import JUDGE
@@ -66,9 +66,8 @@ def read(folder: str | Path) -> Run:
                 kept = chosen(ledger.configuration["spec"]["paths"], record.unit.images)
                 images += [record.unit.images[i] for i in kept]
                 for name, array in ledger.arrays(record).items() if kept else ():
-                    if name.endswith("_logits"):
-                        array = array[:, kept]
-                    parts.setdefault(name, []).append(array)
+                    if name != FORM:
+                        parts.setdefault(name, []).append(array[:, kept] if name.endswith("_logits") else array)
         axis = {name: 0 if name.endswith(("_images", "_purified")) else 1 for name in parts}
         return Run(
             name=Path(folder).resolve().name,

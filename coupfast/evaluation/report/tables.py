@@ -172,7 +172,7 @@ def _official(run: Run) -> str:
     if "attacked" not in run.verdicts:
         return ""
     return (
-        f" That is about the images that each attack returns, the others about the strongest ones that any attack tried "
+        f" That is about the images that each attack returns, the others about the strongest that any attack tried "
         f"({protocols.official_baseline(run.verdicts)})."
     )
 
