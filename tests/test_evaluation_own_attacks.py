@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import small_score
 from evaluation_cases import labelled, run
-from test_evaluation_journal import asked, check_same, found, journals, stopped
+from test_evaluation_journal import Stopped, asked, check_same, found, journals, stopped
 from torch import nn
 from torch.nn import functional
 
@@ -17,7 +17,7 @@ from coupfast import PurifiedClassifier, Purifier, StepMethod
 from coupfast.evaluation import Ledger, Spec, evaluate
 from coupfast.evaluation import plan as planning
 from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, FABTargeted, Square, StAdv, Transfer, ball
-from coupfast.evaluation.attacks.iterative import Answer, Asked, InBall
+from coupfast.evaluation.attacks.iterative import FALLEN, Answer, Asked, InBall, Iterative
 from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
@@ -815,6 +815,9 @@ def test_published_sizes():
     assert [(a.loss, a.eot_iter, a.looks) for a in fixed.values()] == [("ce", 20, 20), ("dlr", 20, 20)]
     cascade = find("cascade").stages()
     assert [getattr(a, "coarse_steps", None) for a in cascade.values()] == [3, 5, None]
+    assert [(a.iterations, a.eot_iter, a.keep) for a in cascade.values()] == [(100, 10, "last")] * 2 + [(50, 10, "accuracy")]
+    bpda = [find(name).stages()[name] for name in ("bpda-eot", "bpda-eot-20")]
+    assert [(a.iterations, a.eot_iter, a.mean) for a in bpda] == [(40, 15, "logits"), (20, 15, "logits")]
 
 
 # --- stopped and continued ----------------------------------------------------------------------------------------------------
@@ -887,6 +890,47 @@ def test_in_the_fast_mode_those_go_on_that_have_not_fallen(tmp_path):
         stopped(folder, at, spec, resume=stops > 0)
         stops += 1
     with run(folder, spec, resume=True) as ledger:
+        check_same(ledger, whole)
+
+
+@pytest.fixture(scope="module")
+def cascaded(tmp_path_factory):
+    """A fast cascade that nobody stopped, all of whose stages have images and whose batches are refilled."""
+    spec = Spec.of(attack="cascade", mode="fast", error=0.5, batch=2, **SMALL_CASCADE)
+    with run(tmp_path_factory.mktemp("cascade") / "whole", spec) as ledger:
+        return spec, found(ledger)
+
+
+@pytest.mark.parametrize("where", ["in a test", "after a refill", "in the last stage"])
+def test_stopped_there_a_fast_cascade_goes_on_with_the_same_bits(tmp_path, monkeypatch, cascaded, where):
+    spec, whole = cascaded
+    look, ask, struck = Iterative._look, PGD.ask, []
+
+    def strike():
+        if not struck:
+            struck.append(where)
+            raise Stopped
+
+    def looked(self, defense, asked, base, draws):
+        answer = look(self, defense, asked, base, draws)
+        if where == "in a test" and base >= FALLEN:
+            strike()
+        return answer
+
+    def climbed(self, defense, asked):
+        answer = ask(self, defense, asked)
+        refilled = self.batch == 2 and int(asked.images.max()) >= 2
+        if where == "after a refill" and refilled or where == "in the last stage" and self.keep == "accuracy":
+            strike()
+        return answer
+
+    monkeypatch.setattr(Iterative, "_look", looked)
+    monkeypatch.setattr(PGD, "ask", climbed)
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", spec)
+    monkeypatch.undo()
+    assert struck and len(journals(tmp_path / "run")) == 1
+    with run(tmp_path / "run", spec, resume=True) as ledger:
         check_same(ledger, whole)
 
 

@@ -277,6 +277,12 @@ def test_attacks_are_explained_with_what_was_asked_of_them(runs, tmp_path):
     assert "of at most 0.25 and over all 3 stages 0.75" in parts["fast: accuracy"].note
 
 
+def test_who_leaves_a_coarse_attack_is_told_as_it_is():
+    (said,) = words._besides({"drop": "mean", "coarse_steps": 3})
+    assert said.endswith("once the mean logits of the coarser purification and then a fresh draw of the defense failed.")
+    assert words._besides({"drop": "mean"}) == ["An image leaves once the mean logits of the draws fail."]
+
+
 def test_every_attack_of_the_project_is_explained():
     shipped = {type(attack) for suite in SUITES.values() for attack in suite.stages().values()}
     assert shipped == set(words._ATTACKS)
@@ -315,6 +321,21 @@ def test_the_lower_of_rand_and_standard(runs, tmp_path):
     kept = json.loads(paths[2].read_text())
     assert {"lower of plain, standard", "both of plain, standard"} <= set(kept)
     assert "lower of plain, standard" in paths[3].read_text()
+
+
+def test_what_each_stage_found_is_counted(runs):
+    found = report.read(runs / "purified")
+    (table,) = tables.found(found)
+    stages = found.configuration["stages"]
+    assert [row[0] for row in table.rows] == list(stages)
+    for (stage, *cells), after in zip(table.rows, [*list(stages)[1:], None], strict=True):
+        here, there = (
+            {image for record in found.records.values() if record.unit.stage == name for image in record.unit.images}
+            for name in (stage, after)
+        )
+        assert int(cells[0]) == len(here) == int(cells[1]) + int(cells[2])
+        assert after is None or int(cells[2]) == len(there)
+    assert int(table.rows[0][1]) > 0
 
 
 def test_published_figures_stand_beside_runs_of_their_setting_only(runs):

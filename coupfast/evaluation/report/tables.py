@@ -321,6 +321,27 @@ def classes(runs: Sequence[Run]) -> list[Section]:
     return parts
 
 
+def found(run: Run) -> list[Section]:
+    """What each stage of the attack found."""
+    rows = []
+    for stage in run.configuration["stages"]:
+        records = [record for record in run.records.values() if record.unit.stage == stage]
+        attacked = sum(len(record.unit.images) for record in records)
+        fooled = attacked - sum(len(record.standing) for record in records)
+        rows.append((stage, str(attacked), str(fooled), str(sum(len(record.onward) for record in records))))
+    if not rows:
+        return []
+    onward = "those that its test did not let go" if run.configuration["spec"].get("mode") == "fast" else "the others"
+    return [
+        Table(
+            f"{run.name}: what each stage found",
+            ("stage", "images attacked", "of these fooled", "went on"),
+            rows,
+            f"Fooled: misclassified on one fresh draw after the stage. Went on: {onward}, which the next stage attacks.",
+        )
+    ]
+
+
 def time(run: Run) -> Table | Text:
     predicted = run.notes.get("plan")
     if predicted is not None:

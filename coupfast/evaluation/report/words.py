@@ -111,6 +111,9 @@ def _besides(fields: Mapping[str, Any]) -> list[str]:
             f"An image leaves once so many fresh draws at one point failed, and none was right, that one which most draws "
             f"classify correctly would leave with a probability of {fields['error']:g} at most."
         )
+    elif "coarse_steps" in fields and fields.get("drop") in ("any", "mean"):
+        coarse = {"any": "any draw", "mean": "the mean logits"}[fields["drop"]]
+        said.append(f"An image leaves once {coarse} of the coarser purification and then a fresh draw of the defense failed.")
     elif fields.get("drop") == "any":
         said.append("An image leaves once any draw fails, which decides it by the worst of several draws only.")
     elif fields.get("drop") == "mean":
