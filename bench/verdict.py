@@ -7,8 +7,8 @@ it was, and a rerun with the same options makes no finished run again. Every run
 judge.
 
 What an attack took is counted in image-steps: steps of a purification that an image goes through, forwards one, and with its
-gradient two (there and back), a coarser purification's by its own number; and in seconds of work of all workers. The draws that
-clean and attacked images are judged on are the same for all and not counted.
+gradient two (there and back), a coarser purification's by its own number; and in seconds of work of all workers. The judge's
+draws are not counted: of clean and attacked images, which all runs have, and of the forms that it chooses among.
 
 The goal that is stated with the figure: the cheapest point of any curve that by every protocol finds no more robust accuracy
 than the upper end of the 95 % interval of AutoAttack's `rand` with the exact gradient at its full size, and its share of that
@@ -74,7 +74,7 @@ class Curve:
                 sizes[stage]["step_size"] = max(0.007, 2.5 * eps / iterations)
         longest = max(sizes.values(), key=lambda size: size["iterations"])
         own = [(stage, knob, value) for stage, size in sizes.items() for knob, value in size.items()]
-        others = {f"{stage}.{knob}": value for stage, knob, value in own if value != longest[knob]}
+        others = {f"{stage}.{knob}": value for stage, knob, value in own if value != longest.get(knob)}
         return {"attack": self.attack, "mode": self.mode, **self.knobs, **longest, **others}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -28,12 +29,13 @@ class Says(Attack):
 
     value: float = 0.0
     failed: float = 0.0
+    loss: float = 0.0
 
     def run(self, defense, x, y, *, seed):
         x_adv = x.clone()
         x_adv[:, 0, 0, 0] = self.value
-        share = torch.full((len(x),), self.failed)
-        return Result(x, (0,), x_adv, torch.zeros(len(x)), share)
+        loss, share = (torch.full((len(x),), value) for value in (self.loss, self.failed))
+        return Result(x, (0,), x_adv, loss, share)
 
     def cost(self):
         return Cost(0, 0)
@@ -85,6 +87,15 @@ def test_equal_forms_are_one_and_ask_nothing(tmp_path):
         assert {len(forms) for forms in found.ledger.forms(range(3)).values()} == {1}
         records = found.ledger.done()
     assert sum(records[f"judge-{i:05d}"].forward_images for i in (0, 1)) == 3 * 4 * 2
+
+
+def test_an_image_that_an_attack_did_not_begin_is_no_form_of_it(tmp_path):
+    """As of AutoAttack's, which tell so by a loss below all others."""
+    with judged(tmp_path / "run", Says(0.3, 0.1), Says(0.0, 0.9, -math.inf), draws=4) as found:
+        assert {len(forms) for forms in found.ledger.forms(range(3)).values()} == {1}
+        assert found.verdicts["attacked"].unchanged == 0
+    with judged(tmp_path / "none", Says(0.0, 0.9, -math.inf), draws=4) as found:
+        assert found.verdicts["attacked"].unchanged == 3
 
 
 def test_an_attack_that_tells_nothing_is_one_of_them(tmp_path):

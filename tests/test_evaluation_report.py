@@ -348,8 +348,8 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
         **{"score_weights": "score.safetensors", "classifier_weights": "Standard.pt"},
     }
 
-    def purifies(method="coup", t=0.1, steps=100, **others):
-        return Settings.of(method=method, t=t, num_steps=steps, **others).to_dict()["method"]
+    def purifies(method="coup", t=0.1, **others):
+        return Settings.of(method=method, t=t, **others).to_dict()["method"]
 
     defense = {
         **found.configuration["defense"],
@@ -370,7 +370,9 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
     assert figure.robust == {"official": 83.20} and "table 3" in figure.source
     (figure,) = like({**spec, "classifier": "wrn-70-16"}, method=purifies("diffpure"))
     assert figure.robust == {"single": 42.20}
-    others = [{"guidance_scale": 5.0}, {"clamp": False}, {"steps": 50}, {"t": 0.06}, {"solver": "ddim"}]
+    (figure,) = like(method=purifies(num_steps=100))
+    assert like(method=purifies(num_steps=50), num_steps=50) == []
+    others = [{"guidance_scale": 5.0}, {"clamp": False}, {"t": 0.06}, {"solver": "ddim"}]
     for other in [{"method": purifies(**other)} for other in others] + [{"gradient": {"name": "bpda"}}]:
         assert like(**other) == []
     assert like(gradient={"name": "exact", "guidance": "detached"}) == []

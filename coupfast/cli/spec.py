@@ -144,6 +144,8 @@ def said(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def flag(name: str) -> str:
     """An option as it is typed."""
+    if "." in name:  # a knob of one stage
+        return "--stage"
     return "IN" if name == "images" else f"--{name.replace('_', '-')}"
 
 

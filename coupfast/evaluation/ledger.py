@@ -31,8 +31,8 @@ from coupfast_kernels.locks import locked
 logger = logging.getLogger(__name__)
 
 #: 2: what attacks saw at their strongest images; 3: memory of units; 4: purifier and attack as objects in the configuration.
-#: 5: gradients of units.
-VERSION = 5
+#: 5: gradients of units; 6: which of an image's forms was judged.
+VERSION = 6
 DATABASE, LOCK, FILES = "ledger.sqlite", "lock", "units"
 #: Of a judge's unit, for each image, which of its forms was judged; −1 where there is one only.
 FORM = "form"
@@ -326,7 +326,8 @@ class Ledger:
                 else:  # of an attack that does not tell, what it returned
                     forms = map(Form, arrays["x_adv"])
                 for image, form in zip(record.unit.images, forms, strict=True):
-                    if image in found and not any(np.array_equal(form.x, other.x) for other in found[image]):
+                    began = form.loss > -np.inf  # else the attack tried nothing but the image itself
+                    if image in found and began and not any(np.array_equal(form.x, other.x) for other in found[image]):
                         found[image].append(form)
         return found
 

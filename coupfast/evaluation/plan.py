@@ -225,7 +225,7 @@ def plan(
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
     # Before the probe, which takes a while.
-    named_pilot, shares = ("", {}) if pilot is None else _piloted(pilot, spec)
+    named_pilot, shares = ("", {}) if pilot is None else _piloted(pilot, spec, given=defense is not None)
     if spec.start_from is not None:
         with Ledger(spec.start_from, read_only=True) as ledger:
             check_source(ledger)
@@ -240,13 +240,13 @@ def plan(
     return Plan(tuple(stages), workers, measured, price, random, named_pilot, expected, spec.start_from or "", errors)
 
 
-def _piloted(pilot: str | Path, spec: Spec) -> tuple[str, dict[str, tuple[float, float, float]]]:
+def _piloted(pilot: str | Path, spec: Spec, *, given: bool) -> tuple[str, dict[str, tuple[float, float, float]]]:
     """A pilot's name with what it had otherwise, and the shares that each stage of `spec` took there, of its images and of its
     most forward and gradient cost."""
     with Ledger(pilot, read_only=True) as ledger:
         found = {stage.name: stage for stage in happened(ledger)}
         images = int(ledger.configuration["images"]["count"])
-        asked, given = _asked(ledger), ledger.configuration["spec"]["defense"] == GIVEN
+        asked, its_own = _asked(ledger), ledger.configuration["spec"]["defense"] == GIVEN
     most = {name: (forward, gradient) for name, forward, gradient in _counts(asked, images)}
     if missing := [stage for stage in spec.costs() if stage not in found and stage not in most]:
         raise ValueError(f"the pilot in {pilot} has no stage {', '.join(missing)}; it has {', '.join(most)}")
@@ -262,24 +262,23 @@ def _piloted(pilot: str | Path, spec: Spec) -> tuple[str, dict[str, tuple[float,
     for stage in spec.costs():
         took, (forward, gradient) = found.get(stage, Stage(stage, 0, 0, 0, 0.0)), most[stage]
         shares[stage] = (took.images / images, took.forward / max(forward, 1), took.gradient / max(gradient, 1))
-    here, had = _survives_by(spec), _survives_by(asked)
-    had |= {"method": "given from Python", "t": here["t"]} if given else {}
-    others = ", ".join(f"{name} {value}" for name, value in had.items() if value != here[name])
+    here, had = _survives_by(spec, given=given), _survives_by(asked, given=its_own)
+    others = ", ".join(f"{name} {value}" for name, value in had.items() if value != here.get(name, value))
     return f"{pilot}{f' (there {others})' if others else ''}", shares
 
 
-def _survives_by(spec: Spec) -> dict[str, str]:
-    """What decides how many images survive, but for networks, images and the attack's size."""
-    settings = spec.settings()
-    method = NO_DEFENSE if settings is None else method_name(settings.method)
+def _survives_by(spec: Spec, *, given: bool) -> dict[str, str]:
+    """Of what decides how many images survive, what a reader would compare first; of a defense that is given from Python its
+    ball and its attack's errors alone."""
+    found = {}
+    if not given:
+        settings = spec.settings()
+        t = None if settings is None else getattr(settings.method, "t", None)
+        method = NO_DEFENSE if settings is None else method_name(settings.method)
+        found = {"method": spec.defense or method, "t": str(t).lower()}
     errors = sorted({f"{attack.error:g}" for attack in spec.stages().values() if isinstance(attack, Iterative)})
-    t = None if settings is None else getattr(settings.method, "t", None)
-    return {
-        "method": spec.defense or method,
-        "t": "none" if t is None else f"{t:g}",
-        "ball": f"{spec.norm} {radius(str(spec.norm), spec.eps or 0.0)}",
-        "error": ", ".join(errors),
-    }
+    ball = f"{spec.norm} {radius(str(spec.norm), spec.eps or 0.0)}"
+    return {**found, "ball": ball, "error": ", ".join(errors)}
 
 
 def _drop(attack: Attack) -> str | None:

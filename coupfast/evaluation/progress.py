@@ -25,6 +25,7 @@ class Progress:
     def __init__(self, schedule: Schedule, costs: Mapping[str, Cost], done: Iterable[Record], show: bool) -> None:
         self._stages, self._all = [CLEAN, *schedule.attacks], schedule.attack_all
         self._cost = {stage: cost.forward + cost.gradient for stage, cost in costs.items()}
+        self._cost[JUDGE] += costs[JUDGE].again
         self._fooled = self._units = self._purified = 0
         self._in_flight: collections.Counter[str] = collections.Counter()  # images through the defense, of units not done yet
         self._started = time.monotonic()

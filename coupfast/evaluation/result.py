@@ -106,7 +106,7 @@ class Evaluation:
 
     @functools.cached_property
     def x_adv(self) -> torch.Tensor:
-        """The images that were judged as attacked, in order: each one's strongest form by what the attacks saw of it.
+        """The images that were judged as attacked, in order; see `Ledger.attacked_images`.
 
         Raises:
             ValueError: if the clean ones cannot be found again.

@@ -60,9 +60,9 @@ class Spec:
         mode: "full": every image goes through all of an attack, and on to the next stage if one fresh draw after it is right.
             "fast": an image leaves an attack of this project's once a test says that most draws fail (`drop` "majority", with
             its stated error), another one of its unit takes its place (`batch`, a quarter of a unit unless set), and all others
-            go on to the next stage, whatever one draw says. Attacks whose `drop` is set, those that know the judge's noise
-            (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in both. None is
-            "full", or what is recommended with the attack "recommended".
+            go on to the next stage, whatever one draw says. Where `drop` is set, images leave by that rule. Attacks that know
+            the judge's noise (`dw_box`), and those that are given as objects, keep to their knobs; AutoAttack's are the same in
+            both. None is "full", or what is recommended with the attack "recommended".
         shard: Images of a unit. Results depend on it, as they do on a batch size; never on the number of workers.
         draws: Fresh draws that judge every image, clean and attacked.
         paths: Which images keep their way through the purification for the report: how many, the first ones, or their numbers.

@@ -75,10 +75,10 @@ class Suite:
             if not _STAGE.fullmatch(stage) or stage in (CLEAN, JUDGE):
                 raise ValueError(f"{stage!r} is no name for a stage: small letters, digits and '-', and not {CLEAN} or {JUDGE}")
         settings = settings or {}
-        has = {stage: set(knobs.names(attack)) for stage, attack in stages.items()}
+        has = {stage: set(knobs.names(attack)) - {"norm", "eps"} for stage, attack in stages.items()}
         known = {*itertools.chain(*has.values()), *(f"{stage}.{name}" for stage in has for name in has[stage])}
         if unused := set(settings) - known:
-            some = sorted(set(itertools.chain(*has.values())) - {"norm", "eps"})
+            some = sorted(set(itertools.chain(*has.values())))
             one = f"; STAGE.KNOB sets one stage's, of {', '.join(stages)}" if len(stages) > 1 else ""
             raise ValueError(
                 f"{self.name!r} has no {', '.join(sorted(unused))} to set; it has {', '.join(some) or 'nothing to set'}{one}"
@@ -139,7 +139,7 @@ def told_errors(errors: Mapping[str, float]) -> str:
     over = f" and over all {len(errors)} stages {min(1.0, sum(errors.values())):g}" if len(errors) > 1 else ""
     return (
         f"an image that most draws classify correctly leaves a stage as if it had fallen with a probability of at most {each}"
-        f"{over}; it is judged on fresh draws all the same, in the form that it had then"
+        f"{over}; it is judged on fresh draws all the same"
     )
 
 

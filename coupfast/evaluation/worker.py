@@ -269,8 +269,9 @@ class Worker:
         """Which form of each image is judged, −1 where there is one only, and the images in these forms.
 
         Stages saw their forms on draws of their own, and each chose among other numbers of points, of which the luckiest seems
-        the strongest. So all forms of an image meet the same fresh draws, which judge nothing: the one goes on of which most
-        fail, of equal ones that of the highest mean cross-entropy. An attack that knows the judge's draws chooses by these.
+        the strongest. So all forms of an image meet as many fresh draws, and of a purification the same ones, which judge
+        nothing: the one goes on of which most fail, of equal ones that of the highest mean cross-entropy. An attack that knows
+        the judge's draws chooses by these.
         """
         known = any(attack.knows_noise for attack in self.rules.attacks.values())
         seed = derive_seed(self.rules.seed, JUDGE, *([] if known else ["forms"]))
@@ -282,7 +283,7 @@ class Worker:
             x, places = inputs[f"form_{number}"], inputs[f"form_{number}_of"]
             logits = self._draw(x, ids[places.cpu()], seed)
             failed = (logits.argmax(dim=2) != y[places]).float().mean(dim=0)
-            loss = torch.stack([ce(each, y[places]) for each in logits]).mean(dim=0)
+            loss = torch.stack([ce(each.float(), y[places]) for each in logits]).mean(dim=0)
             stronger = (failed > most_failed[places]) | (failed == most_failed[places]) & (loss > highest[places])
             these = places[stronger]
             chosen[these], x_adv[these] = number, x[stronger]

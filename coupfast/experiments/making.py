@@ -102,7 +102,8 @@ def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:
     if experiment.announces is None:
         return ""
     said = experiment.announces(scale)
-    content: dict[str, Any] = {"runs": sorted(map(name_of, said.runs)), "compared": said.compared, "decides": said.decides}
+    runs = sorted({name_of(spec) for spec in said.runs})
+    content: dict[str, Any] = {"runs": runs, "compared": said.compared, "decides": said.decides}
     path = out / ANNOUNCED / f"{experiment.name}-{_digest(content)}.json"
     if not path.is_file():
         # The paper's times, for steps to be counted by: which ones the runs take, the first of them decide.

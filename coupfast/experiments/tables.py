@@ -80,7 +80,7 @@ def by_protocol(results: Results) -> Table:
         rows,
         "In %, with 95 % intervals over images. Official: right at a fresh draw before the attack and after each of its "
         f"stages. The others are of {draws} of the noise for each attacked image, at the strongest point that the attack "
-        f"saw{more}.",
+        f"found{more}.",
     )
 
 

@@ -526,7 +526,7 @@ def verdict_goal() -> str:
 
 
 def verdict_stages(curve: str) -> str:
-    """How many images each stage of an attack was left, and the judge's majority at the end."""
+    """How many images each stage of an attack was left, and how many stand by the official verdict at the end."""
     rows = [each for each in results(VERDICT)["rows"] if each["curve"] == curve and each["share"] == 1]
     names = [stage["name"] for stage in rows[0]["stages"]]
     body = []

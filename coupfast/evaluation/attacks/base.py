@@ -21,7 +21,7 @@ class Cost:
 
     Attributes:
         again: Without a gradient, at most, besides: looks at an image that does not begin because it is seen misclassified, or
-            that seems to have fallen.
+            that seems to have fallen; and the judge's at the forms that several stages made of one.
         steps: Of the coarser purification that those with a gradient go through (`Metered.coarser`); None: the defense's.
 
     Example:

@@ -87,7 +87,7 @@ def like(run: Run, attack: str | None = None) -> list[Published]:
         attack: In the place of the run's own.
     """
     spec, defense = run.configuration["spec"], run.configuration["defense"]
-    if spec["defense"] is not None or spec["guide"] is not None or "method" not in defense:
+    if spec["defense"] is not None or spec.get("guide") is not None or "method" not in defense:
         return []
     if spec["images"] != "cifar10-512" or spec["limit"] not in (None, 512) or spec["score"] != "cifar10-ddpmpp-deep":
         return []
@@ -104,10 +104,11 @@ def like(run: Run, attack: str | None = None) -> list[Published]:
 
 
 def _purifies_like(defense: Mapping[str, Any], figure: Published) -> bool:
-    settings = Settings.of(method=figure.method, t=figure.t, num_steps=figure.steps, gradient=figure.gradient)
-    published, gradient = settings.to_dict(), defense["gradient"]
+    settings, gradient = Settings.of(method=figure.method, t=figure.t, gradient=figure.gradient), defense["gradient"]
+    # None is the published number: one every 1e-3.
+    published, here = ({**method, "num_steps": None} for method in (settings.to_dict()["method"], defense["method"]))
     # Published adjoints take COUP's guidance for a constant.
     guidance = "detached" if figure.gradient == "adjoint" else "exact"
     if settings.method.guided and gradient.get("guidance", guidance) != guidance:
         return False
-    return gradient["name"] == figure.gradient and defense["method"] == published["method"]
+    return gradient["name"] == figure.gradient and here == published and defense["num_steps"] == figure.steps

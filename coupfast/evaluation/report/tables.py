@@ -331,7 +331,8 @@ def found(run: Run) -> list[Section]:
         rows.append((stage, str(attacked), str(fooled), str(sum(len(record.onward) for record in records))))
     if not rows:
         return []
-    onward = "those that its test did not let go" if run.configuration["spec"].get("mode") == "fast" else "the others"
+    fast = run.configuration["spec"].get("mode") == "fast"
+    onward = "those that it did not let go by a test, or the others if it has none" if fast else "the others"
     return [
         Table(
             f"{run.name}: what each stage found",
