@@ -290,6 +290,7 @@ def test_what_the_run_has_may_be_said_again(begun, networks, capsys):
         ("--method", "coup", "--gradient", "exact", "--guidance-gradient", "exact", "--engine", "cpu"),
         ("--memory-budget", "whole", "--guidance-scale", "1", "--precision", "strict", "--eot-iter", "1", "--loss", "ce"),
         ("--engine-options", "largest_tile=4"),  # as it was decided
+        ("--stage", "apgd-ce.iterations=2"),
         ("--paper", *networks),
     ):
         assert resumed_spec(begun, *words) == own, words
@@ -306,6 +307,7 @@ def test_what_the_run_has_may_be_said_again(begun, networks, capsys):
         (["--certify", "2"], "--certify is 2, and the run in .* has a certificate of images: 1; a run has one of it"),
         (["--plan", "--price", "3"], "--price is 3.0, and the run in .* has a plan at a price: 2.0"),
         (["--iterations", "7"], "another configuration: .*iterations was 2 and is 7"),
+        (["--stage", "apgd-ce.iterations=7"], "another configuration: .*iterations was 2 and is 7"),
         (["--memory-budget", "auto"], 'another configuration: spec.purifier.memory_budget was null and is "auto"'),
         (["--seed", "1"], "another configuration: spec.seed was 121 and is 1"),
         (["--limit", "3"], "another configuration: .*spec.limit was null and is 3"),
@@ -315,6 +317,21 @@ def test_what_contradicts_the_run_is_refused(begun, words, message, capsys):
     assert run("evaluate", "--resume", begun, *words) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("exact=7", "'exact=7' is no STAGE.KNOB=VALUE; say exact.iterations=20"),
+        ("exact.iterations", "is no STAGE.KNOB=VALUE"),
+        ("exact.iterations=many", "'exact.iterations=many': invalid literal .* 'many'; steps"),
+        ("exact.dw_box=7", "'exact.dw_box=7': true or false, got '7'; the attacker knows"),
+    ],
+)
+def test_a_knob_of_one_stage_says_what_it_is(word, message, capsys):
+    with pytest.raises(SystemExit):
+        run("evaluate", "--attack", "cascade", "--stage", word)
+    assert re.search(f"argument --stage: {message}", capsys.readouterr().err)
 
 
 def test_options_of_a_method_that_the_run_has_as_an_object(tmp_path):

@@ -858,7 +858,10 @@ def test_the_fast_mode_sets_what_is_not_set():
     stages = Spec.of(attack="cascade", mode="fast", shard=16).stages()
     assert {(attack.drop, attack.batch) for attack in stages.values()} == {("majority", 4)}
     assert Spec.of(attack="cascade", mode="fast", batch=7).stages()["exact"].batch == 7
-    assert Spec.of(attack="cascade", mode="fast", drop="any").stages()["exact"].drop == "any"
+    stage = Spec.of(attack="cascade", mode="fast", drop="any").stages()["exact"]
+    assert (stage.drop, stage.batch) == ("any", 4)  # who leaves is replaced by whatever rule
+    stages = Spec.of(attack="cascade", mode="fast", attack_options={"exact.drop": "never"}).stages()
+    assert [(attack.drop, attack.batch) for attack in stages.values()] == [("majority", 4)] * 2 + [("never", None)]
     assert Spec.of(attack=PGD(), mode="fast").stages()["pgd"] == PGD()
     assert Spec.of(attack="autoattack-rand", mode="fast").stages() == Spec.of(attack="autoattack-rand").stages()
     assert Spec.of(attack="cascade").stages()["exact"].drop == "never"
@@ -945,7 +948,8 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
     for stage, most in zip(small.expected, small.stages, strict=True):
         assert stage.images == 2 * took[stage.name].images if stage.name in took else stage.images == 0
         assert stage.seconds <= most.seconds and stage.gradient <= most.gradient
-    assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'}" in str(small)
+    otherwise = "(there method given from Python, ball Linf 1/255, error 0.5)"
+    assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'} {otherwise}:" in str(small)
     with pytest.raises(ValueError, match="has no stage diffhammer; it has clean, transfer-3, transfer-5, exact, judge"):
         plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")
     monkeypatch.setattr(planning, "probe", lambda *_, **__: pytest.fail("probed for a pilot that is no pilot of this"))
@@ -956,6 +960,17 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
 
 
 # --- refused before any work -------------------------------------------------------------------------------------------------
+
+
+def test_knobs_of_one_stage_come_before_those_of_all():
+    made = {stage: attack.iterations for stage, attack in find("cascade").stages().items()}
+    told = find("cascade").stages(settings={"exact.iterations": 7, "iterations": 9})
+    assert made == {"transfer-3": 100, "transfer-5": 100, "exact": 50}
+    assert {stage: attack.iterations for stage, attack in told.items()} == {"transfer-3": 9, "transfer-5": 9, "exact": 7}
+    assert Spec.of(attack="cascade", **{"exact.iterations": 7}).stages()["exact"].iterations == 7
+    for wrong in ("exact.coarse_steps", "third.iterations", "exact.", "iterations.exact"):
+        with pytest.raises(ValueError, match="to set; it has .*STAGE.KNOB sets one stage's, of transfer-3, transfer-5, exact"):
+            find("cascade").stages(settings={wrong: 2})
 
 
 @pytest.mark.parametrize(

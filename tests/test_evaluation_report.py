@@ -20,6 +20,7 @@ from coupfast.evaluation import Ledger, evaluate, report
 from coupfast.evaluation.protocols import judged
 from coupfast.evaluation.report import pictures, published, tables, words
 from coupfast.evaluation.suites import SUITES
+from coupfast.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -322,12 +323,18 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
     spec = {
         **found.configuration["spec"],
         **{"defense": None, "images": "cifar10-512", "attack_options": {}, "score": "cifar10-ddpmpp-deep"},
-        **{"classifier": "wrn-28-10", "norm": "Linf", "eps": 8 / 255, "attack": "pgd-eot"},
+        **{"classifier": "wrn-28-10", "norm": "Linf", "eps": 8 / 255, "attack": "pgd-eot", "limit": None},
+        **{"score_weights": "score.safetensors", "classifier_weights": "Standard.pt"},
     }
+
+    def purifies(method="coup", t=0.1, steps=100, **others):
+        return Settings.of(method=method, t=t, num_steps=steps, **others).to_dict()["method"]
+
     defense = {
         **found.configuration["defense"],
-        **{"method": {"name": "coup", "t": 0.1}, "num_steps": 100, "gradient": {"name": "exact", "guidance": "exact"}},
+        **{"method": purifies(), "num_steps": 100, "gradient": {"name": "exact", "guidance": "exact"}},
     }
+    adjoint = {"name": "adjoint", "guidance": "detached"}
 
     def like(spec=spec, attack=None, **changed):
         configuration = {**found.configuration, "spec": spec, "defense": {**defense, **changed}}
@@ -340,20 +347,24 @@ def test_published_figures_stand_beside_runs_of_their_setting_only(runs):
     assert rows[-1][0].startswith("one fresh draw, published: ") and rows[-1][1:] == ("90.33 %", "41.72 %")
     (figure,) = like({**spec, "attack": "bpda-eot-20"}, gradient={"name": "bpda"})
     assert figure.robust == {"official": 83.20} and "table 3" in figure.source
-    (figure,) = like({**spec, "classifier": "wrn-70-16"}, method={"name": "diffpure", "t": 0.1})
+    (figure,) = like({**spec, "classifier": "wrn-70-16"}, method=purifies("diffpure"))
     assert figure.robust == {"single": 42.20}
-    for other in ({"num_steps": 50}, {"gradient": {"name": "bpda"}}, {"method": {"name": "coup", "t": 0.06}}):
+    others = [{"guidance_scale": 5.0}, {"clamp": False}, {"steps": 50}, {"t": 0.06}, {"solver": "ddim"}]
+    for other in [{"method": purifies(**other)} for other in others] + [{"gradient": {"name": "bpda"}}]:
         assert like(**other) == []
+    assert like(gradient={"name": "exact", "guidance": "detached"}) == []
     others = [{"images": "cifar10-20"}, {"classifier": "cifar10-tiny"}, {"attack_options": {"iterations": 9}}, {"mode": "fast"}]
-    others.append({"start_from": "elsewhere"})
+    others += [{"start_from": "elsewhere"}, {"limit": 4}, {"guide": "cifar10-tiny"}, {"classifier_weights": "random"}]
     for other in others:
         assert like({**spec, **other}) == []
-    (figure,) = like({**spec, "attack": "autoattack-rand"}, published.LOWER, gradient={"name": "adjoint"})
+    (figure,) = like({**spec, "attack": "autoattack-rand"}, published.LOWER, gradient=adjoint)
     assert figure.robust == {"official": 73.05}
+    whole = {"name": "adjoint", "guidance": "exact"}
+    assert like({**spec, "attack": "autoattack-rand"}, published.LOWER, gradient=whole) == []
 
     def lower(**of_standard):
         configurations = [
-            {**found.configuration, "defense": {**defense, "gradient": {"name": "adjoint"}}, "spec": {**spec, **more}}
+            {**found.configuration, "defense": {**defense, "gradient": adjoint}, "spec": {**spec, **more}}
             for more in ({"attack": "autoattack-rand"}, {"attack": "autoattack-standard", **of_standard})
         ]
         configured = [dataclasses.replace(found, configuration=each) for each in configurations]

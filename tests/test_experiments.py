@@ -162,6 +162,11 @@ def test_the_budget_scales_what_multiplies():
     rand, standard = (cases[f"COUP ({suite})"].spec(scale) for suite in ("rand", "standard"))
     assert rand.attack_options == {"iterations": 10, "eot_iter": 2}
     assert standard.attack_options == {"iterations": 10, "target_classes": 1, "queries": 50}
+    cascade = Scale(budget=0.02).spec({"attack": "cascade", "method": "coup", "t": 0.1}).stages()
+    assert {stage: (attack.iterations, attack.eot_iter) for stage, attack in cascade.items()} == {
+        **dict.fromkeys(("transfer-3", "transfer-5"), (14, 1)),
+        "exact": (7, 1),
+    }
     assert rand.settings().num_steps == 20
     full = dataclasses.replace(scale, budget=1.0, steps=None)
     assert cases["COUP (rand)"].spec(full).attack_options == {} and cases["COUP (rand)"].spec(full).settings().num_steps == 100

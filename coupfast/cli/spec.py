@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from coupfast.cli.arguments import add_noise, add_purification, default_device
@@ -135,6 +136,7 @@ def said(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was typed of a spec, and of the attack's knobs."""
     knobs = {name.removeprefix(_KNOB): value for name, value in vars(options).items() if name.startswith(_KNOB)}
     given = {name: value for name, value in vars(options).items() if name not in _OTHERS and not name.startswith(_KNOB)}
+    knobs |= dict(given.pop("stage", ()))
     if "device" in given:
         given["device"] = str(given["device"])
     return given, knobs
@@ -182,9 +184,14 @@ def _continued(
             asked = f"{flag(name)} is {given[name]}"
             raise ValueError(f"{asked}, and the run in {folder} has {what}, with which it goes on: {_LEAVE}")
     if "attack" not in given:
-        known = {name: {getattr(stage, name) for stage in stages.values() if hasattr(stage, name)} for name in knobs}
-        knobs = {name: value for name, value in knobs.items() if known[name] != {value}}
+        knobs = {name: value for name, value in knobs.items() if _values(stages, name) != {value}}
     return base, given, knobs
+
+
+def _values(stages: Mapping[str, Any], knob: str) -> set[Any]:
+    """What stages have for a knob, "STAGE.KNOB" for one stage's."""
+    alone, _, name = knob.rpartition(".")
+    return {getattr(attack, name) for stage, attack in stages.items() if stage == (alone or stage) and hasattr(attack, name)}
 
 
 _LEAVE = "leave it out, or start another run with --out"
@@ -246,6 +253,31 @@ def _add_knobs(group: Any, attack: str | None) -> None:
             flag=f"--attack-{option.flag.removeprefix('--')}" if taken else None,
             dest=_KNOB + name,
         )
+
+    def of_one_stage(word: str) -> tuple[str, Any]:
+        key, given, value = word.partition("=")
+        stage, _, name = key.rpartition(".")
+        if not (stage and given and name in found):
+            raise argparse.ArgumentTypeError(f"{word!r} is no STAGE.KNOB=VALUE; say exact.iterations=20")
+        try:
+            return key, _truth(value) if isinstance(found[name].default, bool) else found[name].parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{word!r}: {error}; {found[name].help}") from error
+
+    group.add_argument(
+        "--stage",
+        type=of_one_stage,
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="STAGE.KNOB=VALUE",
+        help="one of these in one stage of the attack alone (exact.iterations=20); may be said several times",
+    )
+
+
+def _truth(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise ValueError(f"true or false, got {word!r}")
+    return word == "true"
 
 
 def _told(published: dict[str, list[Any]]) -> str:

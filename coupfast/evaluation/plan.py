@@ -21,15 +21,18 @@ from torch import nn
 
 from coupfast.data import named_count
 from coupfast.evaluation import purification
-from coupfast.evaluation.attacks import Attack
+from coupfast.evaluation.attacks import Attack, Iterative
 from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
+from coupfast.evaluation.purification import NO_DEFENSE
+from coupfast.evaluation.result import radius
 from coupfast.evaluation.spec import GIVEN, Spec, checked_workers
 from coupfast.evaluation.starts import check_source
 from coupfast.evaluation.suites import stated_errors, told_errors
 from coupfast.evaluation.units import CLEAN, JUDGE
 from coupfast.gradients import Surrogate
+from coupfast.methods import method_name
 from coupfast.models.zoo import needs_weights
 from coupfast.purify import PurifiedClassifier, Purifier
 from coupfast.wording import counted
@@ -191,7 +194,7 @@ def plan(
         probe_steps: Steps of the probe's purification, of the steps that a purification has.
         price: Of a worker and hour.
         pilot: Folder of a finished run of stages of the same names, at whatever size: what share of its most it took is
-            expected here as well.
+            expected here as well. What it had otherwise (method, time, ball, error) stands behind its name.
 
     Raises:
         ValueError: if the pilot is not finished, has no stage of a name, or images left one of its attacks by another rule.
@@ -222,7 +225,7 @@ def plan(
         x, _ = spec.load()
         count, shape = len(x), x.shape[1:]
     # Before the probe, which takes a while.
-    shares = {} if pilot is None else _shares(pilot, spec)
+    named_pilot, shares = ("", {}) if pilot is None else _piloted(pilot, spec)
     if spec.start_from is not None:
         with Ledger(spec.start_from, read_only=True) as ledger:
             check_source(ledger)
@@ -232,18 +235,18 @@ def plan(
         stage = Stage(name, count, forward, gradient, 0.0, steps=measured.coarse.get(name))
         stages.append(dataclasses.replace(stage, seconds=stage.timed(measured)))
     expected = () if pilot is None else tuple(_surviving(stage, shares[stage.name], measured) for stage in stages)
-    pilot = "" if pilot is None else str(pilot)
     errors = stated_errors({stage: attack.to_dict() for stage, attack in spec.stages().items()})
     workers = spec.fitting(workers, count)
-    return Plan(tuple(stages), workers, measured, price, random, pilot, expected, spec.start_from or "", errors)
+    return Plan(tuple(stages), workers, measured, price, random, named_pilot, expected, spec.start_from or "", errors)
 
 
-def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, float]]:
-    """Of a pilot's images, and of its most forward and gradient cost, the shares that each stage of `spec` took there."""
+def _piloted(pilot: str | Path, spec: Spec) -> tuple[str, dict[str, tuple[float, float, float]]]:
+    """A pilot's name with what it had otherwise, and the shares that each stage of `spec` took there, of its images and of its
+    most forward and gradient cost."""
     with Ledger(pilot, read_only=True) as ledger:
         found = {stage.name: stage for stage in happened(ledger)}
         images = int(ledger.configuration["images"]["count"])
-        asked = _asked(ledger)
+        asked, given = _asked(ledger), ledger.configuration["spec"]["defense"] == GIVEN
     most = {name: (forward, gradient) for name, forward, gradient in _counts(asked, images)}
     if missing := [stage for stage in spec.costs() if stage not in found and stage not in most]:
         raise ValueError(f"the pilot in {pilot} has no stage {', '.join(missing)}; it has {', '.join(most)}")
@@ -259,7 +262,24 @@ def _shares(pilot: str | Path, spec: Spec) -> dict[str, tuple[float, float, floa
     for stage in spec.costs():
         took, (forward, gradient) = found.get(stage, Stage(stage, 0, 0, 0, 0.0)), most[stage]
         shares[stage] = (took.images / images, took.forward / max(forward, 1), took.gradient / max(gradient, 1))
-    return shares
+    here, had = _survives_by(spec), _survives_by(asked)
+    had |= {"method": "given from Python", "t": here["t"]} if given else {}
+    others = ", ".join(f"{name} {value}" for name, value in had.items() if value != here[name])
+    return f"{pilot}{f' (there {others})' if others else ''}", shares
+
+
+def _survives_by(spec: Spec) -> dict[str, str]:
+    """What decides how many images survive, but for networks, images and the attack's size."""
+    settings = spec.settings()
+    method = NO_DEFENSE if settings is None else method_name(settings.method)
+    errors = sorted({f"{attack.error:g}" for attack in spec.stages().values() if isinstance(attack, Iterative)})
+    t = None if settings is None else getattr(settings.method, "t", None)
+    return {
+        "method": spec.defense or method,
+        "t": "none" if t is None else f"{t:g}",
+        "ball": f"{spec.norm} {radius(str(spec.norm), spec.eps or 0.0)}",
+        "error": ", ".join(errors),
+    }
 
 
 def _drop(attack: Attack) -> str | None:

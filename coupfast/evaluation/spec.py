@@ -47,7 +47,8 @@ class Spec:
         defense: The name of a defense in the place of networks and purifier, "file.py:build" or "package.module:NAME".
         attack: A suite's name, "package.module:NAME" of an attack or a suite, or the object itself. "recommended" is what
             `suites.RECOMMENDATION` says and why: an attack and a mode, which the spec has in the place of that name.
-        attack_options: Knobs of the attack to set, in every stage that has them; the others as published.
+        attack_options: Knobs of the attack to set, in every stage that has them, or as "STAGE.KNOB" in one stage; the others as
+            published.
         norm, eps: Of the attack, for images in [0, 1]; None takes those of an attack that is given as an object, else Linf and
             8/255.
         start_from: Folder of a finished run that attacked these images, as their hashes say, on whatever defense and in
@@ -186,7 +187,8 @@ class Spec:
             else:
                 said["purifier"] = Settings.of(base, **flat) if isinstance(base, Settings) else {**base, **flat}
         knobs_of_attacks = {name for suite in (attack, *suites.SUITES.values()) for name in suite.options()}
-        options = {name: said.pop(name) for name in list(said) if name not in fields and name in knobs_of_attacks}
+        of_attacks = [name for name in said if name not in fields and (name in knobs_of_attacks or "." in name)]
+        options = {name: said.pop(name) for name in of_attacks}
         if options:
             said["attack_options"] = {**said.get("attack_options", {}), **options}
         if unknown := sorted(set(said) - fields):
@@ -246,14 +248,17 @@ class Spec:
         assert self.norm is not None and self.eps is not None  # `__post_init__`
         stages = self.suite.stages(self.norm, self.eps, self.attack_options)
         if self.mode == "fast":
-            return {stage: self._fast(attack) for stage, attack in stages.items()}
+            return {stage: self._fast(stage, attack) for stage, attack in stages.items()}
         return stages
 
-    def _fast(self, attack: Attack) -> Attack:
-        given = isinstance(self.attack, Attack) or "drop" in self.attack_options
-        if not isinstance(attack, Iterative) or given or attack.dw_box:
+    def _fast(self, stage: str, attack: Attack) -> Attack:
+        if not isinstance(attack, Iterative) or isinstance(self.attack, Attack) or attack.dw_box:
             return attack
-        return dataclasses.replace(attack, drop="majority", batch=attack.batch or max(1, self.shard // 4))
+        said = self.attack_options.keys() & {"drop", f"{stage}.drop"}
+        drop = attack.drop if said else "majority"
+        if drop == "never":
+            return attack
+        return dataclasses.replace(attack, drop=drop, batch=attack.batch or max(1, self.shard // 4))
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels.

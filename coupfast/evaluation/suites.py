@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -57,7 +58,8 @@ class Suite:
         Args:
             norm: "Linf" or "L2".
             eps: Radius, for images in [0, 1].
-            settings: Knobs to set in every stage that has them (`iterations`, `eot_iter`, …).
+            settings: Knobs to set in every stage that has them (`iterations`, `eot_iter`, …), or in one: "exact.iterations" is
+                that of the stage "exact", and comes before what is said for all.
 
         Raises:
             ValueError: for a norm or radius that is none, a knob that no stage has, or a value that it does not take.
@@ -73,13 +75,16 @@ class Suite:
             if not _STAGE.fullmatch(stage) or stage in (CLEAN, JUDGE):
                 raise ValueError(f"{stage!r} is no name for a stage: small letters, digits and '-', and not {CLEAN} or {JUDGE}")
         settings = settings or {}
-        if unused := {name for name in settings if not any(name in knobs.names(attack) for attack in stages.values())}:
-            known = sorted({name for attack in stages.values() for name in knobs.names(attack)} - {"norm", "eps"})
+        has = {stage: set(knobs.names(attack)) for stage, attack in stages.items()}
+        known = {*itertools.chain(*has.values()), *(f"{stage}.{name}" for stage in has for name in has[stage])}
+        if unused := set(settings) - known:
+            some = sorted(set(itertools.chain(*has.values())) - {"norm", "eps"})
+            one = f"; STAGE.KNOB sets one stage's, of {', '.join(stages)}" if len(stages) > 1 else ""
             raise ValueError(
-                f"{self.name!r} has no {', '.join(sorted(unused))} to set; it has {', '.join(known) or 'nothing to set'}"
+                f"{self.name!r} has no {', '.join(sorted(unused))} to set; it has {', '.join(some) or 'nothing to set'}{one}"
             )
         return {
-            stage: dataclasses.replace(attack, **{k: v for k, v in settings.items() if k in knobs.names(attack)})  # type: ignore[type-var]
+            stage: dataclasses.replace(attack, **_of_stage(settings, stage, has[stage]))  # type: ignore[type-var]
             for stage, attack in stages.items()
         }
 
@@ -106,6 +111,12 @@ class Suite:
                 f"{', '.join(sorted(map(str, kinds)))}: say which with `gradient`, or evaluate them one by one"
             )
         return str(kinds.pop()) if kinds else "exact"
+
+
+def _of_stage(settings: Mapping[str, Any], stage: str, names: set[str]) -> dict[str, Any]:
+    """Of knobs that are set, those of a stage, its own ones first."""
+    found = {name: settings[name] for name in names & settings.keys()}
+    return found | {name: settings[key] for name in names if (key := f"{stage}.{name}") in settings}
 
 
 def stated_errors(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

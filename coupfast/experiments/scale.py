@@ -212,15 +212,23 @@ class Scale:
         return start, stop
 
     def scaled(self, spec: Spec) -> dict[str, int]:
-        """What the budget leaves of an attack's counts, by knob; nothing where it is the published work."""
+        """What the budget leaves of an attack's counts, by knob, and by "STAGE.KNOB" where stages differ; nothing where it is
+        the published work."""
         if self.budget == 1:
             return {}
-        full = sizes(spec)
+        full, least = sizes(spec), _COUNTS | _QUERIES
         multiplied = [name for name in _COUNTS if full.get(name, 1) > 1]
         share = self.budget ** (1 / max(1, len(multiplied)))
-        found = {name: share for name in multiplied} | {name: self.budget for name in _QUERIES if name in full}
-        least = _COUNTS | _QUERIES
-        return {name: min(full[name], max(least[name], round(full[name] * part))) for name, part in found.items()}
+        parts = {name: share for name in multiplied} | {name: self.budget for name in _QUERIES if name in full}
+        found: dict[str, int] = {}
+        for name, part in parts.items():
+            stages = {stage: counts[name] for stage, counts in sizes_of_stages(spec).items() if name in counts}
+            left = {stage: min(count, max(least[name], round(count * part))) for stage, count in stages.items()}
+            if len(set(left.values())) == 1:
+                found[name] = next(iter(left.values()))
+            else:
+                found |= {f"{stage}.{name}": count for stage, count in left.items()}
+        return found
 
     def share_of(self, count: int) -> int:
         """Of a number of draws, what the budget leaves, as the root of it for two counts."""
@@ -258,13 +266,20 @@ class Scale:
             raise MissingNetworks(f"{experiment} lacks weights: {'; '.join(missing)}.{otherwise}")
 
 
+def sizes_of_stages(spec: Spec) -> dict[str, dict[str, int]]:
+    """An attack's counts by stage and knob."""
+    return {
+        stage: {name: value for name in (*_COUNTS, *_QUERIES) if isinstance(value := getattr(attack, name, None), int)}
+        for stage, attack in spec.stages().items()
+    }
+
+
 def sizes(spec: Spec) -> dict[str, int]:
     """An attack's counts by knob, the largest of its stages."""
     found: dict[str, int] = {}
-    for attack in spec.stages().values():
-        for name in (*_COUNTS, *_QUERIES):
-            if isinstance(value := getattr(attack, name, None), int):
-                found[name] = max(value, found.get(name, 1))
+    for counts in sizes_of_stages(spec).values():
+        for name, value in counts.items():
+            found[name] = max(value, found.get(name, 1))
     return found
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from coupfast.evaluation.report.read import Run
+from coupfast.settings import Settings
 
 LOWER = "lower of rand and standard"
 
@@ -78,26 +80,34 @@ PUBLISHED = (
 
 
 def like(run: Run, attack: str | None = None) -> list[Published]:
-    """Published evaluations of the setting of a run: defense, networks, time and steps, ball, attack and gradient.
+    """Published evaluations of the setting of a run: images, networks and their weights, all of the defense, ball, attack and
+    gradient.
 
     Args:
         attack: In the place of the run's own.
     """
     spec, defense = run.configuration["spec"], run.configuration["defense"]
-    if spec["defense"] is not None or spec["images"] not in ("cifar10", "cifar10-512") or "method" not in defense:
+    if spec["defense"] is not None or spec["guide"] is not None or "method" not in defense:
+        return []
+    if spec["images"] != "cifar10-512" or spec["limit"] not in (None, 512) or spec["score"] != "cifar10-ddpmpp-deep":
         return []
     # Attacks at their published size, which the fast mode cuts short.
     other_size = spec["attack_options"] or spec.get("mode", "full") != "full" or spec.get("start_from") is not None
-    if other_size or spec["score"] != "cifar10-ddpmpp-deep":
+    if other_size or "random" in (spec["score_weights"], spec["classifier_weights"]):
         return []
-    here: dict[str, Any] = {
-        "method": defense["method"]["name"],
-        "t": defense["method"].get("t"),
-        "steps": defense["num_steps"],
-        "classifier": spec["classifier"],
-        "norm": spec["norm"],
-        "eps": spec["eps"],
-        "attack": attack or spec["attack"],
-        "gradient": defense["gradient"]["name"],
-    }
-    return [figure for figure in PUBLISHED if all(getattr(figure, name) == value for name, value in here.items())]
+    here = {"classifier": spec["classifier"], "norm": spec["norm"], "eps": spec["eps"], "attack": attack or spec["attack"]}
+    return [
+        figure
+        for figure in PUBLISHED
+        if all(getattr(figure, name) == value for name, value in here.items()) and _purifies_like(defense, figure)
+    ]
+
+
+def _purifies_like(defense: Mapping[str, Any], figure: Published) -> bool:
+    settings = Settings.of(method=figure.method, t=figure.t, num_steps=figure.steps, gradient=figure.gradient)
+    published, gradient = settings.to_dict(), defense["gradient"]
+    # Published adjoints take COUP's guidance for a constant.
+    guidance = "detached" if figure.gradient == "adjoint" else "exact"
+    if settings.method.guided and gradient.get("guidance", guidance) != guidance:
+        return False
+    return gradient["name"] == figure.gradient and defense["method"] == published["method"]

@@ -44,9 +44,11 @@ def protocols(runs: Sequence[Run]) -> Table:
         rows.append(
             (
                 "inside the attack",
-                "N fresh draws at every point that the attack comes to, and the worst point counts for each image (the "
-                "N-evaluation of DiffHammer). Of very many points one fails by chance: it lies below all others, also under an "
-                "attack that finds nothing, and is comparable between attacks of as many points only.",
+                "N fresh draws at every point where the attack looks at the defense, and the worst of them counts for each "
+                "image (the N-evaluation of DiffHammer). Most attacks look at every point that they come to: of very many one "
+                "fails by chance, also under an attack that finds nothing. Attacks through a coarser purification (transfer, "
+                "and so the first stages of cascade) look where an image leaves them and at their last point. Comparable "
+                "between attacks of as many points only.",
             )
         )
     note = (
