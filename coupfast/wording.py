@@ -17,3 +17,8 @@ def counted(count: int, noun: str, verb: str = "") -> str:
         does = _OF_ONE.get(verb, f"{verb}s")
         return f"{count} {noun} {does}" if verb else f"{count} {noun}"
     return f"{count} {noun}s {verb}".rstrip()
+
+
+def radius(norm: str, eps: float) -> str:
+    """A radius as papers write it: 8/255 in Linf, 0.5 in L2."""
+    return f"{255 * eps:g}/255" if norm == "Linf" else f"{eps:g}"

@@ -26,7 +26,6 @@ from coupfast.evaluation.building import Given, builder
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.metered import Metered
 from coupfast.evaluation.purification import NO_DEFENSE
-from coupfast.evaluation.result import radius
 from coupfast.evaluation.spec import GIVEN, Spec, checked_workers
 from coupfast.evaluation.starts import check_source
 from coupfast.evaluation.suites import stated_errors, told_errors
@@ -35,7 +34,7 @@ from coupfast.gradients import Surrogate
 from coupfast.methods import method_name
 from coupfast.models.zoo import needs_weights
 from coupfast.purify import PurifiedClassifier, Purifier
-from coupfast.wording import counted
+from coupfast.wording import counted, radius
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from coupfast.evaluation.gradients import Gradients, followed
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, RESUBMISSION, Accuracy, Judged
 from coupfast.evaluation.spec import GIVEN, Spec, in_fast_mode
-from coupfast.wording import counted
+from coupfast.wording import counted, radius
 from coupfast_kernels.files import write_whole
 
 _COLUMNS = ("run", "kind", "protocol", "accuracy", "images", "draws", "low", "high", "bootstrap_low", "bootstrap_high")
@@ -200,11 +200,6 @@ class Evaluation:
     def __repr__(self) -> str:
         attacked = f", attacked {100 * self.accuracy:.1f} %" if "attacked" in self.verdicts else ""
         return f"<Evaluation in {self.folder}: {self.title}; official: clean {100 * self.clean_accuracy:.1f} %{attacked}>"
-
-
-def radius(norm: str, eps: float) -> str:
-    """A radius as papers write it: 8/255 in Linf, 0.5 in L2."""
-    return f"{255 * eps:g}/255" if norm == "Linf" else f"{eps:g}"
 
 
 def row(kind: str, protocol: str, draws: int, found: Accuracy) -> dict[str, Any]:

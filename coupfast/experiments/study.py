@@ -17,13 +17,12 @@ from coupfast.evaluation import protocols
 from coupfast.evaluation.drawing import COLOURS, new_figure, to_png
 from coupfast.evaluation.protocols import INSIDE, OFFICIAL, PROTOCOLS, Comparison
 from coupfast.evaluation.report import Picture, Run, Section, Table
-from coupfast.evaluation.result import radius
 from coupfast.experiments import announced, figures, tables
 from coupfast.experiments.announced import Announcement
 from coupfast.experiments.defenses import NAMES, RADII, threat
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import Scale
-from coupfast.wording import counted
+from coupfast.wording import counted, radius
 
 _JUDGED, _CHOOSING = (0.0, 0.8), (0.8, 1.0)
 #: Of the judged images; the published gradient takes several times as long.

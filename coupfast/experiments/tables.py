@@ -15,10 +15,9 @@ from coupfast.evaluation.configuration import environment
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison, wilson_interval
 from coupfast.evaluation.report import Run, Table
-from coupfast.evaluation.result import radius
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
-from coupfast.wording import counted
+from coupfast.wording import counted, radius
 
 NONE = "–"
 #: Of fewer images a page says what they cannot show.

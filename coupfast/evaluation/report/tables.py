@@ -14,10 +14,9 @@ from coupfast.evaluation.protocols import OFFICIAL, PROTOCOLS, RESUBMISSION, Acc
 from coupfast.evaluation.report import published
 from coupfast.evaluation.report.parts import Section, Table, Text
 from coupfast.evaluation.report.read import Run, class_name
-from coupfast.evaluation.result import radius
 from coupfast.evaluation.spec import GIVEN, NETWORKS, in_fast_mode
 from coupfast.evaluation.suites import SUITES, stated_errors, told_errors
-from coupfast.wording import counted
+from coupfast.wording import counted, radius
 
 _PLAIN = {OFFICIAL: "official", "average": "average over draws", "worst": "worst of the draws"}
 _TELLING = tuple(_PLAIN)
