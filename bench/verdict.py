@@ -190,7 +190,7 @@ def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | No
     if not references:
         return None
     reference = max(references, key=lambda row: row["share"])
-    ends = {by: (reference["robust"][by]["bootstrap"] or reference["robust"][by]["wilson"])[1] for by in COUNTED}
+    ends = {by: interval(reference["robust"][by])[1] for by in COUNTED}
     enough = [row for row in here if all(row["robust"][protocol]["value"] <= end for protocol, end in ends.items())]
     cheapest = min(enough, key=lambda row: row["image_steps"])
     return {
@@ -204,6 +204,12 @@ def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | No
         "seconds_ratio": cheapest["seconds"] / reference["seconds"],
         "lower_or_equal_in_value": [p for p in COUNTED if cheapest["robust"][p]["value"] <= reference["robust"][p]["value"]],
     }
+
+
+def interval(found: Mapping[str, Any]) -> Sequence[float]:
+    """Of a row's accuracy: the bootstrap's, and Wilson's where there is none, as of the official verdict."""
+    ends: Sequence[float] = found["bootstrap"] or found["wilson"]
+    return ends
 
 
 def told(found: Mapping[str, Any] | None) -> str:
@@ -240,7 +246,7 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[st
                 points = [row for row in rows if (row["defense"], row["curve"]) == (defense, name)]
                 points.sort(key=lambda row: row[work])
                 values = np.array([100 * row["robust"][protocol]["value"] for row in points])
-                ends = np.array([row["robust"][protocol]["bootstrap"] or row["robust"][protocol]["wilson"] for row in points])
+                ends = np.array([interval(row["robust"][protocol]) for row in points])
                 below, above = values - 100 * ends[:, 0], 100 * ends[:, 1] - values
                 panel.errorbar(
                     [row[work] for row in points],

@@ -325,7 +325,7 @@ def test_the_lower_of_rand_and_standard(runs, tmp_path):
 
 def test_what_each_stage_found_is_counted(runs):
     found = report.read(runs / "purified")
-    (table,) = tables.found(found)
+    (table,) = tables.found_by_stage(found)
     stages = found.configuration["stages"]
     assert [row[0] for row in table.rows] == list(stages)
     for (stage, *cells), after in zip(table.rows, [*list(stages)[1:], None], strict=True):

@@ -221,8 +221,9 @@ class Scale:
         share = self.budget ** (1 / max(1, len(multiplied)))
         parts = {name: share for name in multiplied} | {name: self.budget for name in _QUERIES if name in full}
         found: dict[str, int] = {}
+        by_stage = sizes_of_stages(spec)
         for name, part in parts.items():
-            stages = {stage: counts[name] for stage, counts in sizes_of_stages(spec).items() if name in counts}
+            stages = {stage: counts[name] for stage, counts in by_stage.items() if name in counts}
             left = {stage: min(count, max(least[name], round(count * part))) for stage, count in stages.items()}
             if len(set(left.values())) == 1:
                 found[name] = next(iter(left.values()))

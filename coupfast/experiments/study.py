@@ -25,7 +25,7 @@ from coupfast.experiments.scale import Scale
 from coupfast.wording import counted, radius
 
 _JUDGED, _CHOOSING = (0.0, 0.8), (0.8, 1.0)
-#: Of the judged images; the published gradient takes several times as long.
+#: Some of those that judge: the published gradient takes several times as long.
 _CONTRASTING = (0.0, 0.2)
 _NORMS, _TIMES = ("Linf", "L2"), (0.06, 0.1, 0.15)
 _ATTACK = {"attack": "cascade", "mode": "fast"}

@@ -91,6 +91,6 @@ def _sections(runs: Sequence[Run], lower: Sequence[tables.Lower]) -> list[Sectio
                 parts.append(pictures.path_picture(run))
             parts.append(pictures.gallery(run))
     for run in runs:
-        parts += [*tables.found(run), tables.time(run), *tables.certificate(run)]
+        parts += [*tables.found_by_stage(run), tables.time(run), *tables.certificate(run)]
         parts += [tables.configuration(run), *tables.stages(run), tables.again(run)]
     return parts

@@ -87,7 +87,7 @@ def like(run: Run, attack: str | None = None) -> list[Published]:
         attack: In the place of the run's own.
     """
     spec, defense = run.configuration["spec"], run.configuration["defense"]
-    if spec["defense"] is not None or spec.get("guide") is not None or "method" not in defense:
+    if spec["defense"] is not None or spec["guide"] is not None or "method" not in defense:
         return []
     if spec["images"] != "cifar10-512" or spec["limit"] not in (None, 512) or spec["score"] != "cifar10-ddpmpp-deep":
         return []

@@ -320,7 +320,7 @@ def classes(runs: Sequence[Run]) -> list[Section]:
     return parts
 
 
-def found(run: Run) -> list[Section]:
+def found_by_stage(run: Run) -> list[Section]:
     """What each stage of the attack found."""
     rows = []
     for stage in run.configuration["stages"]:
