@@ -537,6 +537,16 @@ def verdict_stages(curve: str) -> str:
     return markdown(["defense", *(f"attacked by {name}" for name in names), "still standing"], body)
 
 
+def study(title: str) -> str:
+    """One of the tables of `coupfast reproduce study`."""
+    (found,) = [each for each in results("study.json")["study"]["tables"] if each["title"] == title]
+    return markdown(found["header"], found["rows"])
+
+
+def study_headline() -> str:
+    return str(results("study.json")["study"]["headline"])
+
+
 LAYERS = tuple(
     f"layers-{run}-epyc-zen4.json"
     for run in ("tiny-b1", "tiny-b8", "tiny-b20", "tiny-b20-t1", "tiny-b20-avx2", "tiny-b64", "paper-b1", "paper-b8")
@@ -759,7 +769,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against, verdict_goal, verdict_stages),
-        *(gradient_signal, signal_against, kept_draws),
+        *(study, study_headline, gradient_signal, signal_against, kept_draws),
         *(solvers, solver_distances, solver_accuracies, solver_share, solver_least_p, solver_baseline),
         *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
         *(workers, oversubscribed, guided_step_cpu, absent_columns, kernel_times, slower_kernels, files),
