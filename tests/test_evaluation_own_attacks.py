@@ -992,7 +992,7 @@ def test_a_plan_knows_what_coarse_steps_and_a_pilot_save(tmp_path, monkeypatch):
     for stage, most in zip(small.expected, small.stages, strict=True):
         assert stage.images == 2 * took[stage.name].images if stage.name in took else stage.images == 0
         assert stage.seconds <= most.seconds and stage.gradient <= most.gradient
-    otherwise = "(there ball Linf 1/255, error 0.5)"
+    otherwise = "(there iterations 3, 3, 3; eot_iter 2, 2, 2; ball Linf 1/255; error 0.5)"
     assert small.expected[2].images < 10 and f"with the survival of {tmp_path / 'pilot'} {otherwise}:" in str(small)
     with pytest.raises(ValueError, match="has no stage diffhammer; it has clean, transfer-3, transfer-5, exact, judge"):
         plan(spec.but(attack="diffhammer"), pilot=tmp_path / "pilot")

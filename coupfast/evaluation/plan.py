@@ -262,20 +262,27 @@ def _piloted(pilot: str | Path, spec: Spec, *, given: bool) -> tuple[str, dict[s
         took, (forward, gradient) = found.get(stage, Stage(stage, 0, 0, 0, 0.0)), most[stage]
         shares[stage] = (took.images / images, took.forward / max(forward, 1), took.gradient / max(gradient, 1))
     here, had = _survives_by(spec, given=given), _survives_by(asked, given=its_own)
-    others = ", ".join(f"{name} {value}" for name, value in had.items() if value != here.get(name, value))
+    others = "; ".join(f"{name} {value}" for name, value in had.items() if value != here.get(name, value))
     return f"{pilot}{f' (there {others})' if others else ''}", shares
 
 
 def _survives_by(spec: Spec, *, given: bool) -> dict[str, str]:
     """Of what decides how many images survive, what a reader would compare first; of a defense that is given from Python its
-    ball and its attack's errors alone."""
+    ball and its attack alone."""
     found = {}
     if not given:
         settings = spec.settings()
         t = None if settings is None else getattr(settings.method, "t", None)
         method = NO_DEFENSE if settings is None else method_name(settings.method)
         found = {"method": spec.defense or method, "t": str(t).lower()}
-    errors = sorted({f"{attack.error:g}" for attack in spec.stages().values() if isinstance(attack, Iterative)})
+        if spec.defense is None:
+            found |= {"score network": str(spec.score), "classifier": str(spec.classifier)}
+        if settings is not None:
+            found["steps"] = str(settings.num_steps)
+    stages = spec.stages().values()
+    for knob in ("iterations", "eot_iter"):
+        found[knob] = ", ".join(str(getattr(attack, knob)) for attack in stages if hasattr(attack, knob))
+    errors = sorted({f"{attack.error:g}" for attack in stages if isinstance(attack, Iterative)})
     ball = f"{spec.norm} {radius(str(spec.norm), spec.eps or 0.0)}"
     return {**found, "ball": ball, "error": ", ".join(errors)}
 
