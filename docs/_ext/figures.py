@@ -481,9 +481,9 @@ def kept_draws() -> dict[str, str]:
 VERDICT = "verdict-100-epyc-zen4.json"
 
 
-def verdict() -> str:
+def verdict(name: str = VERDICT) -> str:
     """What each attack found, and its work as a share of `rand`'s."""
-    rows = results(VERDICT)["rows"]
+    rows = results(name)["rows"]
     reference = {each["defense"]: each for each in rows if each["curve"] == "rand"}
     body = []
     for each in rows:
@@ -516,11 +516,11 @@ def verdict_against(curve: str) -> dict[str, str]:
     }
 
 
-def verdict_goal() -> str:
+def verdict_goal(name: str = VERDICT) -> str:
     """On each defense the cheapest attack that leaves no more than the upper ends of `rand`'s intervals, and its share."""
     found = [
         f"{NAMES[each['defense']]} {each['ratio']:.3f} ({each['curve']}, {each['attack']['iterations']} iterations)"
-        for each in results(VERDICT)["goal"]
+        for each in results(name)["goal"]
     ]
     return ", ".join(found)
 
