@@ -262,7 +262,7 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[st
                 )
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xlabel(WORK[work])
             panel.set_title(NAMES[defense], fontsize=9)
@@ -270,6 +270,11 @@ def picture(rows: Sequence[Mapping[str, Any]], protocol: str, works: Sequence[st
                 panel.set_ylabel(f"robust, {protocol}, %")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return to_png(figure)
+
+
+def short(value: float) -> str:
+    """Thousands as "20k"."""
+    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
