@@ -152,7 +152,7 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     assert "Of other versions of the software than the page: 3 runs" in tables.work(older).note
     with sqlite3.connect(whole.runs[name].folder / DATABASE) as ledger:
         ledger.execute("DELETE FROM units WHERE stage != 'clean'")
-    with pytest.raises(ValueError, match="started with another configuration: environment.sources_sha256"):
+    with pytest.raises(ValueError, match="started with another configuration: environment.sources_sha256.*; delete that folder, take another"):
         make(experiment, scale, tmp_path)
 
 
@@ -273,6 +273,24 @@ def test_the_study_decides_by_the_corrected_p_alone():
     assert study.Tested(found, p=0.004, adjusted=0.05).decided == -1 and found.conclusion == 0
     found = dataclasses.replace(found, interval=(-0.2, -0.01))
     assert study.Tested(found, p=0.01, adjusted=0.06).decided == 0 and found.conclusion == -1
+
+
+def test_the_study_tells_what_other_counts_tell_apart_and_whose_time_is_at_an_end(monkeypatch):
+    design = study.EXPERIMENT.concludes.__self__
+    runs = types.SimpleNamespace(scale=Scale(images=250), runs={})
+    nothing = Comparison(difference=0.0, interval=(-0.1, 0.1), only_first=4, only_second=4, p=1.0, images=200)
+    found = dataclasses.replace(nothing, difference=0.1, interval=(0.05, 0.15))
+
+    def tested(self, results, protocol="majority"):
+        p = 0.01 if protocol == "worst" else 1.0
+        return {"one": study.Tested(nothing, 1.0, 1.0), "other": study.Tested(found, p, p)}
+
+    monkeypatch.setattr(study.Design, "tested", tested)
+    monkeypatch.setattr(study.Design, "chosen", lambda self, runs, name, norm: 0.15 if name == "DiffPure" else 0.1)
+    said = design.concludes(runs)
+    assert "By worst, which was not announced as decisive, also other: +10.0 [+5.0, +15.0] points." in said
+    assert sum("decisive" in sentence for sentence in said) == 1
+    assert any(sentence.endswith("serve better: DiffPure in Linf, DiffPure in L2.") for sentence in said)
 
 
 def test_the_whole_study_is_as_it_is_asked_for():

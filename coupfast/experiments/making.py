@@ -86,7 +86,7 @@ def _runs(name: str, scale: Scale, out: Path, cases: Sequence[Case], *, command:
         except OtherConfiguration as other:
             # What is done is shown by whatever comes later; only to go on would mix the work of two.
             if not (other.software and _is_finished(folder)):
-                raise
+                raise ValueError(f"{other}; delete that folder, take another --out, or go on with what began it") from other
         found[case.name] = dataclasses.replace(read(folder), name=case.name)
     return found
 

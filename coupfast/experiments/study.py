@@ -296,6 +296,12 @@ class Design:
             other = self.tested(results, protocol)
             against = [name for name, one in decided.items() if one.decided == -other[name].decided]
             said += [f"By {protocol} it is the other way round: {'; '.join(against)}."] if against else []
+            more = [f"{name}: {tables.points(one.found)}" for name, one in other.items() if one.decided and name not in decided]
+            said += [f"By {protocol}, which was not announced as decisive, also {'; '.join(more)} points."] if more else []
+        times = {(name, norm): self.chosen(results.runs, name, norm) for norm in self.norms for name in self.defenses}
+        ends = [f"{name} in {norm}" for (name, norm), t in times.items() if t in (min(self.times), max(self.times))]
+        if ends:
+            said.append(f"At the shortest or longest t* that was tried, so that another may serve better: {', '.join(ends)}.")
         return said + [
             "This is of these networks, of few steps and of one attack: a stronger one can change the order of defenses."
         ]

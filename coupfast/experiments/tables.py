@@ -116,16 +116,16 @@ def points(found: Comparison) -> str:
     return f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def says(results: Results, first: str, second: str, protocol: str = "average") -> str:
-    """In a sentence, which of two runs is more accurate under its attack, if it can be told."""
+def says(results: Results, first: str, second: str, protocol: str = "average", *, under: str = "attack") -> str:
+    """In a sentence, which of two runs is more accurate under what it met, if it can be told."""
     found = compare(results, first, second, protocol)
     how = f"by {100 * abs(found.difference):.1f} points"
     ends, images = points(found).partition(" ")[2], counted(found.images, "image")
     interval = f"{SHOWN[protocol]}; 95 % interval of the difference {ends}, {images}"
     if not decided(found):
-        return f"Under attack {first} and {second} cannot be told apart: they differ {how} ({interval})."
+        return f"Under {under} {first} and {second} cannot be told apart: they differ {how} ({interval})."
     better, worse = (first, second) if found.conclusion > 0 else (second, first)
-    return f"Under attack {better} is more accurate than {worse} {how} ({interval})."
+    return f"Under {under} {better} is more accurate than {worse} {how} ({interval})."
 
 
 def few(results: Results) -> list[str]:

@@ -59,6 +59,7 @@ EXPERIMENT = Experiment(
     assumptions=(
         "The radius is not legible: Linf 8/255 is assumed.",
         "λ, learning rate and steps are not stated: λ = 1, and Chen et al.'s 0.1 and 5.",
+        "Chen et al.'s code fixes the seed of its noise; here noise is drawn anew each time, as of every method.",
         EOT_ASSUMED,
     ),
     check=_check,

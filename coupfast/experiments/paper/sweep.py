@@ -71,7 +71,7 @@ def experiment(
             )
         return said + [
             "The setting is chosen and judged on the same images here: the accuracy at the best point is that of a choice made "
-            "with the answers known, and lower on others."
+            "with the answers known, and likely lower on others."
         ]
 
     return Experiment(

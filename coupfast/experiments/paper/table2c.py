@@ -1,4 +1,4 @@
-"""Table 2c: an adversarially trained classifier, alone and behind COUP, in the norm it was trained in and another."""
+"""Table 2c: an adversarially trained classifier, alone and behind COUP, in the norm of its published threat and another."""
 
 from coupfast.evaluation.protocols import OFFICIAL
 from coupfast.evaluation.report import Section, Table
@@ -7,7 +7,7 @@ from coupfast.experiments.defenses import APGD_CE, EOT_ASSUMED, LOST, defense, t
 from coupfast.experiments.experiment import Case, Experiment, Results
 from coupfast.experiments.tables import NONE, per_cent
 
-_NORMS = {"Linf": "the norm it was trained in", "L2": "another norm"}
+_NORMS = {"Linf": "as published", "L2": "another norm"}
 _WORDS = {"none": "no purification", "coup": "COUP"}
 _PUBLISHED = {("none", "Linf"): 70.90, ("coup", "Linf"): 77.15}
 
@@ -60,7 +60,7 @@ EXPERIMENT = Experiment(
     name="table2c",
     place="Table 2c",
     title="COUP on an adversarially trained classifier",
-    asks="Does COUP add to an adversarially trained classifier, in the norm that it was trained in and in another one?",
+    asks="Does COUP add to an adversarially trained classifier, in the norm of its published threat and in another one?",
     setting="Wang2023's WRN-28-10 (92.44 on clean images), APGD-CE; robust accuracy 70.90 alone, 77.15 with COUP",
     cases=[
         Case(_name(method, norm), {**defense(method, norm), **APGD_CE, **threat(norm)}, classifier="robust")
@@ -73,7 +73,8 @@ EXPERIMENT = Experiment(
         "The threat of the published pair is not legible: Linf 8/255 is assumed, since the sentence before is about the "
         "classifier of 92.44 % clean accuracy, which is the one trained in Linf.",
         "The paper has Wang2023's classifier that was trained in L2 (95.16 % clean), too, with no legible robust accuracy: "
-        "it is left out. `--robust` takes another classifier.",
+        "it is left out. `--robust` takes another classifier. In which norm that one was trained is not known here, nor of the "
+        "shipped resnet18-at.",
         LOST,
         EOT_ASSUMED,
         "A classifier without noise gets the same draws of a gradient, all equal: that is APGD-CE as it is.",

@@ -16,7 +16,7 @@ _METHODS = {
     "COUP": (defense("coup"), TABLE_3["coup"]),
 }
 _LONG = {f"{name}, 50 steps": name for name in ("DiffPure", "COUP")}
-#: The paper's DiffPure figure is of the long protocol, all others of the short one.
+#: The paper's DiffPure figure is of the long protocol; ADP's and GDMP's may be of 40 steps, as the assumptions say.
 _PUBLISHED = {name: _METHODS[name][1].robust for name in ("ADP", "GDMP", "COUP")} | {
     "DiffPure, 50 steps": TABLE_3["diffpure"].robust
 }
