@@ -152,7 +152,7 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     assert "Of other versions of the software than the page: 3 runs" in tables.work(older).note
     with sqlite3.connect(whole.runs[name].folder / DATABASE) as ledger:
         ledger.execute("DELETE FROM units WHERE stage != 'clean'")
-    with pytest.raises(ValueError, match="started with another configuration: environment.sources_sha256.*; delete that folder, take another"):
+    with pytest.raises(ValueError, match="another configuration: environment.sources_sha256.*; delete that folder, take"):
         make(experiment, scale, tmp_path)
 
 
