@@ -307,6 +307,12 @@ def test_the_whole_study_is_as_it_is_asked_for():
         cases[0].spec(dataclasses.replace(scale, images=2))
 
 
+def test_the_study_of_the_results_is_that_of_its_page():
+    root = Path(__file__).parents[1]
+    kept = json.loads((root / "bench" / "results" / "study.json").read_text())
+    assert kept == {"study": json.loads((root / "docs" / "experiments" / "study.json").read_text())}
+
+
 def test_an_announcement_after_the_first_run_says_so():
     before, after = "2026-01-02T03:04:05+00:00", "2026-01-02T03:04:06+00:00"
     assert announced.dated(after, before).startswith("Not announced before")
