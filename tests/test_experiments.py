@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sqlite3
 import sys
 import types
@@ -15,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from coupfast.cli import main
+from coupfast.cli import main, parser
+from coupfast.cli.reproduce import scale_of
 from coupfast.evaluation import configuration
 from coupfast.evaluation.ledger import DATABASE
 from coupfast.evaluation.protocols import Comparison, Judged, accuracy, mcnemar
 from coupfast.experiments import (
     EXPERIMENTS,
+    Case,
     Network,
     Page,
     Results,
@@ -68,7 +71,8 @@ def test_every_one_runs(name, out, capsys):
     said = capsys.readouterr().out
     page = (out / "pages" / f"{name}.md").read_text()
     assert EXPERIMENTS[name].title in said and f"coupfast reproduce {name} --images 1" in page
-    assert f"[{name}]({name}.md)" in (out / "pages" / "README.md").read_text()
+    index = (out / "pages" / "README.md").read_text()
+    assert f"[{name}]({name}.md)" in index and "`cifar100` (Section 5.2.1, CIFAR-100" in index.partition("Without a page")[2]
     found = json.loads((out / "found.json").read_text())[name]
     assert found["headline"] in page and found["concludes"]
     assert set(found["runs"]) == {case.name for case in EXPERIMENTS[name].cases}
@@ -102,10 +106,49 @@ def test_a_page_has_the_times_of_its_runs_alone():
     wanted["appendix-b-c"] = "15 from t = 0.15, 10 from t = 0.1, 5 from t = 0.05, 2 from t = 0.025"
     for name, steps in wanted.items():
         experiment = EXPERIMENTS[name]
-        table = tables.setting(experiment, scale, tables.times(experiment, experiment.cases))
+        specs = [case.spec(scale) for case in experiment.cases]
+        table = tables.setting(experiment, scale, tables.times(experiment, experiment.cases), specs)
         assert dict(table.rows)["steps of a purification"] == steps
+        assert dict(table.rows)["gradient that attacks follow"] == ("–" if name == "tableE1" else "exact")
     said = tables.differences(EXPERIMENTS["table2"], Results(scale, {}, {}, EXPERIMENTS["table2"].cases))
     assert any(line.startswith("8 steps from t = 0.075, and not 75:") for line in said)
+
+
+def test_a_page_has_the_gradients_and_stages_of_its_runs():
+    scale = Scale(images=1, steps=10, budget=0.02, gradient="adjoint")
+    cases = EXPERIMENTS["table1"].cases
+    found = dict(tables.setting(EXPERIMENTS["table1"], scale, [], [case.spec(scale) for case in cases]).rows)
+    assert found["gradient that attacks follow"] == "adjoint, adjoint (guidance detached)"
+    bpda = [case.spec(scale) for case in EXPERIMENTS["table3"].cases]
+    assert dict(tables.setting(EXPERIMENTS["table3"], scale, [], bpda).rows)["gradient that attacks follow"] == "bpda"
+    # A row for stages of one size: the cascade's last one has half the iterations.
+    case = Case("COUP", {"attack": "cascade", "method": "coup", "t": 0.1, "eps": 8 / 255})
+    rows = {row[0]: row[2] for row in tables.attacks(scale, [case, cases[0]]).rows}
+    assert rows["cascade: transfer-3, transfer-5"].startswith("14 of 100 iterations")
+    assert rows["cascade: exact"].startswith("7 of 50 iterations")
+    assert rows["autoattack-standard: square"] == "100 of 5000 questions"
+
+
+def test_a_page_names_the_gpu_of_its_runs(out):
+    experiment, scale = EXPERIMENTS["tableE1"], Scale(images=1, budget=1e-6, steps=1, draws=2)
+    results = make(experiment, scale, out)
+    assert "GPU" not in Page(experiment, results, "").made
+    environment = {**results.runs["COUP"].configuration["environment"], "gpu": {"device": "a GPU of some kind"}}
+    run = dataclasses.replace(
+        results.runs["COUP"], configuration={**results.runs["COUP"].configuration, "environment": environment}
+    )
+    made = Page(experiment, dataclasses.replace(results, runs={**results.runs, "COUP": run}), "").made
+    assert ", a GPU of some kind; its runs were begun" in made
+
+
+def test_an_interval_of_a_mean():
+    rng = np.random.default_rng()
+    hits = 0
+    for _ in range(400):
+        low, high = map(float, re.fullmatch(r"\S+ \[(.*), (.*)\]", tables.mean(rng.standard_normal(4))).groups())
+        hits += low <= 0 <= high
+    assert 0.90 < hits / 400 < 0.99  # 0.95, and a standard deviation of 0.011
+    assert tables.mean(np.array([1.5])) == "1.500 [–]"
 
 
 def test_a_table_says_of_how_many_draws_its_runs_are():
@@ -150,10 +193,23 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     older = make(experiment, scale, tmp_path)
     assert {n: run.fingerprint for n, run in older.runs.items()} == {n: run.fingerprint for n, run in whole.runs.items()}
     assert "Of other versions of the software than the page: 3 runs" in tables.work(older).note
+    # It is the last of three: the first two are not begun again before that is said.
     with sqlite3.connect(whole.runs[name].folder / DATABASE) as ledger:
         ledger.execute("DELETE FROM units WHERE stage != 'clean'")
+    for first in list(whole.runs)[:2]:
+        shutil.rmtree(whole.runs[first].folder)
     with pytest.raises(ValueError, match="another configuration: environment.sources_sha256.*; delete that folder, take"):
         make(experiment, scale, tmp_path)
+    assert list((tmp_path / "runs").iterdir()) == [whole.runs[name].folder]
+
+
+def test_what_was_measured_by_other_software_is_said(tmp_path, monkeypatch):
+    experiment, scale = EXPERIMENTS["fig3b"], Scale(paths=200)
+    assert "of other versions" not in Page(experiment, make(experiment, scale, tmp_path), "").made
+    monkeypatch.setattr(configuration, "sources_sha256", lambda *packages: "other")
+    later = make(experiment, scale, tmp_path)
+    assert Page(experiment, later, "").made.endswith("; of other versions of the software than the page: what was measured")
+    assert tables.older(dataclasses.replace(later, measured={})) == ""
 
 
 def test_the_budget_scales_what_multiplies():
@@ -238,7 +294,7 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
         assert {(run.configuration["spec"]["attack"], run.configuration["spec"]["mode"]) for run in runs} == {(attack, "fast")}
     (path,) = (tmp_path / "announced").iterdir()
     kept = json.loads(path.read_text())
-    assert kept["at"] == results.announced <= min(run.started for run in results.runs.values())
+    assert kept == results.announced and kept["at"] <= min(run.started for run in results.runs.values())
     assert {run.folder.name for run in results.runs.values()} <= set(kept["runs"])
     page = Page(experiment, results, "coupfast reproduce study").write(tmp_path).read_text()
     making._announced(experiment, dataclasses.replace(scale, seed=1), tmp_path)
@@ -247,8 +303,12 @@ def test_the_study_announces_chooses_and_compares(tmp_path, capsys):
     assert making._announced(other, scale, tmp_path) and len(list((tmp_path / "announced").iterdir())) == 3
     making._announced(dataclasses.replace(experiment, setting="In other words"), scale, tmp_path)
     assert len(list((tmp_path / "announced").iterdir())) == 3
-    for what in ("Choice of t", "p after Holm", "inside worst", results.announced, "2 images show"):
+    for what in ("Choice of t", "p after Holm", "inside worst", kept["at"], "2 images show"):
         assert what in page
+    # What was announced is shown as it was written down.
+    kept["tables"] = [{**table, "note": f"{table['note']} In the words of then."} for table in kept["tables"]]
+    page = Page(experiment, dataclasses.replace(results, announced=kept), "").text()
+    assert " ".join(page.split()).count("In the words of then. Written down at") == 2
 
 
 def test_the_study_takes_the_most_robust_time_and_then_the_most_accurate_one():
@@ -479,6 +539,12 @@ def test_a_page_says_that_its_images_are_jpeg_copies(tmp_path):
             scale = Scale(networks="paper", images=images)
             said = tables.differences(EXPERIMENTS[name], Results(scale, {}, {}, EXPERIMENTS[name].cases))
             assert any("not those of the paper" in line for line in said) == (images != count)
+        # As many as were published where nothing is said; and those that ran count, whatever was asked for.
+        options = parser().parse_args(["reproduce", name, "--networks", "paper"])
+        assert scale_of(options, EXPERIMENTS[name]).images == count
+        ran = {"a run": types.SimpleNamespace(count=3)}
+        said = tables.differences(EXPERIMENTS[name], Results(Scale(networks="paper"), ran, {}, EXPERIMENTS[name].cases))
+        assert any("3 images of cifar10-512, and not those of the paper" in line for line in said)
 
 
 def test_all_leaves_out_what_cannot_run(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,19 @@ from coupfast.cli.arguments import add_command, add_workers, default_device
 from coupfast.cli.reports import command_line
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.evaluation.spec import checked_workers
-from coupfast.experiments import DEFAULTS, EXPERIMENTS, QUICK, ROLES, SETS, Network, Page, Scale, check, make
+from coupfast.experiments import (
+    DEFAULTS,
+    EXPERIMENTS,
+    QUICK,
+    ROLES,
+    SETS,
+    Experiment,
+    Network,
+    Page,
+    Scale,
+    check,
+    make,
+)
 from coupfast.gradients import GRADIENTS
 from coupfast.options import check_name
 from coupfast.wording import counted
@@ -105,9 +117,10 @@ def run(options: argparse.Namespace) -> int:
     with said_how_to_go_on(lambda: command):
         for name in left:
             own = command_line(["reproduce", name, *_without_names(options)])
-            results = make(EXPERIMENTS[name], scale, out, command=own, workers=options.workers)
+            sized = scale_of(options, EXPERIMENTS[name])
+            results = make(EXPERIMENTS[name], sized, out, command=own, workers=options.workers)
             page = Page(EXPERIMENTS[name], results, own)
-            path = page.write(Path(options.page) if options.page else out / "pages")
+            path = page.write(Path(options.page) if options.page else out / "pages", EXPERIMENTS.values())
             found[name] = page.to_dict()
             if options.json != "-":
                 print(f"{page.text()}\n\nthe page: {path}\n", flush=True)
@@ -120,9 +133,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def scale_of(options: argparse.Namespace) -> Scale:
-    """The size that the options describe."""
+def scale_of(options: argparse.Namespace, experiment: Experiment | None = None) -> Scale:
+    """The size that the options describe; of an experiment that is published of other images than most, its own."""
     size = {**DEFAULTS[options.networks], **(QUICK if options.quick else {})}
+    if experiment is not None and options.networks == "paper" and not options.quick:
+        size["images"] = experiment.images
     size |= {name: getattr(options, name) for name in _SIZES if getattr(options, name) is not None}
     roles = {}
     for role in ROLES:

@@ -14,6 +14,9 @@ from coupfast.evaluation.report import Run, Section
 from coupfast.experiments.announced import Announcement
 from coupfast.experiments.scale import WHOLE, Scale
 
+#: Beside what is measured: the environment that measured it, as JSON.
+SOFTWARE = "measured by"
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -47,16 +50,16 @@ class Results:
     Attributes:
         scale: That it was made at.
         runs: By the name of their case, in order.
-        measured: See `Experiment.measure`.
+        measured: See `Experiment.measure`; and under `SOFTWARE`, what measured it.
         cases: Of the runs, those of `Experiment.then` among them.
-        announced: When what `Experiment.announces` was written down; "" where nothing is.
+        announced: What `Experiment.announces` was written down as, with `at`, the time; empty where nothing is.
     """
 
     scale: Scale
     runs: Mapping[str, Run]
     measured: Mapping[str, np.ndarray]
     cases: Sequence[Case] = ()
-    announced: str = ""
+    announced: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from coupfast.evaluation import Evaluation, Spec, evaluate
-from coupfast.evaluation.configuration import OtherConfiguration
+from coupfast.evaluation.configuration import OtherConfiguration, difference, environment
 from coupfast.evaluation.drawing import check_matplotlib
 from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.report import Run, read
 from coupfast.experiments import tables
 from coupfast.experiments.defenses import TIMES
-from coupfast.experiments.experiment import Case, Experiment, Results
+from coupfast.experiments.experiment import SOFTWARE, Case, Experiment, Results
 from coupfast.experiments.scale import Scale
 from coupfast_kernels.files import write_whole
 
@@ -65,30 +66,51 @@ def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", 
         command: What a reader has to type to repeat it.
         workers: Units of a run at a time, as `evaluate` takes them; their number changes no bit.
     """
-    announced = _announced(experiment, scale, out)
+    kept = _announced(experiment, scale, out)
     run = functools.partial(_runs, experiment.name, scale, out, command=command, workers=workers)
     cases, runs = list(experiment.cases), run(experiment.cases)
     if experiment.then is not None:
         more = experiment.then(runs)
         cases, runs = [*cases, *more], runs | run(more)
-    return Results(scale, runs, _measured(experiment, scale, out, runs), cases, announced)
+    return Results(scale, runs, _measured(experiment, scale, out, runs), cases, kept)
 
 
 def _runs(name: str, scale: Scale, out: Path, cases: Sequence[Case], *, command: str, workers: int | str) -> dict[str, Run]:
     found = {}
-    for number, case in enumerate(cases, start=1):
-        spec = case.spec(scale)
-        folder = out / RUNS / name_of(spec)
+    specs = [case.spec(scale) for case in cases]
+    folders = [out / RUNS / name_of(spec) for spec in specs]
+    for folder in folders:
+        _check_goes_on(folder, scale)
+    for number, (case, spec, folder) in enumerate(zip(cases, specs, folders, strict=True), start=1):
         begun = Ledger.begun(folder)
         _say(f"{name}, run {number} of {len(cases)}: {case.name}{', which has begun' if begun else ''}")
         try:
             evaluate(spec, out=folder, resume=begun, workers=workers, command=command, progress=True).close()
         except OtherConfiguration as other:
-            # What is done is shown by whatever comes later; only to go on would mix the work of two.
             if not (other.software and _is_finished(folder)):
-                raise ValueError(f"{other}; delete that folder, take another --out, or go on with what began it") from other
+                raise _refused(other) from other
         found[case.name] = dataclasses.replace(read(folder), name=case.name)
     return found
+
+
+def _check_goes_on(folder: Path, scale: Scale) -> None:
+    """That a run is not there, or is this software's, or is finished.
+
+    What is done is shown by whatever comes later; only to go on would mix the work of two.
+
+    Raises:
+        ValueError: if it is not so.
+    """
+    if Ledger.begun(folder):
+        with Ledger(folder, read_only=True) as ledger:
+            began = ledger.configuration
+        here = {**began, "environment": environment(torch.device(scale.device))}
+        if difference(began, here) and not _is_finished(folder):
+            raise _refused(OtherConfiguration(folder, began, here))
+
+
+def _refused(other: OtherConfiguration) -> ValueError:
+    return ValueError(f"{other}; delete that folder, take another --out, or go on with what began it")
 
 
 def _is_finished(folder: Path) -> bool:
@@ -97,22 +119,23 @@ def _is_finished(folder: Path) -> bool:
     return False
 
 
-def _announced(experiment: Experiment, scale: Scale, out: Path) -> str:
-    """When what is said before the first run was written down; "" where nothing is."""
+def _announced(experiment: Experiment, scale: Scale, out: Path) -> dict[str, Any]:
+    """What is said before the first run, as it was written down then; empty where nothing is."""
     if experiment.announces is None:
-        return ""
+        return {}
     said = experiment.announces(scale)
     runs = sorted({name_of(spec) for spec in said.runs})
     content: dict[str, Any] = {"runs": runs, "compared": said.compared, "decides": said.decides}
     path = out / ANNOUNCED / f"{experiment.name}-{_digest(content)}.json"
     if not path.is_file():
         # The paper's times, for steps to be counted by: which ones the runs take, the first of them decide.
-        shown = [tables.setting(experiment, scale, TIMES.values()), *said.tables]
+        shown = [tables.setting(experiment, scale, TIMES.values(), said.runs), *said.tables]
         _say("\n\n".join(["announced before the first run:", *map(tables.plain, shown)]))
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         kept = {"at": now, "tables": [tables.to_dict(table) for table in shown], **content}
         write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
-    return str(json.loads(path.read_text())["at"])
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def name_of(spec: Spec) -> str:
@@ -136,12 +159,13 @@ def _measured(experiment: Experiment, scale: Scale, out: Path, runs: Mapping[str
     path = out / MEASURED / f"{experiment.measure.__module__.rpartition('.')[2]}-{key}.npz"
     if not path.is_file():
         _say(f"{experiment.name}: measuring")
-        found = experiment.measure(scale, {name: str(run.folder) for name, run in runs.items()})
+        arrays = experiment.measure(scale, {name: str(run.folder) for name, run in runs.items()})
+        software = np.array(json.dumps(environment(torch.device(scale.device))))
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **found)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **arrays, **{SOFTWARE: software})  # type: ignore[arg-type]
         write_whole(path, buffer.getvalue())
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with np.load(path, allow_pickle=False) as kept:
+        return dict(kept)
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,11 @@ class Page:
         starts = sorted({run.started[:10] for run in self.results.runs.values()})
         begun = f"; its runs were begun on {' to '.join(dict.fromkeys((starts[0], starts[-1])))}" if starts else ""
         software = f"coupfast {coupfast.__version__}, torch {version('torch')}"
-        return f"{today}, {software}, {here['processor']}, {counted(here['cores'], 'core')}{begun}"
+        environments = (run.configuration["environment"] for run in self.results.runs.values())
+        gpus = "".join(f", {name}" for name in sorted({found["gpu"]["device"] for found in environments if "gpu" in found}))
+        measured = tables.older(self.results) if not self.results.runs else ""
+        told = f"; {measured[0].lower()}{measured[1:]}" if measured else ""
+        return f"{today}, {software}, {here['processor']}, {counted(here['cores'], 'core')}{gpus}{begun}{told}"
 
     def text(self) -> str:
         """For a terminal."""
@@ -77,16 +82,21 @@ class Page:
     @property
     def _ran(self) -> list[Table]:
         """What was run."""
-        times = tables.times(self.experiment, self.results.cases)
-        setting = tables.setting(self.experiment, self.results.scale, times)
-        return [setting, tables.attacks(self.results.scale, self.results.cases)] if self.experiment.cases else [setting]
+        scale, cases = self.results.scale, self.results.cases
+        times, specs = tables.times(self.experiment, cases), [case.spec(scale) for case in cases]
+        setting = tables.setting(self.experiment, scale, times, specs)
+        return [setting, tables.attacks(scale, cases)] if self.experiment.cases else [setting]
 
     def _tables(self) -> list[Table]:
         here = [*self._ran, *(part for part in self.sections if isinstance(part, Table))]
         return here + ([tables.work(self.results)] if self.results.runs else [])
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, every: Iterable[Experiment] = ()) -> Path:
         """The page, its figures and its numbers, and the index of all pages that are in the folder.
+
+        Args:
+            folder: Where to.
+            every: All experiments: the index names those without a page, too.
 
         Returns:
             The page's path.
@@ -99,7 +109,7 @@ class Page:
                 write_whole(folder / pictures[part.title], part.png)
         write_whole(path, self.markdown(pictures).encode())
         write_whole(path.with_suffix(".json"), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-        write_whole(folder / "README.md", index(folder).encode())
+        write_whole(folder / "README.md", index(folder, every).encode())
         return path
 
     def markdown(self, pictures: dict[str, str]) -> str:
@@ -115,17 +125,19 @@ class Page:
         return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def index(folder: Path) -> str:
-    """The page of the pages that are in a folder."""
+def index(folder: Path, every: Iterable[Experiment] = ()) -> str:
+    """The page of the pages that are in a folder, and which of all experiments have none."""
     here = [json.loads(path.read_text()) for path in folder.glob("*.json") if path.with_suffix(".md").is_file()]
     found = sorted((page for page in here if "headline" in page), key=lambda page: _order(page["place"]))
     rows = [(f"[{page['name']}]({page['name']}.md)", page["place"], page["title"], page["headline"]) for page in found]
     sets = sorted({page["networks"] for page in found})
     about = " ".join(f"`{name}`: {SETS[name].told}." for name in sets)
+    left = [f"`{one.name}` ({one.place}, {one.title})" for one in every if one.name not in {page["name"] for page in found}]
+    told = f"\nWithout a page here: {', '.join(left)}. The command runs each, or says what it lacks.\n" if left else ""
     return (
         "# The paper's experiments\n\nEach page is made by `coupfast reproduce NAME --page DIR` from what it ran, and says "
         f"what it ran, on which networks and images, and what differs from the paper. {about}\n\n"
-        f"{markdown_rows(Table('', ('name', 'in the paper', 'what', 'what came out'), rows))}\n"
+        f"{markdown_rows(Table('', ('name', 'in the paper', 'what', 'what came out'), rows))}\n{told}"
     )
 
 

@@ -184,8 +184,10 @@ class Design:
         ]
 
     def sections(self, results: Results) -> list[Section]:
-        date = announced.dated(results.announced, min(run.started for run in results.runs.values()))
-        said = [dataclasses.replace(table, note=f"{table.note} {date}") for table in self._announced(results.scale)]
+        date = announced.dated(results.announced["at"], min(run.started for run in results.runs.values()))
+        kept = map(tables.from_dict, results.announced["tables"])
+        own = {table.title for table in self._announced(results.scale)}
+        said = [dataclasses.replace(table, note=f"{table.note} {date}") for table in kept if table.title in own]
         groups = {
             norm: {name: results.runs[_of(name, norm)].accuracies["attacked"][PRIMARY] for name in self.defenses}
             for norm in self.norms
@@ -324,6 +326,8 @@ class Design:
             assumptions=(
                 f"The first {_JUDGED[1]:.0%} of the images judge, and the others choose t*, under a cheaper attack than the "
                 "verdict's: accuracies of the one do not compare with those of the other.",
+                "The cascade's first stages follow the exact gradient of a purification of fewer steps, and its last one that "
+                "of the purification that judges: an image that falls in an early stage never meets the last one's.",
                 "The choosing attack goes through as few steps at every t*, and the defense has more at a longer one: the "
                 "attack may find less there, and long times be chosen for it.",
                 "The published gradient is as published to about 1 % only in the published steps of 1e-3; in fewer it is the "

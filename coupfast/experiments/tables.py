@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import special
 
 from coupfast.data import are_jpeg
 from coupfast.evaluation import Spec, protocols
@@ -15,8 +18,8 @@ from coupfast.evaluation.configuration import environment
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison, wilson_interval
 from coupfast.evaluation.report import Run, Table
-from coupfast.experiments.experiment import Case, Experiment, Results
-from coupfast.experiments.scale import ROLES, SETS, Scale, sizes
+from coupfast.experiments.experiment import SOFTWARE, Case, Experiment, Results
+from coupfast.experiments.scale import ROLES, SETS, Scale, sizes, sizes_of_stages
 from coupfast.wording import counted, radius
 
 NONE = "–"
@@ -64,6 +67,26 @@ def plain(table: Table) -> str:
 def to_dict(table: Table) -> dict[str, Any]:
     """As JSON has it."""
     return {"title": table.title, "header": list(table.header), "rows": [list(row) for row in table.rows], "note": table.note}
+
+
+def from_dict(found: Mapping[str, Any]) -> Table:
+    """What `to_dict` made."""
+    return Table(found["title"], tuple(found["header"]), [tuple(row) for row in found["rows"]], found["note"])
+
+
+def mean(values: np.ndarray) -> str:
+    """With Student's interval of 95 %."""
+    count = len(values)
+    if count < 2:
+        return f"{values.mean():.3f} [{NONE}]"
+    half = half_width(values)
+    return f"{values.mean():.3f} [{values.mean() - half:.3f}, {values.mean() + half:.3f}]"
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of Student's interval of 95 % for a mean; 0 of one value, which has none."""
+    count = len(values)
+    return float(special.stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0
 
 
 def by_protocol(results: Results) -> Table:
@@ -145,11 +168,12 @@ def times(experiment: Experiment, cases: Sequence[Case]) -> list[float]:
     return sorted({*experiment.times, *(case.keywords["t"] for case in cases if "t" in case.keywords)}, reverse=True)
 
 
-def setting(experiment: Experiment, scale: Scale, times: Iterable[float]) -> Table:
+def setting(experiment: Experiment, scale: Scale, times: Iterable[float], specs: Iterable[Spec]) -> Table:
     """What was run, beside what is published.
 
     Args:
         times: That images are purified from.
+        specs: Of all runs.
     """
     rows = [("as published", experiment.setting)]
     if experiment.simulates:
@@ -162,27 +186,41 @@ def setting(experiment: Experiment, scale: Scale, times: Iterable[float]) -> Tab
         rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
         if steps := ", ".join(f"{scale.steps_of(t)} from t = {t:g}" for t in times):
             rows.append(("steps of a purification", steps))
-        made_for = "the one that each attack is made for: exact, or BPDA"
-        followed = f"{scale.gradient}; BPDA where the attack is BPDA's" if scale.gradient else made_for
-        rows.append(("gradient that attacks follow", followed))
-        rows.append(("budget", f"{scale.budget:g} of the published work of an attack for an image"))
+        if followed := dict.fromkeys(_followed(spec) for spec in specs):
+            rows.append(("gradient that attacks follow", ", ".join(filter(None, followed)) or NONE))
+        rows.append(("budget", f"{scale.budget:g} of the work of an attack at its full size for an image"))
         rows.append(("seed", str(scale.seed)))
     return Table("Setting", ("", ""), rows)
+
+
+def _followed(spec: Spec) -> str:
+    """The gradient of the purification that attacks follow; "" of none."""
+    settings = spec.settings()
+    if settings is None or not any(attack.cost().gradient for attack in spec.stages().values()):
+        return ""
+    gradient = settings.gradient
+    return gradient.name + ("" if gradient.differentiates_guidance or not gradient.flows else " (guidance detached)")
 
 
 def attacks(scale: Scale, cases: Iterable[Case]) -> Table:
     """Sizes of the attacks, beside the published ones."""
     rows: dict[tuple[str, ...], None] = {}
     note = (
-        "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn. Of several "
-        "stages the largest. Cut ones beside their full size, which is the published one where a suite is published."
+        "Draws: of the noise, for a gradient; questions: of an attack without gradients; targets: classes in turn. A row for "
+        "stages of one size. Cut ones beside their full size, which is the published one where a suite is published."
     )
     whole = dataclasses.replace(scale, budget=1.0)
     for case in cases:
         spec = case.spec(scale)
-        said = _counts(sizes(spec), sizes(case.spec(whole)))
         ball = f"{spec.norm}, {radius(str(spec.norm), float(spec.eps or 0))}" if case.keywords.get("eps") else NONE
-        rows[str(spec.to_dict()["attack"]), ball, said, str(spec.draws)] = None
+        full, name = sizes_of_stages(case.spec(whole)), str(spec.to_dict()["attack"])
+        by_size: dict[str, list[str]] = {}
+        for stage, counts in sizes_of_stages(spec).items():
+            by_size.setdefault(_counts(counts, full[stage]), []).append(stage)
+        for said, stages in by_size.items():
+            rows[name if len(by_size) == 1 else f"{name}: {', '.join(stages)}", ball, said, str(spec.draws)] = None
+        if not by_size:
+            rows[name, ball, NONE, str(spec.draws)] = None
     return Table("Attacks", ("attack", "ball", "size", "judge's draws"), list(rows), note)
 
 
@@ -211,8 +249,9 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
         )
     if not experiment.cases:
         return found
-    if scale.source != default.data or (scale.images or experiment.images) != experiment.images:
-        images = "all images" if scale.images is None else counted(scale.images, "image")
+    count = max((run.count for run in results.runs.values()), default=scale.images)
+    if scale.source != default.data or count != experiment.images:
+        images = "all images" if count is None else counted(count, "image")
         copies = " (JPEG copies: not the pixels that were published)" if are_jpeg(scale.source) else ""
         found.append(f"{images} of {scale.source}{copies}, and not those of the paper")
     published = dataclasses.replace(scale, steps=None)
@@ -224,18 +263,12 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
     specs = [case.spec(scale) for case in results.cases]
     if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(results.cases, specs, strict=True)):
         found.append("smaller attacks than at their full size: robust accuracies here are likely above what that would find")
-    if any(_follows_exact(spec) for spec in specs):
+    if any(_followed(spec) == "exact" for spec in specs):
         found.append(
             "attacks follow the exact gradient of the steps that ran, and the published ones that of a continuous adjoint, "
             "which is another one (--gradient adjoint)"
         )
     return found
-
-
-def _follows_exact(spec: Spec) -> bool:
-    settings = spec.settings()
-    follows = any(attack.cost().gradient for attack in spec.stages().values())
-    return follows and settings is not None and settings.gradient.name == "exact"
 
 
 def work(results: Results) -> Table:
@@ -245,13 +278,21 @@ def work(results: Results) -> Table:
         stages = run.happened
         seconds, asked = sum(stage.seconds for stage in stages), sum(stage.forward + stage.gradient for stage in stages)
         rows.append((name, run.folder.name, str(asked), duration(seconds), run.fingerprint[:16]))
-    here = environment(torch.device(results.scale.device))
-    older = sum(run.configuration["environment"] != here for run in results.runs.values())
-    told = f" Of other versions of the software than the page: {counted(older, 'run')}." if older else ""
+    told = older(results)
     return Table(
         "Runs",
         ("run", "folder", "images through the defense", "work", "fingerprint"),
         rows,
         "Folders of `coupfast report`, for everything else about a run. Work: on the clock while its units ran, whatever else "
-        f"the machine did.{told}",
+        f"the machine did.{f' {told}.' if told else ''}",
     )
+
+
+def older(results: Results) -> str:
+    """In words, what is of other versions of the software than this one; "" if nothing is."""
+    here = environment(torch.device(results.scale.device))
+    runs = sum(run.configuration["environment"] != here for run in results.runs.values())
+    found = [counted(runs, "run")] if runs else []
+    if results.measured and json.loads(str(results.measured.get(SOFTWARE, "null"))) != here:
+        found.append("what was measured beside the runs" if results.runs else "what was measured")
+    return f"Of other versions of the software than the page: {' and '.join(found)}" if found else ""

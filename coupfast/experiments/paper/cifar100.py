@@ -18,11 +18,10 @@ def _check(scale: Scale) -> None:
         raise ValueError(
             "cifar100 runs on CIFAR-100's networks and images, and none ship: its training images are in no package of the "
             f"index, so no small pair could be trained, and --networks tiny has nothing for it. Give {', '.join(missing)}: a "
-            "score network of the VP-SDE (the paper's is of the architecture `cifar10-ddpm`; or one that an adapter makes one "
-            "of) and a classifier of 100 classes (a file that says its own configuration, as `coupfast convert` writes it). "
-            "What the "
-            "two methods do on CIFAR-10 with the shipped networks, `coupfast evaluate --method lm` and `--method lm-coup` "
-            f"with `--attack apgd-ce` tell"
+            "score network of the VP-SDE (the paper's is of the architecture `cifar10-ddpm`, and the paper does not say where "
+            "its weights are from; or one that an adapter makes one of) and a classifier of 100 classes (a file that says "
+            "its configuration, as `coupfast convert` writes it). What the two methods do on CIFAR-10 with networks that ship, "
+            "`coupfast evaluate --method lm` and `--method lm-coup` with `--attack apgd-ce` tell"
         )
 
 

@@ -20,7 +20,7 @@ EXPERIMENT = sweep.experiment(
     place="Fig. 4a",
     title="accuracy over the purification time",
     asks="How do robust and clean accuracy depend on t*, from too little purification to too much?",
-    setting="COUP under APGD-CE in Linf 8/255 over t*, best at t* = 0.1; curves without numbers",
+    setting="COUP under APGD-CE in Linf 8/255 over t*; curves without numbers, and of the best t* the number is not legible",
     across="purification time t*",
     points=_TIMES,
     lines={NAMES[method]: functools.partial(_at, method) for method in ("coup", "reverse-sde")},

@@ -21,9 +21,9 @@ EXPERIMENT = sweep.experiment(
     place="Fig. 4b",
     title="accuracy over the guidance scale",
     asks="How do robust and clean accuracy depend on λ? At λ = 0 there is no guidance.",
-    setting="COUP under APGD-CE in Linf 8/255 over λ, best at λ = 1, t* = 0.1; curves without numbers",
+    setting="COUP under APGD-CE in Linf 8/255 over λ, best where score and classifier weigh the same; curves without numbers",
     across="guidance scale λ",
     points=_SCALES,
     lines={"COUP": _at},
-    tried="The scales that were tried are not legible: 0 to 4.",
+    tried="The scales that were tried are not legible: 0 to 4. The same weight is λ = 1, and t* that of Linf.",
 )

@@ -3,6 +3,7 @@
 import numpy as np
 
 from coupfast.evaluation.report import Section, Table
+from coupfast.experiments import tables
 from coupfast.experiments.defenses import EOT_ASSUMED, LOST, NAMES
 from coupfast.experiments.experiment import Experiment, Results
 from coupfast.experiments.paper import gallery
@@ -18,7 +19,7 @@ def _sections(results: Results) -> list[Section]:
         moved = np.sqrt(((measured[f"{method} images"] - measured["attacked"]) ** 2).sum(axis=(1, 2, 3)))
         back = np.sqrt(((measured[f"{method} images"] - measured["clean"]) ** 2).sum(axis=(1, 2, 3)))
         right = int(gallery.right(results, method).sum())
-        rows.append((NAMES[method], f"{right} of {count}", f"{moved.mean():.3f}", f"{back.mean():.3f}"))
+        rows.append((NAMES[method], f"{right} of {count}", tables.mean(moved), tables.mean(back)))
     return [
         gallery.picture(
             results,
@@ -31,20 +32,19 @@ def _sections(results: Results) -> list[Section]:
             "What purification does to the attacked images",
             ("purifier", "right at this draw", "L2 from attacked", "L2 from original"),
             rows,
-            "All images; mean distances of images in [0, 1].",
+            "All images; mean distances of images in [0, 1], with 95 % intervals over images.",
         ),
     ]
 
 
 def _concludes(results: Results) -> list[str]:
     measured = results.measured
-    moved = {
-        NAMES[m]: float(np.sqrt(((measured[f"{m} images"] - measured["clean"]) ** 2).sum(axis=(1, 2, 3))).mean())
-        for m in gallery.METHODS
+    far = {
+        NAMES[m]: np.sqrt(((measured[f"{m} images"] - measured["clean"]) ** 2).sum(axis=(1, 2, 3))) for m in gallery.METHODS
     }
-    told = ", ".join(f"{name} {value:.2f}" for name, value in moved.items())
+    told = ", ".join(f"{name} {tables.mean(distances)}" for name, distances in far.items())
     return [
-        f"What purifiers make of attacked images is on average so far from the original (L2): {told}.",
+        f"What purifiers make of attacked images is on average so far from the original (L2, with 95 % intervals): {told}.",
         "The images were attacked through the reverse SDE, so its mistakes here were sought and those of the others were not.",
         "Looking at a few images shows what a purifier can change, and no accuracy.",
     ]
