@@ -8,7 +8,8 @@ judge.
 
 What an attack took is counted in image-steps: steps of a purification that an image goes through, forwards one, and with its
 gradient two (there and back), a coarser purification's by its own number; and in seconds of work of all workers. The judge's
-draws are not counted: of clean and attacked images, which all runs have, and of the forms that it chooses among.
+draws are not counted: of clean and attacked images, which all runs have, and of the forms that it chooses among. Nor is the
+run that a warm curve begins at.
 
 The goal that is stated with the figure: the cheapest point of any curve that by every protocol finds no more robust accuracy
 than the upper end of the 95 % interval of AutoAttack's `rand` with the exact gradient at its full size, and its share of that
@@ -54,11 +55,13 @@ class Curve:
         attack: The suite.
         mode: See `Spec`.
         knobs: That are not the suite's own.
+        warm: Whether it begins at what `START` found on another defense, or in another ball (`--start-runs`).
     """
 
     attack: str
     mode: str = "full"
     knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    warm: bool = False
 
     def at(self, share: float, eps: float) -> dict[str, Any]:
         """Keywords of `Spec.of` for a share of every stage's iterations; where stages differ, each one's own as "STAGE.KNOB".
@@ -89,7 +92,11 @@ CURVES = {
     "transfer through 3": Curve("transfer", knobs={"coarse_steps": 3}),
     "cascade": Curve("cascade"),
     "cascade, fast": Curve("cascade", "fast"),
+    "cascade, warm": Curve("cascade", "fast", warm=True),
 }
+#: Where warm curves begin: a curve and its share, on a defense that is not the one they attack.
+START = ("cascade, fast", 0.5)
+ELSEWHERE = {"coup": "reverse-sde", "reverse-sde": "coup", "diffpure": "reverse-sde"}
 REFERENCE = "rand"
 COUNTED = (OFFICIAL, *PROTOCOLS)
 WORK = {"image_steps": "image-steps", "seconds": "seconds of work"}
@@ -147,12 +154,28 @@ def point(defense: str, name: str, share: float, options: argparse.Namespace) ->
         threads=options.threads,
         device=options.device,
         paths=0,
+        start_from=str(start_of(defense, options)) if CURVES[name].warm else None,
         **keywords,
     )
-    folder = options.out / defense / f"{name.replace(', ', '-').replace(' ', '-')}-{keywords['iterations']}"
+    folder = folder_of(options.out / defense, name, keywords)
     begun = Ledger.begun(folder)
     with evaluate(spec, out=folder, resume=begun, workers=options.workers, progress=options.progress) as found:
         return row(found, defense, name, share, keywords)
+
+
+def folder_of(folder: Path, name: str, keywords: Mapping[str, Any]) -> Path:
+    """Of a run on the defense whose folder it is."""
+    return folder / f"{name.replace(', ', '-').replace(' ', '-')}-{keywords['iterations']}"
+
+
+def start_of(defense: str, options: argparse.Namespace) -> Path:
+    """The run that warm curves begin at."""
+    name, share = START
+    folder = options.out / ELSEWHERE[defense] if options.start_runs is None else options.start_runs / defense
+    found = folder_of(folder, name, CURVES[name].at(share * options.sizes, options.eps))
+    if not Ledger.begun(found):
+        raise SystemExit(f"warm curves begin at {name}@{share:g} of {folder}, which is not there: run it first")
+    return found
 
 
 def row(found: Evaluation, defense: str, name: str, share: float, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,8 +309,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--work", nargs="+", choices=list(WORK), default=list(WORK), help="that the figure has panels of (default: both)")
     add("--protocol", choices=list(PROTOCOLS), default="average", help="that the figure shows (default: %(default)s)")
     add("--defenses", nargs="+", choices=DEFENSES, default=list(DEFENSES), help="(default: all)")
-    said = f"of {', '.join(CURVES)}; NAME@SHARE is one point (default: all)"
-    add("--curves", nargs="+", metavar="NAME[@SHARE]", default=list(CURVES), help=said)
+    cold = [name for name, curve in CURVES.items() if not curve.warm]
+    said = f"of {', '.join(CURVES)}; NAME@SHARE is one point (default: all that begin at clean images)"
+    add("--curves", nargs="+", metavar="NAME[@SHARE]", default=cold, help=said)
+    said = "--out of runs in another ball: warm curves begin at theirs on the same defense (default: on another one, in --out)"
+    add("--start-runs", type=Path, metavar="RUNS", help=said)
     add("--points", nargs="+", type=float, default=list(SHARES), help="shares of the full iterations (default: %(default)s)")
     add("--sizes", type=float, default=1.0, help="of all iterations, so much: 0.1 for a tenth (default: %(default)s)")
     add("--eot-iter", type=int, help="draws of every gradient (default: each attack's own)")

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import verdict
 
+from coupfast.evaluation.ledger import Ledger
 from coupfast.evaluation.suites import RECOMMENDATION
 
 
@@ -27,6 +29,25 @@ def test_a_tiny_study(tmp_path, capsys):
     # Again: nothing is run, and all is the same.
     assert verdict.main(list(map(str, options))) == 0
     assert json.loads((tmp_path / "v.json").read_text())["rows"] == document["rows"]
+
+
+def test_a_warm_curve_begins_where_another_defense_s_or_ball_s_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "START", ("transfer through 3", 1.0))
+    options = ["--t", 0.01, "--limit", 1, "--sizes", 0.01, "--eot-iter", 1, "--num-steps", 6, "--draws", 2, "--shard", 1]
+    in_l2 = ["--norm", "L2", "--eps", 0.5, "--start-runs", tmp_path / "Linf"]
+
+    def run(ball, defense, curve, *more):
+        words = ["--out", tmp_path / ball, "--defenses", defense, "--curves", f"{curve}@1", *options, *more]
+        assert verdict.main(list(map(str, words))) == 0
+
+    with pytest.raises(SystemExit, match="begin at transfer through 3@1 of .*reverse-sde, which is not there: run it first"):
+        run("Linf", "coup", "cascade, warm")
+    run("Linf", "reverse-sde", "transfer through 3")
+    run("Linf", "coup", "cascade, warm")
+    run("L2", "reverse-sde", "cascade, warm", *in_l2)
+    for folder in ("Linf/coup", "L2/reverse-sde"):
+        with Ledger(tmp_path / folder / "cascade-warm-1", read_only=True) as ledger:
+            assert ledger.configuration["spec"]["start_from"] == str(tmp_path / "Linf" / "reverse-sde" / "transfer-through-3-1")
 
 
 def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol():
