@@ -104,9 +104,7 @@ def test_what_is_recommended_is_so_for_what_was_measured():
     full_size = "bench/results/verdict-20-full-epyc-zen4.json"
     found = json.loads((Path(__file__).parents[1] / full_size).read_text())
     rows = {(row["defense"], row["curve"], row["share"]): row for row in found["rows"]}
-    defenses = [defense for defense in verdict.DEFENSES if (defense, "rand", 1.0) in rows]
-    assert [verdict.NAMES[defense] for defense in defenses] == ["COUP", "DiffPure"]
-    half, at_full = ([rows[(defense, *of)] for defense in defenses] for of in (("cascade, fast", 0.5), ("rand", 1.0)))
+    half, at_full = ([rows[(defense, *of)] for defense in verdict.DEFENSES] for of in (("cascade, fast", 0.5), ("rand", 1.0)))
     shares = [row["image_steps"] / full["image_steps"] for row, full in zip(half, at_full, strict=True)]
     assert f"for {min(shares):.3f} to {max(shares):.3f} of rand's image-steps ({full_size})" in RECOMMENDATION.reasons
     for row, full in zip([*ours, *half], [*rand, *at_full], strict=True):
