@@ -111,3 +111,26 @@ def test_what_is_recommended_is_so_for_what_was_measured():
         for by in verdict.COUNTED:
             assert row["robust"][by]["value"] <= verdict.interval(full["robust"][by])[1]
     assert [row["stages"][0]["steps"] for row in ours] == [3] * 3 and [row["stages"][1]["steps"] for row in ours] == [5] * 3
+
+
+def test_what_the_page_says_beside_rand_at_its_full_size():
+    """docs/measured/attacks.md tells in words which attacks leave no more than the upper ends of rand's intervals."""
+    results = Path(__file__).parents[1] / "bench" / "results"
+    files = (results / f"verdict-20-{name}-epyc-zen4.json" for name in ("full", "options"))
+    full, options = (json.loads(file.read_text())["rows"] for file in files)
+    rand = {row["defense"]: row["robust"] for row in full if row["curve"] == "rand"}
+    assert set(rand) == set(verdict.DEFENSES)
+
+    def above(row):
+        ends = {by: verdict.interval(rand[row["defense"]][by])[1] for by in verdict.COUNTED}
+        return [by for by, end in ends.items() if row["robust"][by]["value"] > end]
+
+    half = {(row["defense"], row["curve"]): above(row) for row in full if row["share"] == 0.5}
+    assert {of: counts for of, counts in half.items() if counts} == {("diffpure", "diffhammer, fast"): [verdict.OFFICIAL]}
+    at = {(row["defense"], row["curve"], row["share"]): row for row in options}
+    for defense in verdict.DEFENSES:
+        warm, cold = (at[defense, curve, 0.1] for curve in ("cascade, warm", "cascade, fast"))
+        assert above(warm) == [] and warm["image_steps"] < cold["image_steps"]
+        assert warm["robust"]["average"]["value"] < cold["robust"]["average"]["value"]
+        least = min(row["robust"]["average"]["value"] for row in full if row["defense"] == defense)
+        assert rand[defense]["average"]["value"] == least

@@ -481,10 +481,10 @@ def kept_draws() -> dict[str, str]:
 VERDICT = "verdict-100-epyc-zen4.json"
 
 
-def verdict(name: str = VERDICT) -> str:
-    """What each attack found, and its work as a share of `rand`'s."""
+def verdict(name: str = VERDICT, *, beside: str = "") -> str:
+    """What each attack found, and its work as a share of `rand`'s, which may be in another file."""
     rows = results(name)["rows"]
-    reference = {each["defense"]: each for each in rows if each["curve"] == "rand"}
+    reference = {each["defense"]: each for each in results(beside or name)["rows"] if each["curve"] == "rand"}
     body = []
     for each in rows:
         full = reference[each["defense"]]
@@ -523,6 +523,26 @@ def verdict_goal(name: str = VERDICT) -> str:
         for each in results(name)["goal"]
     ]
     return ", ".join(found)
+
+
+def verdict_growing(name: str) -> dict[str, str]:
+    """Of `pgd-eot` with few draws early beside all draws always: its share of the image-steps, and by how many points of the
+    average it leaves more.
+    """
+    at = {(each["defense"], each["curve"], each["share"]): each for each in results(name)["rows"]}
+    pairs = [(one, at[of, "pgd-eot, fast", share]) for (of, curve, share), one in at.items() if curve == "pgd-eot, growing"]
+    shares = [one["image_steps"] / other["image_steps"] for one, other in pairs]
+    points = [100 * (one["robust"]["average"]["value"] - other["robust"]["average"]["value"]) for one, other in pairs]
+    return {"shares": f"{min(shares):.2f} to {max(shares):.2f}", "points": f"{min(points):.1f} to {max(points):.1f}"}
+
+
+def verdict_averages(name: str) -> str:
+    """Of every run the average and the image-steps, in words."""
+    return ", and ".join(
+        f"“{each['curve']}” leaves {percent(each['robust']['average']['value'])} by the average in {each['image_steps']:,} "
+        "image-steps"
+        for each in results(name)["rows"]
+    )
 
 
 def verdict_stages(curve: str) -> str:
@@ -769,6 +789,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
         *(peers, autoattack, attack_gradients, verdict, verdict_against, verdict_goal, verdict_stages),
+        *(verdict_growing, verdict_averages),
         *(study, study_headline, gradient_signal, signal_against, kept_draws),
         *(solvers, solver_distances, solver_accuracies, solver_share, solver_least_p, solver_baseline),
         *(winograd, lost_by_choosing, layers, whole_networks, worst_error, step_shares, winograd_gap),
