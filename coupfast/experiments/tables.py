@@ -249,7 +249,7 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
         )
     if not experiment.cases:
         return found
-    count = max((run.count for run in results.runs.values()), default=scale.images)
+    count = scale.images or max((run.count for run in results.runs.values()), default=None)
     if scale.source != default.data or count != experiment.images:
         images = "all images" if count is None else counted(count, "image")
         copies = " (JPEG copies: not the pixels that were published)" if are_jpeg(scale.source) else ""
