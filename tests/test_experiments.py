@@ -141,6 +141,16 @@ def test_a_page_names_the_gpu_of_its_runs(out):
     assert ", a GPU of some kind; its runs were begun" in made
 
 
+def test_of_few_images_no_difference_is_called_one(monkeypatch):
+    for images, said in ((20, "told apart.*20 images, and of fewer than 30 none is called a difference"), (40, "more acc")):
+        found = Comparison(difference=-0.2, interval=(-0.3, -0.1), only_first=None, only_second=None, p=None, images=images)
+        monkeypatch.setattr(tables, "compare", lambda *_, found=found: found)
+        assert re.search(said, tables.says(None, "one", "another"))
+    nothing = Comparison(difference=-0.2, interval=(-0.3, 0.1), only_first=None, only_second=None, p=None, images=20)
+    monkeypatch.setattr(tables, "compare", lambda *_: nothing)
+    assert tables.says(None, "one", "another").endswith(", 20 images).")
+
+
 def test_an_interval_of_a_mean():
     rng = np.random.default_rng()
     hits = 0

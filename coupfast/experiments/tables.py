@@ -144,7 +144,8 @@ def says(results: Results, first: str, second: str, protocol: str = "average", *
     found = compare(results, first, second, protocol)
     how = f"by {100 * abs(found.difference):.1f} points"
     ends, images = points(found).partition(" ")[2], counted(found.images, "image")
-    interval = f"{SHOWN[protocol]}; 95 % interval of the difference {ends}, {images}"
+    called = f", and of fewer than {_FEW} none is called a difference" if found.conclusion and not decided(found) else ""
+    interval = f"{SHOWN[protocol]}; 95 % interval of the difference {ends}, {images}{called}"
     if not decided(found):
         return f"Under {under} {first} and {second} cannot be told apart: they differ {how} ({interval})."
     better, worse = (first, second) if found.conclusion > 0 else (second, first)

@@ -164,7 +164,7 @@ def _distances(measured: Mapping[str, np.ndarray]) -> Picture:
     return Picture(
         "C, how far purification goes",
         to_png(figure),
-        "Clean images, one draw of the noise each; lines are intervals of 95 % over images.",
+        "Clean images, one draw of the noise each; lines on the left are intervals of 95 % over images.",
         f"Two panels over the purification time from {_TIMES[0]:g} to {_TIMES[-1]:g}: the distance from the image, in L2 "
         f"({ends}), and the share of images whose class changed.",
     )
