@@ -827,6 +827,7 @@ def test_published_sizes():
     "attack",
     [
         DiffHammer(eps=1 / 255, iterations=3, eot_iter=2, losses="margin,ce"),
+        DiffHammer(eps=1 / 255, iterations=4, eot_iter=2, drop="majority", error=0.5, batch=2),
         Transfer(eps=1 / 255, coarse_steps=(1,), iterations=4, eot_iter=2, drop="majority", error=0.5),
         PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
         PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, keep="last", drop="majority", error=0.5, batch=2),

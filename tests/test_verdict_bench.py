@@ -67,6 +67,8 @@ def test_the_goal_is_the_cheapest_point_that_is_as_low_by_every_protocol():
         other[3]["robust"][by] = {"value": 0.41, "bootstrap": None, "wilson": (0.3, 0.5)}
         other[0]["robust"][by] = {"value": 0.45, "bootstrap": None, "wilson": (0.3, 0.5)}
         assert (verdict.goal(other, "coup")["curve"], verdict.goal(other, "coup")["ratio"]) == ("rand", 1.0)
+    warm = verdict.goal([*rows, row("cascade, warm", 1.0, 1, 0.1)], "coup")  # whose start is not counted
+    assert warm["curve"] == "good"
     rows[1]["robust"]["official"] = {"value": 0.3, "bootstrap": None, "wilson": (0.2, 0.37)}  # which has no bootstrap
     assert verdict.goal(rows, "coup")["curve"] == "rand"
     assert verdict.goal(rows, "diffpure") is None
@@ -117,7 +119,10 @@ def test_what_the_page_says_beside_rand_at_its_full_size():
     """docs/measured/attacks.md tells in words which attacks leave no more than the upper ends of rand's intervals."""
     results = Path(__file__).parents[1] / "bench" / "results"
     files = (results / f"verdict-20-{name}-epyc-zen4.json" for name in ("full", "options"))
-    full, options = (json.loads(file.read_text())["rows"] for file in files)
+    documents = [json.loads(file.read_text()) for file in files]
+    full, options = (document["rows"] for document in documents)
+    assert [verdict.goal(full, defense) for defense in verdict.DEFENSES] == documents[0]["goal"]
+    assert max(found["ratio"] for found in documents[0]["goal"]) <= 0.1  # the aim
     rand = {row["defense"]: row["robust"] for row in full if row["curve"] == "rand"}
     assert set(rand) == set(verdict.DEFENSES)
 
@@ -132,5 +137,8 @@ def test_what_the_page_says_beside_rand_at_its_full_size():
         warm, cold = (at[defense, curve, 0.1] for curve in ("cascade, warm", "cascade, fast"))
         assert above(warm) == [] and warm["image_steps"] < cold["image_steps"]
         assert warm["robust"]["average"]["value"] < cold["robust"]["average"]["value"]
+        twice, all_draws = at[defense, "pgd-eot, growing", 0.1], at[defense, "pgd-eot, fast", 0.05]
+        more = twice["robust"]["average"]["value"] - all_draws["robust"]["average"]["value"]
+        assert twice["image_steps"] < all_draws["image_steps"] and (more < 0.01) == (defense != "diffpure")
         least = min(row["robust"]["average"]["value"] for row in full if row["defense"] == defense)
         assert rand[defense]["average"]["value"] == least

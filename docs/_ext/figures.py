@@ -490,11 +490,11 @@ def verdict(name: str = VERDICT, *, beside: str = "") -> str:
         full = reference[each["defense"]]
         label = each["curve"] if each["share"] == 1 else f"{each['curve']}, {each['attack']['iterations']} iterations"
         cells = [f"{each['image_steps'] / full['image_steps']:.3f}"]
-        for protocol in ("average", "worst", "majority"):
+        for protocol in ("official", "average", "worst", "majority"):
             found = each["robust"][protocol]
-            cells.append(f"{percent(found['value'])} ({interval(found['bootstrap'])})")
+            cells.append(f"{percent(found['value'])} ({interval(found['bootstrap'] or found['wilson'])})")
         body.append([NAMES[each["defense"]], label, *cells])
-    return markdown(["defense", "attack", "image-steps", "average", "worst of ten", "majority"], body)
+    return markdown(["defense", "attack", "image-steps", "official", "average", "worst of ten", "majority"], body)
 
 
 def verdict_against(curve: str) -> dict[str, str]:
@@ -517,23 +517,28 @@ def verdict_against(curve: str) -> dict[str, str]:
 
 
 def verdict_goal(name: str = VERDICT) -> str:
-    """On each defense the cheapest attack that leaves no more than the upper ends of `rand`'s intervals, and its share."""
+    """On each defense the cheapest attack that leaves no more than the upper ends of `rand`'s intervals, its share, and by
+    which counts it leaves no more than `rand` itself.
+    """
     found = [
-        f"{NAMES[each['defense']]} {each['ratio']:.3f} ({each['curve']}, {each['attack']['iterations']} iterations)"
+        f"{NAMES[each['defense']]} {each['ratio']:.3f} ({each['curve']}, {each['attack']['iterations']} iterations; no more "
+        f"than `rand` itself by {', '.join(each['lower_or_equal_in_value']) or 'none'})"
         for each in results(name)["goal"]
     ]
-    return ", ".join(found)
+    return "; ".join(found)
 
 
 def verdict_growing(name: str) -> dict[str, str]:
-    """Of `pgd-eot` with few draws early beside all draws always: its share of the image-steps, and by how many points of the
-    average it leaves more.
+    """Of `pgd-eot` with few draws early, in twice the iterations of one with all draws always: its share of the image-steps,
+    and by how many points of the average it leaves more, by defense.
     """
     at = {(each["defense"], each["curve"], each["share"]): each for each in results(name)["rows"]}
-    pairs = [(one, at[of, "pgd-eot, fast", share]) for (of, curve, share), one in at.items() if curve == "pgd-eot, growing"]
+    of = list(dict.fromkeys(defense for defense, _, _ in at))
+    pairs = [(at[each, "pgd-eot, growing", 0.1], at[each, "pgd-eot, fast", 0.05]) for each in of]
     shares = [one["image_steps"] / other["image_steps"] for one, other in pairs]
     points = [100 * (one["robust"]["average"]["value"] - other["robust"]["average"]["value"]) for one, other in pairs]
-    return {"shares": f"{min(shares):.2f} to {max(shares):.2f}", "points": f"{min(points):.1f} to {max(points):.1f}"}
+    told = ", ".join(f"{NAMES[each]} {value:+.1f}".replace("-", "−") for each, value in zip(of, points, strict=True))
+    return {"shares": f"{min(shares):.2f} to {max(shares):.2f}", "points": told}
 
 
 def verdict_averages(name: str) -> str:
