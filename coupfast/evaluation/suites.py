@@ -232,8 +232,8 @@ RECOMMENDATION = Recommendation(
     "its cost, and the exact gradient was asked about the others only; beside AutoAttack's rand, both cut short and its last "
     "stage as long as the others, it left no more than the upper ends of rand's intervals, by every count of the judge's "
     "draws, on COUP, the reverse SDE and DiffPure, for 0.44 to 0.51 of its image-steps "
-    "(bench/results/verdict-100-epyc-zen4.json); beside rand at its full size, on 20 images, half of its iterations did so on all three for 0.058 to 0.097 of rand's "
-    "image-steps (bench/results/verdict-20-full-epyc-zen4.json)",
+    "(bench/results/verdict-100-epyc-zen4.json); beside rand at its full size, on 20 images, half of its iterations did so "
+    "on all three for 0.058 to 0.097 of rand's image-steps (bench/results/verdict-20-full-epyc-zen4.json)",
 )
 
 
