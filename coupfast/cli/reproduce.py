@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +111,15 @@ def run(options: argparse.Namespace) -> int:
     if options.json not in (None, "-") and Path(options.json).is_dir():
         raise ValueError(f"--json names a file, and {options.json} is a folder")
     checked_workers(options.workers)
-    scale, out = scale_of(options), Path(options.out)
-    left = _checked(names, scale, skip=ALL in options.names)
+    out = Path(options.out)
+    scales = _scales(options, names)
+    left = _checked(scales, skip=ALL in options.names)
     command = command_line(options.argv)
     found = {}
     with said_how_to_go_on(lambda: command):
         for name in left:
             own = command_line(["reproduce", name, *_without_names(options)])
-            sized = scale_of(options, EXPERIMENTS[name])
-            results = make(EXPERIMENTS[name], sized, out, command=own, workers=options.workers)
+            results = make(EXPERIMENTS[name], scales[name], out, command=own, workers=options.workers)
             page = Page(EXPERIMENTS[name], results, own)
             path = page.write(Path(options.page) if options.page else out / "pages", EXPERIMENTS.values())
             found[name] = page.to_dict()
@@ -133,10 +134,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def scale_of(options: argparse.Namespace, experiment: Experiment | None = None) -> Scale:
-    """The size that the options describe; of an experiment that is published of other images than most, its own."""
+def scale_of(options: argparse.Namespace, experiment: Experiment) -> Scale:
+    """The size that the options describe; on the paper's networks an experiment has as many images as were published."""
     size = {**DEFAULTS[options.networks], **(QUICK if options.quick else {})}
-    if experiment is not None and options.networks == "paper" and not options.quick:
+    if options.networks == "paper" and not options.quick:
         size["images"] = experiment.images
     size |= {name: getattr(options, name) for name in _SIZES if getattr(options, name) is not None}
     roles = {}
@@ -161,10 +162,18 @@ def listed() -> str:
     return "\n".join(lines)
 
 
-def _checked(names: list[str], scale: Scale, *, skip: bool) -> list[str]:
+def _scales(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Scale]:
+    """By experiment; those of one size share one, which loads networks once for all."""
+    by_images: dict[int, Scale] = {}
+    return {
+        name: by_images.setdefault(EXPERIMENTS[name].images, scale_of(options, EXPERIMENTS[name])) for name in names
+    }
+
+
+def _checked(scales: Mapping[str, Scale], *, skip: bool) -> list[str]:
     """Those that can run; of `all` the others are said to be left out."""
     left = []
-    for name in names:
+    for name, scale in scales.items():
         try:
             check(EXPERIMENTS[name], scale)
         except (ImportError, ValueError, OSError) as error:

@@ -17,7 +17,9 @@ from coupfast.evaluation import Spec, protocols
 from coupfast.evaluation.configuration import environment
 from coupfast.evaluation.plan import duration
 from coupfast.evaluation.protocols import OFFICIAL, Accuracy, Comparison, wilson_interval
+from coupfast.evaluation.purification import NO_DEFENSE
 from coupfast.evaluation.report import Run, Table
+from coupfast.experiments.defenses import NAMES
 from coupfast.experiments.experiment import SOFTWARE, Case, Experiment, Results
 from coupfast.experiments.scale import ROLES, SETS, Scale, sizes, sizes_of_stages
 from coupfast.wording import counted, radius
@@ -28,7 +30,10 @@ _MANY = 100
 #: Of fewer images no difference is said to be one.
 _FEW = 30
 #: Protocols that tables here have, with their names there.
-SHOWN = {OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"}
+SHOWN = {
+    **{OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"},
+    "mean logits": "mean logits",
+}
 
 
 def per_cent(value: float | None) -> str:
@@ -106,15 +111,15 @@ def by_protocol(results: Results) -> Table:
     )
 
 
-def compared(results: Results, pairs: Sequence[tuple[str, str]]) -> Table:
-    """Differences of robust accuracy between runs on the same images."""
+def compared(results: Results, pairs: Sequence[tuple[str, str]], title: str = "Differences of robust accuracy") -> Table:
+    """Differences of accuracy under what they met, between runs on the same images."""
     rows = []
     for first, second in pairs:
         for protocol, name in SHOWN.items():
             found = compare(results, first, second, protocol)
             rows.append((f"{first} − {second}", name, points(found), NONE if found.p is None else f"{found.p:.3g}"))
     return Table(
-        "Differences of robust accuracy",
+        title,
         ("runs", "protocol", "points [95 %]", "McNemar's p"),
         rows,
         "Paired: both runs have the same images and the judge's noise. Intervals from resampled images and draws; p is exact "
@@ -128,8 +133,9 @@ def compare(results: Results, first: str, second: str, protocol: str = OFFICIAL)
 
 
 def decided(found: Comparison) -> int:
-    """`Comparison.conclusion`, of enough images: fewer that are resampled vary less than they would if they were drawn anew."""
-    return found.conclusion if found.images >= _FEW else 0
+    """`Comparison.conclusion`; without an exact p, of enough images: fewer that are resampled vary less than they would if they
+    were drawn anew."""
+    return found.conclusion if found.p is not None or found.images >= _FEW else 0
 
 
 def points(found: Comparison) -> str:
@@ -142,14 +148,13 @@ def points(found: Comparison) -> str:
 def says(results: Results, first: str, second: str, protocol: str = "average", *, under: str = "attack") -> str:
     """In a sentence, which of two runs is more accurate under what it met, if it can be told."""
     found = compare(results, first, second, protocol)
-    how = f"by {100 * abs(found.difference):.1f} points"
-    ends, images = points(found).partition(" ")[2], counted(found.images, "image")
-    called = f", and of fewer than {_FEW} none is called a difference" if found.conclusion and not decided(found) else ""
-    interval = f"{SHOWN[protocol]}; 95 % interval of the difference {ends}, {images}{called}"
-    if not decided(found):
-        return f"Under {under} {first} and {second} cannot be told apart: they differ {how} ({interval})."
-    better, worse = (first, second) if found.conclusion > 0 else (second, first)
-    return f"Under {under} {better} is more accurate than {worse} {how} ({interval})."
+    difference = f"{first} − {second}: {points(found)} points ({SHOWN[protocol]}, {counted(found.images, 'image')})"
+    if decided(found):
+        better, worse = (first, second) if found.conclusion > 0 else (second, first)
+        return f"Under {under} {better} is more accurate than {worse}; {difference}."
+    if found.conclusion:
+        return f"Under {under}, {difference}; of fewer than {_FEW} images none is called a difference."
+    return f"Under {under} {first} and {second} cannot be told apart; {difference}."
 
 
 def few(results: Results) -> list[str]:
@@ -185,13 +190,21 @@ def setting(experiment: Experiment, scale: Scale, times: Iterable[float], specs:
         rows.append((ROLES[role], network.name + (f" ({network.weights})" if network.weights else "")))
     if experiment.cases:
         rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
-        if steps := ", ".join(f"{scale.steps_of(t)} from t = {t:g}" for t in times):
-            rows.append(("steps of a purification", steps))
+        steps = [f"{scale.steps_of(t)} from t = {t:g}" for t in times]
+        steps += [f"{NAMES.get(method, method)}'s own" for method in _with_own_steps(experiment.cases)]
+        if steps:
+            rows.append(("steps of a purification", ", ".join(steps)))
         if followed := dict.fromkeys(_followed(spec) for spec in specs):
             rows.append(("gradient that attacks follow", ", ".join(filter(None, followed)) or NONE))
         rows.append(("budget", f"{scale.budget:g} of the work of an attack at its full size for an image"))
         rows.append(("seed", str(scale.seed)))
     return Table("Setting", ("", ""), rows)
+
+
+def _with_own_steps(cases: Iterable[Case]) -> list[str]:
+    """Methods whose steps no time sets."""
+    methods = (str(case.keywords.get("method")) for case in cases if "t" not in case.keywords and "method" in case.keywords)
+    return [method for method in dict.fromkeys(methods) if method != NO_DEFENSE]
 
 
 def _followed(spec: Spec) -> str:
@@ -259,7 +272,9 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
     for t in times(experiment, results.cases)[:1]:
         if scale.steps_of(t) != published.steps_of(t):
             steps = counted(scale.steps_of(t), "step")
-            found.append(f"{steps} from t = {t:g}, and not {published.steps_of(t)}: a coarser discretisation of the same SDE")
+            of = " where a method has steps from there" if _with_own_steps(results.cases) else ""
+            coarser = "a coarser discretisation of the same SDE"
+            found.append(f"{steps} from t = {t:g}{of}, and not {published.steps_of(t)}: {coarser}")
     whole = dataclasses.replace(scale, budget=1.0)
     specs = [case.spec(scale) for case in results.cases]
     if any(sizes(spec) != sizes(case.spec(whole)) for case, spec in zip(results.cases, specs, strict=True)):
