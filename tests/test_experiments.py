@@ -132,23 +132,25 @@ def test_a_page_has_the_gradients_and_stages_of_its_runs():
 def test_a_page_names_the_gpu_of_its_runs(out):
     experiment, scale = EXPERIMENTS["tableE1"], Scale(images=1, budget=1e-6, steps=1, draws=2)
     results = make(experiment, scale, out)
-    assert "GPU" not in Page(experiment, results, "").made
+    without = Page(experiment, results, "").made
     environment = {**results.runs["COUP"].configuration["environment"], "gpu": {"device": "a GPU of some kind"}}
     run = dataclasses.replace(
         results.runs["COUP"], configuration={**results.runs["COUP"].configuration, "environment": environment}
     )
     made = Page(experiment, dataclasses.replace(results, runs={**results.runs, "COUP": run}), "").made
-    assert ", a GPU of some kind; its runs were begun" in made
+    assert made == without.replace("; its runs", ", a GPU of some kind; its runs") != without
 
 
 def test_of_few_images_no_difference_is_called_one(monkeypatch):
-    for images, said in ((20, "told apart.*20 images, and of fewer than 30 none is called a difference"), (40, "more acc")):
-        found = Comparison(difference=-0.2, interval=(-0.3, -0.1), only_first=None, only_second=None, p=None, images=images)
-        monkeypatch.setattr(tables, "compare", lambda *_, found=found: found)
-        assert re.search(said, tables.says(None, "one", "another"))
-    nothing = Comparison(difference=-0.2, interval=(-0.3, 0.1), only_first=None, only_second=None, p=None, images=20)
-    monkeypatch.setattr(tables, "compare", lambda *_: nothing)
-    assert tables.says(None, "one", "another").endswith(", 20 images).")
+    found = Comparison(difference=-0.2, interval=(-0.3, -0.1), only_first=None, only_second=None, p=None, images=20)
+    difference = "one − another: -20.0 [-30.0, -10.0] points (average draw, {} images)"
+    few = f"Under attack, {difference.format(20)}; of fewer than 30 images none is called a difference."
+    better = f"Under attack another is more accurate than one; {difference.format(40)}."
+    exact = f"Under attack another is more accurate than one; {difference.format(20)}."  # of p nothing was resampled
+    apart = f"Under attack one and another cannot be told apart; {difference.format(20).replace('-10', '+10')}."
+    for changed, said in (({}, few), ({"images": 40}, better), ({"p": 0.01}, exact), ({"interval": (-0.3, 0.1)}, apart)):
+        monkeypatch.setattr(tables, "compare", lambda *_, changed=changed: dataclasses.replace(found, **changed))
+        assert tables.says(None, "one", "another") == said
 
 
 def test_an_interval_of_a_mean():
@@ -211,6 +213,10 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="another configuration: environment.sources_sha256.*; delete that folder, take"):
         make(experiment, scale, tmp_path)
     assert list((tmp_path / "runs").iterdir()) == [whole.runs[name].folder]
+    announcing = dataclasses.replace(experiment, cases=[], announces=lambda scale: types.SimpleNamespace(runs=specs))
+    specs = [case.spec(scale) for case in experiment.cases if case.name == name]
+    with pytest.raises(ValueError, match="another configuration"):  # one that may follow from the others, too
+        make(announcing, scale, tmp_path)
 
 
 def test_what_was_measured_by_other_software_is_said(tmp_path, monkeypatch):

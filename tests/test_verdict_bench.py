@@ -133,12 +133,18 @@ def test_what_the_page_says_beside_rand_at_its_full_size():
     half = {(row["defense"], row["curve"]): above(row) for row in full if row["share"] == 0.5}
     assert {of: counts for of, counts in half.items() if counts} == {("diffpure", "diffhammer, fast"): [verdict.OFFICIAL]}
     at = {(row["defense"], row["curve"], row["share"]): row for row in options}
+    full_at = {row["defense"]: row for row in full if (row["curve"], row["share"]) == verdict.START}
     for defense in verdict.DEFENSES:
         warm, cold = (at[defense, curve, 0.1] for curve in ("cascade, warm", "cascade, fast"))
         assert above(warm) == [] and warm["image_steps"] < cold["image_steps"]
         assert warm["robust"]["average"]["value"] < cold["robust"]["average"]["value"]
-        twice, all_draws = at[defense, "pgd-eot, growing", 0.1], at[defense, "pgd-eot, fast", 0.05]
-        more = twice["robust"]["average"]["value"] - all_draws["robust"]["average"]["value"]
-        assert twice["image_steps"] < all_draws["image_steps"] and (more < 0.01) == (defense != "diffpure")
+        at_half = {row["curve"]: row for row in full if (row["defense"], row["share"]) == (defense, 0.5)}
+        cascade, hammer = (at_half[f"{name}, fast"]["image_steps"] for name in ("cascade", "diffhammer"))
+        assert hammer < cascade / 2
+        growing, plain = at[defense, "pgd-eot, growing", 0.1], at[defense, "pgd-eot, fast", 0.1]
+        assert above(growing) == [] and growing["image_steps"] < cascade
+        assert bool(above(plain)) == (defense == "reverse-sde")
+        begun = full_at[verdict.ELSEWHERE[defense]]["image_steps"] + warm["image_steps"]
+        assert (begun > cascade) == (defense != "diffpure")
         least = min(row["robust"]["average"]["value"] for row in full if row["defense"] == defense)
         assert rand[defense]["average"]["value"] == least

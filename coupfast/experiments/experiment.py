@@ -87,6 +87,7 @@ class Experiment:
         simulates: Whether `Scale.paths` is a part of it, and images are not.
         images: How many the published evaluation has.
         alone: Whether it runs only if it is named: "all" leaves it out.
+        lacks: What it needs that does not ship, in a few words.
         check: What must hold before any work; raises an error that says what to do.
 
     Raises:
@@ -111,6 +112,7 @@ class Experiment:
     simulates: bool = False
     images: int = 512
     alone: bool = False
+    lacks: str = ""
     check: Callable[[Scale], None] = lambda scale: None
 
     def __post_init__(self) -> None:

@@ -66,6 +66,9 @@ def make(experiment: Experiment, scale: Scale, out: Path, *, command: str = "", 
         command: What a reader has to type to repeat it.
         workers: Units of a run at a time, as `evaluate` takes them; their number changes no bit.
     """
+    # Of an announced experiment every run that there may be, also those that follow from the first ones.
+    for spec in experiment.announces(scale).runs if experiment.announces else ():
+        _check_goes_on(out / RUNS / name_of(spec), scale)
     kept = _announced(experiment, scale, out)
     run = functools.partial(_runs, experiment.name, scale, out, command=command, workers=workers)
     cases, runs = list(experiment.cases), run(experiment.cases)

@@ -132,8 +132,9 @@ def index(folder: Path, every: Iterable[Experiment] = ()) -> str:
     rows = [(f"[{page['name']}]({page['name']}.md)", page["place"], page["title"], page["headline"]) for page in found]
     sets = sorted({page["networks"] for page in found})
     about = " ".join(f"`{name}`: {SETS[name].told}." for name in sets)
-    left = [f"`{one.name}` ({one.place}, {one.title})" for one in every if one.name not in {page["name"] for page in found}]
-    told = f"\nWithout a page here: {', '.join(left)}. The command runs each, or says what it lacks.\n" if left else ""
+    missing = [one for one in every if one.name not in {page["name"] for page in found}]
+    left = [f"`{one.name}` ({one.place}, {one.title}{f'; {one.lacks}' if one.lacks else ''})" for one in missing]
+    told = f"\nWithout a page here: {', '.join(left)}. The command runs each, or says what it needs.\n" if left else ""
     return (
         "# The paper's experiments\n\nEach page is made by `coupfast reproduce NAME --page DIR` from what it ran, and says "
         f"what it ran, on which networks and images, and what differs from the paper. {about}\n\n"

@@ -28,7 +28,7 @@ NONE = "–"
 #: Of fewer images a page says what they cannot show.
 _MANY = 100
 #: Of fewer images no difference is said to be one.
-_FEW = 30
+FEW = 30
 #: Protocols that tables here have, with their names there.
 SHOWN = {
     **{OFFICIAL: "official", "average": "average draw", "majority": "majority", "worst": "worst draw"},
@@ -135,7 +135,7 @@ def compare(results: Results, first: str, second: str, protocol: str = OFFICIAL)
 def decided(found: Comparison) -> int:
     """`Comparison.conclusion`; without an exact p, of enough images: fewer that are resampled vary less than they would if they
     were drawn anew."""
-    return found.conclusion if found.p is not None or found.images >= _FEW else 0
+    return found.conclusion if found.p is not None or found.images >= FEW else 0
 
 
 def points(found: Comparison) -> str:
@@ -153,7 +153,7 @@ def says(results: Results, first: str, second: str, protocol: str = "average", *
         better, worse = (first, second) if found.conclusion > 0 else (second, first)
         return f"Under {under} {better} is more accurate than {worse}; {difference}."
     if found.conclusion:
-        return f"Under {under}, {difference}; of fewer than {_FEW} images none is called a difference."
+        return f"Under {under}, {difference}; of fewer than {FEW} images none is called a difference."
     return f"Under {under} {first} and {second} cannot be told apart; {difference}."
 
 

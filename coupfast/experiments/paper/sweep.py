@@ -65,9 +65,9 @@ def experiment(
             pairs = {p: (run_name(line, best), run_name(line, p)) for p in points if p != best}
             worse = [p for p, pair in pairs.items() if tables.decided(tables.compare(results, *pair, _PROTOCOL)) > 0]
             which = ", ".join(f"{point:g}" for point in worse) or "none of the others"
-            found = [tables.compare(results, *pair, _PROTOCOL) for pair in pairs.values()]
-            few = any(one.conclusion and not tables.decided(one) for one in found)
-            told = "of so few images none of the others is told apart from it" if few else f"told apart from it: {which}"
+            few = min(results.runs[run_name(line, p)].count for p in points) < tables.FEW
+            nothing = f"of fewer than {tables.FEW} images none of the others is told apart from it"
+            told = nothing if few else f"told apart from it: {which}"
             said.append(
                 f"The robust accuracy of {line} was highest at {across} {best:g} ({100 * robust[best]:.1f} %); {told} (paired, "
                 "95 %, not corrected for choosing the best)."
