@@ -153,6 +153,18 @@ def test_of_few_images_no_difference_is_called_one(monkeypatch):
         assert tables.says(None, "one", "another") == said
 
 
+def test_what_so_few_images_cannot_show():
+    whole, half = "looks like, and not which defense is better: the", "looks like: the"
+    for images, said in ((20, whole), (50, half), (100, None)):
+        found = tables.few(Results(Scale(), {"a run": types.SimpleNamespace(count=images)}, {}))
+        assert (said in found[0]) if said else not found
+    (said,) = EXPERIMENTS["table4"].differs
+    assert said in tables.differences(EXPERIMENTS["table4"], Results(Scale(), {}, {}))
+    for name, cut in (("tableE1", False), ("table1", True)):
+        rows = dict(tables.setting(EXPERIMENTS[name], Scale(images=1), [], []).rows)
+        assert ("budget" in rows) == cut
+
+
 def test_an_interval_of_a_mean():
     rng = np.random.default_rng()
     hits = 0

@@ -84,6 +84,7 @@ class Experiment:
         times: That `measure` purifies from, beside those of the cases.
         assumptions: Where the paper's text lost a number or does not say it: what is assumed, and other differences that do not
             follow from the size.
+        differs: What of the setting differs from the published one, whatever the size.
         simulates: Whether `Scale.paths` is a part of it, and images are not.
         images: How many the published evaluation has.
         alone: Whether it runs only if it is named: "all" leaves it out.
@@ -109,6 +110,7 @@ class Experiment:
     roles: tuple[str, ...] = ()
     times: tuple[float, ...] = ()
     assumptions: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
     simulates: bool = False
     images: int = 512
     alone: bool = False

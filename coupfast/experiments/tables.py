@@ -163,9 +163,10 @@ def few(results: Results) -> list[str]:
     if images >= _MANY:
         return []
     half = wilson_interval(images // 2, images)
+    what = ", and not which defense is better" if images < FEW else ""
     return [
-        f"{counted(images, 'image', 'show')} that this runs and what it looks like, and not which defense is better: the "
-        f"interval of 95 % of {images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
+        f"{counted(images, 'image', 'show')} that this runs and what it looks like{what}: the interval of 95 % of "
+        f"{images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
     ]
 
 
@@ -196,7 +197,8 @@ def setting(experiment: Experiment, scale: Scale, times: Iterable[float], specs:
             rows.append(("steps of a purification", ", ".join(steps)))
         if followed := dict.fromkeys(_followed(spec) for spec in specs):
             rows.append(("gradient that attacks follow", ", ".join(filter(None, followed)) or NONE))
-        rows.append(("budget", f"{scale.budget:g} of the work of an attack at its full size for an image"))
+        if any(sizes(case.spec(scale)) for case in experiment.cases):
+            rows.append(("budget", f"{scale.budget:g} of the work of an attack at its full size for an image"))
         rows.append(("seed", str(scale.seed)))
     return Table("Setting", ("", ""), rows)
 
@@ -261,6 +263,7 @@ def differences(experiment: Experiment, results: Results) -> list[str]:
             f"other networks ({', '.join(f'{ROLES[role]} {scale.network(role).name}' for role in others)}): published and "
             f"measured figures stand beside each other to be seen, and do not test each other"
         )
+    found += experiment.differs
     if not experiment.cases:
         return found
     count = scale.images or max((run.count for run in results.runs.values()), default=None)
