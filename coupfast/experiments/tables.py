@@ -148,7 +148,8 @@ def points(found: Comparison) -> str:
 def says(results: Results, first: str, second: str, protocol: str = "average", *, under: str = "attack") -> str:
     """In a sentence, which of two runs is more accurate under what it met, if it can be told."""
     found = compare(results, first, second, protocol)
-    difference = f"{first} − {second}: {points(found)} points ({SHOWN[protocol]}, {counted(found.images, 'image')})"
+    p = "" if found.p is None else f", p = {found.p:.3g}"
+    difference = f"{first} − {second}: {points(found)} points ({SHOWN[protocol]}, {counted(found.images, 'image')}{p})"
     if decided(found):
         better, worse = (first, second) if found.conclusion > 0 else (second, first)
         return f"Under {under} {better} is more accurate than {worse}; {difference}."
@@ -163,10 +164,9 @@ def few(results: Results) -> list[str]:
     if images >= _MANY:
         return []
     half = wilson_interval(images // 2, images)
-    what = ", and not which defense is better" if images < FEW else ""
     return [
-        f"{counted(images, 'image', 'show')} that this runs and what it looks like{what}: the interval of 95 % of "
-        f"{images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
+        f"{counted(images, 'image', 'show')} that this runs and what it looks like, and little of which defense is better: the "
+        f"interval of 95 % of {images // 2} right among {images} is from {100 * half[0]:.0f} to {100 * half[1]:.0f} %."
     ]
 
 
@@ -192,7 +192,7 @@ def setting(experiment: Experiment, scale: Scale, times: Iterable[float], specs:
     if experiment.cases:
         rows.append(("images", f"{scale.images or 'all'} of {scale.source}"))
         steps = [f"{scale.steps_of(t)} from t = {t:g}" for t in times]
-        steps += [f"{NAMES.get(method, method)}'s own" for method in _with_own_steps(experiment.cases)]
+        steps += [f"{NAMES.get(method, method.upper())}'s own" for method in _with_own_steps(experiment.cases)]
         if steps:
             rows.append(("steps of a purification", ", ".join(steps)))
         if followed := dict.fromkeys(_followed(spec) for spec in specs):
