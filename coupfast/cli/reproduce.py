@@ -14,19 +14,7 @@ from coupfast.cli.arguments import add_command, add_workers, default_device
 from coupfast.cli.reports import command_line
 from coupfast.cli.stopping import said_how_to_go_on
 from coupfast.evaluation.spec import checked_workers
-from coupfast.experiments import (
-    DEFAULTS,
-    EXPERIMENTS,
-    QUICK,
-    ROLES,
-    SETS,
-    Experiment,
-    Network,
-    Page,
-    Scale,
-    check,
-    make,
-)
+from coupfast.experiments import DEFAULTS, EXPERIMENTS, QUICK, ROLES, SETS, Experiment, Network, Page, Scale, check, make
 from coupfast.gradients import GRADIENTS
 from coupfast.options import check_name
 from coupfast.wording import counted
@@ -165,9 +153,7 @@ def listed() -> str:
 def _scales(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Scale]:
     """By experiment; those of one size share one, which loads networks once for all."""
     by_images: dict[int, Scale] = {}
-    return {
-        name: by_images.setdefault(EXPERIMENTS[name].images, scale_of(options, EXPERIMENTS[name])) for name in names
-    }
+    return {name: by_images.setdefault(EXPERIMENTS[name].images, scale_of(options, EXPERIMENTS[name])) for name in names}
 
 
 def _checked(scales: Mapping[str, Scale], *, skip: bool) -> list[str]:

@@ -47,8 +47,9 @@ class Page:
         software = f"coupfast {coupfast.__version__}, torch {version('torch')}"
         environments = (run.configuration["environment"] for run in self.results.runs.values())
         gpus = "".join(f", {name}" for name in sorted({found["gpu"]["device"] for found in environments if "gpu" in found}))
-        measured = tables.older(self.results) if not self.results.runs else ""
-        told = f"; {measured[0].lower()}{measured[1:]}" if measured else ""
+        # Of runs, the table of them says it.
+        older = "" if self.results.runs else tables.older(self.results)
+        told = f"; {older}" if older else ""
         return f"{today}, {software}, {here['processor']}, {counted(here['cores'], 'core')}{gpus}{begun}{told}"
 
     def text(self) -> str:

@@ -303,7 +303,7 @@ def work(results: Results) -> Table:
         ("run", "folder", "images through the defense", "work", "fingerprint"),
         rows,
         "Folders of `coupfast report`, for everything else about a run. Work: on the clock while its units ran, whatever else "
-        f"the machine did.{f' {told}.' if told else ''}",
+        f"the machine did.{f' {told.capitalize()}.' if told else ''}",
     )
 
 
@@ -314,4 +314,4 @@ def older(results: Results) -> str:
     found = [counted(runs, "run")] if runs else []
     if results.measured and json.loads(str(results.measured.get(SOFTWARE, "null"))) != here:
         found.append("what was measured beside the runs" if results.runs else "what was measured")
-    return f"Of other versions of the software than the page: {' and '.join(found)}" if found else ""
+    return f"of other versions of the software than the page: {' and '.join(found)}" if found else ""

@@ -1,5 +1,7 @@
 """Fig. 5: original, attacked, and purified by each method."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from coupfast.evaluation.report import Section, Table
@@ -16,8 +18,7 @@ def _sections(results: Results) -> list[Section]:
     count = len(measured["labels"])
     rows = []
     for method in gallery.METHODS:
-        moved = np.sqrt(((measured[f"{method} images"] - measured["attacked"]) ** 2).sum(axis=(1, 2, 3)))
-        back = np.sqrt(((measured[f"{method} images"] - measured["clean"]) ** 2).sum(axis=(1, 2, 3)))
+        moved, back = (_far(measured, method, origin) for origin in ("attacked", "clean"))
         right = int(gallery.right(results, method).sum())
         rows.append((NAMES[method], f"{right} of {count}", tables.mean(moved), tables.mean(back)))
     return [
@@ -37,12 +38,14 @@ def _sections(results: Results) -> list[Section]:
     ]
 
 
+def _far(measured: Mapping[str, np.ndarray], method: str, origin: str) -> np.ndarray:
+    """L2 of every purified image from its original or attacked one."""
+    far: np.ndarray = np.sqrt(((measured[f"{method} images"] - measured[origin]) ** 2).sum(axis=(1, 2, 3)))
+    return far
+
+
 def _concludes(results: Results) -> list[str]:
-    measured = results.measured
-    far = {
-        NAMES[m]: np.sqrt(((measured[f"{m} images"] - measured["clean"]) ** 2).sum(axis=(1, 2, 3))) for m in gallery.METHODS
-    }
-    told = ", ".join(f"{name} {tables.mean(distances)}" for name, distances in far.items())
+    told = ", ".join(f"{NAMES[m]} {tables.mean(_far(results.measured, m, 'clean'))}" for m in gallery.METHODS)
     return [
         f"What purifiers make of attacked images is on average so far from the original (L2, with 95 % intervals): {told}.",
         "The images were attacked through the reverse SDE, so its mistakes here were sought and those of the others were not.",
