@@ -1,6 +1,7 @@
 """`coupfast evaluate`, `plan` and `report` from the command line."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -411,6 +412,29 @@ def test_plans_and_certifies_nothing_that_it_cannot_run(networks, tmp_path, monk
     assert run("evaluate", *networks, *small, "--plan", "--certify", "1", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pilot_with_growing_draws_says_what_survives(networks, tmp_path, capsys):
+    """On half of the images, with a quarter of the iterations."""
+    attack = ["--num-steps", "2", "--t", "0.01", "--attack", "pgd-eot", "--mode", "fast", "--eot-iter", "4", "--eot-first", "1"]
+    attack += ["--shard", "2", "--draws", "1", "--paths", "0"]
+    pilot = ["--limit", "2", "--iterations", "2", "--certify", "0", "--out", tmp_path / "pilot"]
+    assert run("evaluate", *networks, *attack, *pilot) == 0
+    with Ledger(tmp_path / "pilot", read_only=True) as ledger:
+        assert ledger.configuration["stages"]["pgd-eot"]["eot_first"] == 1
+        took = {record.unit.stage: record for record in ledger.done().values()}["pgd-eot"]
+    capsys.readouterr()
+    assert run("plan", *networks, *attack, "--iterations", "8", "--probe-steps", "1", "--pilot", tmp_path / "pilot") == 0
+    said, expected = capsys.readouterr().out.split("with the survival of ")
+    assert expected.startswith(f"{tmp_path / 'pilot'} (there iterations 2):\n")
+    most = 4 * sum(round(4 ** (k / 8)) for k in range(8))  # draws of the gradients, from 1 to 4
+    assert re.search(rf"\bpgd-eot +4 +[0-9]+ +{most} ", said)
+    share = took.gradient_images / (2 * (1 + 2))  # of at most 1 draw at the first point, 2 at the second
+    assert re.search(rf"\bpgd-eot +4 +[0-9]+ +{math.ceil(share * most)} ", expected)
+    assert run("plan", *networks, *attack[:-2], "--mode", "full", "--pilot", tmp_path / "pilot") == 2
+    assert "images left pgd-eot otherwise: `drop` was 'majority' there and is 'never' here" in capsys.readouterr().err
+    assert run("plan", *networks, *attack, "--pilot", tmp_path / "none") == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 def test_report(networks, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Attacks that climb, on defenses where what they can reach is known: each fails here if it is made weaker."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -16,7 +17,19 @@ from torch.nn import functional
 from coupfast import PurifiedClassifier, Purifier, StepMethod
 from coupfast.evaluation import Ledger, Spec, evaluate
 from coupfast.evaluation import plan as planning
-from coupfast.evaluation.attacks import APGD, BPDA, PGD, Cost, DiffHammer, FABTargeted, Square, StAdv, Transfer, ball
+from coupfast.evaluation.attacks import (
+    APGD,
+    BPDA,
+    PGD,
+    Cost,
+    DiffHammer,
+    FABTargeted,
+    Square,
+    StAdv,
+    TargetedAPGD,
+    Transfer,
+    ball,
+)
 from coupfast.evaluation.attacks.iterative import FALLEN, Answer, Asked, InBall, Iterative
 from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
@@ -591,18 +604,57 @@ class Coins(nn.Module):
         return torch.stack([0.5 - wrong, wrong - 0.5], dim=1)
 
 
-def test_the_test_of_a_majority_keeps_to_its_error():
-    x, y = grey(400)
-    attack = PGD(iterations=20, eot_iter=2, drop="majority", error=0.2)
-    assert attack.needed == math.ceil(math.log2(21 / 0.2)) == 7
+class Tossed(Metered):
+    """Every draw is wrong with a probability, in few steps as in many."""
+
+    def __init__(self, p):
+        super().__init__(Coins(p).eval())
+
+    def forward(self, x, *, ids=None, draw=None, view=None):
+        return super().forward(x)
+
+
+def leaving(attack, p):
+    """The probability that an image leaves, all of whose draws fail with probability p: at a point all draws of the gradient,
+    then the further looks; and each time that these show it standing, twice as many points pass before they are asked again."""
+
+    @functools.cache
+    def from_point(number, due, pause):
+        if number == attack.points:
+            return 0.0
+        draws = attack.schedule[number]
+        fresh = attack.needed if isinstance(attack, Transfer) else attack.needed - draws  # its own are of fewer steps
+        suspect, fallen = p**draws, p**fresh
+        if number < due:
+            return from_point(number + 1, due, pause)
+        again = from_point(number + 1, number + pause, 2 * pause)
+        return suspect * (fallen + (1 - fallen) * again) + (1 - suspect) * from_point(number + 1, due, pause)
+
+    return from_point(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "attack, needed",
+    [
+        (PGD(iterations=20, eot_iter=2, drop="majority", error=0.2), 7),  # 2^-7 at each of 21 points
+        (PGD(iterations=20, eot_iter=4, eot_first=1, keep="last", drop="majority", error=0.2), 7),
+        (Transfer(iterations=20, eot_iter=2, coarse_steps=1, drop="majority", error=0.2), 5),  # at 5 of them at most
+    ],
+    ids=["PGD", "growing", "Transfer"],
+)
+def test_the_test_of_a_majority_keeps_to_its_error(attack, needed):
+    """As many leave as the rule lets go, which is fewer than it states, where exactly half of the draws fail."""
+    assert attack.needed == needed and leaving(attack, 0.5) < 0.2
+    x, y = grey(4000)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        left = attack.run(Metered(Coins(0.5).eval()), x, y, seed=0).left
-        # Of 400 at most 80 are expected; five standard deviations more would be a fault.
-        assert 0 < int(left.sum()) < 0.2 * 400 + 5 * (400 * 0.2 * 0.8) ** 0.5
-        strict = PGD(iterations=20, eot_iter=2, drop="majority")
-        assert not bool(strict.run(Metered(Coins(0.3).eval()), x, y, seed=0).left.any())
-        assert bool(attack.run(Metered(Coins(1.1).eval()), x, y, seed=0).left.all())
+        for p in (0.5, 0.8):
+            expected = leaving(attack, p)
+            left = float(attack.run(Tossed(p), x, y, seed=0).left.double().mean())
+            assert abs(left - expected) < 5 * (expected * (1 - expected) / 4000) ** 0.5, (p, left, expected)
+        strict, x, y = dataclasses.replace(attack, error=0.01), x[:400], y[:400]
+        assert leaving(strict, 0.3) < 1e-4 and not bool(strict.run(Tossed(0.3), x, y, seed=0).left.any())
+        assert bool(attack.run(Tossed(1.1), x, y, seed=0).left.all())
 
 
 def test_a_test_that_fails_is_not_repeated_at_every_point():
@@ -653,8 +705,19 @@ def test_looks_decide_what_is_kept_and_are_told():
     assert bool((fixed.failed == 1).all()) and torch.equal(fixed.x_adv, fixed.strongest)
 
 
-@pytest.mark.parametrize("kind", [Square, FABTargeted], ids=lambda kind: kind.__name__)
-def test_looks_choose_among_the_points_of_square_and_fab(kind):
+class FourClasses(nn.Module):
+    """The linear one, and two classes that nobody takes for an image's."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.inner = Linear(threshold)
+
+    def forward(self, x):
+        return torch.cat([self.inner(x), torch.tensor([[-50.0, -60.0]]).expand(len(x), 2)], dim=1)
+
+
+@pytest.mark.parametrize("kind", [Square, FABTargeted, TargetedAPGD], ids=lambda kind: kind.__name__)
+def test_looks_choose_among_the_points_of_autoattacks_attacks(kind):
     """How many looks fail at a point follows from it and has nothing to do with what the attack is answered."""
     seen = {}
 
@@ -673,7 +736,7 @@ def test_looks_choose_among_the_points_of_square_and_fab(kind):
 
     # Square goes on until something falls; FAB goes where it does, which is to be in the ball.
     options, threshold = ({"queries": 30}, 20.0) if kind is Square else ({"iterations": 5, "target_classes": 1}, 2.0)
-    attack, metered, (x, y) = kind(eps=0.3, looks=5, **options), Apart(Linear(threshold).eval()), grey(3)
+    attack, metered, (x, y) = kind(eps=0.3, looks=5, **options), Apart(FourClasses(threshold).eval()), grey(3)
     with torch.random.fork_rng():
         result = attack.run(metered, x, y, seed=0)
     most = max(max(counts) for counts in seen.values())  # the images are equal, and share what was found
@@ -831,8 +894,11 @@ def test_published_sizes():
         Transfer(eps=1 / 255, coarse_steps=(1,), iterations=4, eot_iter=2, drop="majority", error=0.5),
         PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="majority", error=0.5, batch=2, looks=2, losses="ce,dlr"),
         PGD(eps=1 / 255, iterations=3, eot_iter=4, eot_first=1, keep="last", drop="majority", error=0.5, batch=2),
+        PGD(eps=1 / 255, iterations=3, eot_iter=2, drop="any", batch=1, losses="ce,dlr"),
         APGD(eps=1 / 255, iterations=2, eot_iter=1, looks=2, dw_box=True),
         Square(eps=1 / 255, queries=6, eot_iter=2, looks=2),
+        FABTargeted(eps=1 / 255, iterations=2, target_classes=2, looks=2),
+        TargetedAPGD(eps=1 / 255, iterations=2, target_classes=2, looks=2),
         StAdv(iterations=4, eot_iter=2, batch=2),
     ],
     ids=lambda attack: type(attack).__name__,
@@ -949,6 +1015,22 @@ def test_all_and_only_those_go_on_that_the_attack_has_not_fooled(mode):
         entered = {record.unit.stage: record.unit.images for record in result.ledger.done().values()}
     assert sorted(entered["a"]) == list(range(8)) or mode == "full"
     assert sorted(entered["b"]) == standing
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+def test_a_further_stage_lets_no_image_stand_that_had_fallen(mode):
+    """By the official verdict and by every draw of the judge's: the suite's first stages are the same to the bit."""
+    stage = PGD(eps=0.02, iterations=2, eot_iter=2, error=0.5)
+    standing = []
+    for names in ("a", "ab", "abc"):
+        suite = Suite(names, lambda norm, eps, names=names: dict.fromkeys(names, stage))
+        options = {"mode": mode, "shard": 8, "draws": 3, "paths": 0, "drop": None, "seed": 2}
+        with evaluate(Linear(threshold=1.0, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
+            official = result.verdicts["attacked"].official
+            standing.append({image for image, stands in enumerate(official) if stands})
+            told = {record.unit.stage for record in result.ledger.done().values()}
+        assert told == {"clean", *names, "judge"}
+    assert standing[0] > standing[1] > standing[2]
 
 
 def test_who_left_in_the_fast_mode_and_stands_officially_is_told():
