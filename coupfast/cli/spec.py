@@ -89,7 +89,8 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
         choices=MODES,
         default=none,
         help="full: every image through all of an attack; fast: images leave this project's attacks once a test with a stated "
-        f"error says that most draws fail, and others take their place (default: {spec.mode})",
+        "error says that most draws fail, or with --drop any at the first draw that fails, which decides the worst of several; "
+        f"others take their place (default: {spec.mode})",
     )
     add_number("shard", "N", "images of a unit of work, which is a batch")
     add_number("draws", "N", "fresh draws that judge each image")

@@ -550,6 +550,14 @@ def verdict_averages(name: str) -> str:
     )
 
 
+def verdict_pace(name: str, *, stage: str = "") -> float:
+    """Image-steps in a second of work, of a file's only run or one of its stages."""
+    (found,) = results(name)["rows"]
+    if stage:
+        (found,) = (each for each in found["stages"] if each["name"] == stage)
+    return float(found["image_steps"] / found["seconds"])
+
+
 def verdict_stages(curve: str) -> str:
     """How many images each stage of an attack was left, and how many stand by the official verdict at the end."""
     rows = [each for each in results(VERDICT)["rows"] if each["curve"] == curve and each["share"] == 1]
@@ -793,7 +801,7 @@ CONTEXT: dict[str, Callable[..., Any]] = {
     for function in (
         *(results, row, table, seconds, times, percent, small, size, interval, source),
         *(speed, speed_avx512, speed_error, gradient_times, gradient_engines, gradient_errors, adjoint_errors, kept),
-        *(peers, autoattack, attack_gradients, verdict, verdict_against, verdict_goal, verdict_stages),
+        *(peers, autoattack, attack_gradients, verdict, verdict_against, verdict_goal, verdict_pace, verdict_stages),
         *(verdict_growing, verdict_averages),
         *(study, study_headline, gradient_signal, signal_against, kept_draws),
         *(solvers, solver_distances, solver_accuracies, solver_share, solver_least_p, solver_baseline),

@@ -23,6 +23,7 @@ class Transfer(PGD):
     Attributes:
         coarse_steps: Of the coarser purification, fewer than the defense has. Of method multi-stage those of each round, one
             number for all or one a level: Lee and Kim attack their levels through (1, 1, 5).
+        keep: "accuracy" goes by looks at the real defense, and among equals by the cross-entropy of the coarse one.
 
     Raises:
         ValueError: as `Iterative`, or if `coarse_steps` are no integers of at least 1, or nothing tells which point to keep.
