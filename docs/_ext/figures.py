@@ -462,13 +462,13 @@ def gradient_signal() -> str:
     return markdown(["defense", "gradient", "image-steps", *signal, "cosine", "new draws", "kept draws"], body)
 
 
-def signal_against(gradient: str) -> dict[str, str]:
+def signal_against(gradient: str, name: str = SIGNAL) -> dict[str, str]:
     """Of a gradient beside the exact one, over the defenses: its signal to noise for the same work, and its cosine."""
-    rows = {(each["defense"], each["gradient"]): each for each in results(SIGNAL)["rows"]}
-    pairs = [(rows[defense, gradient], rows[defense, "exact"]) for defense, name in rows if name == gradient]
+    rows = {(each["defense"], each["gradient"]): each for each in results(name)["rows"]}
+    pairs = [(rows[defense, gradient], rows[defense, "exact"]) for defense, kind in rows if kind == gradient]
     ratios, cosines = [one["per_1000"] / exact["per_1000"] for one, exact in pairs], [one["cosine"] for one, _ in pairs]
     found = (("times", ratios), ("cosines", cosines))
-    return {name: f"{min(values):.2f} to {max(values):.2f}" for name, values in found}
+    return {what: f"{min(values):.2f} to {max(values):.2f}" for what, values in found}
 
 
 def kept_draws() -> dict[str, str]:
