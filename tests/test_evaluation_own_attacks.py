@@ -30,7 +30,7 @@ from coupfast.evaluation.attacks import (
     Transfer,
     ball,
 )
-from coupfast.evaluation.attacks.iterative import FALLEN, Answer, Asked, InBall, Iterative
+from coupfast.evaluation.attacks.iterative import FALLEN, LOOKS, Answer, Asked, InBall, Iterative
 from coupfast.evaluation.attacks.losses import LOSSES
 from coupfast.evaluation.attacks.stadv import moved, unevenness
 from coupfast.evaluation.metered import Metered
@@ -250,6 +250,20 @@ def test_the_faults_of_the_published_e_m_would_be_seen(fault):
     else:
         blind = torch.sigmoid(5.0 * (losses[:, 0] + flat @ direction))
         assert float((blind - weights).abs().max()) > 0.3
+
+
+def test_the_draw_is_selected_whose_direction_saves_the_most_others():
+    """Five draws, of which another one is selected without ELU or with another radius, and by the sum, the sigmoid or the
+    largest gain; the third direction's gains are by hand."""
+    g = torch.tensor([[-1.0, 2.0], [3.0, -2.0], [4.0, 3.0], [-7.0, -2.0], [-6.0, -2.0]])
+    losses = torch.tensor([[1.9], [-0.9], [-0.5], [-1.1], [-2.2]])
+    gains = losses[:, 0] + 0.1 * g.sign() @ g.T
+    torch.testing.assert_close(gains[2], torch.tensor([2.0, -0.8, 0.2, -2.0, -3.0]))
+    elu, far = functional.elu, losses[:, 0] + g.sign() @ g.T
+    others = (gains.sum(1), gains.sigmoid().sum(1), elu(far).sum(1), gains.relu().sum(1), gains.amax(1))
+    assert int(elu(gains).sum(1).argmax()) == 2 and 2 not in [int(other.argmax()) for other in others]
+    chosen, _ = DiffHammer(eps=0.1).grafted(losses, g.view(5, 1, 1, 1, 2))
+    assert int(chosen) == 2
 
 
 def test_the_purification_that_is_pulled_back_is_the_one_that_was_selected(monkeypatch):
@@ -533,6 +547,24 @@ def test_no_draw_of_an_image_is_asked_twice(attack):
     assert len(set(asked)) == len(asked) > 60
 
 
+def test_no_draw_is_looked_at_twice_where_draws_grow():
+    """The fewer draws a gradient has, the more looks confirm a failure: each point's are named apart from the next one's."""
+    looked = []
+
+    class Named(Tossed):
+        def forward(self, x, *, ids=None, draw=None, view=None):
+            looked.extend(zip(ids.tolist(), draw.tolist(), strict=True))
+            return super().forward(x)
+
+    attack = PGD(iterations=10, eot_iter=20, eot_first=1, keep="last", drop="majority")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        attack.run(Named(0.9), *grey(40), seed=0)
+    assert len(set(looked)) == len(looked)
+    tests = [(image, draw - FALLEN) for image, draw in looked if FALLEN <= draw < FALLEN + LOOKS]
+    assert len(tests) > len({image for image, _ in tests}) > 30  # many images are tested at several points
+
+
 def test_the_mean_of_losses_and_the_loss_of_mean_logits_have_other_gradients():
     """Each is what autograd makes of its formula; BPDA takes the latter, as the field's does."""
     x, y = grey(2)
@@ -766,32 +798,52 @@ def test_who_is_right_and_cannot_be_moved_has_not_fallen_inside_of_it():
     assert result.looked.tolist() == [0, 0] and metered.gradient_images == 2 * attack.cost().gradient
 
 
-def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(tmp_path):
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(iterations=2, eot_iter=3, dw_box=True),
+        DiffHammer(iterations=2, eot_iter=3, losses="ce", dw_box=True),
+        StAdv(iterations=2, eot_iter=3, dw_box=True),
+        APGD(iterations=2, eot_iter=2, dw_box=True),
+        TargetedAPGD(iterations=2, eot_iter=2, target_classes=1, dw_box=True),
+        Square(queries=3, eot_iter=2, looks=2, dw_box=True),
+        FABTargeted(iterations=2, target_classes=1, dw_box=True),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_an_attack_that_knows_the_judges_noise_asks_for_no_other(attack):
+    """Of each image its own: the first one is not attacked by AutoAttack's attacks, which see it misclassified at once."""
     seen = []
 
     class Spy(PurifiedClassifier):
-        def forward(self, x, *, ids=None, draw=None):
-            if len(x) > 1 and ids is not None:
-                seen.append((self.seed, set(torch.as_tensor(ids).tolist()), set(torch.as_tensor(draw).flatten().tolist())))
-            return super().forward(x, ids=ids, draw=draw)
+        def purify(self, x, *, ids=None, draw=None):
+            if ids is not None:
+                nearest = torch.cdist(x.detach().flatten(1), images.flatten(1)).argmin(dim=1)
+                assert nearest.tolist() == torch.as_tensor(ids).tolist()
+                seen.append((self.seed, set(nearest.tolist()), set(torch.as_tensor(draw).flatten().tolist())))
+            return super().purify(x, ids=ids, draw=draw)
 
     inner = evaluation_cases.purified("cpu")
     defense = Spy(inner.purifier, inner.classifier)
-    x, y = labelled(4)
-    for attack in (
-        PGD(iterations=2, eot_iter=3, dw_box=True),
-        APGD(iterations=2, eot_iter=2, dw_box=True),
-        Square(queries=3, eot_iter=2, looks=2, dw_box=True),
-        FABTargeted(iterations=2, target_classes=1, dw_box=True),
-    ):
-        seen.clear()
-        with evaluate(defense, x, y, attack=attack, shard=2, draws=3, seed=9, paths=0, out=tmp_path / type(attack).__name__):
-            pass
-        judge = derive_seed(9, "judge")
-        assert {seed for seed, *_ in seen} == {judge}
-        assert set.union(*(ids for _, ids, _ in seen)) == {0, 1, 2, 3}
-        assert all(ids <= {0, 1} or ids <= {2, 3} for _, ids, _ in seen)
+    images, y = labelled(6, wrong=[0, 4])
+    with evaluate(defense, images, y, attack=attack, shard=3, draws=3, seed=9, paths=0) as result:
+        assert {seed for seed, *_ in seen} == {derive_seed(9, "judge")}
+        assert set.union(*(ids for _, ids, _ in seen)) == set(range(6))
         assert set.union(*(draws for *_, draws in seen)) == {0, 1, 2}
+        attacked = result.verdicts["attacked"]
+        # The stage's own verdict is the judge's first draw, at what the stage returned.
+        if not isinstance(attack, (APGD, TargetedAPGD, Square, FABTargeted)):
+            assert attacked.official.tolist() == (attacked.logits[0].argmax(axis=1) == attacked.labels).tolist()
+
+
+def test_who_knows_the_judges_draw_makes_it_fail():
+    """One side decides, and each half of all draws is of either: who knows it climbs that one alone."""
+    options = {"attack": "pgd-eot", "iterations": 10, "eot_iter": 8, "losses": "margin", "draws": 1, "paths": 0}
+    standing = {}
+    for known in (False, True):
+        with evaluate(clusters(), *grey(16), dw_box=known, **options) as result:
+            standing[known] = [result.accuracies["attacked"][by].value for by in ("single", "official")]
+    assert standing[True] == [0.0, 0.0] and min(standing[False]) > 0.2
 
 
 def test_known_noise_is_the_judges():
@@ -808,8 +860,12 @@ def test_known_noise_is_the_judges():
 def test_known_noise_is_not_tested_as_if_it_were_fresh(tmp_path):
     with pytest.raises(ValueError, match="`drop` = 'majority' is a test on fresh draws, and with `dw_box` there are none"):
         PGD(dw_box=True, drop="majority")
-    stages = Spec.of(attack="cascade", mode="fast", dw_box=True).stages()
+    stages = Spec.of(attack="pgd-eot", mode="fast", dw_box=True).stages()
     assert {(attack.drop, attack.batch) for attack in stages.values()} == {("never", None)}
+    with pytest.raises(ValueError, match="`dw_box` is knowledge of the noise in the defense's own steps, and `coarse_steps`"):
+        Spec.of(attack="cascade", dw_box=True)
+    stages = Spec.of(attack="cascade", **{"exact.dw_box": True}).stages()
+    assert [attack.dw_box for attack in stages.values()] == [False, False, True]
     options = {"iterations": 1, "eot_iter": 2, "looks": 2, "draws": 1, "paths": 0}
     for known in (False, True):
         with evaluate(
@@ -879,6 +935,12 @@ def test_published_sizes():
     cascade = find("cascade").stages()
     assert [getattr(a, "coarse_steps", None) for a in cascade.values()] == [3, 5, None]
     assert [(a.iterations, a.eot_iter, a.keep) for a in cascade.values()] == [(100, 10, "last")] * 2 + [(50, 10, "accuracy")]
+    assert [a.step_size for a in [*cascade.values(), find("transfer").stages()["transfer"]]] == [0.007] * 4
+    in_l2 = [*find("cascade").stages("L2", 0.5).values(), find("transfer").stages("L2", 0.5)["transfer"]]
+    assert [a.step_size for a in in_l2] == [None] * 4  # eps/5
+    bent = find("stadv").stages()["stadv"]
+    assert (bent.iterations, bent.eot_iter, bent.losses, bent.mean) == (100, 15, "cw", "losses")
+    assert (bent.smoothness, bent.rate, bent.reach) == (0.05, 0.05, None)
     bpda = [find(name).stages()[name] for name in ("bpda-eot", "bpda-eot-20")]
     assert [(a.iterations, a.eot_iter, a.mean) for a in bpda] == [(40, 15, "logits"), (20, 15, "logits")]
 
@@ -978,8 +1040,8 @@ def test_stopped_there_a_fast_cascade_goes_on_with_the_same_bits(tmp_path, monke
             struck.append(where)
             raise Stopped
 
-    def looked(self, defense, asked, base, draws):
-        answer = look(self, defense, asked, base, draws)
+    def looked(self, defense, asked, base, draws, *, apart):
+        answer = look(self, defense, asked, base, draws, apart=apart)
         if where == "in a test" and base >= FALLEN:
             strike()
         return answer
@@ -1015,6 +1077,25 @@ def test_all_and_only_those_go_on_that_the_attack_has_not_fooled(mode):
         entered = {record.unit.stage: record.unit.images for record in result.ledger.done().values()}
     assert sorted(entered["a"]) == list(range(8)) or mode == "full"
     assert sorted(entered["b"]) == standing
+
+
+def test_a_mode_in_which_nobody_leaves_is_not_called_fast():
+    """AutoAttack's attacks have no test, nor has one that knows the judge's noise: the verdict says who goes on."""
+    with pytest.raises(ValueError, match="is of a test by which images leave, and no stage has it: set `mode` to 'fast'"):
+        Spec.of(attack="pgd-eot", error=0.1)
+    with pytest.raises(ValueError, match="`error` is of a test by which images leave"):
+        Spec.of(attack="cascade", mode="fast", drop="any", error=0.1)
+    x, y = labelled(4)
+    y[1] = (y[1] + 1) % 10
+    options = {"mode": "fast", "iterations": 1, "eot_iter": 1, "draws": 1, "paths": 0, "shard": 4}
+    known = Suite("known", lambda norm, eps: dict.fromkeys("ab", PGD(norm, eps, dw_box=True)))
+    for attack in ("autoattack-rand", known):
+        with evaluate(evaluation_cases.purified("cpu"), x, y, attack=attack, **options) as result:
+            assert "in fast mode" not in result.title
+            first, second = list(result.ledger.configuration["stages"])
+            done = {record.unit.stage: record for record in result.ledger.done().values()}
+        assert set(done[first].result["standing"]) == set(done[second].unit.images if second in done else ())
+        assert 1 not in done[first].result["standing"]
 
 
 @pytest.mark.parametrize("mode", ["full", "fast"])

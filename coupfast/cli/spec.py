@@ -52,7 +52,8 @@ def add_spec(parser: argparse.ArgumentParser, method: str | None, attack: str | 
         help="file.py:NAME or package.module:NAME of another defense, in the place of purification and networks: a module from "
         "images in [0, 1] to logits, or a function that makes one, from a device if it asks for one",
     )
-    group = attack_group = parser.add_argument_group("the attack (settings left out are the published ones)")
+    published = "settings left out are the published ones; of transfer, cascade and stadv this project's"
+    group = attack_group = parser.add_argument_group(f"the attack ({published})")
     assumed = "; ".join(
         f"{name}: {', '.join(suite.assumed.values())}" for name, suite in suites.SUITES.items() if suite.assumed
     )

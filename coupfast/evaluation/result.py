@@ -133,7 +133,7 @@ class Evaluation:
         spec, stages = fields["spec"], fields["stages"]
         built = None if spec["defense"] == GIVEN else spec["defense"]
         defense = purification.name(fields["defense"], built=built, alone=spec["purifier"] is None)
-        attack = f"{spec['attack']}{in_fast_mode(spec)}" if stages else "no attack"
+        attack = f"{spec['attack']}{in_fast_mode(fields)}" if stages else "no attack"
         if any("eps" in stage for stage in stages.values()):  # salt and pepper knows no ball
             attack += f", {spec['norm']} {radius(spec['norm'], spec['eps'])}"
         if spec.get("start_from") is not None:

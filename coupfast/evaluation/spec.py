@@ -150,6 +150,10 @@ class Spec:
             elif value != ball.get(key, value):
                 raise ValueError(f"`{key}` is {value!r}, and the attack that is given has {ball[key]!r}: say it there only")
         stages = self.stages()
+        if "error" in self.attack_options and all(getattr(attack, "drop", None) != "majority" for attack in stages.values()):
+            raise ValueError(
+                "`error` is of a test by which images leave, and no stage has it: set `mode` to 'fast', or `drop` to 'majority'"
+            )
         if self.start_from is not None:
             self._set(start_from=str(self.start_from))
             _check_begins_elsewhere(stages)
@@ -328,9 +332,11 @@ class Spec:
             object.__setattr__(self, name, value)
 
 
-def in_fast_mode(spec: Mapping[str, Any]) -> str:
-    """Behind an attack's name, that the mode is the fast one; "" where it is not. Of a spec as a ledger has it."""
-    return " in fast mode" if spec.get("mode") == "fast" else ""
+def in_fast_mode(configuration: Mapping[str, Any]) -> str:
+    """Behind an attack's name, that the mode is the fast one; "" where it is not, or no stage lets an image go. Of a ledger's
+    configuration."""
+    drops = any(stage.get("drop", "never") != "never" for stage in configuration["stages"].values())
+    return " in fast mode" if drops and configuration["spec"].get("mode") == "fast" else ""
 
 
 def checked_workers(workers: int | str) -> int | str:

@@ -120,7 +120,8 @@ def _of_stage(settings: Mapping[str, Any], stage: str, names: set[str]) -> dict[
 
 
 def stated_errors(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """By stage, the probability at most with which it lets an image go as fallen that most draws classify correctly.
+    """By stage, the probability at most with which it lets an image go as fallen that more than half of all draws classify
+    correctly.
 
     Of stages that have such a test (`drop` "majority"). Over several it is their sum at most, whatever depends on what: every
     stage's draws are fresh.
@@ -138,8 +139,8 @@ def told_errors(errors: Mapping[str, float]) -> str:
     each = " or ".join(f"{error:g}" for error in sorted(set(errors.values())))
     over = f" and over all {len(errors)} stages {min(1.0, sum(errors.values())):g}" if len(errors) > 1 else ""
     return (
-        f"an image that most draws classify correctly leaves a stage as if it had fallen with a probability of at most {each}"
-        f"{over}; it is judged on fresh draws all the same"
+        f"an image that more than half of all draws classify correctly leaves a stage as if it had fallen with a probability "
+        f"of at most {each}{over}; it is judged on fresh draws all the same"
     )
 
 

@@ -193,9 +193,8 @@ class Worker:
 
     def _attack(self, unit: Unit, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         x, y, seed = inputs["x"], inputs["y"], self.rules.seed
-        found, fresh = Result(x), True
-        if unit.stage != CLEAN:
-            attack = self.rules.attacks[unit.stage]
+        found, fresh, attack = Result(x), True, self.rules.attacks.get(unit.stage)
+        if attack is not None:
             noise = derive_seed(seed, unit.name, "defense")
             if attack.knows_noise:
                 noise, fresh = derive_seed(seed, JUDGE), False  # of such draws no verdict inside of the attack is told
@@ -210,10 +209,11 @@ class Worker:
                     found = attack.run(self.defense, x, y, seed=attack_seed, x_start=x_start)
             finally:
                 self.defense.known = None
-        # One draw that the attack has not seen.
-        self.defense.reseed(derive_seed(seed, unit.name, "verdict"))
+        # One draw that the attack has not seen; where it knows the judge's, the first of these.
+        names: dict[str, Any] = {} if fresh else {"ids": torch.tensor(unit.images), "draw": 0}
+        self.defense.reseed(derive_seed(seed, unit.name, "verdict") if fresh else derive_seed(seed, JUDGE))
         with torch.no_grad():
-            logits = self.defense(found.x_adv)
+            logits = self.defense(found.x_adv, **names)
         predictions = logits.argmax(dim=1)
         right = (predictions == y).tolist()
         result = {
@@ -221,7 +221,7 @@ class Worker:
             "standing": [image for image, stands in zip(unit.images, right, strict=True) if stands],
             "curve": list(found.curve),
         }
-        if self.rules.fast and found.left is not None:
+        if self.rules.fast and found.left is not None and getattr(attack, "drop", None) != "never":
             result["onward"] = [image for image, left in zip(unit.images, found.left.tolist(), strict=True) if not left]
         if found.looked is not None and fresh:
             result |= {"looked": found.looked.tolist(), "looks": found.looks}

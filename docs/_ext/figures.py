@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT / "bench")]
 import fit_algorithms  # noqa: E402  of bench/
 from solvers import REFERENCE, SHARES  # noqa: E402  bench/solvers.py: the baseline and the ODEs
 from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
+from verdict import counts  # noqa: E402  bench/verdict.py: what is compared with `rand`
+from verdict import interval as interval_of  # noqa: E402
 
 from coupfast.experiments import announced  # noqa: E402
 from coupfast.experiments.defenses import NAMES  # noqa: E402
@@ -492,7 +494,7 @@ def verdict(name: str = VERDICT, *, beside: str = "") -> str:
         cells = [f"{each['image_steps'] / full['image_steps']:.3f}"]
         for protocol in ("official", "average", "worst", "majority"):
             found = each["robust"][protocol]
-            cells.append(f"{percent(found['value'])} ({interval(found['bootstrap'] or found['wilson'])})")
+            cells.append(f"{percent(found['value'])} ({interval(interval_of(found))})")
         body.append([NAMES[each["defense"]], label, *cells])
     return markdown(["defense", "attack", "image-steps", "official", "average", "worst of ten", "majority"], body)
 
@@ -507,8 +509,8 @@ def verdict_against(curve: str) -> dict[str, str]:
     points = [100 * (one["robust"]["average"]["value"] - rand["robust"]["average"]["value"]) for one, rand in pairs.values()]
     within = []
     for defense, (one, rand) in pairs.items():
-        ends = {by: (found["bootstrap"] or found["wilson"])[1] for by, found in rand["robust"].items()}
-        within += [NAMES[defense]] if all(one["robust"][by]["value"] <= end for by, end in ends.items()) else []
+        ends = {by: interval_of(found)[1] for by, found in counts(rand).items()}
+        within += [NAMES[defense]] if all(found["value"] <= ends[by] for by, found in counts(one).items()) else []
     return {
         "shares": f"{min(shares):.2f} to {max(shares):.2f}",
         "points": f"{min(points):+.1f} to {max(points):+.1f}".replace("-", "−"),

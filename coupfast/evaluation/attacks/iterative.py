@@ -84,14 +84,16 @@ class Iterative(Attack):
             looks (Fixed-AutoAttack, 20 of them), or without such on the draws of its gradient.
         drop: When an image leaves, its present form kept. "never"; once "any" of its draws is misclassified, which decides it
             where the worst of several draws counts; once the "mean" logits are; or by a test for the "majority": once so many
-            fresh draws at one point are misclassified, and none is not, that an image which most draws classify correctly
-            would leave with a probability of `error` at most, over all points at which it is tested.
+            fresh draws at one point are misclassified, and none is not, that an image which more than half of all draws
+            classify correctly would leave with a probability of `error` at most, over all points at which it is tested.
         looks: N-evaluation inside of the attack: fresh draws, without a gradient, at every point; 0 takes the gradient's draws,
             which are fresh as well, since no point depends on the draws that are made at it. What a run says of the worst
             point is a harsher verdict than the judge's, who sees one.
         batch: How many images are attacked at a time; of the others one begins as one leaves. None: all of a unit.
-        dw_box: The attacker knows the noise that the judge will use, and asks for no other: no draw of it is fresh, so that
-            there is neither a test for the majority nor an N-evaluation to be told.
+        dw_box: The attacker knows the noise that the judge will use, and asks for no other, one of its draws after the other
+            and from the first again. No draw of it is fresh, so that there is neither a test for the majority nor an
+            N-evaluation to be told; and the official verdict is the judge's first draw. With one draw of the judge's it is the
+            DW-box of the literature, in which the defense has one noise.
         eot_first: Few draws early and many late: so many at the first point of every restart, and more by one and the same
             factor from point to point, rounded, up to `eot_iter` at the last one. None: `eot_iter` at every point. Means of
             unequally many draws are not compared: `keep` is "last", or "accuracy" with `looks`, and there is an N-evaluation
@@ -112,7 +114,7 @@ class Iterative(Attack):
     )
     error: float = knob(
         0.01,
-        "probability at most with which that test lets an image go that most draws classify correctly",
+        "probability at most with which that test lets an image go that more than half of all draws classify correctly",
         metavar="P",
         words="a probability in (0, 1)",
         valid=lambda p: 0 < p < 1,
@@ -188,7 +190,7 @@ class Iterative(Attack):
                 number = restart[here] * (self.iterations + 1) + k[here]
                 asked = Asked(here, x_k[here], y[here], number, restart[here], follow, draws)
                 answer = self.ask(defense, asked)
-                wrong = self._look(defense, asked, LOOKS, self.looks) if self.looks else answer.wrong
+                wrong = self._look(defense, asked, LOOKS, self.looks, apart=self.looks) if self.looks else answer.wrong
                 if self.looks or answer.real:
                     looked[here] = torch.maximum(looked[here], wrong.sum(dim=0))
                 share = wrong.float().mean(dim=0)
@@ -267,11 +269,14 @@ class Iterative(Attack):
         numbers = torch.arange(asked.draws, device=asked.x.device).repeat_interleave(len(asked.x))
         return asked.number.repeat(asked.draws) * self.eot_iter + numbers
 
-    def _look(self, defense: Metered, asked: Asked, base: int, draws: int) -> torch.Tensor:
-        """Which of so many fresh draws are misclassified, bool (draws, n)."""
+    def _look(self, defense: Metered, asked: Asked, base: int, draws: int, *, apart: int) -> torch.Tensor:
+        """Which of so many fresh draws are misclassified, bool (draws, n).
+
+        They are named from `base`, and from point to point `apart` further: as many as any point is looked at with.
+        """
         n = len(asked.x)
         numbers = torch.arange(draws, device=asked.x.device).repeat_interleave(n)
-        names = base + asked.number.repeat(draws) * draws + numbers
+        names = base + asked.number.repeat(draws) * apart + numbers
         with torch.no_grad():
             logits = defense(asked.x.repeat(draws, 1, 1, 1), ids=asked.images.repeat(draws), draw=names)
         wrong: torch.Tensor = logits.view(draws, n, -1).argmax(dim=2) != asked.y
@@ -319,9 +324,9 @@ class Iterative(Attack):
             begun = leaving & tests.due(asked)
             tried = begun.clone()
             # One first: most of those that have not fallen show it.
-            for base, draws in ((FALLEN, 1), (FALLEN + LOOKS, more - 1)):
+            for base, draws, apart in ((FALLEN, 1, 1), (FALLEN + LOOKS, more - 1, self.more(self.schedule[0]) - 1)):
                 if draws and bool(tried.any()):
-                    tried[tried.clone()] = self._look(defense, asked.only(tried), base, draws).all(dim=0)
+                    tried[tried.clone()] = self._look(defense, asked.only(tried), base, draws, apart=apart).all(dim=0)
             leaving = tried
             tests.undecided(asked.only(begun & ~leaving))
         return leaving

@@ -103,13 +103,13 @@ def step_size_knob(linf: str) -> Any:
 
 def looks_knob() -> Any:
     """Fresh draws at every point of an attack."""
-    help = "fresh draws at every point, without a gradient: its N-evaluation"
+    help = "fresh draws at every point, without a gradient: the report has the worst point by these (N-evaluation)"
     return knob(0, help, metavar="N", words="at least 0", valid=lambda value: value >= 0)
 
 
 def dw_box_knob() -> Any:
     """Whether the attacker knows the judge's noise."""
-    return knob(False, "the attacker knows the noise that the judge will use")
+    return knob(False, "the attacker knows the noise of the judge's draws (DW-box), and takes these in turn")
 
 
 def names(attack: Any) -> list[str]:

@@ -26,7 +26,8 @@ class Transfer(PGD):
         keep: "accuracy" goes by looks at the real defense, and among equals by the cross-entropy of the coarse one.
 
     Raises:
-        ValueError: as `Iterative`, or if `coarse_steps` are no integers of at least 1, or nothing tells which point to keep.
+        ValueError: as `Iterative`, or if `coarse_steps` are no integers of at least 1, or nothing tells which point to keep, or
+            with `dw_box`: other steps have other noise than the judge's.
     """
 
     coarse_steps: int | tuple[int, ...] = knob(
@@ -54,6 +55,11 @@ class Transfer(PGD):
         super().__post_init__()
         if self.keep == "accuracy" and not self.looks:
             raise ValueError("`keep` = 'accuracy' goes by looks at the real defense, and `looks` is 0")
+        if self.dw_box:
+            raise ValueError(
+                "`dw_box` is knowledge of the noise in the defense's own steps, and `coarse_steps` go through others: take it "
+                "for an attack that goes through all steps, or as exact.dw_box for the cascade's last stage alone"
+            )
 
     def check(self, defense: Metered) -> None:
         super().check(defense)

@@ -228,7 +228,8 @@ def _attack(run: Run) -> str:
         return "no attack"
     # Salt and pepper knows no ball.
     ball = any("eps" in fields for fields in run.configuration["stages"].values())
-    return f"{spec['attack']}{in_fast_mode(spec)}" + (f" {spec['norm']} {_radius(spec)}" if ball else "") + _begun(run)
+    name = f"{spec['attack']}{in_fast_mode(run.configuration)}"
+    return name + (f" {spec['norm']} {_radius(spec)}" if ball else "") + _begun(run)
 
 
 def _begun(run: Run) -> str:

@@ -108,8 +108,8 @@ def _besides(fields: Mapping[str, Any]) -> list[str]:
     said = []
     if fields.get("drop") == "majority":
         said.append(
-            f"An image leaves once so many fresh draws at one point failed, and none was right, that one which most draws "
-            f"classify correctly would leave with a probability of {fields['error']:g} at most."
+            f"An image leaves once so many fresh draws at one point failed, and none was right, that one which more than half "
+            f"of all draws classify correctly would leave with a probability of {fields['error']:g} at most."
         )
     elif "coarse_steps" in fields and fields.get("drop") in ("any", "mean"):
         coarse = {"any": "any draw", "mean": "the mean logits"}[fields["drop"]]
@@ -122,7 +122,7 @@ def _besides(fields: Mapping[str, Any]) -> list[str]:
         kept = ", and the point where most of them failed is kept (as in Fixed-AutoAttack)" if _keeps_worst(fields) else ""
         said.append(f"Every point is looked at on {counted(fields['looks'], 'fresh draw')}{kept}.")
     if fields.get("dw_box"):
-        said.append("The attacker knows the noise that the judge will use (DW-box), as no real one does: a lower bound.")
+        said.append("The attacker knows the noise of the judge's draws (DW-box), as no real one does.")
     if fields.get("eot_first") is not None:
         said.append(f"Gradients are means of {counted(fields['eot_first'], 'draw')} at first, and of eot_iter at the end.")
     return said
