@@ -50,7 +50,7 @@ class DiffHammer(InBall):
     sharpness: float = positive(
         5.0, "lambda of the draws' weights, which tell apart those that can fail together", metavar="L"
     )
-    rounds: int = count(20, "rounds of its E-M at most")
+    rounds: int = count(20, "rounds at most, at a point, in which it finds the draws that can fail together")
 
     def check(self, defense: Metered) -> None:
         if defense.purified is None:
