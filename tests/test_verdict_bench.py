@@ -118,6 +118,10 @@ def test_what_is_recommended_is_so_for_what_was_measured():
         f"for {min(shares):.2f} to {max(shares):.2f} of its image-steps ({name})",
     ):
         assert said in RECOMMENDATION.reasons
+    for row, cut in zip(ours, rand, strict=True):  # what the reasons and docs/measured/attacks.md say in words
+        here, there = verdict.counts(row), verdict.counts(cut)
+        names = ["worst", "majority", "mean logits", *(by for by in here if by.endswith(" times"))]
+        assert len(names) == 11 and all(here[by]["value"] <= there[by]["value"] for by in names)
     full_size = "bench/results/verdict-20-full-epyc-zen4.json"
     found = json.loads((Path(__file__).parents[1] / full_size).read_text())
     rows = {(row["defense"], row["curve"], row["share"]): row for row in found["rows"]}
@@ -128,6 +132,29 @@ def test_what_is_recommended_is_so_for_what_was_measured():
         ends = {by: verdict.interval(found)[1] for by, found in verdict.counts(full).items()}
         assert len(ends) == 14 and all(found["value"] <= ends[by] for by, found in verdict.counts(row).items())
     assert [row["stages"][0]["steps"] for row in ours] == [3] * 3 and [row["stages"][1]["steps"] for row in ours] == [5] * 3
+
+
+def test_what_the_page_says_of_100_images():
+    """Of which attacks docs/measured/attacks.md says in words that they leave more than the upper ends of rand's intervals."""
+    file = Path(__file__).parents[1] / "bench" / "results" / "verdict-100-epyc-zen4.json"
+    document = json.loads(file.read_text())
+    rows = {(row["defense"], row["curve"], row["share"]): row for row in document["rows"]}
+    above = {}
+    for of, row in rows.items():
+        rand = verdict.counts(rows[row["defense"], "rand", 1.0])
+        higher = [by for by, found in verdict.counts(row).items() if found["value"] > verdict.interval(rand[by])[1]]
+        above |= {of: higher} if higher else {}
+    assert above == {("diffpure", "diffhammer, fast", 0.5): [verdict.OFFICIAL, "average"]}
+    assert [verdict.goal(document["rows"], defense) for defense in verdict.DEFENSES] == document["goal"]
+    ratios = {found["defense"]: found["ratio"] for found in document["goal"]}
+    assert max(ratios["coup"], ratios["reverse-sde"]) < 0.1 < ratios["diffpure"] < 0.11
+    for defense in verdict.DEFENSES:
+        cascade, hammer = (rows[defense, f"{name}, fast", 1.0] for name in ("cascade", "diffhammer"))
+        assert hammer["image_steps"] < cascade["image_steps"] / 2
+        growing = rows[defense, "pgd-eot, growing", 1.0]  # of docs/guides/attacks.md
+        assert growing["image_steps"] < cascade["image_steps"]
+        least = cascade["robust"]["average"]["value"]
+        assert min(hammer["robust"]["average"]["value"], growing["robust"]["average"]["value"]) > least
 
 
 def test_what_the_page_says_beside_rand_at_its_full_size():

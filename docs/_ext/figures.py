@@ -22,8 +22,7 @@ sys.path[:0] = [str(ROOT / "bench")]
 import fit_algorithms  # noqa: E402  of bench/
 from solvers import REFERENCE, SHARES  # noqa: E402  bench/solvers.py: the baseline and the ODEs
 from tables import lines  # noqa: E402  bench/tables.py, as the benchmarks print theirs
-from verdict import counts  # noqa: E402  bench/verdict.py: what is compared with `rand`
-from verdict import interval as interval_of  # noqa: E402
+from verdict import interval as interval_of  # noqa: E402  bench/verdict.py: what is compared with `rand`
 
 from coupfast.experiments import announced  # noqa: E402
 from coupfast.experiments.defenses import NAMES  # noqa: E402
@@ -485,12 +484,13 @@ VERDICT = "verdict-100-epyc-zen4.json"
 
 def verdict(name: str = VERDICT, *, beside: str = "") -> str:
     """What each attack found, and its work as a share of `rand`'s, which may be in another file."""
-    rows = results(name)["rows"]
+    rows, sizes = results(name)["rows"], results(name)["settings"]["sizes"]
     reference = {each["defense"]: each for each in results(beside or name)["rows"] if each["curve"] == "rand"}
     body = []
     for each in rows:
         full = reference[each["defense"]]
-        label = each["curve"] if each["share"] == 1 else f"{each['curve']}, {each['attack']['iterations']} iterations"
+        whole = sizes * each["share"] == 1
+        label = each["curve"] if whole else f"{each['curve']}, {each['attack']['iterations']} iterations"
         cells = [f"{each['image_steps'] / full['image_steps']:.3f}"]
         for protocol in ("official", "average", "worst", "majority"):
             found = each["robust"][protocol]
@@ -499,22 +499,17 @@ def verdict(name: str = VERDICT, *, beside: str = "") -> str:
     return markdown(["defense", "attack", "image-steps", "official", "average", "worst of ten", "majority"], body)
 
 
-def verdict_against(curve: str) -> dict[str, str]:
-    """Of an attack at its full size beside `rand`: its share of the image-steps, by how many points of the average it leaves
-    more, and the defenses on which it leaves no more than the upper ends of `rand`'s intervals, by every count.
+def verdict_against(curve: str, share: float = 1) -> dict[str, str]:
+    """Of an attack at a share of its largest size beside `rand`: its share of the image-steps, and by how many points of the
+    average it leaves more.
     """
-    at = {(each["defense"], each["curve"]): each for each in results(VERDICT)["rows"] if each["share"] == 1}
-    pairs = {defense: (at[defense, curve], at[defense, "rand"]) for defense in dict.fromkeys(defense for defense, _ in at)}
-    shares = [one["image_steps"] / rand["image_steps"] for one, rand in pairs.values()]
-    points = [100 * (one["robust"]["average"]["value"] - rand["robust"]["average"]["value"]) for one, rand in pairs.values()]
-    within = []
-    for defense, (one, rand) in pairs.items():
-        ends = {by: interval_of(found)[1] for by, found in counts(rand).items()}
-        within += [NAMES[defense]] if all(found["value"] <= ends[by] for by, found in counts(one).items()) else []
+    at = {(each["defense"], each["curve"], each["share"]): each for each in results(VERDICT)["rows"]}
+    pairs = [(at[defense, curve, share], at[defense, "rand", 1]) for defense in dict.fromkeys(defense for defense, *_ in at)]
+    shares = [one["image_steps"] / rand["image_steps"] for one, rand in pairs]
+    points = [100 * (one["robust"]["average"]["value"] - rand["robust"]["average"]["value"]) for one, rand in pairs]
     return {
         "shares": f"{min(shares):.2f} to {max(shares):.2f}",
         "points": f"{min(points):+.1f} to {max(points):+.1f}".replace("-", "−"),
-        "within": ", ".join(within) or "none",
     }
 
 
