@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,11 +134,10 @@ def check(options: argparse.Namespace) -> None:
     """What is wrong with any of the runs, before the first one."""
     asked = points(options.curves, options.points)
     for defense in options.defenses:
-        for name, share in asked:
-            spec = spec_of(defense, name, share, options)
-            purified = spec.build("cpu")
-            for attack in spec.stages().values():
-                attack.check(purified)
+        specs = [spec_of(defense, name, keywords_of(name, share, options), options) for name, share in asked]
+        purified = specs[0].build("cpu")
+        for attack in itertools.chain(*(spec.stages().values() for spec in specs)):
+            attack.check(purified)
 
 
 def points(curves: Sequence[str], shares: Sequence[float]) -> list[tuple[str, float]]:
@@ -151,7 +151,8 @@ def points(curves: Sequence[str], shares: Sequence[float]) -> list[tuple[str, fl
 
 def point(defense: str, name: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
     """One run, begun, continued or read."""
-    spec, keywords = spec_of(defense, name, share, options), keywords_of(name, share, options)
+    keywords = keywords_of(name, share, options)
+    spec = spec_of(defense, name, keywords, options)
     folder = folder_of(options.out / defense, name, keywords)
     begun = Ledger.begun(folder)
     with evaluate(spec, out=folder, resume=begun, workers=options.workers, progress=options.progress) as found:
@@ -164,7 +165,7 @@ def keywords_of(name: str, share: float, options: argparse.Namespace) -> dict[st
     return keywords if options.eot_iter is None else {**keywords, "eot_iter": options.eot_iter}
 
 
-def spec_of(defense: str, name: str, share: float, options: argparse.Namespace) -> Spec:
+def spec_of(defense: str, name: str, keywords: Mapping[str, Any], options: argparse.Namespace) -> Spec:
     return Spec.of(
         images=options.images,
         limit=options.limit,
@@ -181,7 +182,7 @@ def spec_of(defense: str, name: str, share: float, options: argparse.Namespace) 
         device=options.device,
         paths=0,
         start_from=str(start_of(defense, options)) if CURVES[name].warm else None,
-        **keywords_of(name, share, options),
+        **keywords,
     )
 
 
@@ -235,10 +236,9 @@ def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | No
     if not references:
         return None
     reference = max(references, key=lambda row: row["share"])
-    ends = {by: interval(found)[1] for by, found in counts(reference).items()}
     # What a warm curve begins at is not counted, so that it is no cheaper way to the same.
     cold = [row for row in here if not (row["curve"] in CURVES and CURVES[row["curve"]].warm)]
-    enough = [row for row in cold if all(found["value"] <= ends[by] for by, found in counts(row).items())]
+    enough = [row for row in cold if not above(row, reference)]
     cheapest = min(enough, key=lambda row: row["image_steps"])
     return {
         "defense": defense,
@@ -251,6 +251,12 @@ def goal(rows: Sequence[Mapping[str, Any]], defense: str) -> dict[str, Any] | No
         "seconds_ratio": cheapest["seconds"] / reference["seconds"],
         "lower_or_equal_in_value": [p for p in COUNTED if cheapest["robust"][p]["value"] <= reference["robust"][p]["value"]],
     }
+
+
+def above(row: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    """By which counts a row finds more than the upper end of the reference's interval."""
+    ends = counts(reference)
+    return [by for by, found in counts(row).items() if found["value"] > interval(ends[by])[1]]
 
 
 def counts(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -1100,12 +1100,12 @@ def test_a_mode_in_which_nobody_leaves_is_not_called_fast():
 
 @pytest.mark.parametrize("mode", ["full", "fast"])
 def test_a_further_stage_lets_no_image_stand_that_had_fallen(mode):
-    """By the official verdict and by every draw of the judge's: the suite's first stages are the same to the bit."""
+    """By the official verdict: the suites' first stages are the same to the bit."""
     stage = PGD(eps=0.02, iterations=2, eot_iter=2, error=0.5)
     standing = []
     for names in ("a", "ab", "abc"):
         suite = Suite(names, lambda norm, eps, names=names: dict.fromkeys(names, stage))
-        options = {"mode": mode, "shard": 8, "draws": 3, "paths": 0, "drop": None, "seed": 2}
+        options = {"mode": mode, "shard": 8, "draws": 3, "paths": 0, "seed": 2}
         with evaluate(Linear(threshold=1.0, noise=1.0).eval(), *grey(24), attack=suite, **options) as result:
             official = result.verdicts["attacked"].official
             standing.append({image for image, stands in enumerate(official) if stands})
